@@ -1,0 +1,86 @@
+"""Files as this project writes and reads them: whole or not at all, and JSON in one canonical form."""
+
+import json
+import math
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lexi_search.errors import InputError
+
+
+def json_bytes(document: Any) -> bytes:
+    """JSON in this project's canonical form: keys sorted, indent 1, ASCII, one trailing newline."""
+    return (json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object, and refuse what Python's parser lets through: repeated keys, NaN, infinities."""
+    try:
+        document = json.loads(
+            Path(path).read_bytes(), object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite
+        )
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise InputError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice in one object")
+    return result
+
+
+def _not_finite(literal: str) -> NoReturn:
+    raise InputError(f"{literal} is not a finite number")
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    return value if math.isfinite(value) else _not_finite(literal)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to a temporary file beside `path`, then rename: nobody ever sees half of it.
+
+    A link is followed, and a path that is no regular file (a folder, a device) is refused.
+    """
+    target, temporary = _open_temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the InputError that `write_atomically` would raise now, leaving nothing behind."""
+    _, temporary = _open_temporary(path)
+    temporary.unlink()
+
+
+def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    target = Path(os.path.realpath(path))
+    temporary = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
+    try:
+        if os.path.lexists(target) and not stat.S_ISREG(target.stat().st_mode):
+            raise InputError(f"cannot write {path}: not a regular file; name a file to write")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror} ({target.parent})") from error
+    return target, temporary
