@@ -20,7 +20,7 @@ _MODULE_OF = {
     "write_allocation": "artifacts",
     "write_profile": "artifacts",
     "open_checkpoint": "checkpoint",
-    "describe": "architectures",
+    "describe": "models",
     "profile_layers": "profiling",
     "search": "evolution",
     "solve": "exact",

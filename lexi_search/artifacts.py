@@ -20,7 +20,7 @@ from lexi_search.files import json_bytes, read_json_object, write_atomically
 
 VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
-LOSS_KINDS = ("frobenius", "squared")
+LOSS_KINDS = ("frobenius", "rms", "squared")
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,21 @@ class Profile:
                 f"{loss.iterations * per_iteration}",
             )
 
-    def losses(self, kind: str) -> tuple[tuple[float, ...], ...]:
-        """The table the search minimises over, [layers, top_k] with layers ascending.
+    def losses(self, kind: str, *, normalised: bool = False) -> tuple[tuple[float, ...], ...]:
+        """The table that a search minimises over, [layers, top_k], layers ascending; column j is k = j + 1.
 
-        "frobenius" is the paper's norm; "squared" is the mean square per token, which is convex in k.
+        "frobenius" is the paper's norm, "rms" the root mean square per token, "squared" its square, convex in k. If
+        `normalised`, relative to the largest of the table.
         """
         if kind not in LOSS_KINDS:
             raise InputError(f"loss kind {kind!r} is unknown, expected one of {', '.join(LOSS_KINDS)}")
-        rows = (self.layers[layer] for layer in sorted(self.layers))
-        if kind == "frobenius":
-            return tuple(row.frobenius for row in rows)
-        return tuple(tuple(value * value for value in row.rms) for row in rows)
+        losses = [loss for _, loss in sorted(self.layers.items())]
+        if kind == "squared":
+            rows = tuple(tuple(value * value for value in loss.rms) for loss in losses)
+        else:
+            rows = tuple(getattr(loss, kind) for loss in losses)
+        largest = max(map(max, rows))
+        return tuple(tuple(value / largest for value in row) for row in rows) if normalised and largest else rows
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,13 @@ class Allocation:
         _require_loss(self.optimal_loss, "optimal_loss")
         if self.gate_exponent is not None:
             _require_loss(self.gate_exponent, "gate_exponent")
+
+    @property
+    def gap(self) -> float | None:
+        """How far the loss is above the optimum, relative to it; None where the optimum is zero and the loss is not."""
+        if self.loss == self.optimal_loss:
+            return 0.0
+        return self.loss / self.optimal_loss - 1 if self.optimal_loss else None
 
 
 _FORMATS = {"lexi-profile": Profile, "lexi-allocation": Allocation}

@@ -19,9 +19,8 @@ def json_bytes(document: Any) -> bytes:
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object, and refuse what Python's parser lets through: repeated keys, NaN, infinities."""
     try:
-        document = json.loads(
-            Path(path).read_bytes(), object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite
-        )
+        text = Path(path).read_bytes().decode()
+        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except InputError as error:

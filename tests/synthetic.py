@@ -1,0 +1,46 @@
+"""Profiles and allocations without a model behind them, for tests of everything that follows profiling."""
+
+import random
+from typing import Any
+
+from lexi_search.artifacts import Allocation, LayerLoss, ModelIdentity, Profile, ProfileSettings
+
+SETTINGS = ProfileSettings(
+    input="paper", seed=0, batch=2, length=8, dtype="float32", relative_error=0.01, max_samples=1000
+)
+
+
+def make_identity(layers: int = 4, top_k: int = 4, **changes: Any) -> ModelIdentity:
+    values = dict(
+        model_type="olmoe",
+        num_hidden_layers=layers,
+        num_experts=2 * top_k,
+        top_k=top_k,
+        moe_layers=tuple(range(layers)),
+        router="model.layers.{}.mlp.gate.weight",
+        top_k_key="num_experts_per_tok",
+        router_sha256="0123456789abcdef" * 4,
+    )
+    return ModelIdentity(**(values | changes))
+
+
+def make_profile(layers: int = 4, top_k: int = 4, *, seed: int = 0, **changes: Any) -> Profile:
+    """Losses that fall with k, at another scale in every layer."""
+    identity, draw = make_identity(layers, top_k, **changes), random.Random(seed)
+    measured = {}
+    for layer in identity.moe_layers:
+        scale = draw.uniform(0.5, 2)
+        rms = tuple(scale * (1 - k / top_k) for k in range(1, top_k + 1))
+        stderr = tuple(value / 200 for value in rms)
+        frobenius = tuple(4 * value for value in rms)
+        measured[layer] = LayerLoss(3, 48, frobenius, tuple(4 * value for value in stderr), rms, stderr)
+    return Profile(identity, SETTINGS, measured, {"lexi_search": "0.1.0"})
+
+
+def make_allocation(
+    layers: int = 4, top_k: int = 4, *, gate_exponent: float | None = None, **changes: Any
+) -> Allocation:
+    """k = 1, 2, .., top_k, 1, 2, ... over the layers."""
+    identity = make_identity(layers, top_k, **changes)
+    chosen = {layer: 1 + index % top_k for index, layer in enumerate(identity.moe_layers)}
+    return Allocation(identity, chosen, sum(chosen.values()), 1.5, 1.25, {"lexi_search": "0.1.0"}, gate_exponent)
