@@ -1,0 +1,206 @@
+"""A Hugging Face folder as a lazy mapping from tensor name to array; the only module that reads weights.
+
+safetensors' own NumPy reader knows no FP8 and allocates a fresh array per tensor. The format is eight bytes of header
+length, a JSON header, then data, so tensors are read by offset, into a buffer that the caller may reuse.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from lexi_search.errors import InputError
+from lexi_search.files import read_json_object
+
+# safetensors' names for element types. Sub-byte types are left out: they have no NumPy array of their own.
+DTYPES = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor lies: `size` bytes of `file` from byte `start` on, row-major."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+    """Tensor name -> array, read when asked for; `config` is the parsed `config.json`, `entries` the index.
+
+    Opening reads headers only. A lookup reads the tensor into memory of its own; `read` fills a buffer of the caller.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]):
+        self.folder = folder
+        self.config = config
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.read(name, np.empty(self.entries[name].size, np.uint8))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def read(self, name: str, buffer: np.ndarray) -> np.ndarray:
+        """Read a tensor into the front of `buffer` (uint8, 1-D, contiguous) and return a view of that as the tensor."""
+        entry = self.entries[name]
+        raw = buffer[: entry.size]
+        try:
+            with open(entry.file, "rb", buffering=0) as file:
+                file.seek(entry.start)
+                view, filled = memoryview(raw), 0
+                while filled < entry.size:
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise InputError(f"{entry.file}: the file ends inside tensor {name}; download it again")
+                    filled += count
+        except OSError as error:
+            raise InputError(f"{entry.file}: cannot be read ({error.strerror})") from error
+        return raw.view(entry.dtype).reshape(entry.shape)
+
+
+def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Open a folder with `config.json` and safetensors shards, or the hub id `owner/name` of one.
+
+    Only a source that is not a path on this machine is looked up on the hub, through `huggingface_hub` and its cache.
+
+    Raises:
+        InputError: no such folder or id, no or unreadable config, no shards, a damaged or truncated shard.
+    """
+    folder = Path(source)
+    if not folder.exists() and HUB_ID.fullmatch(str(source)):
+        folder = _fetch_from_hub(str(source))
+    if not folder.is_dir():
+        reason = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise InputError(f"{source}: {reason}; name a folder with config.json and safetensors shards, or a hub id")
+    config = read_json_object(folder / "config.json")
+    return Checkpoint(folder, config, _read_entries(folder))
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Tensor name -> entry for one safetensors file, checked as strictly as safetensors' own reader does.
+
+    Raises:
+        InputError: header length beyond the file, header that is not JSON, unknown element type, offsets that
+            overlap, leave holes, disagree with the shape, or end elsewhere than the file does (truncation).
+    """
+    try:
+        with open(file, "rb") as stream:
+            total = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
+                raise InputError(f"{file}: truncated or not safetensors (header of {length} bytes, file of {total})")
+            raw = stream.read(length)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
+        header.pop("__metadata__", None)
+        entries = {name: _parse_entry(file, name, item, 8 + length) for name, item in header.items()}
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: not a valid safetensors header ({error})") from error
+    position = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != position:
+            raise InputError(f"{file}: tensor {name} overlaps its neighbour or leaves a hole before it")
+        position += entry.size
+    if position != total:
+        state = "truncated" if position > total else "longer than its header says"
+        raise InputError(f"{file}: {state} ({position} bytes expected, {total} found); download it again")
+    return entries
+
+
+def _parse_entry(file: Path, name: str, item: dict[str, Any], base: int) -> TensorEntry:
+    if item["dtype"] not in DTYPES:
+        raise InputError(f"{file}: tensor {name} has element type {item['dtype']!r}; known are {', '.join(DTYPES)}")
+    dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise InputError(f"{file}: tensor {name} has a shape or offsets that are not whole numbers")
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise InputError(f"{file}: tensor {name} of shape {list(shape)} does not fill its {end - start} bytes")
+    return TensorEntry(file, dtype, shape, base + start, end - start)
+
+
+def _read_entries(folder: Path) -> dict[str, TensorEntry]:
+    """An index names the shard of each tensor; without one, `model.safetensors`, or else every shard in the folder."""
+    if (folder / INDEX).exists():
+        weight_map = read_json_object(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{folder / INDEX}: no weight_map from tensor names to shard files")
+        headers = {shard: read_header(_find_shard(folder, shard)) for shard in sorted(set(weight_map.values()))}
+        for name, shard in weight_map.items():
+            if name not in headers[shard]:
+                raise InputError(f"{folder / shard}: tensor {name} is missing; {INDEX} says that it is there")
+        return {name: headers[shard][name] for name, shard in weight_map.items()}
+    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: no safetensors shards; convert the checkpoint to safetensors first")
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        header = read_header(file)
+        if twice := sorted(entries.keys() & header.keys()):
+            raise InputError(f"{file}: tensor {twice[0]} is also in {entries[twice[0]].file.name}; add {INDEX}")
+        entries |= header
+    return entries
+
+
+def _find_shard(folder: Path, shard: str) -> Path:
+    if Path(shard).name != shard:
+        raise InputError(f"{folder / INDEX}: shard {shard!r} is not a plain file name")
+    if not (folder / shard).is_file():
+        raise InputError(f"{folder / shard}: no such shard; {INDEX} names it, so the download is incomplete")
+    return folder / shard
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return content
+
+
+def _fetch_from_hub(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", INDEX, "*.safetensors"]))
+    except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{hub_id}: no such folder here, and not to be had from the hub ({reason})") from error

@@ -1,0 +1,204 @@
+"""The mathematics of one MoE layer in JAX: the outputs at every k from one pass over the experts of the largest.
+
+The experts of top-k are the first k of those of top-K sorted by selection score. So each token's K expert outputs
+y_1..y_K are computed once, and every k only mixes them differently: Y_k = sum_j c_k[j] y_j. Distances between outputs
+are read off the tokens' K x K Gram matrices G, ||Y_k - Y_K||^2 = (c_k - c_K)^T G (c_k - c_K), which also avoids the
+rounding of subtracting two nearly equal outputs. Shared experts add the same to every Y_k and cancel.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lexi_search.architectures import Routing
+
+ACTIVATIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "silu": jax.nn.silu,
+        "swish": jax.nn.silu,
+        "gelu": partial(jax.nn.gelu, approximate=False),
+        "gelu_new": partial(jax.nn.gelu, approximate=True),
+        "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+        "relu": jax.nn.relu,
+    }
+)
+# Rows in one expert product. Experts' loads are cut into these few sizes, so that a handful of compiled programs serves
+# every expert of every layer; the smallest bounds the padding, the largest the scratch memory.
+CHUNK_SIZES = (64, 256, 1024, 4096)
+
+
+class ExpertWeights(NamedTuple):
+    """One expert, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x))."""
+
+    gate: Float[Array, "width hidden"]
+    up: Float[Array, "width hidden"]
+    down: Float[Array, "hidden width"]
+
+
+class LayerWeights(NamedTuple):
+    """One MoE layer: the router, the bias of its selection or None, and the experts."""
+
+    router: Float[Array, "experts hidden"]
+    bias: Float[Array, " experts"] | None
+    experts: tuple[ExpertWeights, ...]
+
+
+class Choice(NamedTuple):
+    """Each token's K chosen experts in order of selection, and their unnormalised scores."""
+
+    experts: Int[Array, "tokens K"]
+    scores: Float[Array, "tokens K"]
+
+
+@partial(jax.jit, static_argnames=("routing", "top_k"))
+def route(
+    x: Float[Array, "tokens hidden"],
+    router: Float[Array, "experts hidden"],
+    bias: Float[Array, " experts"] | None,
+    *,
+    routing: Routing,
+    top_k: int,
+) -> Choice:
+    """Choose the `top_k` experts of every token, best first; logits and scores are float32 whatever `x` is."""
+    logits = jnp.matmul(x.astype(jnp.float32), router.T.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    scores = jax.nn.softmax(logits, axis=-1) if routing.scoring == "softmax" else jax.nn.sigmoid(logits)
+    keys = scores if bias is None else scores + bias.astype(jnp.float32)[None, :]
+    if routing.num_groups > 1:
+        keys = _keep_best_groups(keys, routing)
+    _, experts = jax.lax.top_k(keys, top_k)
+    return Choice(experts, jnp.take_along_axis(scores, experts, axis=-1))
+
+
+def _keep_best_groups(keys: Float[Array, "tokens experts"], routing: Routing) -> Float[Array, "tokens experts"]:
+    """Put -inf for the experts outside each token's `topk_groups` best groups (DeepSeek-V2, section 2.2.2)."""
+    grouped = keys.reshape(keys.shape[0], routing.num_groups, -1)
+    judges = 1 if routing.group_score == "max" else 2
+    group_scores = jax.lax.top_k(grouped, judges)[0].sum(axis=-1)
+    _, best = jax.lax.top_k(group_scores, routing.topk_groups)
+    kept = jax.nn.one_hot(best, routing.num_groups, dtype=jnp.bool_).any(axis=1)
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(keys.shape)
+
+
+def mixing_weights(
+    scores: Float[Array, "tokens K"], k: Int[Array, ""], *, routing: Routing
+) -> Float[Array, "tokens K"]:
+    """The weights c_k that mix the K expert outputs into the layer's output at `k` <= K; `k` may be traced."""
+    kept = jnp.where(jnp.arange(scores.shape[-1])[None, :] < k, scores, 0.0)
+    if routing.renormalize:
+        kept = kept / (kept.sum(axis=-1, keepdims=True) + 1e-20)  # sigmoid scores may all underflow; DeepSeek's guard
+    return kept * jnp.float32(routing.scale)
+
+
+@partial(jax.jit, static_argnames="routing")
+def squared_distances(
+    outputs: Float[Array, "tokens K hidden"], scores: Float[Array, "tokens K"], *, routing: Routing
+) -> Float[Array, "tokens K"]:
+    """||y_k - y_K||^2 of every token for k = 1..K, from its Gram matrix; the last column is zero."""
+    top_k = scores.shape[-1]
+    gram = jnp.einsum(
+        "tih,tjh->tij", outputs, outputs, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    weights = jax.vmap(lambda k: mixing_weights(scores, k, routing=routing), out_axes=1)(jnp.arange(1, top_k + 1))
+    change = weights - weights[:, -1:, :]
+    distances = jnp.einsum("tki,tij,tkj->tk", change, gram, change, precision=jax.lax.Precision.HIGHEST)
+    return jnp.maximum(distances, 0.0)  # a quadratic form of a Gram matrix; rounding alone could make it negative
+
+
+@partial(jax.jit, static_argnames="routing")
+def mix(
+    outputs: Float[Array, "tokens K hidden"], scores: Float[Array, "tokens K"], k: Int[Array, ""], *, routing: Routing
+) -> Float[Array, "tokens hidden"]:
+    """The layer's output at `k`, without shared experts, float32."""
+    weights = mixing_weights(scores, k, routing=routing)
+    return jnp.einsum("tk,tkh->th", weights, outputs.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def expert_outputs(
+    x: Float[Array, "tokens hidden"],
+    experts: Int[Array, "tokens K"],
+    weights: Sequence[ExpertWeights],
+    *,
+    activation: str,
+) -> Float[Array, "tokens K hidden"]:
+    """The output of each token's K chosen experts, in `x`'s element type.
+
+    Rows are sorted by expert, and each expert multiplies its own rows in chunks of `CHUNK_SIZES`, driven from Python.
+    A masked dense product, which `jax.lax.ragged_dot` becomes on a GPU, would do num_experts / K times the work.
+    """
+    num_rows = experts.size
+    order = np.argsort(np.asarray(experts).reshape(-1), kind="stable")
+    loads = np.bincount(np.asarray(experts).reshape(-1), minlength=len(weights))
+    room = num_rows + CHUNK_SIZES[-1]
+    rows, result = _gather_rows(x, jnp.asarray(order), top_k=experts.shape[1], room=room)
+    start = 0
+    for expert, load in zip(weights, loads.tolist(), strict=True):
+        for size, used in cut_into_chunks(load):
+            result = _apply_expert(result, rows, np.int32(start), expert, size=size, activation=activation)
+            start += used
+    return _scatter_rows(result, jnp.asarray(order), shape=(*experts.shape, x.shape[1]))
+
+
+def cut_into_chunks(load: int) -> list[tuple[int, int]]:
+    """(chunk size, rows used) pairs that cover `load` rows; only the last chunk of an expert may be padded."""
+    chunks = []
+    while load > 0:
+        fitting = [size for size in CHUNK_SIZES if size <= load]
+        covering = next((size for size in CHUNK_SIZES if size >= load), None)
+        # Padding a chunk by up to a half costs less than a second product over few rows.
+        size = covering if covering and (not fitting or covering <= 1.5 * load) else fitting[-1]
+        chunks.append((size, min(size, load)))
+        load -= size
+    return chunks
+
+
+@partial(jax.jit, static_argnames=("top_k", "room"))
+def _gather_rows(
+    x: Float[Array, "tokens hidden"], order: Int[Array, " rows"], *, top_k: int, room: int
+) -> tuple[Float[Array, "room hidden"], Float[Array, "room hidden"]]:
+    """The tokens' rows in expert order with room for the last chunk's padding, and as much room for the results."""
+    empty = jnp.zeros((room, x.shape[1]), x.dtype)
+    return empty.at[: order.size].set(x[order // top_k]), empty
+
+
+@partial(jax.jit, static_argnames=("size", "activation"), donate_argnums=0)
+def _apply_expert(
+    result: Float[Array, "room hidden"],
+    rows: Float[Array, "room hidden"],
+    start: Int[Array, ""],
+    weights: ExpertWeights,
+    *,
+    size: int,
+    activation: str,
+) -> Float[Array, "room hidden"]:
+    """Write one expert's outputs for `size` rows from `start` on.
+
+    A padded chunk runs on into the next expert's rows. Experts come in ascending order, so what it writes there is
+    overwritten by the expert that those rows belong to, and past the last row nobody looks.
+    """
+    chunk = jax.lax.dynamic_slice_in_dim(rows, start, size)
+    gate, up, down = (matrix.astype(chunk.dtype) for matrix in weights)
+    hidden = ACTIVATIONS[activation](_multiply(chunk, gate)) * _multiply(chunk, up)
+    outputs = _multiply(hidden.astype(chunk.dtype), down).astype(chunk.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(result, outputs, start, axis=0)
+
+
+def _multiply(x: Float[Array, "rows inner"], weight: Float[Array, "outer inner"]) -> Float[Array, "rows outer"]:
+    """x @ weight.T in float32 accumulation; float32 operands are never rounded to TF32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dimensions = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+@partial(jax.jit, static_argnames="shape")
+def _scatter_rows(
+    result: Float[Array, "room hidden"], order: Int[Array, " rows"], *, shape: tuple[int, int, int]
+) -> Float[Array, "tokens K hidden"]:
+    """Bring the results from expert order back into (token, rank) order."""
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    return result[place].reshape(shape)
