@@ -37,8 +37,8 @@ class Architecture(NamedTuple):
 
     model_type: str
     routers: tuple[str, ...]  # module names of the router below `layers.N.`, old and new
-    num_experts: str = "num_experts"
-    top_k: str = "num_experts_per_tok"
+    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # config keys, the first that is there counts
+    top_k: tuple[str, ...] = ("num_experts_per_tok",)
     text_config: str | None = None  # where a multimodal config keeps the language model's
     renormalize: bool | str = False
     scale: float | str = 1.0
@@ -48,7 +48,7 @@ class Architecture(NamedTuple):
 DEEPSEEK_V2 = Architecture(
     model_type="deepseek_v2",
     routers=("mlp.gate",),
-    num_experts="n_routed_experts",
+    num_experts=("n_routed_experts", "num_local_experts"),
     renormalize="norm_topk_prob",
     scale="routed_scaling_factor",
     selections={
@@ -65,7 +65,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture(
             model_type="mixtral",
             routers=("block_sparse_moe.gate", "mlp.gate"),
-            num_experts="num_local_experts",
             renormalize=True,
         ),
         Architecture(model_type="qwen2_moe", routers=("mlp.gate",), renormalize="norm_topk_prob"),

@@ -57,10 +57,15 @@ class _Config(NamedTuple):
     values: Mapping[str, Any]
     place: str  # file and, where nested, the key of that part
 
-    def read_count(self, key: str) -> int:
-        value = self.values.get(key)
-        if value is None:
-            raise InputError(f"{self.place}: {key} is missing; is this a mixture-of-experts model?")
+    def find_key(self, aliases: tuple[str, ...]) -> str:
+        key = next((key for key in aliases if self.values.get(key) is not None), None)
+        if key is None:
+            raise InputError(f"{self.place}: {' or '.join(aliases)} is missing; is this a mixture-of-experts model?")
+        return key
+
+    def read_count(self, *aliases: str) -> int:
+        key = self.find_key(aliases)
+        value = self.values[key]
         if type(value) is not int or value < 1:
             raise InputError(f"{self.place}: {key} is {value!r}, expected a whole number of at least 1")
         return value
@@ -87,14 +92,13 @@ def describe(checkpoint: Checkpoint) -> Model:
     """
     architecture = _find_architecture(checkpoint)
     config = _open_config(checkpoint, architecture)
-    num_experts, top_k, num_layers, hidden_size = (
-        config.read_count(key)
-        for key in (architecture.num_experts, architecture.top_k, "num_hidden_layers", "hidden_size")
-    )
+    num_experts, top_k_key = config.read_count(*architecture.num_experts), config.find_key(architecture.top_k)
+    top_k, num_layers = config.read_count(top_k_key), config.read_count("num_hidden_layers")
+    hidden_size = config.read_count("hidden_size")
     if top_k == 1:
-        raise InputError(f"{config.place}: {architecture.top_k} is 1: each token runs one expert, none can be saved")
+        raise InputError(f"{config.place}: {top_k_key} is 1: each token runs one expert, none can be saved")
     if top_k > num_experts:
-        raise InputError(f"{config.place}: {architecture.top_k} is {top_k}, but there are only {num_experts} experts")
+        raise InputError(f"{config.place}: {top_k_key} is {top_k}, but there are only {num_experts} experts")
     selection = architecture.selections[config.read_choice("topk_method", architecture.selections, "greedy")]
     routing = _read_routing(config, architecture, selection, num_experts, top_k)
     pattern, layers = _find_routers(checkpoint, architecture, num_layers)
@@ -109,7 +113,7 @@ def describe(checkpoint: Checkpoint) -> Model:
         top_k=top_k,
         moe_layers=layers,
         router=pattern,
-        top_k_key=".".join(filter(None, (architecture.text_config, architecture.top_k))),
+        top_k_key=".".join(filter(None, (architecture.text_config, top_k_key))),
         router_sha256=_hash_routers(checkpoint, pattern, layers),
     )
     return Model(identity, hidden_size, str(config.values.get("hidden_act", "silu")), routing, tensors)

@@ -107,7 +107,8 @@ def squared_distances(
     weights = jax.vmap(lambda k: mixing_weights(scores, k, routing=routing), out_axes=1)(jnp.arange(1, top_k + 1))
     change = weights - weights[:, -1:, :]
     distances = jnp.einsum("tki,tij,tkj->tk", change, gram, change, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum(distances, 0.0)  # a quadratic form of a Gram matrix; rounding alone could make it negative
+    # A quadratic form of a Gram matrix, and zero at k = K: only rounding could make it negative, or not quite zero.
+    return jnp.maximum(distances, 0.0).at[:, -1].set(0.0)
 
 
 @partial(jax.jit, static_argnames="routing")

@@ -1,0 +1,12 @@
+"""Strictness for every test: JAX promotes neither element types nor ranks on its own, and nothing reaches a network."""
+
+import os
+
+os.environ.update(
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAX_PLATFORMS="cpu",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TRANSFORMERS_VERBOSITY="error",
+)

@@ -1,0 +1,145 @@
+"""The mathematics of one layer against loops in float64, over every routing rule that a family may declare."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lexi_search.architectures import Routing
+from lexi_search.moe import (
+    ACTIVATIONS,
+    CHUNK_SIZES,
+    ExpertWeights,
+    cut_into_chunks,
+    expert_outputs,
+    mix,
+    mixing_weights,
+    route,
+    squared_distances,
+)
+
+EXPERTS, HIDDEN, WIDTH, TOP_K, TOKENS = 8, 24, 12, 4, 40
+
+ROUTINGS = [
+    Routing(scoring=scoring, renormalize=renormalize, scale=scale, num_groups=groups, topk_groups=kept, group_score=score)
+    for scoring in ("softmax", "sigmoid")
+    for renormalize in (False, True)
+    for scale in (1.0, 2.5)
+    for groups, kept, score in ((1, 1, "max"), (4, 2, "max"), (4, 2, "top2"))
+]
+
+
+def make_layer(seed=0):
+    draw = np.random.default_rng(seed)
+    router = draw.normal(size=(EXPERTS, HIDDEN)) / 2
+    bias = draw.normal(size=EXPERTS) / 4
+    experts = [
+        tuple(draw.normal(size=shape) / 3 for shape in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+        for _ in range(EXPERTS)
+    ]
+    return router, bias, experts, draw.normal(size=(TOKENS, HIDDEN))
+
+
+def as_weights(experts, dtype=jnp.float32):
+    return tuple(ExpertWeights(*(jnp.asarray(matrix, dtype) for matrix in expert)) for expert in experts)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_k_from_one_pass_equals_the_loop(routing, biased):
+    router, bias, experts, x = make_layer()
+    bias = bias if biased else None
+    choice = route(
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(router, jnp.float32),
+        jnp.asarray(bias, jnp.float32) if biased else None,
+        routing=routing,
+        top_k=TOP_K,
+    )
+    outputs = expert_outputs(jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation="silu")
+    distances = squared_distances(outputs, choice.scores, routing=routing)
+    expected = [
+        reference.moe_output(x, router, bias, experts, routing, "silu", k) for k in range(1, TOP_K + 1)
+    ]
+    for k in range(1, TOP_K + 1):
+        mixed = mix(outputs, choice.scores, jnp.int32(k), routing=routing)
+        assert relative_error(mixed, expected[k - 1]) < 4e-7
+        far = ((expected[k - 1] - expected[-1]) ** 2).sum(axis=1)
+        np.testing.assert_allclose(distances[:, k - 1], far, rtol=1e-5, atol=1e-6 * (expected[-1] ** 2).sum(axis=1).max())
+        np.testing.assert_allclose(np.asarray(distances, np.float64).sum(axis=0)[k - 1], far.sum(), rtol=1e-6)
+    assert not distances[:, -1].any()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+def test_activations(activation):
+    router, _, experts, x = make_layer(1)
+    choice = route(jnp.asarray(x, jnp.float32), jnp.asarray(router, jnp.float32), None, routing=Routing(), top_k=TOP_K)
+    outputs = expert_outputs(jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation=activation)
+    expected = reference.moe_output(x, router, None, experts, Routing(), activation, TOP_K)
+    assert relative_error(mix(outputs, choice.scores, jnp.int32(TOP_K), routing=Routing()), expected) < 1e-6
+
+
+def test_activation_names_are_those_of_transformers():
+    activations = pytest.importorskip("transformers.activations")
+    import torch
+
+    x = np.linspace(-4, 4, 101, dtype=np.float32)
+    for name, function in ACTIVATIONS.items():
+        np.testing.assert_allclose(function(jnp.asarray(x)), activations.ACT2FN[name](torch.tensor(x)), atol=2e-6)
+
+
+def test_bfloat16_stays_near_float32():
+    """The Gram matrix keeps bf16 rounding out of the distances: compared on the same rounded weights and inputs."""
+    router, _, experts, x = make_layer(2)
+    distances = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        rounded = jnp.asarray(x, jnp.bfloat16).astype(dtype)
+        weights = tuple(
+            ExpertWeights(*(matrix.astype(dtype) for matrix in expert)) for expert in as_weights(experts, jnp.bfloat16)
+        )
+        choice = route(rounded, jnp.asarray(router, jnp.float32), None, routing=Routing(), top_k=TOP_K)
+        outputs = expert_outputs(rounded, choice.experts, weights, activation="silu")
+        assert outputs.dtype == dtype
+        distances.append(np.sqrt(np.asarray(squared_distances(outputs, choice.scores, routing=Routing())).mean(axis=0)))
+    np.testing.assert_allclose(distances[1][:-1], distances[0][:-1], rtol=3e-3)
+
+
+def test_unequal_loads():
+    """Every token to the same experts, so that some chunks are full, one is padded, and most experts have no rows."""
+    _, _, experts, _ = make_layer()
+    x = np.random.default_rng(3).normal(size=(700, HIDDEN)).astype(np.float32)
+    chosen = np.tile([[6, 2]], (700, 1))
+    chosen[0] = [7, 0]
+    outputs = expert_outputs(jnp.asarray(x), jnp.asarray(chosen), as_weights(experts), activation="relu")
+    for t in (0, 1, 350, 699):
+        for rank, e in enumerate(chosen[t]):
+            gate, up, down = experts[e]
+            expected = down @ (np.maximum(gate @ x[t], 0) * (up @ x[t]))
+            np.testing.assert_allclose(outputs[t, rank], expected, rtol=1e-4, atol=1e-5)
+
+
+@given(load=st.integers(0, 50_000))
+def test_chunks_cover_the_load(load):
+    chunks = cut_into_chunks(load)
+    assert sum(used for _, used in chunks) == load
+    assert all(size in CHUNK_SIZES and 0 < used <= size for size, used in chunks)
+    assert all(size == used for size, used in chunks[:-1])
+    assert sum(size for size, _ in chunks) <= max(1.5 * load, load + CHUNK_SIZES[0])
+
+
+@given(
+    scores=st.lists(st.floats(2**-8, 1, width=32), min_size=1, max_size=6),
+    k=st.integers(1, 6),
+    renormalize=st.booleans(),
+)
+def test_mixing_weights(scores, k, renormalize):
+    ordered = np.sort(np.asarray([scores], np.float32))[:, ::-1]
+    weights = mixing_weights(jnp.asarray(ordered), jnp.int32(k), routing=Routing(renormalize=renormalize, scale=2.0))
+    kept = np.where(np.arange(len(scores)) < k, ordered[0].astype(np.float64), 0)
+    np.testing.assert_allclose(weights[0], 2 * kept / (kept.sum() if renormalize else 1), rtol=1e-6)
+
+
+def relative_error(ours, expected):
+    return np.linalg.norm(np.asarray(ours, np.float64) - expected) / np.linalg.norm(expected)
