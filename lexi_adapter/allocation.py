@@ -1,0 +1,207 @@
+"""The allocation as the serving side reads it: a number of active experts for every MoE layer of one model.
+
+Standard library only. The file is JSON with "format": "lexi-allocation"; an `Allocation` that exists is valid.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+FORMAT = "lexi-allocation"
+KEY = "lexi_allocation"  # of the document in config.json, --hf-overrides and --additional-config
+VERSION = 1
+
+
+class AllocationError(Exception):
+    """An allocation that cannot be applied. `str(error)` is one line: the thing, the place and the remedy.
+
+    Not a ValueError: pydantic, which vLLM's configurations are made of, would bury one in a report of its own.
+    """
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model that an allocation was made for.
+
+    `moe_layers` are the decoder-layer indices that have a router, ascending; `top_k` is the model's own k, found in
+    config.json under the dotted path `top_k_key`. `router` is the name pattern of the router tensors, with one {} for
+    the layer, and `router_sha256` the SHA-256 over their stored bytes in the order of `moe_layers`.
+    """
+
+    model_type: str
+    num_hidden_layers: int
+    num_experts: int
+    top_k: int
+    moe_layers: tuple[int, ...]
+    router: str
+    top_k_key: str
+    router_sha256: str
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """`top_k[layer]` active experts for every layer of `model.moe_layers`; `budget` is their sum."""
+
+    model: ModelIdentity
+    top_k: Mapping[int, int]
+    budget: int
+    loss: float
+    optimal_loss: float
+    made_by: Mapping[str, Any]
+    gate_exponent: float | None = None
+
+    def asks_the_same_as(self, other: "Allocation") -> bool:
+        """Whether both make the same model run the same; how they were found does not matter."""
+        return (self.model, self.top_k, self.gate_exponent) == (other.model, other.top_k, other.gate_exponent)
+
+
+def read_allocation(source: str | os.PathLike[str] | Mapping[str, Any] | Allocation) -> Allocation:
+    """The allocation in a file, in a document (the file's JSON object), or as it is.
+
+    Raises:
+        AllocationError: no such file, not JSON, another format or version, or values that contradict each other.
+    """
+    if isinstance(source, Allocation):
+        return source
+    if isinstance(source, Mapping):
+        return _parse(source, "the allocation")
+    if isinstance(source, str | os.PathLike):
+        return _parse(_load(Path(source)), f"{os.fspath(source)}")
+    raise AllocationError(f"an allocation is a path or a JSON object, not {_short(source)}")
+
+
+def to_document(allocation: Allocation) -> dict[str, Any]:
+    """The JSON object that the allocation's file holds."""
+    body = {name: value for name, value in asdict(allocation).items() if value is not None}
+    body["top_k"] = {str(layer): k for layer, k in sorted(allocation.top_k.items())}
+    body["model"]["moe_layers"] = list(allocation.model.moe_layers)
+    return {"format": FORMAT, "version": VERSION, **body}
+
+
+def format_top_k(top_k: Mapping[int, int]) -> str:
+    """"0:5 1:6 ..." for logs and messages."""
+    return " ".join(f"{layer}:{k}" for layer, k in sorted(top_k.items()))
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise AllocationError(f"cannot read the allocation {path}: {error.strerror}; name an existing file") from error
+    except (ValueError, RecursionError) as error:
+        raise AllocationError(f"{path} is not JSON ({error}); write the allocation again") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a finite number")
+
+
+def _parse(document: Any, place: str) -> Allocation:
+    try:
+        return _build(document)
+    except _Unfit as error:
+        raise AllocationError(f"{place}: {error}") from None
+
+
+class _Unfit(Exception):
+    """What is wrong with a document, without the place."""
+
+
+def _build(document: Any) -> Allocation:
+    _require(isinstance(document, Mapping), f"not a JSON object but {_short(document)}")
+    found, version = document.get("format"), document.get("version")
+    _require(found == FORMAT, f'its "format" is {_short(found)}, expected "{FORMAT}"')
+    _require(
+        type(version) is int and version == VERSION,
+        f"its format version is {_short(version)}, this lexi_adapter reads {VERSION}; use the release that wrote it",
+    )
+    body = {key: value for key, value in document.items() if key not in ("format", "version")}
+    _require_keys(body, Allocation, "")
+    _require(isinstance(body["model"], Mapping), f"model is not an object: {_short(body['model'])}")
+    _require_keys(body["model"], ModelIdentity, "model.")
+    model = _build_model(body["model"])
+    top_k = _build_top_k(body["top_k"], model)
+    budget = _integer(body["budget"], "budget", 1)
+    _require(budget == sum(top_k.values()), f"budget is {budget}, but top_k sums to {sum(top_k.values())}")
+    _require(isinstance(body["made_by"], Mapping), f"made_by is not an object: {_short(body['made_by'])}")
+    exponent = body.get("gate_exponent")
+    return Allocation(
+        model=model,
+        top_k=top_k,
+        budget=budget,
+        loss=_number(body["loss"], "loss"),
+        optimal_loss=_number(body["optimal_loss"], "optimal_loss"),
+        made_by=dict(body["made_by"]),
+        gate_exponent=None if exponent is None else _number(exponent, "gate_exponent"),
+    )
+
+
+def _build_model(model: Mapping[str, Any]) -> ModelIdentity:
+    layers = _integer(model["num_hidden_layers"], "model.num_hidden_layers", 1)
+    experts = _integer(model["num_experts"], "model.num_experts", 1)
+    top_k = _integer(model["top_k"], "model.top_k", 1)
+    _require(top_k <= experts, f"model.top_k is {top_k}, more than the {experts} experts")
+    moe_layers = model["moe_layers"]
+    _require(isinstance(moe_layers, list | tuple) and moe_layers, f"model.moe_layers is {_short(moe_layers)}")
+    moe_layers = tuple(_integer(layer, "a layer of model.moe_layers", 0) for layer in moe_layers)
+    _require(
+        list(moe_layers) == sorted(set(moe_layers)) and moe_layers[-1] < layers,
+        f"model.moe_layers {list(moe_layers)} must ascend within 0..{layers - 1}",
+    )
+    text_names = ("model_type", "router", "top_k_key", "router_sha256")
+    texts = {name: _text(model[name], f"model.{name}") for name in text_names}
+    _require(texts["router"].count("{}") == 1, f"model.router {texts['router']!r} must hold exactly one {{}}")
+    return ModelIdentity(num_hidden_layers=layers, num_experts=experts, top_k=top_k, moe_layers=moe_layers, **texts)
+
+
+def _build_top_k(value: Any, model: ModelIdentity) -> dict[int, int]:
+    _require(isinstance(value, Mapping), f"top_k is not an object: {_short(value)}")
+    keys = {str(key): key for key in value}
+    for key in keys:
+        _require(key.isdecimal() and key == str(int(key)), f"key {_short(key)} of top_k is not a layer index")
+    top_k = {int(key): _integer(value[keys[key]], f"top_k of layer {key}", 1) for key in sorted(keys, key=int)}
+    missing = sorted(set(model.moe_layers) - set(top_k))
+    extra = sorted(set(top_k) - set(model.moe_layers))
+    _require(not missing, f"top_k lacks layers {missing} of model.moe_layers")
+    _require(not extra, f"top_k has layers {extra}, which are not in model.moe_layers")
+    for layer, k in top_k.items():
+        _require(k <= model.top_k, f"top_k of layer {layer} is {k}, more than the model's own {model.top_k}")
+    return top_k
+
+
+def _require_keys(value: Mapping[str, Any], cls: type, prefix: str) -> None:
+    known = {field.name for field in fields(cls)}
+    optional = {"gate_exponent"}
+    missing, extra = sorted(known - optional - set(value)), sorted(set(value) - known)
+    _require(not missing, f"missing {', '.join(prefix + name for name in missing)}")
+    _require(not extra, f"unknown {', '.join(prefix + str(name) for name in extra)}; it may need a newer lexi_adapter")
+
+
+def _integer(value: Any, what: str, least: int) -> int:
+    valid = type(value) is int and value >= least
+    _require(valid, f"{what} is {_short(value)}, an integer of at least {least} expected")
+    return value
+
+
+def _number(value: Any, what: str) -> float:
+    valid = type(value) in (int, float) and math.isfinite(value) and value >= 0
+    _require(valid, f"{what} is {_short(value)}, a finite number of at least 0 expected")
+    return float(value)
+
+
+def _text(value: Any, what: str) -> str:
+    _require(isinstance(value, str) and value, f"{what} is {_short(value)}, a text expected")
+    return value
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def _require(condition: Any, message: str) -> None:
+    if not condition:
+        raise _Unfit(message)

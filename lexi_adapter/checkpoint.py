@@ -1,0 +1,160 @@
+"""Whether an allocation fits a model folder: its config.json and the router tensors in its safetensors files.
+
+Standard library only, so that it runs before an engine starts and on machines without one.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lexi_adapter.allocation import AllocationError, ModelIdentity
+
+REMEDY = "profile and search this model with lexi-search to get one that fits"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor's bytes lie: `size` bytes from `offset` of `path`."""
+
+    path: Path
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def check_folder(model: ModelIdentity, folder: Path) -> None:
+    """Check config.json and, where there are safetensors files, the layers, shapes and bytes of the routers.
+
+    Raises:
+        AllocationError: the folder holds another model than `model` describes, or cannot be read.
+    """
+    check_config(model, read_config(folder), f"{folder}/config.json")
+    if has_weights(folder):
+        check_routers(model, folder)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds safetensors files."""
+    return any(folder.glob("*.safetensors"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    config = _read_json(folder / "config.json")
+    return config if isinstance(config, dict) else _unfit(f"{folder}/config.json is not a JSON object")
+
+
+def check_config(model: ModelIdentity, config: Mapping[str, Any], place: str) -> None:
+    """Check model type, layer count and k of a configuration as config.json has it.
+
+    A key that config.json leaves to the model code's default is not compared; the routers' shapes and the built model
+    still are.
+    """
+    *parents, key = model.top_k_key.split(".")
+    level: Any = config
+    for parent in parents:
+        level = level.get(parent) if isinstance(level, Mapping) else None
+    if not isinstance(level, Mapping):
+        _unfit(f"{place} has no {'.'.join(parents)}, where the allocation's model keeps its top-k; {REMEDY}")
+    compare("model_type", config.get("model_type"), model.model_type, place)
+    for name, expected in (("num_hidden_layers", model.num_hidden_layers), (key, model.top_k)):
+        compare(name, level.get(name, expected), expected, place)
+
+
+def compare(what: str, found: Any, expected: Any, place: str) -> None:
+    """Raise AllocationError unless `found`, which `place` says of `what`, is what the allocation expects."""
+    if found != expected:
+        _unfit(f"{place}: {what} is {found!r}, the allocation was made for {expected!r}; {REMEDY}")
+
+
+def check_routers(model: ModelIdentity, folder: Path) -> None:
+    """Check that the folder has exactly the allocation's routers, with its number of experts and its bytes."""
+    routers = find_routers(model, folder)
+    check_layers(set(routers), model, f"{folder}: router tensors {model.router!r}")
+    for layer, tensor in sorted(routers.items()):
+        if len(tensor.shape) != 2 or tensor.shape[0] != model.num_experts:
+            _unfit(
+                f"{folder}: the router of layer {layer} has shape {list(tensor.shape)}, "
+                f"the allocation was made for {model.num_experts} experts; {REMEDY}"
+            )
+    digest = hashlib.sha256()
+    for layer in model.moe_layers:
+        digest.update(_read_bytes(routers[layer]))
+    if digest.hexdigest() != model.router_sha256:
+        _unfit(f"{folder} holds other router weights than the allocation was made for (SHA-256 differs); {REMEDY}")
+
+
+def check_layers(found: set[int], model: ModelIdentity, place: str) -> None:
+    """Check that the MoE layers found at `place` are those of the allocation."""
+    missing, extra = sorted(set(model.moe_layers) - found), sorted(found - set(model.moe_layers))
+    if missing:
+        _unfit(f"{place}: none for layers {missing} of the allocation; {REMEDY}")
+    if extra:
+        _unfit(f"{place}: layers {extra} have one, the allocation has no top-k for them; {REMEDY}")
+
+
+def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
+    """Decoder-layer index -> router tensor, below `num_hidden_layers` (prediction layers past it do not count)."""
+    before, after = map(re.escape, model.router.split("{}"))
+    name_of_router = re.compile(f"{before}([0-9]+){after}")
+    matches = ((name_of_router.fullmatch(name), tensor) for name, tensor in _read_tensors(folder))
+    routers = {int(match[1]): tensor for match, tensor in matches if match}
+    return {layer: tensor for layer, tensor in routers.items() if layer < model.num_hidden_layers}
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        document = _read_json(index)
+        weight_map = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(weight_map, dict):
+            _unfit(f"{index} has no weight_map; fetch the checkpoint again")
+        shards = sorted({folder / str(name) for name in weight_map.values()})
+    else:
+        shards = sorted(folder.glob("*.safetensors"))
+    for shard in shards:
+        yield from _read_header(shard)
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file: eight bytes of header length (little endian), JSON, data."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                _unfit(f"{path} is not a whole safetensors file; fetch it again")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end <= size - 8 - length:
+                    _unfit(f"{path} ends before tensor {name}; fetch it again")
+                yield name, Tensor(path, tuple(entry["shape"]), 8 + length + begin, end - begin)
+    except OSError as error:
+        raise AllocationError(f"cannot read {path}: {error.strerror}; fetch the checkpoint again") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AllocationError(f"{path} has no safetensors header ({error}); fetch it again") from error
+
+
+def _read_bytes(tensor: Tensor) -> bytes:
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        return file.read(tensor.size)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise AllocationError(f"cannot read {path}: {error.strerror}; name a model folder") from error
+    except ValueError as error:
+        raise AllocationError(f"{path} is not JSON ({error}); fetch it again") from error
+
+
+def _unfit(message: str) -> NoReturn:
+    raise AllocationError(message)

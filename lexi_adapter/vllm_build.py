@@ -1,0 +1,222 @@
+"""How vLLM builds MoE layers, and how each gets its own top-k. Runs only where there is an allocation.
+
+Written against the sources of vLLM 0.26, 0.32 and 0.33; what differs between versions and families is in the tables.
+Nothing here imports vLLM before it is called.
+"""
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+from lexi_adapter.allocation import KEY, Allocation, AllocationError, format_top_k, read_allocation
+
+# The function that builds a MoE layer, by its names in the supported versions: 0.32 and 0.33, then 0.26.
+FACTORY_NAMES = ("FusedMoEFactory", "FusedMoE")
+
+# Blocks that route by themselves instead of calling the factory; they take its arguments by the same names.
+OWN_BLOCKS = (("vllm.model_executor.models.minicpm", "MiniCPMMoE"),)
+
+# Every place where a built layer holds its top-k, by class. Kernels, workspaces and all2all sizes are made from these.
+HOLDERS: Mapping[str, tuple[str, ...]] = {
+    "MoERunner": (
+        "router.top_k",
+        "moe_config.experts_per_token",
+        "routed_experts.top_k",
+        "routed_experts.moe_config.experts_per_token",
+        "routed_experts.expert_map_manager.top_k",
+    ),
+    "MiniCPMMoE": ("top_k",),
+}
+
+# Arguments of the factory that bring a routing of their own, with a top-k that the factory's does not decide.
+OWN_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
+
+logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so that it prints as vLLM's do
+
+
+@dataclass
+class Build:
+    """One model being built under an allocation: the layers made so far."""
+
+    allocation: Allocation
+    made: dict[int, Any] = field(default_factory=dict)
+
+
+_current: ContextVar[Build | None] = ContextVar("lexi_build", default=None)
+
+
+def hook(owner: Any, name: str, decorate: Callable[[Callable], Callable]) -> Callable:
+    """Replace the function `owner.name` by `decorate(it)`, once; returns what is there now."""
+    original = getattr(owner, name)
+    if hasattr(original, "lexi_original"):
+        return original
+    replacement = functools.wraps(original)(decorate(original))
+    replacement.lexi_original = original
+    setattr(owner, name, replacement)
+    return replacement
+
+
+def hook_build() -> None:
+    """Hook the MoE factory and the building of models in this process; calling it again changes nothing.
+
+    Raises:
+        AllocationError: this vLLM has no factory of a known name.
+    """
+    import vllm.model_executor.layers.fused_moe.layer as factory_module
+    import vllm.model_executor.model_loader.utils as loader_module
+
+    name = next((name for name in FACTORY_NAMES if hasattr(factory_module, name)), None)
+    if name is None:
+        raise AllocationError(f"{factory_module.__name__} has none of {', '.join(FACTORY_NAMES)}: unknown vLLM")
+    _replace_everywhere(hook(factory_module, name, _allocating))
+    _replace_everywhere(hook(loader_module, "initialize_model", _verifying))
+
+
+def _replace_everywhere(replacement: Any) -> None:
+    # Models and loaders import these functions by name, some of them before the hook.
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is replacement.lexi_original:
+                setattr(module, name, replacement)
+
+
+def _allocating(build_layer: Callable) -> Callable:
+    """Give a call of the factory (or of a block's __init__) its layer's top-k while a model is being built."""
+    signature = inspect.signature(build_layer)
+
+    def allocating(*args: Any, **kwargs: Any) -> Any:
+        build = _current.get()
+        if build is None:
+            return build_layer(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        layer = _find_layer(bound.arguments.get("prefix", ""))
+        if layer >= build.allocation.model.num_hidden_layers:  # a prediction layer past the decoder
+            return build_layer(*args, **kwargs)
+        bound.arguments["top_k"] = _choose_top_k(build, layer, bound.arguments)
+        layer_made = build_layer(*bound.args, **bound.kwargs)
+        build.made[layer] = bound.arguments["self"] if "self" in bound.arguments else layer_made
+        return layer_made
+
+    return allocating
+
+
+def _choose_top_k(build: Build, layer: int, arguments: Mapping[str, Any]) -> int:
+    allocation, prefix = build.allocation, arguments["prefix"]
+    if layer not in allocation.top_k:
+        raise AllocationError(f"vLLM builds MoE layer {prefix}, but the allocation has no top-k for layer {layer}")
+    if layer in build.made:
+        raise AllocationError(f"vLLM builds a second MoE layer with index {layer}, {prefix}: not supported")
+    for name in ("top_k", "num_experts"):
+        expected = getattr(allocation.model, name)
+        if arguments[name] != expected:
+            raise AllocationError(
+                f"vLLM builds {prefix} with {name} = {arguments[name]}, but the allocation was made for {expected}"
+            )
+    top_k = allocation.top_k[layer]
+    own = [name for name in OWN_ROUTING if arguments.get(name) is not None]
+    if own and top_k != allocation.model.top_k:
+        raise AllocationError(f"{prefix} routes by its own {own[0]}: this adapter cannot give it top-k {top_k}")
+    return top_k
+
+
+def _verifying(initialize_model: Callable) -> Callable:
+    """Build a model under its configuration's allocation, then look whether every layer has what it should."""
+
+    def verifying(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model_config = kwargs.get("model_config") or vllm_config.model_config
+        document = vllm_config.additional_config.get(KEY) if isinstance(vllm_config.additional_config, dict) else None
+        # A draft model reuses the layer indices, and a language model inside another is part of its build.
+        if document is None or model_config.runner_type == "draft" or _current.get() is not None:
+            return initialize_model(vllm_config, *args, **kwargs)
+        _hook_own_blocks(model_config)
+        build = Build(read_allocation(document))
+        token = _current.set(build)
+        try:
+            model = initialize_model(vllm_config, *args, **kwargs)
+        finally:
+            _current.reset(token)
+        verify(build, model, _find_stage(vllm_config))
+        _report(build.allocation, read_top_k(model), vllm_config.parallel_config)
+        return model
+
+    return verifying
+
+
+def _hook_own_blocks(model_config: Any) -> None:
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    get_model_architecture(model_config)  # imports the model's module
+    for module, name in OWN_BLOCKS:
+        if module in sys.modules:
+            hook(getattr(sys.modules[module], name), "__init__", _allocating)
+
+
+def _find_stage(vllm_config: Any) -> range:
+    """The decoder layers of this worker's pipeline stage."""
+    return range(*vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config))
+
+
+def verify(build: Build, model: Any, stage: range) -> None:
+    """Check that a built model's MoE layers in `stage` are the allocation's, and that each holds its top-k everywhere.
+
+    Raises:
+        AllocationError: naming the first layer that is missing, unexpected, or holds another top-k.
+    """
+    name = type(model).__name__
+    missing = sorted(layer for layer in build.allocation.top_k if layer in stage and layer not in build.made)
+    if missing:
+        raise AllocationError(
+            f"{name}: vLLM builds no MoE layer that this adapter knows for layers {missing} of the allocation"
+        )
+    known = {id(layer_made) for layer_made in build.made.values()}
+    for path, module, _ in _find_moe_layers(model):
+        if id(module) not in known and _find_layer(path) < build.allocation.model.num_hidden_layers:
+            raise AllocationError(f"{name}: MoE layer {path} was built around the allocation; not supported")
+    for layer, layer_made in build.made.items():
+        top_k, holders = build.allocation.top_k[layer], _find_holders(layer_made)
+        if not holders:
+            raise AllocationError(f"{name}: layer {layer} is a {type(layer_made).__name__}: not supported")
+        for holder in holders:
+            found = attrgetter(holder)(layer_made)
+            if found != top_k:
+                raise AllocationError(f"{name}: layer {layer} has {holder} = {found}, not the allocation's {top_k}")
+
+
+def read_top_k(model: Any) -> dict[int, int]:
+    """Decoder-layer index -> top-k that a live vLLM model's MoE layers run, read from their modules."""
+    return {_find_layer(path): attrgetter(holders[0])(module) for path, module, holders in _find_moe_layers(model)}
+
+
+def _find_moe_layers(model: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    for path, module in model.named_modules():
+        if holders := _find_holders(module):
+            yield path, module, holders
+
+
+def _find_holders(module: Any) -> tuple[str, ...]:
+    return next((HOLDERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in HOLDERS), ())
+
+
+def _find_layer(name: str) -> int:
+    indices = [part for part in name.split(".") if part.isdecimal()]
+    if len(indices) != 1:
+        raise AllocationError(f"MoE layer {name!r} has no single layer index in its name: not supported")
+    return int(indices[0])
+
+
+def _report(allocation: Allocation, found: Mapping[int, int], parallel_config: Any) -> None:
+    first = parallel_config.rank % parallel_config.tensor_parallel_size == 0 == parallel_config.data_parallel_rank
+    if first:
+        logger.info(
+            "LExI allocation applied: %d of %d active experts per token over %d MoE layers; top-k of each: %s",
+            sum(found.values()),
+            len(found) * allocation.model.top_k,
+            len(found),
+            format_top_k(found),
+        )

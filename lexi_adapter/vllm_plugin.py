@@ -1,0 +1,188 @@
+"""The vLLM plugin (entry point group `vllm.general_plugins`): finds the allocation, checks it, sends it to the workers.
+
+vLLM calls `register` in every process. It hooks three methods of vLLM's configuration classes, which do nothing unless
+an allocation is asked for; then `vllm_build` hooks the building of MoE layers. Nothing here imports vLLM before
+`register` runs: vLLM only logs a plugin whose import fails, and would go on to serve the model's own k.
+
+An allocation comes as `lexi_allocation` in config.json (an exported folder) or in `--hf-overrides`, or as
+`--additional-config '{"lexi_allocation": {...} or "file.json"}'`. It ends as a `Document` in `additional_config`, which
+vLLM hashes into its compile cache's key and pickles for its workers.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lexi_adapter.allocation import KEY, Allocation, AllocationError, read_allocation, to_document
+from lexi_adapter.checkpoint import check_config, check_folder, compare, read_config
+from lexi_adapter.vllm_build import hook, hook_build
+
+ALIAS = "Lexi"  # what exported folders put before their architecture, so that a vLLM without this plugin stops
+OLDEST, NEWEST = (0, 26), (0, 33)
+
+
+class Document(dict):
+    """An allocation's document inside `VllmConfig.additional_config`.
+
+    Unpickling one hooks vLLM in the receiving process, and fails where lexi_adapter is missing: a worker cannot get an
+    allocation without the code that applies it.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, (dict(self),)
+
+
+def _receive(document: dict[str, Any]) -> Document:
+    hook_build()
+    return Document(document)
+
+
+def register() -> None:
+    """Hook vLLM in this process; calling it again changes nothing.
+
+    Raises:
+        AllocationError: this vLLM lacks what is hooked.
+    """
+    try:
+        from vllm.config import ModelConfig, VllmConfig
+        from vllm.transformers_utils.config import HFConfigParser
+
+        hook(HFConfigParser, "parse", _restore_parsed)
+        hook(ModelConfig, "get_model_arch_config", _restore_overridden)
+        hook(VllmConfig, "__post_init__", _prepare_config)
+    except (ImportError, AttributeError) as error:
+        raise AllocationError(f"lexi_adapter cannot hook this vLLM ({error}); {_supported()}") from error
+
+
+def check_version(version: str) -> None:
+    """Raise AllocationError unless `version` of vLLM is one that this adapter was read and tried against."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if not match or not OLDEST <= (int(match[1]), int(match[2])) <= NEWEST:
+        raise AllocationError(f"vLLM {version} cannot apply an allocation: {_supported()}")
+
+
+def _supported() -> str:
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    return f"lexi_adapter supports vLLM {oldest} to {newest}; install one of these or serve without the allocation"
+
+
+def _restore_parsed(parse: Callable) -> Callable:
+    def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config_dict, config = parse(self, *args, **kwargs)
+        restore_architectures(config)
+        return config_dict, config
+
+    return restoring
+
+
+def _restore_overridden(get_model_arch_config: Callable) -> Callable:
+    # The first thing that vLLM does with a configuration after applying --hf-overrides.
+    def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
+        restore_architectures(self.hf_config)
+        return get_model_arch_config(self, *args, **kwargs)
+
+    return restoring
+
+
+def restore_architectures(config: Any) -> None:
+    """Give a configuration back the architecture that the export hid behind `ALIAS`, before vLLM looks at it."""
+    architectures = getattr(config, "architectures", None) or []
+    if any(name.startswith(ALIAS) for name in architectures):
+        if getattr(config, KEY, None) is None:
+            raise AllocationError(f"architectures is {architectures}, but there is no {KEY} beside it; export again")
+        config.architectures = [name.removeprefix(ALIAS) for name in architectures]
+
+
+def _prepare_config(post_init: Callable) -> Callable:
+    def preparing(self: Any, *args: Any, **kwargs: Any) -> None:
+        post_init(self, *args, **kwargs)
+        prepare(self)
+
+    return preparing
+
+
+def prepare(vllm_config: Any) -> None:
+    """Find the allocation that a VllmConfig asks for, check it, and leave it there as a `Document`.
+
+    Raises:
+        AllocationError: two allocations that disagree, one that does not fit the model, or one that this vLLM or one of
+            its settings cannot apply.
+    """
+    sources = dict(_find_sources(vllm_config))
+    if any(isinstance(source, Document) for source in sources.values()):
+        return  # a copy of a configuration that has been here
+    allocation = _agree({place: _read(source, place) for place, source in sources.items()})
+    if vllm_config.model_config is not None:
+        _check_per_layer_config(vllm_config.model_config.hf_text_config, allocation)
+    if allocation is None:
+        return
+    import vllm
+
+    check_version(vllm.__version__)
+    check_engine(allocation, vllm_config)
+    check_model(allocation, vllm_config)
+    hook_build()
+    vllm_config.additional_config = vllm_config.additional_config | {KEY: Document(to_document(allocation))}
+
+
+def _find_sources(vllm_config: Any) -> Iterator[tuple[str, Any]]:
+    additional = vllm_config.additional_config
+    if isinstance(additional, Mapping) and additional.get(KEY) is not None:
+        yield "--additional-config", additional[KEY]
+    if vllm_config.model_config is not None:
+        source = getattr(vllm_config.model_config.hf_config, KEY, None)
+        if source is not None:
+            yield "config.json or --hf-overrides", source
+
+
+def _read(source: Any, place: str) -> Allocation:
+    try:
+        return read_allocation(source)
+    except AllocationError as error:
+        raise AllocationError(f"{KEY} in {place}: {error}") from error
+
+
+def _agree(allocations: Mapping[str, Allocation]) -> Allocation | None:
+    if not allocations:
+        return None
+    first, *others = allocations.values()
+    if not all(first.asks_the_same_as(other) for other in others):
+        raise AllocationError(f"{' and '.join(allocations)} hold different allocations; give one")
+    return first
+
+
+def _check_per_layer_config(config: Any, allocation: Allocation | None) -> None:
+    """vLLM's models never read a top-k in transformers' `per_layer_config`: it must say what the allocation says."""
+    layers = getattr(config, "per_layer_config", None)
+    if "num_experts_per_tok" not in (getattr(config, "per_layer_attributes", None) or ()):
+        return
+    if allocation is None:
+        raise AllocationError(f"per_layer_config sets num_experts_per_tok without a {KEY} beside it; export again")
+    differing = [layer for layer, k in allocation.top_k.items() if layers[layer].num_experts_per_tok != k]
+    if differing:
+        raise AllocationError(f"per_layer_config and {KEY} differ in layers {differing}; export again")
+
+
+def check_engine(allocation: Allocation, vllm_config: Any) -> None:
+    """Refuse what this adapter or one of vLLM's settings cannot do with a top-k that differs between layers."""
+    if allocation.gate_exponent is not None:
+        raise AllocationError("gate_exponent is not supported by this version of lexi_adapter; search without it")
+    if vllm_config.parallel_config.all2all_backend == "flashinfer_nvlink_one_sided":
+        raise AllocationError("all2all backend flashinfer_nvlink_one_sided has one top-k for all layers; take another")
+    for config in (vllm_config.model_config, getattr(vllm_config, "aux_output_config", None)):
+        if getattr(config, "enable_return_routed_experts", False):
+            raise AllocationError("enable_return_routed_experts has one top-k for all layers; serve without it")
+
+
+def check_model(allocation: Allocation, vllm_config: Any) -> None:
+    """Check the allocation against the model, as far as that is possible before it is built."""
+    model, config = allocation.model, vllm_config.model_config
+    folder = Path(config.model)
+    compare("num_hidden_layers", config.hf_text_config.num_hidden_layers, model.num_hidden_layers, config.model)
+    if not folder.is_dir():
+        compare("model_type", config.hf_config.model_type, model.model_type, config.model)
+    elif vllm_config.load_config.load_format == "dummy":
+        check_config(model, read_config(folder), f"{folder}/config.json")
+    else:
+        check_folder(model, folder)
