@@ -1,0 +1,56 @@
+# make quickstart    profile, search, plot and export the checkpoint in examples/ (installs only what lexi_search needs)
+# make serve-demo    serve the exported folder with vLLM
+# make test          every test, with a real vLLM engine
+#
+# Each target makes its own environment. DEVICE is cpu or cuda; by default cuda where an NVIDIA driver answers.
+
+PYTHON ?= python3
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+SEARCH := .venv
+SERVE := .venv-serve
+OUT := quickstart
+CHECKPOINT := examples/tiny-olmoe
+
+export VLLM_NO_USAGE_STATS := 1
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+.PHONY: quickstart serve-demo test lint clean
+
+quickstart: $(SEARCH)/installed
+	mkdir -p $(OUT)
+	$(SEARCH)/bin/lexi-search profile $(CHECKPOINT) -o $(OUT)/profile.json
+	$(SEARCH)/bin/lexi-search search $(OUT)/profile.json --budgets 16:64:8 -o $(OUT)/allocations
+	$(SEARCH)/bin/lexi-search plot $(OUT)/profile.json -o $(OUT)/heatmap.png
+	$(SEARCH)/bin/lexi-search export $(OUT)/allocations/allocation-40.json --to vllm --model $(CHECKPOINT) \
+		-o $(OUT)/tiny-olmoe-40 --force
+
+serve-demo: quickstart $(SERVE)/installed
+	HF_HUB_OFFLINE=1 $(SERVE)/bin/python examples/serve_demo.py $(OUT)/tiny-olmoe-40
+
+test: $(SERVE)/installed
+	$(SERVE)/bin/python -m pytest
+
+lint: $(SERVE)/installed
+	$(SERVE)/bin/ruff check .
+
+$(SEARCH)/installed: pyproject.toml
+	$(PYTHON) -m venv $(SEARCH)
+	$(SEARCH)/bin/python -m pip install -q $(if $(filter cuda,$(DEVICE)),-e '.[cuda]',-e .)
+	touch $@
+
+# The CPU wheel of vLLM wants PyTorch's CPU build, which lies on PyTorch's own index unless pip is set up to find it
+# elsewhere; and it pulls in a torchvision and torchaudio built for CUDA, with which transformers cannot be imported.
+$(SERVE)/installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+ifeq ($(DEVICE),cuda)
+	$(SERVE)/bin/python -m pip install -q -e '.[serve,dev]'
+else
+	$(SERVE)/bin/python -m pip install -q 'torch==2.13.0+cpu' 2>/dev/null \
+		|| $(SERVE)/bin/python -m pip install -q --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
+	$(SERVE)/bin/python -m pip install -q -e '.[serve-cpu,dev]'
+	$(SERVE)/bin/python -m pip uninstall -q -y torchvision torchaudio
+endif
+	touch $@
+
+clean:
+	rm -rf $(SEARCH) $(SERVE) $(OUT)
