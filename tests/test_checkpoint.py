@@ -15,7 +15,9 @@ from safetensors.numpy import save, save_file
 from lexi_search.checkpoint import INDEX, open_checkpoint, read_header
 from lexi_search.errors import InputError
 
-ARRAYS = st.sampled_from([np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]).flatmap(
+ARRAYS = st.sampled_from(
+    [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]
+).flatmap(
     lambda dtype: hnp.arrays(np.uint8, hnp.array_shapes(max_dims=3, max_side=4, min_side=0)).map(
         lambda array: array.astype(dtype)
     )
@@ -50,7 +52,9 @@ def test_reads_float8(folder):
 
 
 def test_reads_into_a_reused_buffer(folder):
-    save_file({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float16)}, folder / "model.safetensors")
+    save_file(
+        {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float16)}, folder / "model.safetensors"
+    )
     checkpoint, buffer = open_checkpoint(folder), np.empty(64, np.uint8)
     a = checkpoint.read("a", buffer)
     assert np.shares_memory(a, buffer) and a.tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -90,11 +90,14 @@ def test_renormalisation_follows_the_config(name, renormalize, tmp_path):
 def fuse(tensors, *, transposed):
     """Put each layer's per-expert matrices into `experts.gate_up_proj` and `experts.down_proj`."""
     names = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
-    stems = sorted({key.split(".experts.")[0] for key in tensors if ".mlp.experts." in key or ".block_sparse_moe.experts." in key})
+    stems = sorted(
+        {key.split(".experts.")[0] for key in tensors if ".mlp.experts." in key or ".block_sparse_moe.experts." in key}
+    )
     fused = {key: value for key, value in tensors.items() if ".experts." not in key}
     for stem in stems:
         matrices = {
-            role: torch.stack([tensors[key] for key in sorted_keys(tensors, stem, options)]) for role, options in names.items()
+            role: torch.stack([tensors[key] for key in sorted_keys(tensors, stem, options)])
+            for role, options in names.items()
         }
         gate_up, down = torch.cat([matrices["gate"], matrices["up"]], dim=1), matrices["down"]
         fused[f"{stem}.experts.gate_up_proj"] = (gate_up.mT if transposed else gate_up).contiguous()

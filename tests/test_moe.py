@@ -23,7 +23,9 @@ from lexi_search.moe import (
 EXPERTS, HIDDEN, WIDTH, TOP_K, TOKENS = 8, 24, 12, 4, 40
 
 ROUTINGS = [
-    Routing(scoring=scoring, renormalize=renormalize, scale=scale, num_groups=groups, topk_groups=kept, group_score=score)
+    Routing(
+        scoring=scoring, renormalize=renormalize, scale=scale, num_groups=groups, topk_groups=kept, group_score=score
+    )
     for scoring in ("softmax", "sigmoid")
     for renormalize in (False, True)
     for scale in (1.0, 2.5)
@@ -60,14 +62,14 @@ def test_every_k_from_one_pass_equals_the_loop(routing, biased):
     )
     outputs = expert_outputs(jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation="silu")
     distances = squared_distances(outputs, choice.scores, routing=routing)
-    expected = [
-        reference.moe_output(x, router, bias, experts, routing, "silu", k) for k in range(1, TOP_K + 1)
-    ]
+    expected = [reference.moe_output(x, router, bias, experts, routing, "silu", k) for k in range(1, TOP_K + 1)]
     for k in range(1, TOP_K + 1):
         mixed = mix(outputs, choice.scores, jnp.int32(k), routing=routing)
         assert relative_error(mixed, expected[k - 1]) < 4e-7
         far = ((expected[k - 1] - expected[-1]) ** 2).sum(axis=1)
-        np.testing.assert_allclose(distances[:, k - 1], far, rtol=1e-5, atol=1e-6 * (expected[-1] ** 2).sum(axis=1).max())
+        np.testing.assert_allclose(
+            distances[:, k - 1], far, rtol=1e-5, atol=1e-6 * (expected[-1] ** 2).sum(axis=1).max()
+        )
         np.testing.assert_allclose(np.asarray(distances, np.float64).sum(axis=0)[k - 1], far.sum(), rtol=1e-6)
     assert not distances[:, -1].any()
 

@@ -45,7 +45,10 @@ MIXTRAL = COMMON | dict(intermediate_size=96, num_local_experts=8, num_experts_p
 # One entry a family: the transformers class that makes it and its settings. DeepSeek-VL2 and MiniCPM-MoE have no class
 # there: their language models are DeepSeek-V2 and (with neutral scales) Mixtral under other names.
 FAMILIES = {
-    "olmoe": ("Olmoe", COMMON | dict(intermediate_size=32, num_experts=16, num_experts_per_tok=4, norm_topk_prob=False)),
+    "olmoe": (
+        "Olmoe",
+        COMMON | dict(intermediate_size=32, num_experts=16, num_experts_per_tok=4, norm_topk_prob=False),
+    ),
     "mixtral": ("Mixtral", MIXTRAL),
     "qwen2_moe": (
         "Qwen2Moe",
@@ -74,7 +77,10 @@ FAMILIES = {
         ),
     ),
     "deepseek_v2": ("DeepseekV2", DEEPSEEK),
-    "deepseek_vl2": ("DeepseekV2", DEEPSEEK | dict(topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0)),
+    "deepseek_vl2": (
+        "DeepseekV2",
+        DEEPSEEK | dict(topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0),
+    ),
     "minicpm": ("Mixtral", MIXTRAL),
 }
 
@@ -89,7 +95,9 @@ def build_reference(family: str, *, seed: int = 0, **changes):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in model.named_parameters():
-            if value.ndim > 1:  # a fan-in scale: at transformers' 0.02 the experts' outputs would vanish beside the residual
+            if (
+                value.ndim > 1
+            ):  # a fan-in scale: at transformers' 0.02 the experts' outputs would vanish beside the residual
                 value.normal_(0.0, value.shape[-1] ** -0.5, generator=generator)
             if key.endswith("mlp.gate.weight"):
                 value.mul_(2.0)
@@ -138,7 +146,14 @@ def _vl2_config(config):
         "global_view_pos": "head",
         "dtype": config.get("dtype", "float32"),
         "language_config": text,
-        "vision_config": {"model_type": "vision", "layers": 1, "width": 64, "heads": 2, "patch_size": 16, "image_size": 384},
+        "vision_config": {
+            "model_type": "vision",
+            "layers": 1,
+            "width": 64,
+            "heads": 2,
+            "patch_size": 16,
+            "image_size": 384,
+        },
         "projector_config": {"model_type": "mlp_projector", "input_dim": 64, "n_embed": text["hidden_size"]},
     }
 
@@ -163,10 +178,10 @@ def _minicpm_config(config):
     }
 
 
-MINICPM_CONFIGURATION = '''from transformers.configuration_utils import PretrainedConfig
+MINICPM_CONFIGURATION = """from transformers.configuration_utils import PretrainedConfig
 
 
 class MiniCPMConfig(PretrainedConfig):
     model_type = "minicpm"
     keys_to_ignore_at_inference = ["past_key_values"]
-'''
+"""
