@@ -1,13 +1,13 @@
 """An allocation in the forms that serving teams use: plain lists, config overlays, a `vllm serve` command, a folder.
 
 transformers has a convention for layers that differ from the config, `per_layer_config`, and vLLM's `--hf-overrides`
-passes it through. vLLM's own models read the global k only, so whatever is made for vLLM also names an architecture
-that nobody but the LExI plugin registers: without the plugin vLLM refuses to start instead of serving the full k.
+passes it through. Up to now neither acts on it: their models read the one global k, and lexi_adapter applies the k per
+layer. So whatever is made for vLLM also names an architecture that only the LExI plugin registers: without the plugin
+vLLM refuses to start instead of serving the full k.
 """
 
 import json
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -17,7 +17,7 @@ from typing import Any
 
 from lexi_search.artifacts import Allocation, ModelIdentity, to_document
 from lexi_search.errors import InputError
-from lexi_search.files import read_json_object
+from lexi_search.files import find_folder, read_json_object
 
 ALIAS = "Lexi"
 # The hub's DeepSeek-VL2 configs name no architecture; vLLM is told this one.
@@ -39,30 +39,30 @@ def format_csv(allocation: Allocation) -> str:
 
 
 def make_overlay(allocation: Allocation) -> dict[str, Any]:
-    """What to lay over config.json for transformers 5: `per_layer_config` at the level where the model's own k is.
+    """What to lay over config.json by transformers 5's convention, at the level where the model's own k is.
 
-    Raises InputError for an allocation with a gate exponent, which no config can express.
+    Raises InputError for an allocation with a gate exponent, which the convention cannot express.
     """
     if allocation.gate_exponent is not None:
-        raise InputError("transformers cannot apply a gate exponent from a config; use lexi_adapter.apply(model, ...)")
+        raise InputError("a config cannot hold a gate exponent; apply the allocation itself, with lexi_adapter.apply")
     return _overlay(allocation)
 
 
-def make_vllm_overrides(allocation: Allocation, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What to give vLLM as `--hf-overrides`: the overlay, the allocation itself, and the plugin's architecture names.
+def make_transformers_overrides(allocation: Allocation) -> dict[str, Any]:
+    """What changes in config.json for a model folder that transformers loads: the overlay and the allocation itself."""
+    return {**_overlay(allocation), "lexi_allocation": to_document(allocation)}
 
-    Raises InputError if `config` is of another model or has been changed before.
+
+def make_vllm_overrides(allocation: Allocation, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What to give vLLM as `--hf-overrides`: all of that, and architecture names that the plugin alone registers.
+
+    Raises InputError for a config that names no architecture.
     """
-    check_config(allocation.model, config)
     default = DEFAULT_ARCHITECTURES.get(allocation.model.model_type)
     names = config.get("architectures") or ([default] if default else [])
     if not names:
         raise InputError("config.json names no architectures, and without them nothing can be served")
-    return {
-        **_overlay(allocation),
-        "architectures": [ALIAS + name for name in names],
-        "lexi_allocation": to_document(allocation),
-    }
+    return {**make_transformers_overrides(allocation), "architectures": [ALIAS + name for name in names]}
 
 
 def format_vllm_command(model: str, model_type: str, overrides: Mapping[str, Any] | None = None) -> str:
@@ -73,6 +73,11 @@ def format_vllm_command(model: str, model_type: str, overrides: Mapping[str, Any
     if overrides is not None:
         words += ["--hf-overrides", json.dumps(overrides, sort_keys=True, separators=(",", ":"))]
     return shlex.join(words)
+
+
+def format_transformers_call(folder: str, allocation: str) -> str:
+    """The Python expression that loads an exported folder and applies the allocation (a file) to the model."""
+    return f"lexi_adapter.apply(transformers.AutoModelForCausalLM.from_pretrained({folder!r}), {allocation!r})"
 
 
 def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
@@ -94,18 +99,8 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The parsed config.json of a folder or, if no such path exists, of a hub id (fetched through the hub's cache)."""
-    if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return read_json_object(hf_hub_download(model, "config.json"))
-        except InputError:
-            raise
-        except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise InputError(f"{model}: no such folder here, and not to be had from the hub ({reason})") from error
-    return read_json_object(Path(model) / "config.json")
+    """The parsed config.json of a folder or, fetched, of a hub id."""
+    return read_json_object(find_folder(model, ["config.json"]) / "config.json")
 
 
 def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force: bool = False) -> None:
@@ -117,6 +112,8 @@ def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force
     Raises InputError where `folder` cannot be written or holds something else.
     """
     source, target = Path(os.path.abspath(model)), Path(os.path.realpath(folder))
+    if not source.is_dir():
+        raise InputError(f"{model}: no such folder; links need the model on this machine, so download it first")
     changed = merge(read_json_object(source / "config.json"), overrides)
     _check_target(target, Path(os.path.realpath(model)), force)
     building = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"

@@ -1,0 +1,69 @@
+"""The heatmap shows the table it is given, and its file is the same each time."""
+
+import numpy as np
+import pytest
+from synthetic import make_allocation, make_profile
+
+from lexi_search.errors import InputError
+from lexi_search.plots import draw_heatmap, render
+
+SKIPPED_FIRST = {"num_hidden_layers": 62, "moe_layers": tuple(range(1, 62))}
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "rms", "squared"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_heatmap_shows_the_table(loss, normalised):
+    profile = make_profile(5, 3)
+    axes, colourbar = draw_heatmap(profile, loss=loss, normalised=normalised).axes
+    [image] = axes.images
+    np.testing.assert_array_equal(image.get_array().T, profile.losses(loss, normalised=normalised))
+    assert image.origin == "lower"
+    assert image.get_extent() == [-0.5, 4.5, 0.5, 3.5]
+    assert (image.get_array().max() == 1) == normalised
+    assert ("relative" in colourbar.get_ylabel()) == normalised
+
+
+def test_ticks_name_decoder_layers_and_stay_apart():
+    figure = draw_heatmap(make_profile(61, 8, **SKIPPED_FIRST))
+    axes = figure.axes[0]
+    labels = dict(zip(axes.get_xticks(), (tick.get_text() for tick in axes.get_xticklabels()), strict=True))
+    assert all(int(label) == position + 1 for position, label in labels.items())
+    figure.draw_without_rendering()
+    boxes = [tick.get_window_extent() for tick in axes.get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+
+
+def test_allocations_are_steps_at_their_k():
+    allocations = [make_allocation(6, 4), make_allocation(6, 4, gate_exponent=0.5)]
+    axes = draw_heatmap(make_profile(6, 4), allocations).axes[0]
+    assert len(axes.patches) == 2
+    for patch, allocation in zip(axes.patches, allocations, strict=True):
+        values, edges, _ = patch.get_data()
+        np.testing.assert_array_equal(np.round(values), [allocation.top_k[layer] for layer in range(6)])
+        np.testing.assert_array_equal(edges, np.arange(7) - 0.5)
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["B = 13", "B = 13"]
+
+
+def test_allocation_of_another_model_is_refused():
+    with pytest.raises(InputError, match="the allocation with budget 13 is for another model than the profile"):
+        draw_heatmap(make_profile(6, 4), [make_allocation(6, 4, router_sha256="f" * 64)])
+
+
+@pytest.mark.parametrize("file_format, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_files_are_the_same_each_time(file_format, start):
+    draw = lambda: render(draw_heatmap(make_profile(61, 8, **SKIPPED_FIRST)), file_format)  # noqa: E731
+    first = draw()
+    assert first.startswith(start)
+    assert draw() == first
+    assert b"Date" not in first and b"dc:date" not in first
+
+
+@pytest.mark.parametrize("file_format", ["jpg", "", "pdf"])
+def test_other_formats_are_refused(file_format):
+    with pytest.raises(InputError, match="name a file in .png or .svg"):
+        render(draw_heatmap(make_profile()), file_format)
+
+
+def test_a_profile_without_any_loss_can_be_drawn():
+    profile = make_profile(3, 1)
+    assert render(draw_heatmap(profile), "png")
