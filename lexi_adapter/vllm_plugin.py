@@ -70,7 +70,7 @@ def _supported() -> str:
 def _restore_parsed(parse: Callable) -> Callable:
     def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
         config_dict, config = parse(self, *args, **kwargs)
-        restore_architectures(config)
+        restore(config)
         return config_dict, config
 
     return restoring
@@ -79,19 +79,44 @@ def _restore_parsed(parse: Callable) -> Callable:
 def _restore_overridden(get_model_arch_config: Callable) -> Callable:
     # The first thing that vLLM does with a configuration after applying --hf-overrides.
     def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
-        restore_architectures(self.hf_config)
+        restore(self.hf_config)
         return get_model_arch_config(self, *args, **kwargs)
 
     return restoring
 
 
-def restore_architectures(config: Any) -> None:
-    """Give a configuration back the architecture that the export hid behind `ALIAS`, before vLLM looks at it."""
-    architectures = getattr(config, "architectures", None) or []
+def restore(config: Any) -> None:
+    """Undo, in a Hugging Face configuration, what an export changed for engines without this plugin.
+
+    The architecture's own name comes back from behind `ALIAS`, and the top-k leaves transformers' `per_layer_config`:
+    vLLM's models do not read it there, and vLLM refuses some models (those with latent attention) whose layers differ.
+
+    Raises:
+        AllocationError: either is there without an allocation, or `per_layer_config` differs from it.
+    """
+    source, architectures = getattr(config, KEY, None), getattr(config, "architectures", None) or []
     if any(name.startswith(ALIAS) for name in architectures):
-        if getattr(config, KEY, None) is None:
+        if source is None:
             raise AllocationError(f"architectures is {architectures}, but there is no {KEY} beside it; export again")
         config.architectures = [name.removeprefix(ALIAS) for name in architectures]
+    text_config = config.get_text_config()
+    attributes = getattr(text_config, "per_layer_attributes", None) or set()
+    if source is None and "num_experts_per_tok" in attributes:
+        raise AllocationError(f"per_layer_config sets num_experts_per_tok without a {KEY} beside it; export again")
+    if source is not None:
+        allocation = _read(source, "config.json or --hf-overrides")
+        top_k_key = allocation.model.top_k_key.rpartition(".")[2]
+        if top_k_key in attributes:
+            _take_top_k_out(text_config, top_k_key, attributes - {top_k_key}, allocation)
+
+
+def _take_top_k_out(config: Any, top_k_key: str, others: set[str], allocation: Allocation) -> None:
+    layers = list(config.per_layer_config)
+    differing = [layer for layer, k in allocation.top_k.items() if getattr(layers[layer], top_k_key) != k]
+    if differing:
+        raise AllocationError(f"per_layer_config and {KEY} differ in layers {differing}; export again")
+    rest = {index: {name: getattr(layer, name) for name in others} for index, layer in enumerate(layers)}
+    config.per_layer_config = rest if others else None
 
 
 def _prepare_config(post_init: Callable) -> Callable:
@@ -113,8 +138,6 @@ def prepare(vllm_config: Any) -> None:
     if any(isinstance(source, Document) for source in sources.values()):
         return  # a copy of a configuration that has been here
     allocation = _agree({place: _read(source, place) for place, source in sources.items()})
-    if vllm_config.model_config is not None:
-        _check_per_layer_config(vllm_config.model_config.hf_text_config, allocation)
     if allocation is None:
         return
     import vllm
@@ -150,18 +173,6 @@ def _agree(allocations: Mapping[str, Allocation]) -> Allocation | None:
     if not all(first.asks_the_same_as(other) for other in others):
         raise AllocationError(f"{' and '.join(allocations)} hold different allocations; give one")
     return first
-
-
-def _check_per_layer_config(config: Any, allocation: Allocation | None) -> None:
-    """vLLM's models never read a top-k in transformers' `per_layer_config`: it must say what the allocation says."""
-    layers = getattr(config, "per_layer_config", None)
-    if "num_experts_per_tok" not in (getattr(config, "per_layer_attributes", None) or ()):
-        return
-    if allocation is None:
-        raise AllocationError(f"per_layer_config sets num_experts_per_tok without a {KEY} beside it; export again")
-    differing = [layer for layer, k in allocation.top_k.items() if layers[layer].num_experts_per_tok != k]
-    if differing:
-        raise AllocationError(f"per_layer_config and {KEY} differ in layers {differing}; export again")
 
 
 def check_engine(allocation: Allocation, vllm_config: Any) -> None:

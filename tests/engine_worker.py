@@ -1,0 +1,87 @@
+"""Runs vLLM engines one after the other in a process of its own: JSON jobs on standard input, JSON results in a file.
+
+A job is {"model": folder, "options": {...}, "prompts": [[token, ...], ...], "max_tokens": n}; its result holds the
+top-k of every MoE layer read from the live modules, prompt log-probabilities, and greedy tokens; or the error. A job
+may name one of `SUBSTITUTES` for parts that vLLM's CPU build has no kernels or libraries for.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+DEFAULTS = dict(
+    dtype="float32",
+    max_model_len=64,
+    max_num_batched_tokens=64,
+    enforce_eager=True,
+    skip_tokenizer_init=True,
+    gpu_memory_utilization=0.1,
+    seed=0,
+)
+
+
+def substitute_moe_kernels():
+    """MiniCPM's block calls two Triton kernels by name: give it the same in plain torch."""
+    import torch
+    import vllm.model_executor.models.minicpm as minicpm
+
+    def fused_topk(hidden, logits, top_k, renormalize):
+        weights, ids = logits.float().softmax(-1).topk(top_k)
+        return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids, None
+
+    def fused_experts(hidden, gate_up, down, weights, ids):
+        out = torch.zeros_like(hidden)
+        for token, expert in ((t, e) for t in range(ids.shape[0]) for e in range(ids.shape[1])):
+            gate, up = (gate_up[ids[token, expert]] @ hidden[token]).chunk(2)
+            out[token] += weights[token, expert] * (down[ids[token, expert]] @ (torch.nn.functional.silu(gate) * up))
+        return out
+
+    minicpm.fused_topk, minicpm.fused_experts = fused_topk, fused_experts
+
+
+def leave_out_vision_tower():
+    """DeepSeek-VL2's tower needs timm and torchvision; prompts of text alone never reach it."""
+    import torch
+    from vllm.model_executor.models.deepseek_vl2 import DeepseekVLV2ForCausalLM
+
+    DeepseekVLV2ForCausalLM._init_vision_module = lambda *args, **kwargs: torch.nn.Module()
+
+
+SUBSTITUTES = {"minicpm": substitute_moe_kernels, "deepseek_vl2": leave_out_vision_tower}
+
+
+def run(job):
+    from vllm import LLM, SamplingParams
+
+    from lexi_adapter.vllm_build import read_top_k
+
+    if job.get("substitute"):
+        SUBSTITUTES[job["substitute"]]()
+    llm = LLM(job["model"], **DEFAULTS | job.get("options", {}))
+    (top_k,) = llm.apply_model(read_top_k)
+    sampling = SamplingParams(max_tokens=job["max_tokens"], temperature=0, detokenize=False, prompt_logprobs=0)
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    return {
+        "top_k": top_k,
+        "logprobs": [[next(iter(place.values())).logprob for place in o.prompt_logprobs[1:]] for o in outputs],
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+    }
+
+
+def run_guarded(job):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        return run(job)
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    results = [run_guarded(job) for job in json.load(sys.stdin)]
+    Path(sys.argv[1]).write_text(json.dumps(results))
