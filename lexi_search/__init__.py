@@ -24,6 +24,7 @@ _MODULE_OF = {
     "profile_layers": "profiling",
     "search": "evolution",
     "solve": "exact",
+    "allocate": "allocations",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

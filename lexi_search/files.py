@@ -100,6 +100,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     temporary.unlink()
 
 
+def check_writable_folder(path: str | os.PathLike[str]) -> None:
+    """Raise InputError unless files can be written into `path`, a folder that is there or can be made."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InputError(f"cannot write {path}: not a folder; choose another name")
+    check_writable(os.path.join(path, "file") if os.path.isdir(path) else path)
+
+
 def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     target = Path(os.path.realpath(path))
     temporary = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"

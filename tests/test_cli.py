@@ -1,0 +1,581 @@
+"""`lexi-search` as users meet it: what it prints and writes, what it refuses, and that it leaves nothing behind."""
+
+import inspect
+import json
+import os
+import pty
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+from synthetic import make_allocation, make_profile
+
+import lexi_search
+from lexi_search import artifacts
+from lexi_search.cli import find_dtype, main, parse_budgets, parse_layers
+from lexi_search.errors import InputError
+
+FAST = ["--batch", "2", "--length", "32", "--relative-error", "0.2"]
+CALL = [sys.executable, "-c", "from lexi_search.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.make_checkpoint("olmoe", tmp_path_factory.mktemp("checkpoint") / "olmoe")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory of the commands under test. What they compile in this process is not kept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return result.stdout
+
+
+def refuse(*arguments):
+    """The one line that the command refuses with."""
+    before = sorted(Path.cwd().rglob("*"))
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert sorted(Path.cwd().rglob("*")) == before
+    return result.stderr.removeprefix("Error: ").rstrip("\n")
+
+
+def write(path, artifact):
+    path.write_bytes(artifacts.to_bytes(artifact))
+    return path
+
+
+# --- profile
+
+
+def test_profile_writes_the_file_and_says_where(folder, checkpoint):
+    assert succeed("profile", checkpoint, *FAST) == "profile.json\n"
+    profile = artifacts.read_profile("profile.json")
+    assert tuple(profile.layers) == profile.model.moe_layers == (0, 1, 2)
+    assert profile.model.model_type == "olmoe"
+    assert profile.settings == artifacts.ProfileSettings("paper", 0, 2, 32, "float32", 0.2, 2**20)
+    assert profile.made_by == {"lexi_search": lexi_search.__version__}
+    assert os.listdir() == ["profile.json"]
+
+
+def test_profile_has_the_same_bytes_with_the_same_seed_only(folder, checkpoint):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        succeed("profile", checkpoint, *FAST, "--seed", seed, "-o", name)
+    first, again, other = (Path(name).read_bytes() for name in "abc")
+    assert first == again != other
+
+
+def test_profile_of_some_layers_has_what_the_whole_has(folder, checkpoint):
+    succeed("profile", checkpoint, *FAST, "-o", "whole")
+    succeed("profile", checkpoint, *FAST, "-o", "part", "--layers", "1:2")
+    whole, part = artifacts.read_profile("whole"), artifacts.read_profile("part")
+    assert part.layers == {layer: whole.layers[layer] for layer in (1, 2)}
+    message = refuse("search", "part", "--budget", "6")
+    assert message == (
+        "the profile lacks 1 of the model's 3 MoE layers, the first is 0; an allocation needs them all, "
+        "so profile without --layers"
+    )
+
+
+def test_dtype_is_the_experts_own_unless_told(checkpoint):
+    from lexi_search.checkpoint import open_checkpoint
+    from lexi_search.models import describe
+
+    opened = open_checkpoint(checkpoint)
+    assert find_dtype(opened, describe(opened)) == "float32"
+
+
+def damage(folder, **changes):
+    """Rewrite the shard with tensors replaced, or left out where the new value is None."""
+    shard = folder / "model.safetensors"
+    tensors = {name: changes.get(name, value) for name, value in load_file(shard).items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, shard, {"format": "pt"})
+
+
+def expert_names(folder):
+    return sorted(name for name in load_file(folder / "model.safetensors") if "layers.1." in name and "experts" in name)
+
+
+def remove_config(folder):
+    (folder / "config.json").unlink()
+
+
+def spoil_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def truncate_shard(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+def lengthen_header(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(data)) + data[8:])
+
+
+def remove_expert(folder):
+    damage(folder, **{expert_names(folder)[-1]: None})
+
+
+def reshape_expert(folder):
+    name = expert_names(folder)[-1]
+    damage(folder, **{name: load_file(folder / "model.safetensors")[name][..., :-1].copy()})
+
+
+def put_in_expert(value):
+    def put(folder):
+        name = expert_names(folder)[-1]
+        tensor = load_file(folder / "model.safetensors")[name].copy()
+        tensor[..., -1] = value
+        damage(folder, **{name: tensor})
+
+    return put
+
+
+def reduce_k(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+
+
+def rename_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (shutil.rmtree, ["no such folder"]),
+        (remove_config, ["config.json", "No such file"]),
+        (spoil_config, ["config.json", "not JSON"]),
+        (truncate_shard, ["model.safetensors", "truncated"]),
+        (lengthen_header, ["model.safetensors", "header"]),
+        (remove_expert, ["layers.1.", "experts", "missing"]),
+        (reshape_expert, ["layers.1.", "experts", "shape"]),
+        (put_in_expert(np.nan), ["layers.1.", "experts", "NaN"]),
+        (put_in_expert(np.inf), ["layers.1.", "experts", "Inf"]),
+        (reduce_k, ["num_experts_per_tok is 1"]),
+        (rename_model, ["'llama' is not known", "mixtral", "qwen3_moe"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_profile_refuses_a_damaged_checkpoint(folder, checkpoint, spoil, words):
+    spoil(Path(shutil.copytree(checkpoint, folder / "model")))
+    message = refuse("profile", "model", *FAST)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--layers", "2:1"], "--layers '2:1' is not understood; write 0:15 (both ends included), 3, or 0,2,5"),
+        (["--layers", "7"], "layer 7 is no MoE layer; those are 0, 1, 2"),
+        (["--batch", "0"], "batch is 0, at least 1 expected"),
+        (["--length", "-1"], "length is -1, at least 1 expected"),
+        (["--samples", "0"], "max_samples is 0, at least 1 expected"),
+        (["--samples", "63"], "at most 63 samples allow no iteration of batch 2 x length 32; raise the cap"),
+        (["--relative-error", "nan"], "relative_error is nan, a finite number of at least 0 expected"),
+        (["-o", "absent/profile.json"], "cannot write absent/profile.json: No such file or directory"),
+        (["-o", "."], "cannot write .: not a regular file"),
+        (["-o", "/proc/profile.json"], "cannot write /proc/profile.json: No such file or directory"),
+    ],
+)
+def test_profile_refuses_options(folder, checkpoint, options, message):
+    assert message in refuse("profile", checkpoint, *FAST, *options)
+
+
+def test_output_is_checked_before_the_long_computation(folder, monkeypatch):
+    assert "cannot write absent/p.json" in refuse("profile", "no-such-model", "-o", "absent/p.json")
+
+    def deny(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", deny)
+    assert "cannot write profile.json: Read-only file system" in refuse("profile", "no-such-model")
+
+
+def test_a_read_only_file_system_is_refused(folder, checkpoint):
+    """/sys/kernel is one that even root cannot write to."""
+    assert "cannot write /sys/kernel/profile.json: " in refuse("profile", checkpoint, "-o", "/sys/kernel/profile.json")
+
+
+# --- search
+
+
+def sum_losses(table, allocation):
+    return sum(row[allocation.top_k[layer] - 1] for layer, row in enumerate(table))
+
+
+def test_search_one_budget_writes_a_file(folder):
+    profile = make_profile()
+    output = succeed("search", write(folder / "profile.json", profile), "--budget", 9)
+    allocation = artifacts.read_allocation("allocation.json")
+    assert allocation.budget == 9
+    assert allocation.model == profile.model
+    assert allocation.made_by["profile_sha256"] == artifacts.sha256(profile)
+    assert allocation.loss == pytest.approx(
+        sum(profile.losses("frobenius")[i][allocation.top_k[i] - 1] for i in range(4))
+    )
+    header, row, last = output.splitlines()[1:]
+    assert header.split() == ["budget", "average", "k", "loss", "optimum", "gap", "%", "uniform", "k", "per", "layer"]
+    figures = [f"{allocation.loss:.6g}", f"{allocation.optimal_loss:.6g}", "0"]
+    assert row.split() == ["9", "2.25", *figures, *map(str, allocation.top_k.values())]
+    assert last == "allocation.json"
+
+
+def test_search_many_budgets_writes_a_folder(folder):
+    output = succeed("search", write(folder / "p", make_profile()), "--budgets", "4:16:4", "--budget", "7", "--json")
+    rows = json.loads(output)
+    assert [row["budget"] for row in rows] == [4, 7, 8, 12, 16]
+    assert sorted(os.listdir("allocations")) == sorted(f"allocation-{b}.json" for b in (4, 7, 8, 12, 16))
+    for row in rows:
+        allocation = artifacts.read_allocation(row["file"])
+        assert row["top_k"] == {str(layer): k for layer, k in allocation.top_k.items()}
+        assert (row["loss"], row["optimal_loss"]) == (allocation.loss, allocation.optimal_loss)
+        assert row["average_k"] == row["budget"] / 4
+        assert row["gap"] == 0
+    table = make_profile().losses("frobenius")
+    uniform = {k * 4: pytest.approx(sum(row[k - 1] for row in table)) for k in (1, 2, 3, 4)}
+    assert {row["budget"]: row["uniform_loss"] for row in rows} == uniform | {7: None}
+
+
+def test_search_of_a_range_with_one_budget_still_writes_a_folder(folder):
+    succeed("search", write(folder / "p", make_profile()), "--budgets", "8:8:1", "-o", "out")
+    assert os.listdir("out") == ["allocation-8.json"]
+
+
+def test_search_has_the_same_bytes_with_the_same_seed(folder):
+    write(folder / "p", make_profile(12, 8))
+    for name in "ab":
+        succeed("search", "p", "--budget", "40", "-o", name, "--seed", "3")
+    assert Path("a").read_bytes() == Path("b").read_bytes()
+
+
+def test_search_keeps_to_bounds_and_losses(folder):
+    profile = make_profile(6, 4)
+    write(folder / "p", profile)
+    succeed("search", "p", "--budget", "15", "--min-k", "2", "--max-k", "3", "--loss", "squared")
+    allocation = artifacts.read_allocation("allocation.json")
+    assert set(allocation.top_k.values()) == {2, 3}
+    assert allocation.made_by["loss"] == "squared"
+    assert allocation.loss == pytest.approx(sum_losses(profile.losses("squared"), allocation))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "no budget given; add --budget B or --budgets START:STOP:STEP"),
+        (["--budget", "3"], "budget 3 is outside 4..16"),
+        (["--budget", "17"], "budget 17 is outside 4..16"),
+        (["--budget", "8", "--budget", "99"], "budget 99 is outside 4..16"),
+        (["--budgets", "4:20:4"], "budget 20 is outside 4..16"),
+        (["--budget", "6", "--min-k", "2"], "budget 6 is outside 8..16"),
+        (["--budget", "14", "--max-k", "3"], "budget 14 is outside 4..12"),
+        (["--budget", "8", "--max-k", "5"], "max_k=5 must be an integer in 1..4"),
+        (["--budget", "8", "--min-k", "0"], "min_k=0 must be an integer in 1..4"),
+        (["--budgets", "8:4:1"], "--budgets '8:4:1' is not understood; write START:STOP:STEP, such as 64:128:8"),
+        (["--budgets", "8"], "--budgets '8' is not understood"),
+        (["--budgets", "4:8:0"], "--budgets '4:8:0' is not understood"),
+        (["--budget", "8", "-o", "absent/a.json"], "cannot write absent/a.json: No such file or directory"),
+        (["--budget", "8", "-o", "."], "cannot write .: not a regular file"),
+        (["--budgets", "8:9:1", "-o", "absent/out"], "cannot write absent/out: No such file or directory"),
+        (["--budgets", "8:9:1", "-o", "p"], "cannot write p: not a folder; choose another name"),
+        (["--budgets", "8:9:1", "-o", "/proc/1"], "cannot write /proc/1/file: "),
+    ],
+)
+def test_search_refuses(folder, options, message):
+    write(folder / "p", make_profile())
+    assert message in refuse("search", "p", *options)
+
+
+def test_search_refuses_other_files(folder):
+    write(folder / "a", make_allocation())
+    assert "expected 'lexi-profile'" in refuse("search", "a", "--budget", "8")
+    assert "cannot read absent: No such file or directory" in refuse("search", "absent", "--budget", "8")
+    document = artifacts.to_document(make_profile()) | {"version": 2}
+    (folder / "p").write_text(json.dumps(document))
+    assert "its format version is 2, lexi-search 0.1.0 reads 1; make the file again" in refuse(
+        "search", "p", "--budget", 8
+    )
+
+
+def test_search_defaults_are_the_librarys():
+    from lexi_search.evolution import search
+
+    defaults = {name: parameter.default for name, parameter in inspect.signature(search).parameters.items()}
+    for option in main.commands["search"].params:
+        if option.name in ("min_k", "population", "generations", "mutation_rate", "seed"):
+            assert option.default == defaults[option.name], option.name
+
+
+# --- show, plot, export
+
+
+def test_show_a_profile(folder):
+    profile = make_profile(3, 3)
+    write(folder / "p", profile)
+    title, header, *rows = succeed("show", "p", "--absolute", "--loss", "rms").splitlines()
+    assert title == "olmoe: rms loss of each layer at each k"
+    assert header.split() == ["layer", "k=1", "k=2", "k=3", "samples", "error", "%"]
+    for layer, row in enumerate(rows):
+        values = [f"{value:.4g}" for value in profile.layers[layer].rms]
+        assert row.split() == [str(layer), *values, "48", "0.50"]
+    title, _, *rows = succeed("show", "p").splitlines()
+    assert title == "olmoe: frobenius loss of each layer at each k, relative to the largest"
+    assert max(row.split()[1] for row in rows) == "1.000"
+    for options in ([], ["--absolute"], ["--loss", "squared"]):
+        kind = "squared" if "squared" in options else "frobenius"
+        table = profile.losses(kind, normalised="--absolute" not in options)
+        assert json.loads(succeed("show", "p", "--json", *options)) == {
+            str(i): list(row) for i, row in enumerate(table)
+        }
+
+
+def test_show_an_allocation(folder):
+    write(folder / "a", make_allocation(3, 3))
+    lines = succeed("show", "a").splitlines()
+    assert lines[0] == "olmoe: budget 6, 2.00 experts per layer, loss 1.5, optimum 1.25"
+    assert [line.split() for line in lines[2:]] == [["0", "1", "#.."], ["1", "2", "##."], ["2", "3", "###"]]
+    assert json.loads(succeed("show", "a", "--json")) == {
+        "budget": 6,
+        "average_k": 2.0,
+        "loss": 1.5,
+        "optimal_loss": 1.25,
+        "gap": pytest.approx(0.2),
+        "top_k": {"0": 1, "1": 2, "2": 3},
+    }
+
+
+def test_wide_tables_are_not_folded_in_a_pipe(folder):
+    write(folder / "p", make_profile(61, 8))
+    succeed("search", "p", "--budget", "300")
+    assert all(
+        len(line.split()) < 3 or line.startswith((" ", "budget", "olmoe")) for line in succeed("show", "p").splitlines()
+    )
+    row = succeed("search", "p", "--budget", "300").splitlines()[2]
+    assert len(row.split()) == 5 + 61
+
+
+def test_show_refuses(folder):
+    (folder / "x").write_text("{}")
+    assert refuse("show", "x") == "x: its format is None, expected 'lexi-profile' or 'lexi-allocation'"
+    assert refuse("show", "absent") == "cannot read absent: No such file or directory"
+
+
+def test_plot_writes_the_format_of_its_suffix(folder):
+    write(folder / "p", make_profile())
+    write(folder / "a", make_allocation())
+    assert succeed("plot", "p") == "heatmap.png\n"
+    assert Path("heatmap.png").read_bytes().startswith(b"\x89PNG")
+    assert succeed("plot", "p", "a", "a", "-o", "map.SVG", "--absolute") == "map.SVG\n"
+    assert Path("map.SVG").read_bytes().startswith(b"<?xml")
+    assert refuse("plot", "p", "-o", "map.pdf") == "cannot draw 'pdf'; name a file in .png or .svg"
+    assert "cannot write absent/map.png" in refuse("plot", "p", "-o", "absent/map.png")
+    assert "expected 'lexi-profile'" in refuse("plot", "a")
+    assert "expected 'lexi-allocation'" in refuse("plot", "p", "p")
+
+
+@pytest.fixture
+def allocation(checkpoint, folder):
+    """One for the tiny checkpoint, as `search` made it."""
+    succeed("profile", checkpoint, *FAST)
+    succeed("search", "profile.json", "--budget", "7")
+    (folder / "profile.json").unlink()
+    return artifacts.read_allocation("allocation.json")
+
+
+def test_export_lists(allocation):
+    flat = {str(layer): k for layer, k in allocation.top_k.items()}
+    assert json.loads(succeed("export", "allocation.json", "--to", "json")) == flat
+    csv = "layer,top_k\n" + "".join(f"{layer},{k}\n" for layer, k in flat.items())
+    assert succeed("export", "allocation.json", "--to", "csv") == csv
+    assert succeed("export", "allocation.json", "--to", "csv", "-o", "top_k.csv") == "top_k.csv\n"
+    assert Path("top_k.csv").read_text() == csv
+
+
+def test_export_to_transformers(allocation, checkpoint):
+    layers = {str(layer): {"num_experts_per_tok": k} for layer, k in allocation.top_k.items()}
+    overlay = {"allow_global_per_layer_attribute_access": True, "per_layer_config": layers}
+    assert json.loads(succeed("export", "allocation.json", "--to", "transformers")) == overlay
+    output = succeed("export", "allocation.json", "--to", "transformers", "--model", checkpoint, "-o", "out")
+    assert output == (
+        "lexi_adapter.apply(transformers.AutoModelForCausalLM.from_pretrained('out'), 'allocation.json')\n"
+    )
+    original = json.loads((checkpoint / "config.json").read_text())
+    extra = {"lexi_allocation": artifacts.to_document(allocation)}
+    assert json.loads(Path("out/config.json").read_text()) == original | overlay | extra
+
+
+def test_export_to_vllm(allocation, checkpoint):
+    output = succeed("export", "allocation.json", "--to", "vllm", "--model", checkpoint, "-o", "out")
+    assert output == "vllm serve out\n"
+    exported = json.loads(Path("out/config.json").read_text())
+    assert exported["architectures"] == ["LexiOlmoeForCausalLM"]
+    assert sorted(os.listdir("out")) == sorted(os.listdir(checkpoint))
+    command = succeed("export", "allocation.json", "--to", "vllm", "--model", checkpoint)
+    words = subprocess.run(
+        ["sh", "-c", f'vllm() {{ printf "%s\\0" "$@"; }}; {command}'], capture_output=True, text=True
+    )
+    serve, model, option, overrides, _ = words.stdout.split("\0")
+    assert (serve, model, option) == ("serve", str(checkpoint), "--hf-overrides")
+    original = json.loads((checkpoint / "config.json").read_text())
+    assert original | json.loads(overrides) == exported
+
+
+def test_export_refuses(allocation, checkpoint, tmp_path):
+    assert (
+        refuse("export", "allocation.json", "--to", "vllm") == "--to vllm needs --model, the model's folder or hub id"
+    )
+    assert "no such folder" in refuse("export", "allocation.json", "--to", "vllm", "--model", "absent")
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    reduce_k(other)
+    for form in ("vllm", "transformers", "json", "csv"):
+        message = refuse("export", "allocation.json", "--to", form, "--model", "other", "-o", "out")
+        assert "the allocation is for num_experts_per_tok 4, the config has 1" in message
+    to_vllm = ["export", "allocation.json", "--to", "vllm", "--model"]
+    succeed(*to_vllm, checkpoint, "-o", "out")
+    assert "--force replaces it" in refuse(*to_vllm, checkpoint, "-o", "out")
+    assert succeed(*to_vllm, checkpoint, "-o", "out", "--force") == "vllm serve out\n"
+    assert "export from the model's original folder" in refuse(*to_vllm, "out", "-o", "out2")
+    assert "cannot write absent/x: No such file or directory" in refuse(*to_vllm, checkpoint, "-o", "absent/x")
+
+
+# --- the whole program
+
+
+def test_every_option_says_what_it_does():
+    for command in main.commands.values():
+        assert command.help
+        for parameter in command.params:
+            assert parameter.param_type_name == "argument" or parameter.help, f"{command.name} {parameter.name}"
+
+
+@pytest.mark.parametrize(
+    "text, layers",
+    [("3", (3,)), ("0:3", (0, 1, 2, 3)), ("0,2,5", (0, 2, 5)), ("5,0:2,1", (0, 1, 2, 5)), ("7:7", (7,))],
+)
+def test_layers(text, layers):
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:", ":1", "1:2:3", "3:1", "-1", "1,,2", "0:-1", "1.5"])
+def test_layers_that_are_not_understood(text):
+    with pytest.raises(InputError, match="is not understood; write 0:15"):
+        parse_layers(text)
+
+
+@pytest.mark.parametrize("text, budgets", [("64:128:8", list(range(64, 129, 8))), ("4:9:2", [4, 6, 8]), ("5:5:1", [5])])
+def test_budgets(text, budgets):
+    assert list(parse_budgets(text)) == budgets
+
+
+@pytest.mark.parametrize("text", ["", "64", "1:2", "1:2:3:4", "a:b:c", "8:4:1", "4:8:0", "4:8:-1"])
+def test_budgets_that_are_not_understood(text):
+    with pytest.raises(InputError, match="is not understood; write START:STOP:STEP"):
+        parse_budgets(text)
+
+
+def test_bugs_stay_tracebacks(monkeypatch):
+    def fail(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("lexi_search.cli.read_artifact", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        run("show", "x")
+
+
+def make_environment(**changes):
+    variables = {**os.environ, "PYTHONPATH": str(Path(lexi_search.__file__).parent.parent)}
+    del variables["JAX_COMPILATION_CACHE_DIR"]
+    return variables | changes
+
+
+def start(*arguments, **environment):
+    command = [*CALL, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=make_environment(**environment))
+
+
+def test_processes(folder, checkpoint):
+    """Quiet in a pipe, exit codes, and JAX's compilation cache where the user's caches are."""
+    assert start("--help").stdout.startswith("Usage: ")
+    caches = folder / "caches"
+    done = start("profile", checkpoint, *FAST, XDG_CACHE_HOME=str(caches))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "profile.json\n", "")
+    assert os.listdir(caches / "lexi-search" / "jax")
+    done = start("search", "profile.json", "--budget", "7", XDG_CACHE_HOME=str(caches))
+    assert (done.returncode, done.stderr) == (0, "")
+    done = start("search", "profile.json", "--budget", "99", XDG_CACHE_HOME=str(caches))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    done = start("profile", checkpoint, *FAST, "-o", "again", XDG_CACHE_HOME="/proc/absent")
+    assert (done.returncode, done.stderr) == (0, "")
+    own = folder / "own"
+    done = start("profile", checkpoint, *FAST, XDG_CACHE_HOME="/proc/absent", JAX_COMPILATION_CACHE_DIR=str(own))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("again").read_bytes() == Path("profile.json").read_bytes()
+    assert sorted(os.listdir()) == ["again", "allocation.json", "caches", "own", "profile.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_profile_cut_short_leaves_nothing(folder, checkpoint, number):
+    caches = folder / "lexi-search" / "jax"
+    command = [*CALL, "profile", str(checkpoint), "--relative-error", "0", "--samples", str(10**9)]
+    environment = make_environment(XDG_CACHE_HOME=str(folder))
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    while not (caches.is_dir() and os.listdir(caches)):  # the first compiled function: it is at work
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (1 if number == signal.SIGINT else -number)
+    assert errors.strip() == (b"Aborted!" if number == signal.SIGINT else b"")
+    assert os.listdir() == ["lexi-search"]
+
+
+def test_a_terminal_sees_a_progress_bar(folder, checkpoint):
+    master, terminal = pty.openpty()
+    command = [*CALL, "profile", str(checkpoint), *FAST]
+    environment = make_environment(XDG_CACHE_HOME=str(folder), TERM="xterm", COLUMNS="100")
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, env=environment, check=True)
+    os.close(terminal)
+    shown = b""
+    while chunk := read_terminal(master):
+        shown += chunk
+    os.close(master)
+    assert done.stdout == b"profile.json\n"
+    assert b"layers" in shown and b"3/3" in shown and b"left" in shown
+
+
+def read_terminal(master):
+    try:
+        return os.read(master, 4096)
+    except OSError:  # how Linux says that the other end is closed
+        return b""
+
+
+def test_the_version_is_told():
+    assert lexi_search.__version__ in succeed("--version")
