@@ -6,6 +6,7 @@ Standard library only. The file is JSON with "format": "lexi-allocation"; an `Al
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -83,13 +84,13 @@ def to_document(allocation: Allocation) -> dict[str, Any]:
 
 
 def format_top_k(top_k: Mapping[int, int]) -> str:
-    """"0:5 1:6 ..." for logs and messages."""
+    """For logs and messages: 0:5 1:6 ..."""
     return " ".join(f"{layer}:{k}" for layer, k in sorted(top_k.items()))
 
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        return json.loads(path.read_bytes(), object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
     except OSError as error:
         raise AllocationError(f"cannot read the allocation {path}: {error.strerror}; name an existing file") from error
     except (ValueError, RecursionError) as error:
@@ -98,6 +99,13 @@ def _load(path: Path) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a finite number")
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"key {repeated!r} appears twice in one object")
+    return dict(pairs)
 
 
 def _parse(document: Any, place: str) -> Allocation:
@@ -128,7 +136,6 @@ def _build(document: Any) -> Allocation:
     budget = _integer(body["budget"], "budget", 1)
     _require(budget == sum(top_k.values()), f"budget is {budget}, but top_k sums to {sum(top_k.values())}")
     _require(isinstance(body["made_by"], Mapping), f"made_by is not an object: {_short(body['made_by'])}")
-    exponent = body.get("gate_exponent")
     return Allocation(
         model=model,
         top_k=top_k,
@@ -136,7 +143,7 @@ def _build(document: Any) -> Allocation:
         loss=_number(body["loss"], "loss"),
         optimal_loss=_number(body["optimal_loss"], "optimal_loss"),
         made_by=dict(body["made_by"]),
-        gate_exponent=None if exponent is None else _number(exponent, "gate_exponent"),
+        gate_exponent=_number(body["gate_exponent"], "gate_exponent") if "gate_exponent" in body else None,
     )
 
 
@@ -155,6 +162,8 @@ def _build_model(model: Mapping[str, Any]) -> ModelIdentity:
     text_names = ("model_type", "router", "top_k_key", "router_sha256")
     texts = {name: _text(model[name], f"model.{name}") for name in text_names}
     _require(texts["router"].count("{}") == 1, f"model.router {texts['router']!r} must hold exactly one {{}}")
+    is_sha256 = re.fullmatch("[0-9a-f]{64}", texts["router_sha256"])
+    _require(is_sha256, f"model.router_sha256 {_short(texts['router_sha256'])} is not 64 lower-case hex digits")
     return ModelIdentity(num_hidden_layers=layers, num_experts=experts, top_k=top_k, moe_layers=moe_layers, **texts)
 
 
@@ -188,7 +197,8 @@ def _integer(value: Any, what: str, least: int) -> int:
 
 
 def _number(value: Any, what: str) -> float:
-    valid = type(value) in (int, float) and math.isfinite(value) and value >= 0
+    exact = type(value) is int and value < 2**53
+    valid = (exact or type(value) is float) and math.isfinite(value) and value >= 0
     _require(valid, f"{what} is {_short(value)}, a finite number of at least 0 expected")
     return float(value)
 

@@ -20,6 +20,7 @@ from lexi_adapter.vllm_build import hook, hook_build
 
 ALIAS = "Lexi"  # what exported folders put before their architecture, so that a vLLM without this plugin stops
 OLDEST, NEWEST = (0, 26), (0, 33)
+FIXED_TOP_K = {"phimoe": 2}  # model types whose routing function in vLLM knows one top-k
 
 
 class Document(dict):
@@ -143,7 +144,8 @@ def prepare(vllm_config: Any) -> None:
     import vllm
 
     check_version(vllm.__version__)
-    check_engine(allocation, vllm_config)
+    check_servable(allocation)
+    check_settings(vllm_config)
     check_model(allocation, vllm_config)
     hook_build()
     vllm_config.additional_config = vllm_config.additional_config | {KEY: Document(to_document(allocation))}
@@ -175,10 +177,18 @@ def _agree(allocations: Mapping[str, Allocation]) -> Allocation | None:
     return first
 
 
-def check_engine(allocation: Allocation, vllm_config: Any) -> None:
-    """Refuse what this adapter or one of vLLM's settings cannot do with a top-k that differs between layers."""
+def check_servable(allocation: Allocation) -> None:
+    """Refuse an allocation that vLLM cannot serve whatever its settings are."""
     if allocation.gate_exponent is not None:
         raise AllocationError("gate_exponent is not supported by this version of lexi_adapter; search without it")
+    model_type = allocation.model.model_type
+    only = FIXED_TOP_K.get(model_type)
+    if only is not None and set(allocation.top_k.values()) != {only}:
+        raise AllocationError(f"vLLM's routing of {model_type} knows top-k {only} only; serve the model as it is")
+
+
+def check_settings(vllm_config: Any) -> None:
+    """Refuse settings of vLLM that cannot do with a top-k that differs between layers."""
     if vllm_config.parallel_config.all2all_backend == "flashinfer_nvlink_one_sided":
         raise AllocationError("all2all backend flashinfer_nvlink_one_sided has one top-k for all layers; take another")
     for config in (vllm_config.model_config, getattr(vllm_config, "aux_output_config", None)):

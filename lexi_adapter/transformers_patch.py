@@ -1,0 +1,120 @@
+"""Apply an allocation to a loaded transformers model: set the top-k that each MoE layer's router holds.
+
+transformers 5 has a convention for layers that differ, `per_layer_config`, but the models of most families build every
+layer from the global value, so a model loaded from an exported folder still runs the full k until `apply`.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity, read_allocation
+from lexi_adapter.checkpoint import REMEDY, check_layers, check_routers, compare, has_weights
+
+ROUTER_NAMES = ("gate", "router")
+TOP_K_NAMES = ("top_k", "num_experts_per_tok")
+
+
+def apply(
+    model: torch.nn.Module,
+    allocation: str | os.PathLike[str] | Mapping[str, Any] | Allocation,
+    *,
+    check_weights: bool = True,
+) -> torch.nn.Module:
+    """Give every MoE layer of a transformers model the allocation's top-k, in place; returns the model.
+
+    Everything is checked before anything changes. Applying another allocation later replaces this one. The model's
+    config stays as it is, so `save_pretrained` does not keep the allocation: export a folder with lexi-search for that.
+
+    Args:
+        model: a causal language model of a mixture-of-experts family, or any module around one.
+        allocation: the path of an allocation file, its JSON object, or an `Allocation`.
+        check_weights: compare the routers' bytes with those the allocation was made from. Turn it off for weights that
+            were meant to change (fine-tuned, cast to fewer bits).
+
+    Raises:
+        AllocationError: the allocation is not valid, or not for this model, or the family routes in an unknown way.
+    """
+    allocation = read_allocation(allocation)
+    if allocation.gate_exponent is not None:
+        raise AllocationError("gate_exponent is not supported by this version of lexi_adapter; search without it")
+    identity, place = allocation.model, type(model).__name__
+    _check_config(identity, model.config, place)
+    routers = _find_routers(model, identity)
+    check_layers(set(routers), identity, f"{place}: routers")
+    holders = {layer: _find_holders(model, name) for layer, name in routers.items()}
+    if check_weights:
+        _check_weights(identity, model, routers)
+    for layer, found in holders.items():
+        for module, attribute in found:
+            setattr(module, attribute, allocation.top_k[layer])
+    return model
+
+
+def _check_config(identity: ModelIdentity, config: Any, place: str) -> None:
+    # A language model taken out of a larger one has the inner configuration's type; its layers are compared below.
+    *parents, key = identity.top_k_key.split(".")
+    if not parents or config.model_type == identity.model_type:
+        compare("model_type", config.model_type, identity.model_type, place)
+    text_config = config.get_text_config()
+    for name, expected in (("num_hidden_layers", identity.num_hidden_layers), (key, identity.top_k)):
+        compare(name, _read(text_config, name), expected, place)
+
+
+def _read(config: Any, name: str) -> Any:
+    # Reading a per-layer value from the config itself is an error, or a warning, in transformers 5.
+    name = getattr(config, "attribute_map", {}).get(name, name)
+    return vars(config).get(name, getattr(type(config), name, None))
+
+
+def _find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, str]:
+    """Decoder-layer index -> name of the router module; a router's weight has shape [num_experts, hidden]."""
+    routers: dict[int, str] = {}
+    for name, weight in model.named_parameters():
+        *path, last = name.split(".")
+        indices = [int(part) for part in path if part.isdecimal()]
+        is_router = last == "weight" and path and path[-1] in ROUTER_NAMES and len(indices) == 1
+        if not is_router or weight.ndim != 2 or indices[0] >= identity.num_hidden_layers:
+            continue
+        compare(f"number of rows of {name}", weight.shape[0], identity.num_experts, type(model).__name__)
+        layer, router = indices[0], ".".join(path)
+        if layer in routers:
+            raise AllocationError(f"layer {layer} has two routers, {routers[layer]} and {router}: unknown family")
+        routers[layer] = router
+    return routers
+
+
+def _find_holders(model: torch.nn.Module, router: str) -> list[tuple[torch.nn.Module, str]]:
+    """The attributes that hold the top-k of a layer: of the router itself and of the block around it."""
+    modules = [model.get_submodule(router), model.get_submodule(router.rpartition(".")[0])]
+    holders = [(module, name) for module in modules for name in TOP_K_NAMES if type(vars(module).get(name)) is int]
+    if not holders:
+        raise AllocationError(f"{router} and its block hold no {' or '.join(TOP_K_NAMES)}: unknown family")
+    return holders
+
+
+def _check_weights(identity: ModelIdentity, model: torch.nn.Module, routers: Mapping[int, str]) -> None:
+    weights = [model.get_submodule(routers[layer]).weight for layer in identity.moe_layers]
+    if all(not weight.is_meta for weight in weights) and any(
+        _hash(weights, dtype) == identity.router_sha256 for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        return
+    folder = Path(str(getattr(model.config, "_name_or_path", "")))
+    if not has_weights(folder):
+        raise AllocationError(
+            f"{type(model).__name__} has other router weights than the allocation was made for (SHA-256 differs); "
+            f"{REMEDY}, or pass check_weights=False if they were meant to change"
+        )
+    check_routers(identity, folder)
+
+
+def _hash(weights: list[torch.Tensor], dtype: torch.dtype) -> str:
+    # A load into a wider type is exact, so casting back gives the stored bytes.
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
