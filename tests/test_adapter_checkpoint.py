@@ -1,0 +1,182 @@
+"""Does an allocation fit a model folder: every way in which it may not, and `lexi-adapter check`, which says so."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from engine import allocate, export
+from safetensors.numpy import load_file, save_file
+from tiny import FAMILIES, make_checkpoint
+
+from lexi_adapter import cli
+from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_adapter.checkpoint import check_folder, find_routers
+from lexi_search.artifacts import to_document, write_allocation
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: make_checkpoint(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture
+def olmoe(checkpoints, tmp_path):
+    """A folder of its own that a test may damage, and the allocation made from it."""
+    folder = shutil.copytree(checkpoints["olmoe"], tmp_path / "olmoe")
+    return folder, allocate(folder)
+
+
+def model_of(allocation):
+    return read_allocation(to_document(allocation)).model
+
+
+def rewrite_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def rewrite_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(folder, allocation):
+    with pytest.raises(AllocationError) as caught:
+        check_folder(model_of(allocation), folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message
+    return message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_allocation_fits_the_folder_it_was_made_from_and_no_other(checkpoints, family):
+    model = model_of(allocate(checkpoints[family]))
+    check_folder(model, checkpoints[family])
+    assert sorted(find_routers(model, checkpoints[family])) == list(model.moe_layers)
+    for other in set(FAMILIES) - {family}:
+        refusal(checkpoints[other], allocate(checkpoints[family]))
+
+
+def test_shards_are_found_through_the_index(tmp_path):
+    folder = make_checkpoint("mixtral", tmp_path / "sharded", shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    check_folder(model_of(allocate(folder)), folder)
+
+
+def test_prediction_layers_past_the_decoder_do_not_count(olmoe):
+    folder, allocation = olmoe
+
+    def add_prediction_layer(tensors):
+        tensors["model.layers.3.mlp.gate.weight"] = tensors["model.layers.0.mlp.gate.weight"]
+
+    rewrite_weights(folder, add_prediction_layer)
+    check_folder(model_of(allocation), folder)
+
+
+def test_other_weights(olmoe, tmp_path):
+    folder, allocation = olmoe
+    other = make_checkpoint("olmoe", tmp_path / "other", seed=1)
+    assert "other router weights" in refusal(other, allocation)
+    rewrite_weights(folder, lambda tensors: tensors["model.layers.2.mlp.gate.weight"].__imul__(1.0001))
+    assert "other router weights" in refusal(folder, allocation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "mixtral"}, "model_type is 'mixtral', the allocation was made for 'olmoe'"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers is 4, the allocation was made for 3"),
+        ({"num_experts_per_tok": 8}, "num_experts_per_tok is 8, the allocation was made for 4"),
+    ],
+)
+def test_another_config(olmoe, changes, expected):
+    folder, allocation = olmoe
+    rewrite_config(folder, **changes)
+    assert expected in refusal(folder, allocation)
+
+
+def test_a_router_missing_extra_or_of_another_size(olmoe):
+    folder, allocation = olmoe
+    name = "model.layers.1.mlp.gate.weight"
+    rewrite_weights(folder, lambda tensors: tensors.update({name: tensors[name][:8]}))
+    assert "router of layer 1 has shape [8, 64], the allocation was made for 16 experts" in refusal(folder, allocation)
+    rewrite_weights(folder, lambda tensors: tensors.pop(name))
+    assert "none for layers [1] of the allocation" in refusal(folder, allocation)
+    fewer = replace(allocation, model=replace(allocation.model, moe_layers=(0,)), top_k={0: 1}, budget=1)
+    assert "layers [2] have one, the allocation has no top-k for them" in refusal(folder, fewer)
+
+
+def test_broken_files(olmoe):
+    folder, allocation = olmoe
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for broken in (whole[:-4], whole[:100], b"", (2**40).to_bytes(8, "little") + whole[8:], b"\2\0\0\0\0\0\0\0[]"):
+        weights.write_bytes(broken)
+        assert "fetch it again" in refusal(folder, allocation)
+    (folder / "config.json").write_text("[]")
+    assert "not a JSON object" in refusal(folder, allocation)
+    (folder / "config.json").unlink()
+    assert "cannot read" in refusal(folder, allocation)
+
+
+def check(*arguments):
+    result = CliRunner().invoke(cli.main, ["check", *map(str, arguments)])
+    assert result.exit_code in (0, 2), result.output
+    assert result.exit_code == 0 or (result.output.startswith("Error: ") and result.output.count("\n") == 1)
+    return result.output if result.exit_code == 0 else result.output.removeprefix("Error: ").strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_command_says_what_fits(checkpoints, tmp_path, family):
+    allocation = allocate(checkpoints[family], top_k=(2, 3))
+    write_allocation(tmp_path / "a.json", allocation)
+    layers = len(allocation.top_k)
+    listed = " ".join(f"{layer}:{k}" for layer, k in sorted(allocation.top_k.items()))
+    expected = (
+        f"fits: {allocation.model.model_type}, {allocation.budget} of {4 * layers} active experts per token "
+        f"over {layers} MoE layers; top-k of each: {listed}\n"
+    )
+    assert check(tmp_path / "a.json", "--model", checkpoints[family]) == expected
+    exported = export(allocation, checkpoints[family], tmp_path / "exported")
+    assert check(tmp_path / "a.json", "--model", exported) == expected
+
+
+def test_check_command_refuses_in_one_line(olmoe, tmp_path, monkeypatch):
+    folder, allocation = olmoe
+    path = tmp_path / "a.json"
+    assert f"cannot read the allocation {path}" in check(path, "--model", folder)
+    write_allocation(path, allocation)
+    assert f"cannot read {tmp_path}/nowhere/config.json" in check(path, "--model", tmp_path / "nowhere")
+    exported = export(allocate(folder, top_k=(4, 4, 1)), folder, tmp_path / "exported")
+    assert "exported with another allocation" in check(path, "--model", exported)
+    rewrite_config(folder, num_experts_per_tok=2)
+    assert "num_experts_per_tok is 2" in check(path, "--model", folder)
+    rewrite_config(folder, num_experts_per_tok=4)
+    write_allocation(path, replace(allocation, gate_exponent=0.5))
+    assert "gate_exponent is not supported" in check(path, "--model", folder)
+    write_allocation(path, replace(allocation, model=replace(allocation.model, model_type="phimoe")))
+    rewrite_config(folder, model_type="phimoe")
+    assert "vLLM's routing of phimoe knows top-k 2 only" in check(path, "--model", folder)
+    rewrite_config(folder, model_type="olmoe")
+    write_allocation(path, allocation)
+    monkeypatch.setattr(cli, "_find_vllm_version", lambda: "0.34.0")
+    assert "vLLM 0.34.0 cannot apply an allocation: lexi_adapter supports vLLM 0.26 to 0.33" in check(
+        path, "--model", folder
+    )
+
+
+def test_check_command_says_what_it_could_not_check(olmoe, tmp_path, monkeypatch):
+    folder, allocation = olmoe
+    write_allocation(tmp_path / "a.json", allocation)
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(cli, "_find_vllm_version", lambda: None)
+    first, *notes = check(tmp_path / "a.json", "--model", folder).splitlines()
+    assert first.startswith("fits: olmoe")
+    assert notes == [
+        "note: no safetensors files there, so the weights were not compared",
+        "note: vLLM is not installed here, so its version was not checked",
+    ]
