@@ -1,0 +1,174 @@
+"""`lexi_adapter.apply`, judged by models put together from whole layers of models with one k each."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from engine import allocate, export
+from tiny import FAMILIES, build_reference, find_moe_blocks, make_checkpoint
+
+import lexi_adapter
+from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_search.artifacts import to_document, write_allocation
+
+TOKENS = torch.arange(3, 40).reshape(1, -1)
+# transformers has no classes for these two: their language models are those of other families.
+INNER = {"deepseek_vl2": "deepseek_v2", "minicpm": "mixtral"}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: make_checkpoint(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture
+def olmoe(checkpoints):
+    return load(checkpoints["olmoe"]), read_allocation(to_document(allocate(checkpoints["olmoe"])))
+
+
+def load(folder, **options):
+    options = {"dtype": torch.float32, "attn_implementation": "eager"} | options
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def run(model):
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
+
+
+def read_top_k(model):
+    return {layer: block.gate.top_k for layer, block in find_moe_blocks(model).items()}
+
+
+def build_by_hand(family, top_k):
+    """Layer l taken from a model whose configuration says k = top_k[l] for all its layers."""
+    model = build_reference(family)
+    for layer, k in top_k.items():
+        model.model.layers[layer] = build_reference(family, num_experts_per_tok=k).model.layers[layer]
+    return model
+
+
+def find_inner(allocation, family):
+    """The allocation as it would be had it been made from the family's language model alone."""
+    model = replace(allocation.model, model_type=INNER.get(family, allocation.model.model_type))
+    return read_allocation(to_document(replace(allocation, model=model)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_what_the_allocation_says(checkpoints, family):
+    allocation = find_inner(allocate(checkpoints[family], top_k=(1, 3, 2)), family)
+    model = build_reference(family)
+    base = run(model)
+    assert lexi_adapter.apply(model, allocation) is model
+    mixed = run(model)
+    torch.testing.assert_close(mixed, run(build_by_hand(family, allocation.top_k)), rtol=0, atol=0)
+    assert (mixed - base).abs().max() > 0.1
+    again = replace(allocation, top_k=dict.fromkeys(allocation.top_k, 4), budget=4 * len(allocation.top_k))
+    torch.testing.assert_close(run(lexi_adapter.apply(model, again)), base, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(INNER)))
+def test_exported_folder_loads_as_ever_and_needs_apply(checkpoints, tmp_path, family):
+    """transformers stores `per_layer_config` but builds every layer from the global k."""
+    allocation = allocate(checkpoints[family])
+    model = load(export(allocation, checkpoints[family], tmp_path / "exported"))
+    assert model.config.is_heterogeneous
+    torch.testing.assert_close(run(model), run(load(checkpoints[family])), rtol=0, atol=0)
+    lexi_adapter.apply(model, model.config.lexi_allocation)
+    torch.testing.assert_close(run(model), run(build_by_hand(family, allocation.top_k)), rtol=0, atol=0)
+
+
+def test_takes_a_path_a_document_or_an_object(checkpoints, tmp_path):
+    allocation = allocate(checkpoints["olmoe"])
+    write_allocation(tmp_path / "a.json", allocation)
+    document = to_document(allocation)
+    for source in (tmp_path / "a.json", str(tmp_path / "a.json"), document, read_allocation(document)):
+        assert read_top_k(lexi_adapter.apply(load(checkpoints["olmoe"]), source)) == allocation.top_k
+    with pytest.raises(AllocationError, match="a path or a JSON object, not 3"):
+        lexi_adapter.apply(load(checkpoints["olmoe"]), 3)
+
+
+def refuse(model, allocation, expected, **options):
+    before = read_top_k(model)
+    with pytest.raises(AllocationError, match=expected) as caught:
+        lexi_adapter.apply(model, allocation, **options)
+    assert "\n" not in str(caught.value)
+    assert read_top_k(model) == before
+
+
+def test_refuses_another_model_before_it_changes_anything(checkpoints, olmoe):
+    model, allocation = olmoe
+    lexi_adapter.apply(model, replace(allocation, top_k=dict.fromkeys(allocation.top_k, 2), budget=6))
+    refuse(model, read_allocation(to_document(allocate(checkpoints["mixtral"]))), "model_type is 'olmoe'")
+    for changes, expected in (
+        ({"num_hidden_layers": 4}, "num_hidden_layers is 3, the allocation was made for 4"),
+        ({"top_k": 8}, "num_experts_per_tok is 4, the allocation was made for 8"),
+        ({"num_experts": 8}, "number of rows of model.layers.0.mlp.gate.weight is 16"),
+        ({"moe_layers": (0, 2)}, r"layers \[1\] have one"),
+        ({"router_sha256": "0" * 64}, "other router weights"),
+    ):
+        identity = replace(allocation.model, **changes)
+        refuse(model, replace(allocation, model=identity, top_k=dict.fromkeys(identity.moe_layers, 1)), expected)
+    refuse(model, replace(allocation, gate_exponent=0.5), "gate_exponent is not supported")
+
+
+def test_refuses_a_model_whose_layer_has_no_router(checkpoints, olmoe):
+    model, allocation = olmoe
+    model.model.layers[1].mlp = torch.nn.Identity()
+    refuse(model, allocation, r"none for layers \[1\]")
+
+
+def test_refuses_a_block_that_keeps_its_top_k_elsewhere(olmoe):
+    model, allocation = olmoe
+    gate = model.model.layers[1].mlp.gate
+    gate.chosen, gate.top_k = gate.top_k, "all"
+    refuse(model, allocation, "hold no top_k or num_experts_per_tok: unknown family")
+
+
+def test_sets_the_top_k_of_a_block_around_a_plain_linear_router(checkpoints):
+    """As in remote code of the transformers 4 era, where the gate is a linear layer and its block holds the k."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.gate = torch.nn.Linear(*weight.shape[::-1], bias=False)
+            self.gate.weight = weight
+            self.num_experts_per_tok = 4
+
+    model = load(checkpoints["olmoe"])
+    for layer in model.model.layers:
+        layer.mlp = Block(layer.mlp.gate.weight)
+    allocation = allocate(checkpoints["olmoe"])
+    lexi_adapter.apply(model, to_document(allocation))
+    assert {i: layer.mlp.num_experts_per_tok for i, layer in enumerate(model.model.layers)} == allocation.top_k
+
+
+def test_weights_of_fewer_bits_are_checked_in_their_folder(checkpoints, tmp_path):
+    allocation = to_document(allocate(checkpoints["olmoe"]))
+    model = load(checkpoints["olmoe"], dtype=torch.bfloat16)
+    assert read_top_k(lexi_adapter.apply(model, allocation)) == {0: 1, 1: 3, 2: 2}
+    other = load(make_checkpoint("olmoe", tmp_path / "other", seed=1), dtype=torch.bfloat16)
+    refuse(other, allocation, "other router weights")
+
+
+def test_weights_of_more_bits_are_checked_in_memory(tmp_path):
+    folder = tmp_path / "bfloat16"
+    build_reference("olmoe").to(torch.bfloat16).save_pretrained(folder)
+    model = load(folder)
+    assert model.dtype == torch.float32
+    model.config._name_or_path = "moved/away"
+    assert read_top_k(lexi_adapter.apply(model, to_document(allocate(folder)))) == {0: 1, 1: 3, 2: 2}
+
+
+def test_changed_weights_need_to_be_meant(olmoe):
+    model, allocation = olmoe
+    trained = copy.deepcopy(model)
+    trained.config._name_or_path = ""
+    with torch.no_grad():
+        trained.model.layers[0].mlp.gate.weight.mul_(1.01)
+    refuse(trained, allocation, "pass check_weights=False if they were meant to change")
+    lexi_adapter.apply(trained, allocation, check_weights=False)
+    assert read_top_k(trained) == allocation.top_k
