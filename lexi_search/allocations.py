@@ -6,6 +6,7 @@ import numpy as np
 
 from lexi_search import __version__
 from lexi_search.artifacts import Allocation, Profile, sha256
+from lexi_search.budgets import allocation_loss
 from lexi_search.errors import InputError
 from lexi_search.evolution import search
 from lexi_search.exact import solve
@@ -61,4 +62,4 @@ def uniform_loss(profile: Profile, budget: int, *, loss: str = "frobenius") -> f
     k, rest = divmod(budget, len(profile.layers))
     if rest or not 1 <= k <= profile.model.top_k:
         return None
-    return float(sum(row[k - 1] for row in profile.losses(loss)))
+    return float(allocation_loss(np.asarray(profile.losses(loss)), np.full(len(profile.layers), k)))

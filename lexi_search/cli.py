@@ -133,9 +133,9 @@ def profile(
 @loss_option
 @click.option("--min-k", default=1, help="Smallest k of a layer.")
 @click.option("--max-k", type=int, help="Largest k of a layer.  [default: the model's own]")
-@click.option("--population", default=256, help="Allocations per generation.")
+@click.option("--population", default=512, help="Allocations per generation.")
 @click.option("--generations", default=300, help="Generations.")
-@click.option("--mutation-rate", default=0.1, help="Chance of a mutation.")
+@click.option("--mutation-rate", default=0.5, help="Share of the children that mutate.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the search.")
 @json_option
 def search(
@@ -159,7 +159,7 @@ def search(
     (check_writable_folder if several else check_writable)(target)
     prepare_environment()
     from lexi_search.allocations import allocate, uniform_loss
-    from lexi_search.tables import tabulate_search
+    from lexi_search.tables import summarise, tabulate_search
 
     allocations = allocate(measured, budgets, **settings)
     paths = [target / f"allocation-{budget}.json" if several else target for budget in budgets]
@@ -184,15 +184,13 @@ def search(
 def show(file: str, loss: str, normalised: bool, as_json: bool) -> None:
     """Show a profile or an allocation as a table."""
     artifact = read_artifact(file)
-    if as_json:
-        print_json(summarise(artifact) if isinstance(artifact, Allocation) else list_losses(artifact, loss, normalised))
-        return
-    from lexi_search.tables import tabulate_allocation, tabulate_profile
+    from lexi_search import tables
 
-    if isinstance(artifact, Allocation):
-        print_table(tabulate_allocation(artifact))
+    scale, allocated = {"loss": loss, "normalised": normalised}, isinstance(artifact, Allocation)
+    if as_json:
+        print_json(tables.summarise(artifact) if allocated else tables.list_losses(artifact, **scale))
     else:
-        print_table(tabulate_profile(artifact, loss=loss, normalised=normalised))
+        print_table(tables.tabulate_allocation(artifact) if allocated else tables.tabulate_profile(artifact, **scale))
 
 
 @main.command()
@@ -204,7 +202,7 @@ def show(file: str, loss: str, normalised: bool, as_json: bool) -> None:
 def plot(profile: str, allocations: tuple[str, ...], output: str, loss: str, normalised: bool) -> None:
     """Draw a PROFILE as a heatmap, layers by k, with the k of ALLOCATIONS over it."""
     check_writable(output)
-    drawn = read_profile(profile), [read_allocation(path) for path in allocations]
+    drawn = read_profile(profile), {path: read_allocation(path) for path in allocations}
     from lexi_search.plots import draw_heatmap, render
 
     figure = draw_heatmap(*drawn, loss=loss, normalised=normalised)
@@ -230,30 +228,26 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     chosen = read_allocation(allocation)
     from lexi_search import exporters
 
-    config = exporters.read_config(model) if model else None
-    if config is not None:
+    config = exporters.read_config(model) if model else {}
+    if model:
         exporters.check_config(chosen.model, config)
+    elif form == "vllm":
+        raise InputError("--to vllm needs --model, the model's folder or hub id")
     if form == "vllm":
-        if model is None or config is None:
-            raise InputError("--to vllm needs --model, the model's folder or hub id")
         overrides = exporters.make_vllm_overrides(chosen, config)
         if output:
             exporters.write_folder(output, model, overrides, force=force)
-            overrides, model = None, output
-        click.echo(exporters.format_vllm_command(model, chosen.model.model_type, overrides))
-        return
-    if form == "transformers" and model and output:
+            click.echo(exporters.format_vllm_command(output, chosen.model.model_type))
+        else:
+            click.echo(exporters.format_vllm_command(model, chosen.model.model_type, overrides))
+    elif form == "transformers" and model and output:
         exporters.write_folder(output, model, exporters.make_transformers_overrides(chosen), force=force)
         click.echo(exporters.format_transformers_call(output, allocation))
-        return
-    text = {
-        "transformers": lambda: json_bytes(exporters.make_overlay(chosen)).decode(),
-        "json": lambda: json_bytes(exporters.list_top_k(chosen)).decode(),
-        "csv": lambda: exporters.format_csv(chosen),
-    }[form]()
-    if output:
-        write_atomically(output, text.encode())
-    click.echo(output if output else text, nl=bool(output))
+    elif output:
+        write_atomically(output, exporters.format_text(chosen, form).encode())
+        click.echo(output)
+    else:
+        click.echo(exporters.format_text(chosen, form), nl=False)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -284,24 +278,6 @@ def find_dtype(checkpoint: "Checkpoint", model: "Model") -> str:
     name = experts.fused[0] if experts.fused else experts.separate[0][0]
     stored = checkpoint.entries[name].dtype.name
     return stored if stored in DTYPES else "float32"
-
-
-def summarise(allocation: Allocation) -> dict[str, Any]:
-    """What the tables say of an allocation, for machines."""
-    return {
-        "budget": allocation.budget,
-        "average_k": allocation.budget / len(allocation.top_k),
-        "loss": allocation.loss,
-        "optimal_loss": allocation.optimal_loss,
-        "gap": allocation.gap,
-        "top_k": {str(layer): k for layer, k in allocation.top_k.items()},
-    }
-
-
-def list_losses(profile: Profile, loss: str, normalised: bool) -> dict[str, Any]:
-    """Decoder-layer index -> losses for k = 1, 2, ..., for machines."""
-    rows = profile.losses(loss, normalised=normalised)
-    return {str(layer): list(row) for layer, row in zip(sorted(profile.layers), rows, strict=True)}
 
 
 def print_json(document: Any) -> None:

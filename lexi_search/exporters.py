@@ -17,7 +17,7 @@ from typing import Any
 
 from lexi_search.artifacts import Allocation, ModelIdentity, to_document
 from lexi_search.errors import InputError
-from lexi_search.files import find_folder, read_json_object
+from lexi_search.files import find_folder, json_bytes, read_json_object
 
 ALIAS = "Lexi"
 # The hub's DeepSeek-VL2 configs name no architecture; vLLM is told this one.
@@ -36,6 +36,13 @@ def list_top_k(allocation: Allocation) -> dict[str, int]:
 def format_csv(allocation: Allocation) -> str:
     """Two columns, `layer` and `top_k`, layers ascending."""
     return "".join(["layer,top_k\n", *(f"{layer},{k}\n" for layer, k in sorted(allocation.top_k.items()))])
+
+
+def format_text(allocation: Allocation, form: str) -> str:
+    """The text of a file: "json" and "csv" list the k of each layer, "transformers" is the overlay."""
+    if form == "csv":
+        return format_csv(allocation)
+    return json_bytes(list_top_k(allocation) if form == "json" else make_overlay(allocation)).decode()
 
 
 def make_overlay(allocation: Allocation) -> dict[str, Any]:

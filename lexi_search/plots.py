@@ -1,7 +1,8 @@
 """The heatmap of LExI's figure 3: how far each layer's output moves at each k; allocations drawn over it as steps."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import matplotlib
 from matplotlib import patheffects
@@ -17,15 +18,19 @@ STEP_COLOURS = ("#ffffff", "#ff7f11", "#ff4d9d", "#7fd8ff", "#ff2c2c", "#d0b3ff"
 
 
 def draw_heatmap(
-    profile: Profile, allocations: Sequence[Allocation] = (), *, loss: str = "frobenius", normalised: bool = True
+    profile: Profile,
+    allocations: Mapping[str, Allocation] = MappingProxyType({}),
+    *,
+    loss: str = "frobenius",
+    normalised: bool = True,
 ) -> Figure:
-    """Layers on x, k on y, colour the loss; each allocation's k per layer as a line of steps.
+    """Layers on x, k on y, colour the loss; the k per layer of `allocations`, by the names to call them, as steps.
 
     Raises InputError for an allocation made for another model.
     """
-    for allocation in allocations:
+    for name, allocation in allocations.items():
         if allocation.model != profile.model:
-            raise InputError(f"the allocation with budget {allocation.budget} is for another model than the profile")
+            raise InputError(f"allocation {name} is for another model than the profile")
     rows = profile.losses(loss, normalised=normalised)
     layers, top_k = sorted(profile.layers), profile.model.top_k
     figure = Figure(figsize=(2.6 + 0.2 * max(len(layers), 18), 1.6 + 0.3 * max(top_k, 6)), layout="constrained")
@@ -71,9 +76,9 @@ def _label(loss: str, normalised: bool) -> str:
     return f"{name},\nrelative to the largest" if normalised else name
 
 
-def _draw_steps(axes: Axes, allocations: Sequence[Allocation], layers: Sequence[int]) -> None:
+def _draw_steps(axes: Axes, allocations: Mapping[str, Allocation], layers: Sequence[int]) -> None:
     """Lines apart by a little, so that allocations that agree on a layer stay visible."""
-    for index, allocation in enumerate(allocations):
+    for index, (name, allocation) in enumerate(allocations.items()):
         shift = (index - (len(allocations) - 1) / 2) * min(0.12, 0.6 / len(allocations))
         axes.stairs(
             [allocation.top_k[layer] + shift for layer in layers],
@@ -81,9 +86,9 @@ def _draw_steps(axes: Axes, allocations: Sequence[Allocation], layers: Sequence[
             baseline=None,
             color=STEP_COLOURS[index % len(STEP_COLOURS)],
             linewidth=1.8,
-            label=f"B = {allocation.budget}",
+            label=f"{name}, B = {allocation.budget}",
             path_effects=[patheffects.withStroke(linewidth=3.2, foreground="#00000099")],
         )
     if allocations:
-        legend = axes.figure.legend(loc="outside lower center", ncols=min(len(allocations), 8), labelcolor="white")
+        legend = axes.figure.legend(loc="outside lower center", ncols=max(1, len(layers) // 7), labelcolor="white")
         legend.get_frame().set(facecolor="#404040", edgecolor="none")

@@ -1,6 +1,7 @@
-"""Profiles, allocations and search results as tables for a terminal."""
+"""Profiles, allocations and search results as tables for a terminal, and the same as JSON objects for machines."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -59,6 +60,24 @@ def tabulate_search(allocations: Sequence[Allocation], uniform_losses: Sequence[
             " ".join(str(k) for _, k in sorted(allocation.top_k.items())),
         )
     return _entitle(title, table)
+
+
+def summarise(allocation: Allocation) -> dict[str, Any]:
+    """What the tables say of an allocation."""
+    return {
+        "budget": allocation.budget,
+        "average_k": allocation.budget / len(allocation.top_k),
+        "loss": allocation.loss,
+        "optimal_loss": allocation.optimal_loss,
+        "gap": allocation.gap,
+        "top_k": {str(layer): k for layer, k in allocation.top_k.items()},
+    }
+
+
+def list_losses(profile: Profile, *, loss: str, normalised: bool) -> dict[str, Any]:
+    """Decoder-layer index -> losses for k = 1, 2, ..."""
+    rows = profile.losses(loss, normalised=normalised)
+    return {str(layer): list(row) for layer, row in zip(sorted(profile.layers), rows, strict=True)}
 
 
 def _average(allocation: Allocation) -> str:

@@ -373,10 +373,6 @@ def test_show_an_allocation(folder):
 
 def test_wide_tables_are_not_folded_in_a_pipe(folder):
     write(folder / "p", make_profile(61, 8))
-    succeed("search", "p", "--budget", "300")
-    assert all(
-        len(line.split()) < 3 or line.startswith((" ", "budget", "olmoe")) for line in succeed("show", "p").splitlines()
-    )
     row = succeed("search", "p", "--budget", "300").splitlines()[2]
     assert len(row.split()) == 5 + 61
 

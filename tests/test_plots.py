@@ -34,19 +34,19 @@ def test_ticks_name_decoder_layers_and_stay_apart():
 
 
 def test_allocations_are_steps_at_their_k():
-    allocations = [make_allocation(6, 4), make_allocation(6, 4, gate_exponent=0.5)]
+    allocations = {"one": make_allocation(6, 4), "two": make_allocation(6, 4, gate_exponent=0.5)}
     axes = draw_heatmap(make_profile(6, 4), allocations).axes[0]
     assert len(axes.patches) == 2
-    for patch, allocation in zip(axes.patches, allocations, strict=True):
+    for patch, allocation in zip(axes.patches, allocations.values(), strict=True):
         values, edges, _ = patch.get_data()
         np.testing.assert_array_equal(np.round(values), [allocation.top_k[layer] for layer in range(6)])
         np.testing.assert_array_equal(edges, np.arange(7) - 0.5)
-    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["B = 13", "B = 13"]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["one, B = 13", "two, B = 13"]
 
 
 def test_allocation_of_another_model_is_refused():
-    with pytest.raises(InputError, match="the allocation with budget 13 is for another model than the profile"):
-        draw_heatmap(make_profile(6, 4), [make_allocation(6, 4, router_sha256="f" * 64)])
+    with pytest.raises(InputError, match="allocation mine is for another model than the profile"):
+        draw_heatmap(make_profile(6, 4), {"mine": make_allocation(6, 4, router_sha256="f" * 64)})
 
 
 @pytest.mark.parametrize("file_format, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])
