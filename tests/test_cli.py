@@ -464,6 +464,30 @@ def test_export_refuses(allocation, checkpoint, tmp_path):
 # --- the whole program
 
 
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_the_chain_on_every_family(folder, family):
+    """Profile, search, export: the folder for vLLM differs in the config only, where the model's own k is."""
+    model = tiny.make_checkpoint(family, folder / "model")
+    succeed("profile", "model", *FAST)
+    layers = artifacts.read_profile("profile.json").model.moe_layers
+    succeed("search", "profile.json", "--budget", 3 * len(layers) - 1)
+    assert succeed("export", "allocation.json", "--to", "vllm", "--model", "model", "-o", "out").startswith(
+        "vllm serve "
+    )
+    before, after = (json.loads((path / "config.json").read_text()) for path in (model, folder / "out"))
+    section = after.get("language_config", after)
+    allocation = artifacts.read_allocation("allocation.json")
+    assert section.pop("per_layer_config") == {
+        str(layer): {"num_experts_per_tok": k} for layer, k in allocation.top_k.items()
+    }
+    assert section.pop("allow_global_per_layer_attribute_access") is True
+    assert after.pop("lexi_allocation") == artifacts.to_document(allocation)
+    assert after.pop("architectures") == ["Lexi" + name for name in before.pop("architectures")]
+    assert after == before
+    for name in os.listdir(model):
+        assert name == "config.json" or (folder / "out" / name).samefile(model / name)
+
+
 def test_every_option_says_what_it_does():
     for command in main.commands.values():
         assert command.help
