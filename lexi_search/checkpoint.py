@@ -7,7 +7,6 @@ length, a JSON header, then data, so tensors are read by offset, into a buffer t
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from lexi_search.errors import InputError
-from lexi_search.files import read_json_object
+from lexi_search.files import find_folder, read_json_object
 
 # safetensors' names for element types. Sub-byte types are left out: they have no NumPy array of their own.
 DTYPES = {
@@ -40,7 +39,6 @@ DTYPES = {
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class TensorEntry(NamedTuple):
@@ -97,17 +95,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """Open a folder with `config.json` and safetensors shards, or the hub id `owner/name` of one.
 
-    Only a source that is not a path on this machine is looked up on the hub, through `huggingface_hub` and its cache.
-
     Raises:
         InputError: no such folder or id, no or unreadable config, no shards, a damaged or truncated shard.
     """
-    folder = Path(source)
-    if not folder.exists() and HUB_ID.fullmatch(str(source)):
-        folder = _fetch_from_hub(str(source))
-    if not folder.is_dir():
-        reason = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise InputError(f"{source}: {reason}; name a folder with config.json and safetensors shards, or a hub id")
+    folder = find_folder(source, ["config.json", INDEX, "*.safetensors"])
     config = read_json_object(folder / "config.json")
     return Checkpoint(folder, config, _read_entries(folder))
 
@@ -194,13 +185,3 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         raise ValueError("a name occurs twice")
     return content
-
-
-def _fetch_from_hub(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", INDEX, "*.safetensors"]))
-    except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{hub_id}: no such folder here, and not to be had from the hub ({reason})") from error

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
-    from lexi_search.checkpoint import Checkpoint
-    from lexi_search.models import Model
 
 
 class Refusal(click.ClickException):
@@ -103,7 +101,7 @@ def profile(
     wanted = parse_layers(layers) if layers else None
     prepare_environment()
     from lexi_search.checkpoint import open_checkpoint
-    from lexi_search.models import describe
+    from lexi_search.models import describe, find_dtype
     from lexi_search.profiling import profile_layers
 
     checkpoint = open_checkpoint(weights)
@@ -270,14 +268,6 @@ def parse_budgets(text: str) -> range:
     if step < 1 or stop < start:
         raise InputError(f"--budgets {text!r} is not understood; write START:STOP:STEP, such as 64:128:8")
     return range(start, stop + 1, step)
-
-
-def find_dtype(checkpoint: "Checkpoint", model: "Model") -> str:
-    """The element type of the experts as stored; float32 for one that the input cannot have (float64)."""
-    experts = next(iter(model.tensors.values())).experts
-    name = experts.fused[0] if experts.fused else experts.separate[0][0]
-    stored = checkpoint.entries[name].dtype.name
-    return stored if stored in DTYPES else "float32"
 
 
 def print_json(document: Any) -> None:

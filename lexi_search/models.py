@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lexi_search.architectures import ARCHITECTURES, Architecture, Routing, Selection
-from lexi_search.artifacts import ModelIdentity
+from lexi_search.artifacts import DTYPES, ModelIdentity
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
 
@@ -117,6 +117,14 @@ def describe(checkpoint: Checkpoint) -> Model:
         router_sha256=_hash_routers(checkpoint, pattern, layers),
     )
     return Model(identity, hidden_size, str(config.values.get("hidden_act", "silu")), routing, tensors)
+
+
+def find_dtype(checkpoint: Checkpoint, model: Model) -> str:
+    """The element type of the experts as stored; float32 for one that a profile cannot be measured in (float64)."""
+    experts = next(iter(model.tensors.values())).experts
+    name = experts.fused[0] if experts.fused else experts.separate[0][0]
+    stored = checkpoint.entries[name].dtype.name
+    return stored if stored in DTYPES else "float32"
 
 
 def _find_architecture(checkpoint: Checkpoint) -> Architecture:

@@ -21,7 +21,7 @@ from synthetic import make_allocation, make_profile
 
 import lexi_search
 from lexi_search import artifacts
-from lexi_search.cli import find_dtype, main, parse_budgets, parse_layers
+from lexi_search.cli import main, parse_budgets, parse_layers
 from lexi_search.errors import InputError
 
 FAST = ["--batch", "2", "--length", "32", "--relative-error", "0.2"]
@@ -99,14 +99,6 @@ def test_profile_of_some_layers_has_what_the_whole_has(folder, checkpoint):
         "the profile lacks 1 of the model's 3 MoE layers, the first is 0; an allocation needs them all, "
         "so profile without --layers"
     )
-
-
-def test_dtype_is_the_experts_own_unless_told(checkpoint):
-    from lexi_search.checkpoint import open_checkpoint
-    from lexi_search.models import describe
-
-    opened = open_checkpoint(checkpoint)
-    assert find_dtype(opened, describe(opened)) == "float32"
 
 
 def damage(folder, **changes):

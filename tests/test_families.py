@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lexi_search.architectures import ARCHITECTURES
 from lexi_search.checkpoint import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import describe
+from lexi_search.models import describe, find_dtype
 from lexi_search.moe import expert_outputs, mix, route
 from lexi_search.profiling import load_layer
 
@@ -210,3 +210,16 @@ def test_refuses_groups_that_do_not_fit(config, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=message):
         describe(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stored", "found"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float32")],
+)
+def test_dtype_is_the_experts_own(stored, found, tmp_path):
+    tiny.make_checkpoint("olmoe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change = {key: t.to(getattr(torch, stored)) for key, t in tensors.items() if ".experts." in key}
+    save_file(tensors | change, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert find_dtype(checkpoint, describe(checkpoint)) == found
