@@ -1,0 +1,129 @@
+"""Does vLLM, with the LExI plugin, compute what transformers computes under the same allocation?
+
+    python examples/benchmarks/serving_agreement.py CHECKPOINT ALLOCATION EXPORTED [--dtype bfloat16] [--eager]
+
+Prompts are pieces of Python's standard library. vLLM runs twice, each time in a process of its own: the untouched
+CHECKPOINT, and the EXPORTED folder. Beside them transformers runs the checkpoint as it is and under ALLOCATION, in the
+same element type. Printed, and written with -o: the largest and mean absolute difference of prompt log-probabilities
+for each pair, how many prompts continue with the same greedy tokens, and the k of every layer read from the live
+engine. The base pair shows what rounding alone does; the mixed pair may differ by no more than a little over that.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+PROMPTS, LENGTH, NEW_TOKENS = 32, 128, 32
+
+
+def read_prompts(checkpoint):
+    """Token ids of `PROMPTS` pieces of `LENGTH` tokens, from modules of the standard library."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(checkpoint) / "tokenizer.json"))
+    files = sorted(Path(os.__file__).parent.glob("*.py"))[::4]
+    pieces = (tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")).ids for file in files)
+    return [ids[200 : 200 + LENGTH] for ids in pieces if len(ids) >= 200 + LENGTH][:PROMPTS]
+
+
+def run_vllm(model, prompts, dtype, eager):
+    """Log-probabilities, greedy tokens and k per layer, from an engine in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+    from vllm import __version__ as version
+
+    from lexi_adapter.vllm_build import read_top_k
+
+    llm = LLM(model, dtype=dtype, enforce_eager=eager, max_model_len=LENGTH + NEW_TOKENS, gpu_memory_utilization=0.4)
+    (top_k,) = llm.apply_model(read_top_k)
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    return {
+        "vllm": version,
+        "top_k": top_k,
+        "logprobs": [[next(iter(place.values())).logprob for place in o.prompt_logprobs[1:]] for o in outputs],
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+    }
+
+
+def run_transformers(checkpoint, allocation, prompts, dtype):
+    import torch
+    import transformers
+
+    import lexi_adapter
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(device).eval()
+    if allocation:
+        lexi_adapter.apply(model, allocation)
+    tokens = torch.tensor(prompts, device=device)
+    with torch.inference_mode():
+        logprobs = model(tokens).logits[:, :-1].float().log_softmax(dim=-1)
+        chosen = logprobs.gather(-1, tokens[:, 1:, None])[..., 0].tolist()
+        new = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+    return {"logprobs": chosen, "tokens": new[:, LENGTH:].tolist()}
+
+
+def compare(ours, theirs):
+    pairs = zip(sum(ours["logprobs"], []), sum(theirs["logprobs"], []), strict=True)
+    differences = [abs(a - b) for a, b in pairs]
+    same = sum(a[: len(b)] == b[: len(a)] for a, b in zip(ours["tokens"], theirs["tokens"], strict=True))
+    return {
+        "largest": max(differences),
+        "mean": sum(differences) / len(differences),
+        "same_continuations": f"{same} of {len(ours['tokens'])}",
+    }
+
+
+def run_apart(**job):
+    """`run_vllm` or `run_transformers` in a new process: engines hold memory until theirs ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        subprocess.run([sys.executable, __file__, "--job", json.dumps(job), "-o", str(path)], check=True)
+        return json.loads(path.read_text())
+
+
+@click.command(help=__doc__.splitlines()[0])
+@click.argument("folders", nargs=-1)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--eager", is_flag=True, help="No torch.compile and no CUDA graphs.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the numbers here as JSON.")
+@click.option("--job", hidden=True)
+def main(folders, dtype, eager, output, job):
+    if job:
+        job = json.loads(job)
+        function = {"vllm": run_vllm, "transformers": run_transformers}[job.pop("engine")]
+        Path(output).write_text(json.dumps(function(**job)))
+        return
+    checkpoint, allocation, exported = folders
+    prompts = read_prompts(checkpoint)
+    shared = {"prompts": prompts, "dtype": dtype}
+    base = run_apart(engine="vllm", model=checkpoint, eager=eager, **shared)
+    mixed = run_apart(engine="vllm", model=exported, eager=eager, **shared)
+    base_reference = run_apart(engine="transformers", checkpoint=checkpoint, allocation=None, **shared)
+    mixed_reference = run_apart(engine="transformers", checkpoint=checkpoint, allocation=allocation, **shared)
+    result = {
+        "vllm": base["vllm"],
+        "dtype": dtype,
+        "cuda_graphs": not eager,
+        "prompts": [len(prompts), LENGTH],
+        "top_k": {"base": base["top_k"], "mixed": mixed["top_k"]},
+        "base, vLLM against transformers": compare(base, base_reference),
+        "mixed, vLLM against transformers": compare(mixed, mixed_reference),
+        "mixed against base, vLLM": compare(mixed, base),
+    }
+    text = json.dumps(result, indent=1)
+    if output:
+        Path(output).write_text(text + "\n")
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()
