@@ -102,7 +102,7 @@ def squared_distances(
     """||y_k - y_K||^2 of every token for k = 1..K, from its Gram matrix; the last column is zero."""
     top_k = scores.shape[-1]
     gram = jnp.einsum(
-        "tih,tjh->tij", outputs, outputs, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        "tih,tjh->tij", outputs, outputs, precision=_precision(outputs), preferred_element_type=jnp.float32
     )
     weights = jax.vmap(lambda k: mixing_weights(scores, k, routing=routing), out_axes=1)(jnp.arange(1, top_k + 1))
     change = weights - weights[:, -1:, :]
@@ -184,16 +184,19 @@ def _apply_expert(
     """
     chunk = jax.lax.dynamic_slice_in_dim(rows, start, size)
     gate, up, down = (matrix.astype(chunk.dtype) for matrix in weights)
-    hidden = ACTIVATIONS[activation](_multiply(chunk, gate)) * _multiply(chunk, up)
-    outputs = _multiply(hidden.astype(chunk.dtype), down).astype(chunk.dtype)
+    gated = ACTIVATIONS[activation](_multiply(chunk, gate).astype(jnp.float32))
+    hidden = gated * _multiply(chunk, up).astype(jnp.float32)
+    outputs = _multiply(hidden.astype(chunk.dtype), down)
     return jax.lax.dynamic_update_slice_in_dim(result, outputs, start, axis=0)
 
 
 def _multiply(x: Float[Array, "rows inner"], weight: Float[Array, "outer inner"]) -> Float[Array, "rows outer"]:
-    """x @ weight.T in float32 accumulation; float32 operands are never rounded to TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dimensions = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    """x @ weight.T in their own type, accumulated in float32; float32 operands are never rounded to TF32."""
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=_precision(x))
+
+
+def _precision(x: Array) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 @partial(jax.jit, static_argnames="shape")

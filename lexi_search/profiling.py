@@ -1,20 +1,25 @@
 """Stage 1 (LExI section 3.1, Algorithm 1): stream a checkpoint layer by layer into the loss of each layer at each k."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int, Key
 
 from lexi_search.artifacts import LayerLoss, ProfileSettings
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import ExpertTensors, LayerTensors, Model
-from lexi_search.moe import ACTIVATIONS, ExpertWeights, LayerWeights, expert_outputs, route, squared_distances
+from lexi_search.models import Model
+from lexi_search.moe import ACTIVATIONS, LayerWeights, expert_outputs, route, squared_distances
+from lexi_search.weights import stream_layers
 
 MIN_ITERATIONS = 2  # one draw may look surer than it is
+# Memory for one pass, by JAX's name of the backend: a CPU is fastest within its cache, a GPU with many rows per expert.
+PASS_BYTES = defaultdict(lambda: 6 << 30, cpu=64 << 20)
 
 
 class Moments(NamedTuple):
@@ -35,8 +40,8 @@ def profile_layers(
 ) -> Iterator[tuple[int, LayerLoss]]:
     """Measure `layers` one after another, yielding (decoder-layer index, losses) as each is done.
 
-    Weights of one layer at a time are in memory. What a layer yields depends on its weights, its index and `settings`
-    alone, not on which other layers are measured, or in what order.
+    What a layer yields depends on its weights, its index and `settings`, not on which other layers are measured, or in
+    what order. The device holds the weights of one layer at a time, the host those of two.
 
     Raises:
         InputError: a layer that is no MoE layer, an activation that is not known, NaN or Inf in a weight or output,
@@ -51,11 +56,32 @@ def profile_layers(
     if settings.max_samples < settings.batch * settings.length:
         size = f"batch {settings.batch} x length {settings.length}"
         raise InputError(f"at most {settings.max_samples} samples allow no iteration of {size}; raise the cap")
-    buffer = np.empty(max((_layer_bytes(checkpoint, model.tensors[layer]) for layer in layers), default=0), np.uint8)
-    for layer in layers:
-        weights = load_layer(checkpoint, model.tensors[layer], buffer=buffer)
-        moments = _measure(checkpoint, model, weights, layer, settings)
+    for layer, weights in stream_layers(checkpoint, model, layers):
+        moments = measure_layer(model, weights, layer, settings)
+        if not np.isfinite(moments.squares).all():
+            remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
+            raise InputError(f"{checkpoint.folder}: the output of layer {layer} overflows in {settings.dtype}{remedy}")
         yield layer, summarise(moments)
+
+
+def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: ProfileSettings) -> Moments:
+    """Draw and measure iterations until every k is known to `relative_error` or the next would exceed `max_samples`.
+
+    Iterations are computed several at a time and counted one by one, so that how many share a pass through the device
+    decides nothing but the speed. Not finite where an output overflows.
+    """
+    zero = np.zeros(model.identity.top_k)
+    moments = Moments(0, 0, zero, zero, zero)
+    limit = settings.max_samples // (settings.batch * settings.length)
+    while moments.iterations < limit:
+        first = moments.iterations
+        x = draw(model, layer, first, min(_plan_pass(model, moments, settings), limit - first), settings)
+        distances = np.asarray(measure_tokens(x, model, weights), np.float64)
+        for iteration in distances.reshape(-1, settings.batch * settings.length, model.identity.top_k):
+            moments = _accumulate(moments, iteration)
+            if not np.isfinite(moments.squares).all() or _is_known(moments, settings):
+                return moments
+    return moments
 
 
 def summarise(moments: Moments) -> LayerLoss:
@@ -86,63 +112,49 @@ def relative_errors(moments: Moments) -> np.ndarray:
     return np.divide(spread, 2 * mean, where=positive, out=np.zeros_like(mean))
 
 
-def draw(model: Model, layer: int, iteration: int, settings: ProfileSettings) -> Float[Array, "tokens hidden"]:
-    """The paper's X ~ N(0, 1) for one iteration, [batch * length, hidden]. Its key is (seed, layer, iteration).
+def draw(model: Model, layer: int, first: int, count: int, settings: ProfileSettings) -> Float[Array, "tokens hidden"]:
+    """The paper's X ~ N(0, 1) for `count` iterations from `first` on, [count * batch * length, hidden].
 
-    Drawn in float32 and cast: drawn in bfloat16 it would take 128 distinct values and have the wrong variance.
+    The key of an iteration is (seed, layer, iteration).
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), layer), iteration)
-    x = jax.random.normal(key, (settings.batch * settings.length, model.hidden_size), jnp.float32)
-    return x.astype(settings.dtype)
+    key = jax.random.fold_in(jax.random.key(settings.seed), layer)
+    shape = (settings.batch * settings.length, model.hidden_size)
+    return _draw(key, first + np.arange(count, dtype=np.int32), shape=shape, dtype=settings.dtype)
 
 
-def measure_iteration(
-    x: Float[Array, "tokens hidden"], model: Model, weights: LayerWeights
-) -> Float[Array, "tokens K"]:
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _draw(
+    key: Key[Array, ""], iterations: Int[Array, " count"], *, shape: tuple[int, int], dtype: str
+) -> Float[Array, "tokens hidden"]:
+    # Drawn in float32 and cast: drawn in bfloat16 it would take 128 distinct values and have the wrong variance.
+    x = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(iterations)
+    return x.reshape(-1, shape[1]).astype(dtype)
+
+
+def measure_tokens(x: Float[Array, "tokens hidden"], model: Model, weights: LayerWeights) -> Float[Array, "tokens K"]:
     """||y_k - y_base||^2 of every token of `x` for k = 1..K, float32."""
     choice = route(x, weights.router, weights.bias, routing=model.routing, top_k=model.identity.top_k)
     outputs = expert_outputs(x, choice.experts, weights.experts, activation=model.activation)
     return squared_distances(outputs, choice.scores, routing=model.routing)
 
 
-def load_layer(checkpoint: Checkpoint, tensors: LayerTensors, *, buffer: np.ndarray) -> LayerWeights:
-    """Read one layer's router and experts through `buffer` (uint8) on to the default device, in their stored types.
+def _plan_pass(model: Model, moments: Moments, settings: ProfileSettings) -> int:
+    """How many iterations to compute together: few at first, then all that fit if many are still needed.
 
-    Raises:
-        InputError: NaN or Inf in a tensor, by name.
+    Only two sizes, because each is compiled.
     """
-    views, position = {}, 0
-    for name in _tensor_names(tensors):
-        views[name] = checkpoint.read(name, buffer[position:])
-        position += checkpoint.entries[name].size
-    pieces = [(name, views[name]) for name in (tensors.router, tensors.bias) if name]
-    pieces += _split_experts(views, tensors.experts)
-    # Copies: the CPU backend would otherwise alias the buffer, which the next layer overwrites.
-    arrays = [jnp.array(view, copy=True) for _, view in pieces]
-    for (name, _), finite in zip(pieces, jax.device_get([_all_finite(array) for array in arrays]), strict=True):
-        if not finite:
-            raise InputError(f"{checkpoint.entries[name].file}: tensor {name} holds NaN or Inf; is the file damaged?")
-    router, *rest = arrays
-    bias = rest.pop(0) if tensors.bias else None
-    experts = tuple(ExpertWeights(*rest[i : i + 3]) for i in range(0, len(rest), 3))
-    return LayerWeights(router, bias, experts)
+    row = model.hidden_size * np.dtype(jnp.dtype(settings.dtype)).itemsize
+    held = 3 * model.identity.top_k * row * settings.batch * settings.length  # inputs, results, and results in order
+    full = max(PASS_BYTES[jax.default_backend()] // held, 1)
+    few = min(MIN_ITERATIONS, full)
+    if moments.iterations == 0:
+        return few
+    missing = moments.iterations * (relative_errors(moments).max() / max(settings.relative_error, 1e-9)) ** 2
+    return full if missing - moments.iterations > few else few
 
 
-def _measure(
-    checkpoint: Checkpoint, model: Model, weights: LayerWeights, layer: int, settings: ProfileSettings
-) -> Moments:
-    zero = np.zeros(model.identity.top_k)
-    moments, size = Moments(0, 0, zero, zero, zero), settings.batch * settings.length
-    while moments.samples + size <= settings.max_samples:
-        x = draw(model, layer, moments.iterations, settings)
-        distances = np.asarray(measure_iteration(x, model, weights), np.float64)
-        if not np.isfinite(distances).all():
-            remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
-            raise InputError(f"{checkpoint.folder}: the output of layer {layer} overflows in {settings.dtype}{remedy}")
-        moments = _accumulate(moments, distances)
-        if moments.iterations >= MIN_ITERATIONS and relative_errors(moments).max() <= settings.relative_error:
-            break
-    return moments
+def _is_known(moments: Moments, settings: ProfileSettings) -> bool:
+    return moments.iterations >= MIN_ITERATIONS and relative_errors(moments).max() <= settings.relative_error
 
 
 def _accumulate(moments: Moments, distances: np.ndarray) -> Moments:
@@ -154,30 +166,3 @@ def _accumulate(moments: Moments, distances: np.ndarray) -> Moments:
         squares=moments.squares + total,
         fourths=moments.fourths + (distances * distances).sum(axis=0),
     )
-
-
-def _tensor_names(tensors: LayerTensors) -> list[str]:
-    separate = (name for expert in tensors.experts.separate for name in expert)
-    return [name for name in (tensors.router, tensors.bias, *separate, *(tensors.experts.fused or ())) if name]
-
-
-def _layer_bytes(checkpoint: Checkpoint, tensors: LayerTensors) -> int:
-    return sum(checkpoint.entries[name].size for name in _tensor_names(tensors))
-
-
-def _split_experts(views: Mapping[str, np.ndarray], experts: ExpertTensors) -> Iterator[tuple[str, np.ndarray]]:
-    """Each expert's gate, up and down in turn, as [out, in] views of what was read, with the tensor they came from."""
-    for expert in experts.separate:
-        for name in expert:
-            yield name, views[name]
-    if experts.fused:
-        for gate_up, down in zip(views[experts.fused[0]], views[experts.fused[1]], strict=True):
-            if experts.transposed:
-                gate_up, down = gate_up.T, down.T
-            gate, up = np.split(gate_up, 2)
-            yield from ((experts.fused[0], gate), (experts.fused[0], up), (experts.fused[1], down))
-
-
-@jax.jit
-def _all_finite(array: Array) -> Bool[Array, ""]:
-    return jnp.isfinite(array).all()

@@ -14,7 +14,7 @@ from lexi_search.checkpoint import open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models import describe, find_dtype
 from lexi_search.moe import expert_outputs, mix, route
-from lexi_search.profiling import load_layer
+from lexi_search.weights import stream_layers
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny.FAMILIES' name is not the config's
 
@@ -33,8 +33,7 @@ def compute_outputs(folder, layer, x):
     """Our output of one layer at every k, [k][tokens, hidden]."""
     checkpoint = open_checkpoint(folder)
     model = describe(checkpoint)
-    buffer = np.empty(sum(entry.size for entry in checkpoint.entries.values()), np.uint8)
-    weights = load_layer(checkpoint, model.tensors[layer], buffer=buffer)
+    [(_, weights)] = stream_layers(checkpoint, model, [layer])
     tokens, top_k = jnp.asarray(x.numpy()), model.identity.top_k
     choice = route(tokens, weights.router, weights.bias, routing=model.routing, top_k=top_k)
     outputs = expert_outputs(tokens, choice.experts, weights.experts, activation=model.activation)

@@ -19,6 +19,7 @@ LINE = [
     "architectures",
     "models",
     "moe",
+    "weights",
     "profiling",
     "budgets",
     "evolution",

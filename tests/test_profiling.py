@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_families import compute_reference
 
+from lexi_search import profiling
 from lexi_search.artifacts import ProfileSettings
 from lexi_search.checkpoint import open_checkpoint
 from lexi_search.errors import InputError
@@ -44,7 +45,7 @@ def test_equals_the_algorithm_read_literally(family, tmp_path):
         assert measured[layer].iterations == 4 and measured[layer].samples == 256
         norms, squares = [], []
         for iteration in range(4):
-            x = torch.tensor(np.asarray(draw(described, layer, iteration, SETTINGS)))
+            x = torch.tensor(np.asarray(draw(described, layer, iteration, 1, SETTINGS)))
             outputs = [compute_reference(block, x, k) for k in range(1, 5)]
             norms.append([np.linalg.norm(output - outputs[-1]) for output in outputs])
             squares.append([((output - outputs[-1]) ** 2).sum(axis=1) for output in outputs])
@@ -58,7 +59,7 @@ def test_equals_the_algorithm_read_literally(family, tmp_path):
 def test_input_is_standard_normal():
     described = describe_olmoe_like(hidden_size=4096)
     for dtype, tolerance in (("float32", 0.01), ("bfloat16", 0.01), ("float16", 0.01)):
-        x = np.asarray(draw(described, 3, 1, dataclasses.replace(SETTINGS, dtype=dtype))).astype(np.float64)
+        x = np.asarray(draw(described, 3, 1, 1, dataclasses.replace(SETTINGS, dtype=dtype))).astype(np.float64)
         assert x.shape == (64, 4096)
         assert abs(x.mean()) < tolerance and abs(x.std() - 1) < tolerance
         assert len(np.unique(x)) > 1000  # drawn in bfloat16 it would be 128
@@ -72,6 +73,16 @@ def describe_olmoe_like(hidden_size):
 
 def test_a_layer_does_not_depend_on_the_others(folder):
     assert run(folder, layers=(2,))[2] == run(folder)[2] == run(folder, layers=(2, 0))[2]
+
+
+def test_size_of_a_pass_decides_nothing(folder, monkeypatch):
+    together = run(folder, relative_error=0.03, max_samples=1 << 12)
+    monkeypatch.setitem(profiling.PASS_BYTES, "cpu", 1)
+    alone = run(folder, relative_error=0.03, max_samples=1 << 12)
+    for layer, loss in together.items():
+        assert loss.iterations == alone[layer].iterations > 4
+        np.testing.assert_allclose(loss.rms, alone[layer].rms, rtol=1e-6)
+        np.testing.assert_allclose(loss.frobenius, alone[layer].frobenius, rtol=1e-6)
 
 
 def test_seed_decides(folder):

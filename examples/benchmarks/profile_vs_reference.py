@@ -35,7 +35,7 @@ def profile_literally(folder, described, settings, device):
     ).to(device)
     blocks = {layer: model.model.layers[layer].mlp for layer in described.layers}
     inputs = {
-        (layer, i): torch.tensor(np.asarray(draw(described, layer, i, settings)), device=device)
+        (layer, i): torch.tensor(np.asarray(draw(described, layer, i, 1, settings)), device=device)
         for layer in blocks
         for i in range(settings.max_samples // (settings.batch * settings.length))
     }

@@ -1,0 +1,86 @@
+"""One layer's weights on their way from the checkpoint to the device."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from lexi_search.checkpoint import Checkpoint
+from lexi_search.errors import InputError
+from lexi_search.models import ExpertTensors, LayerTensors, Model
+from lexi_search.moe import ExpertWeights, LayerWeights
+
+
+def stream_layers(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
+    """Yield (decoder-layer index, weights on the default device, in their stored types) for each of `layers`.
+
+    While the caller works on one layer, the next is read from disk. Two host buffers, each as large as the largest
+    layer, take turns: a layer has left its buffer when it is yielded.
+
+    Raises:
+        InputError: a shard that cannot be read; NaN or Inf in a tensor, by name.
+    """
+    size = max((_count_bytes(checkpoint, model.tensors[layer]) for layer in layers), default=0)
+    buffers = (np.empty(size, np.uint8), np.empty(size, np.uint8))
+    with ThreadPoolExecutor(max_workers=1) as reader:
+
+        def start_reading(place: int):
+            return reader.submit(_read_layer, checkpoint, model.tensors[layers[place]], buffers[place % 2])
+
+        reading = start_reading(0) if layers else None
+        for place, layer in enumerate(layers):
+            views = reading.result()
+            if place + 1 < len(layers):
+                reading = start_reading(place + 1)
+            yield layer, _put_layer(checkpoint, model.tensors[layer], views)
+
+
+def _read_layer(checkpoint: Checkpoint, tensors: LayerTensors, buffer: np.ndarray) -> dict[str, np.ndarray]:
+    views, position = {}, 0
+    for name in _list_tensors(tensors):
+        views[name] = checkpoint.read(name, buffer[position:])
+        position += checkpoint.entries[name].size
+    return views
+
+
+def _put_layer(checkpoint: Checkpoint, tensors: LayerTensors, views: Mapping[str, np.ndarray]) -> LayerWeights:
+    pieces = [(name, views[name]) for name in (tensors.router, tensors.bias) if name]
+    pieces += _split_experts(views, tensors.experts)
+    # Copies: the CPU backend would otherwise alias the buffer. Looking at every flag waits for all of them to be made.
+    arrays = [jnp.array(view, copy=True) for _, view in pieces]
+    for (name, _), finite in zip(pieces, jax.device_get([_all_finite(array) for array in arrays]), strict=True):
+        if not finite:
+            raise InputError(f"{checkpoint.entries[name].file}: tensor {name} holds NaN or Inf; is the file damaged?")
+    router, *rest = arrays
+    bias = rest.pop(0) if tensors.bias else None
+    return LayerWeights(router, bias, tuple(ExpertWeights(*rest[i : i + 3]) for i in range(0, len(rest), 3)))
+
+
+def _list_tensors(tensors: LayerTensors) -> list[str]:
+    separate = (name for expert in tensors.experts.separate for name in expert)
+    return [name for name in (tensors.router, tensors.bias, *separate, *(tensors.experts.fused or ())) if name]
+
+
+def _count_bytes(checkpoint: Checkpoint, tensors: LayerTensors) -> int:
+    return sum(checkpoint.entries[name].size for name in _list_tensors(tensors))
+
+
+def _split_experts(views: Mapping[str, np.ndarray], experts: ExpertTensors) -> Iterator[tuple[str, np.ndarray]]:
+    """Each expert's gate, up and down in turn, as [out, in] views of what was read, with the tensor they came from."""
+    for expert in experts.separate:
+        for name in expert:
+            yield name, views[name]
+    if experts.fused:
+        for gate_up, down in zip(views[experts.fused[0]], views[experts.fused[1]], strict=True):
+            if experts.transposed:
+                gate_up, down = gate_up.T, down.T
+            gate, up = np.split(gate_up, 2)
+            yield from ((experts.fused[0], gate), (experts.fused[0], up), (experts.fused[1], down))
+
+
+@jax.jit
+def _all_finite(array: Array) -> Bool[Array, ""]:
+    return jnp.isfinite(array).all()
