@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,47 +14,46 @@ from tiny import make_checkpoint
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from lexi_search.artifacts import Allocation, to_document
+from lexi_search.artifacts import Allocation
 from lexi_search.checkpoint import open_checkpoint
 from lexi_search.exporters import make_vllm_overrides, write_folder
 from lexi_search.models import describe
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9, 10], [100, 90, 80, 70, 60, 50], [200, 3, 201, 5, 202, 7, 203]]
-# vLLM's own rotary embedding of DeepSeek-V2 is wrong on the CPU; torch's is right.
+
+# The only width of latent attention that vLLM's CPU build has kernels for; and vLLM's own rotary embedding of
+# DeepSeek-V2 is wrong there, torch's is right.
+LATENT_ATTENTION = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
 NATIVE_ROTARY = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
+CHANGES = {"deepseek_v2": LATENT_ATTENTION, "deepseek_vl2": LATENT_ATTENTION}
 OPTIONS = {
     "deepseek_v2": NATIVE_ROTARY,
     "deepseek_vl2": NATIVE_ROTARY | {"limit_mm_per_prompt": {"image": 0}, "skip_tokenizer_init": False},
     "minicpm": {"trust_remote_code": True},
 }
+SUBSTITUTED = ("deepseek_vl2", "minicpm")  # see engine_worker.SUBSTITUTES
 
 
-# The only width of latent attention that vLLM's CPU build has kernels for.
-LATENT_ATTENTION = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
-CHANGES = {"deepseek_v2": LATENT_ATTENTION, "deepseek_vl2": LATENT_ATTENTION}
+class Run(NamedTuple):
+    """What a process with engines in it gave back: one result a job, and everything it printed."""
+
+    results: list[dict]
+    log: str
 
 
 def make_servable(family, folder):
-    """The family's tiny checkpoint, in a shape that vLLM's CPU build can serve."""
+    """The family's tiny checkpoint in a shape that vLLM's CPU build can serve, with a tokenizer of one word a token."""
     make_checkpoint(family, folder, **CHANGES.get(family, {}))
-    if family == "deepseek_vl2":
-        _complete_vision(folder)
-    return folder
-
-
-def _complete_vision(folder):
-    """What vLLM's class loads besides the language model: two vectors, and a tokenizer that knows an image's place."""
-    tensors = load_file(folder / "model.safetensors")
-    width = tensors["language.model.norm.weight"].shape[0]
-    save_file(tensors | {name: torch.zeros(width) for name in VISION}, folder / "model.safetensors")
     vocabulary = {f"t{token}": token for token in range(255)} | {"<image>": 255}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), eos_token="t1", pad_token="t2"
     ).save_pretrained(folder)
-
-
-VISION = ("image_newline", "view_seperator")
+    if family == "deepseek_vl2":  # vLLM's class wants these two vectors even if it leaves out the vision tower
+        tensors = load_file(folder / "model.safetensors")
+        vector = torch.zeros_like(tensors["language.model.norm.weight"])
+        save_file(tensors | {"image_newline": vector, "view_seperator": vector.clone()}, folder / "model.safetensors")
+    return folder
 
 
 def allocate(folder, top_k=(1, 3, 2)):
@@ -72,43 +72,59 @@ def export(allocation, folder, target):
     return target
 
 
-def make_job(model, options=None, prompts=PROMPTS, max_tokens=8, substitute=None):
+class Served(NamedTuple):
+    """A servable OLMoE folder, an allocation for it, and the folder exported with it."""
+
+    root: Path
+    folder: Path
+    allocation: Allocation
+    exported: Path
+
+
+def make_served(root):
+    folder = make_servable("olmoe", root / "olmoe")
+    allocation = allocate(folder)
+    return Served(root, folder, allocation, export(allocation, folder, root / "exported"))
+
+
+def make_overrides(served, **changes):
+    """What the export would have given as --hf-overrides, and `changes` to it."""
+    return make_vllm_overrides(served.allocation, json.loads((served.folder / "config.json").read_text())) | changes
+
+
+def make_job(model, family="olmoe", *, substitute=None, max_tokens=8, **options):
+    """One engine to start and the prompts to run on it; see engine_worker."""
     return {
         "model": str(model),
-        "options": options or {},
-        "prompts": prompts,
+        "options": OPTIONS.get(family, {}) | options,
+        "prompts": PROMPTS,
         "max_tokens": max_tokens,
-        "substitute": substitute,
+        "substitute": substitute or (family if family in SUBSTITUTED else None),
     }
 
 
+def job_with(served, document, **options):
+    """A job on the original folder, with the allocation (or its path) in additional_config."""
+    return make_job(served.folder, additional_config={"lexi_allocation": document}, **options)
+
+
 def run_engines(*jobs, **environment):
-    """Results of the jobs, run in turn by one new process; see engine_worker."""
+    """Run the jobs in turn in one new process."""
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "results.json"
-        done = start(sys.executable, str(WORKER), str(result), input=json.dumps(jobs), **environment)
-        assert result.exists(), done.stderr[-3000:]
-        return [_with_layers(job_result) for job_result in json.loads(result.read_text())]
+        path = Path(folder) / "results.json"
+        done = start(sys.executable, str(WORKER), str(path), input=json.dumps(jobs), **environment)
+        assert path.exists(), done.stderr[-3000:]
+        return Run([_read_result(result) for result in json.loads(path.read_text())], done.stdout + done.stderr)
 
 
-def start(*command, input=None, timeout=300, **environment):
-    """Run a command with vLLM's environment for a small machine, and capture its output."""
-    defaults = dict(
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_NO_USAGE_STATS="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        HF_HUB_OFFLINE="1",
-    )
+def start(*command, timeout=400, input=None, **environment):
+    """Run a command in the environment that vLLM's CPU build needs on a small machine, and capture what it prints."""
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return subprocess.run(
         command, env=os.environ | defaults | environment, input=input, capture_output=True, text=True, timeout=timeout
     )
 
 
-def _with_layers(result):
-    if "top_k" in result:
-        result["top_k"] = {int(layer): k for layer, k in result["top_k"].items()}
-    return result
-
-
-def to_json(allocation):
-    return to_document(allocation)
+def _read_result(result):
+    layers = {int(layer): k for layer, k in result.get("top_k", {}).items()}
+    return result | ({"top_k": layers} if layers else {})

@@ -1,14 +1,16 @@
 """Runs vLLM engines one after the other in a process of its own: JSON jobs on standard input, JSON results in a file.
 
-A job is {"model": folder, "options": {...}, "prompts": [[token, ...], ...], "max_tokens": n}; its result holds the
-top-k of every MoE layer read from the live modules, prompt log-probabilities, and greedy tokens; or the error. A job
-may name one of `SUBSTITUTES` for parts that vLLM's CPU build has no kernels or libraries for.
+A job is {"model": folder, "options": {...}, "prompts": [[token, ...], ...], "max_tokens": n, "substitute": name}. Its
+result holds the top-k of every MoE layer read from the live modules, prompt log-probabilities and greedy tokens; or the
+error. A substitute (see `SUBSTITUTES`) stands in for what vLLM's CPU build lacks, or breaks something on purpose.
 """
 
 import gc
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 DEFAULTS = dict(
     dtype="float32",
@@ -21,8 +23,8 @@ DEFAULTS = dict(
 )
 
 
-def substitute_moe_kernels():
-    """MiniCPM's block calls two Triton kernels by name: give it the same in plain torch."""
+def torch_moe_kernels():
+    """MiniCPM's block calls two Triton kernels by name: the same in plain torch."""
     import torch
     import vllm.model_executor.models.minicpm as minicpm
 
@@ -37,18 +39,54 @@ def substitute_moe_kernels():
             out[token] += weights[token, expert] * (down[ids[token, expert]] @ (torch.nn.functional.silu(gate) * up))
         return out
 
-    minicpm.fused_topk, minicpm.fused_experts = fused_topk, fused_experts
+    return mock.patch.multiple(minicpm, fused_topk=fused_topk, fused_experts=fused_experts)
 
 
-def leave_out_vision_tower():
+def no_vision_tower():
     """DeepSeek-VL2's tower needs timm and torchvision; prompts of text alone never reach it."""
     import torch
     from vllm.model_executor.models.deepseek_vl2 import DeepseekVLV2ForCausalLM
 
-    DeepseekVLV2ForCausalLM._init_vision_module = lambda *args, **kwargs: torch.nn.Module()
+    return mock.patch.object(DeepseekVLV2ForCausalLM, "_init_vision_module", lambda *_, **__: torch.nn.Module())
 
 
-SUBSTITUTES = {"minicpm": substitute_moe_kernels, "deepseek_vl2": leave_out_vision_tower}
+def newer_vllm():
+    """A vLLM that nobody has read yet."""
+    import vllm
+
+    return mock.patch.object(vllm, "__version__", "0.34.0")
+
+
+def unknown_blocks():
+    """An adapter that has never heard of MiniCPM's block."""
+    from lexi_adapter import vllm_build
+
+    return mock.patch.object(vllm_build, "OWN_BLOCKS", ())
+
+
+def stubborn_router():
+    """A vLLM whose factory makes its router with another top-k than it was asked for."""
+    from vllm.model_executor.layers.fused_moe import layer
+
+    make = layer.create_fused_moe_router
+    return mock.patch.object(layer, "create_fused_moe_router", lambda *, top_k, **rest: make(top_k=4, **rest))
+
+
+def external_routing():
+    """vLLM's transformers backend as it serves a block that it cannot read: routed by transformers' own code."""
+    import vllm.model_executor.models.transformers.moe as backend
+
+    return mock.patch.object(backend, "get_fuser", lambda *_: None)
+
+
+SUBSTITUTES = {
+    "minicpm": torch_moe_kernels,
+    "deepseek_vl2": no_vision_tower,
+    "newer_vllm": newer_vllm,
+    "unknown_blocks": unknown_blocks,
+    "stubborn_router": stubborn_router,
+    "external_routing": external_routing,
+}
 
 
 def run(job):
@@ -56,9 +94,7 @@ def run(job):
 
     from lexi_adapter.vllm_build import read_top_k
 
-    if job.get("substitute"):
-        SUBSTITUTES[job["substitute"]]()
-    llm = LLM(job["model"], **DEFAULTS | job.get("options", {}))
+    llm = LLM(job["model"], **DEFAULTS | job["options"])
     (top_k,) = llm.apply_model(read_top_k)
     sampling = SamplingParams(max_tokens=job["max_tokens"], temperature=0, detokenize=False, prompt_logprobs=0)
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
@@ -74,7 +110,8 @@ def run_guarded(job):
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
-        return run(job)
+        with SUBSTITUTES[job["substitute"]]() if job["substitute"] else nullcontext():
+            return run(job)
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
     finally:

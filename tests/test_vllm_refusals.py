@@ -1,0 +1,211 @@
+"""Every way in which an allocation must stop vLLM from starting, with one line that says why; with real engines."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines
+from tiny import make_checkpoint
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.vllm_plugin import check_settings, check_version
+from lexi_search.artifacts import to_document
+
+REFUSALS = {}
+
+
+def refusal(name, line):
+    """Register a function that makes, from the served model, a job that must fail with `line` in its error."""
+
+    def register(make):
+        REFUSALS[name] = (make, line)
+        return make
+
+    return register
+
+
+def change(document, *, model=None, **top_k):
+    """The document with other values in its model or for some layers (`None` takes the layer out); the budget fits."""
+    layers = {layer.removeprefix("layer"): k for layer, k in top_k.items()}
+    layers = {layer: k for layer, k in (document["top_k"] | layers).items() if k is not None}
+    return document | {"model": document["model"] | (model or {}), "top_k": layers, "budget": sum(layers.values())}
+
+
+@refusal("another family", "config.json: model_type is 'olmoe', the allocation was made for 'mixtral'")
+def another_family(served):
+    return job_with(served, to_document(allocate(make_checkpoint("mixtral", served.root / "mixtral"))))
+
+
+@refusal("another depth", "num_hidden_layers is 3, the allocation was made for 4")
+def another_depth(served):
+    return job_with(served, change(to_document(served.allocation), model={"num_hidden_layers": 4}))
+
+
+@refusal("other weights", "other router weights than the allocation was made for")
+def other_weights(served):
+    return job_with(served, to_document(allocate(make_checkpoint("olmoe", served.root / "other", seed=1))))
+
+
+@refusal("a missing layer", "top_k lacks layers [1]")
+def missing_layer(served):
+    return job_with(served, change(to_document(served.allocation), layer1=None))
+
+
+@refusal("an extra layer", "top_k has layers [7]")
+def extra_layer(served):
+    return job_with(served, change(to_document(served.allocation), layer7=2))
+
+
+@refusal("more than the model's own k", "top_k of layer 0 is 5, more than the model's own 4")
+def more_than_own(served):
+    return job_with(served, change(to_document(served.allocation), layer0=5))
+
+
+@refusal("a corrupt file", "corrupt.json is not JSON")
+def corrupt_file(served):
+    path = served.root / "corrupt.json"
+    path.write_text(json.dumps(to_document(served.allocation))[:-20])
+    return job_with(served, str(path))
+
+
+@refusal("no file", "nowhere.json: No such file or directory; name an existing file")
+def no_file(served):
+    return job_with(served, str(served.root / "nowhere.json"))
+
+
+@refusal("another format", 'its "format" is \'lexi-profile\', expected "lexi-allocation"')
+def another_format(served):
+    return job_with(served, to_document(served.allocation) | {"format": "lexi-profile"})
+
+
+@refusal("two that disagree", "--additional-config and config.json or --hf-overrides hold different allocations")
+def two_that_disagree(served):
+    other = to_document(allocate(served.folder, (3, 1, 4)))
+    return make_job(served.exported, additional_config={"lexi_allocation": other})
+
+
+@refusal("an alias without an allocation", "but there is no lexi_allocation beside it")
+def alias_alone(served):
+    folder = export(served.allocation, served.folder, served.root / "bare")
+    config = json.loads((folder / "config.json").read_text())
+    del config["lexi_allocation"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return make_job(folder)
+
+
+@refusal("layers without an allocation", "per_layer_config sets num_experts_per_tok without a lexi_allocation")
+def layers_alone(served):
+    overrides = make_overrides(served)
+    del overrides["lexi_allocation"], overrides["architectures"]
+    return make_job(served.folder, hf_overrides=overrides)
+
+
+@refusal("layers that disagree", "per_layer_config and lexi_allocation differ in layers [0]")
+def layers_that_disagree(served):
+    layers = make_overrides(served)["per_layer_config"] | {"0": {"num_experts_per_tok": 2}}
+    return make_job(served.folder, hf_overrides=make_overrides(served, per_layer_config=layers))
+
+
+@refusal("a gate exponent", "gate_exponent is not supported")
+def gate_exponent(served):
+    return job_with(served, to_document(served.allocation) | {"gate_exponent": 0.5})
+
+
+@refusal("one-sided all2all", "flashinfer_nvlink_one_sided has one top-k for all layers")
+def one_sided_all2all(served):
+    return make_job(served.exported, all2all_backend="flashinfer_nvlink_one_sided")
+
+
+@refusal("a newer vLLM", "vLLM 0.34.0 cannot apply an allocation: lexi_adapter supports vLLM 0.26 to 0.33")
+def newer_vllm(served):
+    return make_job(served.exported, substitute="newer_vllm")
+
+
+# From here on nothing can be known before vLLM builds the model: without weights, or of what vLLM itself does.
+
+
+@refusal(
+    "a layer it lacks", "vLLM builds MoE layer model.layers.2.mlp.experts, but the allocation has no top-k for layer 2"
+)
+def layer_it_lacks(served):
+    document = change(to_document(served.allocation), model={"moe_layers": [0, 1]}, layer2=None)
+    return job_with(served, document, load_format="dummy")
+
+
+@refusal("a dense layer", "Qwen2MoeForCausalLM: vLLM builds no MoE layer that this adapter knows for layers [1]")
+def dense_layer(served):
+    folder = make_checkpoint("qwen2_moe", served.root / "qwen2_moe")
+    document = change(to_document(allocate(folder)), model={"moe_layers": [0, 1, 2]}, layer1=1)
+    return make_job(folder, additional_config={"lexi_allocation": document}, load_format="dummy")
+
+
+@refusal("other experts", "builds model.layers.0.mlp.experts with num_experts = 8, but the allocation was made for 16")
+def other_experts(served):
+    return make_job(served.exported, load_format="dummy", hf_overrides={"num_experts": 8})
+
+
+@refusal("another k", "vLLM builds model.layers.0.mlp.experts with top_k = 2, but the allocation was made for 4")
+def another_k(served):
+    return job_with(
+        served, to_document(served.allocation), load_format="dummy", hf_overrides={"num_experts_per_tok": 2}
+    )
+
+
+@refusal(
+    "an unknown family", "MiniCPMForCausalLM: vLLM builds no MoE layer that this adapter knows for layers [0, 1, 2]"
+)
+def unknown_family(served):
+    folder = make_checkpoint("minicpm", served.root / "minicpm")
+    exported = export(allocate(folder), folder, served.root / "minicpm-exported")
+    return make_job(exported, "minicpm", substitute="unknown_blocks")
+
+
+@refusal("a layer that differs", "OlmoeForCausalLM: layer 0 has router.top_k = 4, not the allocation's 1")
+def layer_that_differs(served):
+    return make_job(served.exported, substitute="stubborn_router")
+
+
+@refusal("a routing of its own", "routes by its own custom_routing_function: this adapter cannot give it top-k 1")
+def routing_of_its_own(served):
+    return make_job(served.exported, model_impl="transformers", substitute="external_routing")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Name -> result of every refusal, and of an engine after them all; one process, in turn."""
+    served = make_served(tmp_path_factory.mktemp("refusals"))
+    jobs = [make(served) for make, _ in REFUSALS.values()]
+    *results, last = run_engines(*jobs, make_job(served.exported)).results
+    return dict(zip(REFUSALS, results, strict=True)) | {"last": last, "expected": served.allocation.top_k}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_vllm_does_not_start_and_says_why_in_one_line(outcomes, name):
+    outcome, (_, line) = outcomes[name], REFUSALS[name]
+    assert outcome.get("error") == "AllocationError", outcome
+    assert line in outcome["message"] and "\n" not in outcome["message"], outcome["message"]
+
+
+def test_the_refusals_leave_nothing_behind(outcomes):
+    assert outcomes["last"].get("top_k") == outcomes["expected"], outcomes["last"]
+
+
+@pytest.mark.parametrize("place", ["model_config", "aux_output_config"])  # of vLLM 0.26; of 0.32 and 0.33
+def test_refuses_to_return_routed_experts(place):
+    """vLLM itself refuses this on the CPU, so there is no engine to ask."""
+    settings = SimpleNamespace(parallel_config=SimpleNamespace(all2all_backend="naive"), model_config=None)
+    check_settings(settings)
+    setattr(settings, place, SimpleNamespace(enable_return_routed_experts=True))
+    with pytest.raises(AllocationError, match="enable_return_routed_experts has one top-k for all layers"):
+        check_settings(settings)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.9", "0.34.0", "0.34.0rc1", "1.0.0", "dev"])
+def test_refuses_versions_out_of_range(version):
+    with pytest.raises(AllocationError, match=f"vLLM {version} cannot apply an allocation: .* vLLM 0.26 to 0.33"):
+        check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.27", "0.32.0+cpu", "0.33.1rc1.dev5+g1234"])
+def test_takes_versions_in_range(version):
+    check_version(version)

@@ -1,0 +1,125 @@
+"""How an allocation comes into vLLM, its workers and its compile cache, and what happens without; with real engines."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines
+from tiny import FAMILIES, make_checkpoint
+
+from lexi_adapter.vllm_plugin import Document
+from lexi_search.artifacts import to_document, write_allocation
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    return make_served(tmp_path_factory.mktemp("startup"))
+
+
+@pytest.fixture(scope="module")
+def ways(served):
+    """Way in -> result, and the log of the process that ran them all in turn."""
+    path = served.root / "allocation.json"
+    write_allocation(path, served.allocation)
+    document = to_document(served.allocation)
+    jobs = {
+        "exported folder": make_job(served.exported),
+        "hf-overrides": make_job(served.folder, hf_overrides=make_overrides(served)),
+        "additional-config, document": job_with(served, document),
+        "additional-config, file": job_with(served, str(path)),
+        "two ways that agree": make_job(served.exported, additional_config={"lexi_allocation": document}),
+        "transformers backend": make_job(served.exported, model_impl="transformers"),
+        "none": make_job(served.folder),
+        "full k in every layer": job_with(served, to_document(allocate(served.folder, (4,)))),
+    }
+    run = run_engines(*jobs.values())
+    return dict(zip(jobs, run.results, strict=True)), run.log
+
+
+def measure_distance(one, other):
+    """The largest difference between two results' prompt log-probabilities."""
+    pairs = zip(sum(one["logprobs"], []), sum(other["logprobs"], []), strict=True)
+    return max(abs(a - b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "way", ["hf-overrides", "additional-config, document", "additional-config, file", "two ways that agree"]
+)
+def test_every_way_in_gives_the_same(served, ways, way):
+    results, _ = ways
+    assert results["exported folder"].get("top_k") == served.allocation.top_k, results["exported folder"]
+    assert results[way] == results["exported folder"]
+
+
+def test_the_transformers_backend_runs_the_same(ways):
+    backend, native = (ways[0][name] for name in ("transformers backend", "exported folder"))
+    assert (backend["top_k"], backend["tokens"]) == (native["top_k"], native["tokens"])
+    assert measure_distance(backend, native) < 1e-3
+
+
+def test_log_states_the_allocation_once_an_engine(ways):
+    results, log = ways
+    lines = [line for line in log.splitlines() if "LExI" in line]
+    assert len(lines) == sum(name != "none" for name in results)
+    expected = "LExI allocation applied: 6 of 12 active experts per token over 3 MoE layers; top-k of each: 0:1 1:3 2:2"
+    assert lines[0].endswith(expected)
+
+
+@pytest.fixture(scope="module")
+def without_plugin(served):
+    """Results with the plugin switched off: the model's own folder, then everything that asks for an allocation."""
+    root = served.root / "without"
+    exports = {}
+    for family in FAMILIES:
+        folder = make_checkpoint(family, root / family)
+        exports[family] = make_job(export(allocate(folder), folder, root / f"{family}-exported"), family)
+    overrides = make_job(served.folder, hf_overrides=make_overrides(served))
+    return run_engines(make_job(served.folder), overrides, *exports.values(), VLLM_PLUGINS="").results
+
+
+def test_without_an_allocation_vllm_is_as_without_the_plugin(ways, without_plugin):
+    results, _ = ways
+    assert results["none"] == without_plugin[0] == results["full k in every layer"]
+    assert results["none"] != results["exported folder"]
+
+
+@pytest.mark.parametrize("place", range(1, 2 + len(FAMILIES)))
+def test_without_the_plugin_vllm_stops(without_plugin, place):
+    # vLLM refuses latent attention in layers that differ before it looks at the architecture's name.
+    message = without_plugin[place].get("message", "")
+    assert "Lexi" in message or "Heterogeneous" in message, without_plugin[place]
+
+
+def test_workers_of_their_own_run_the_same_or_stop_with_the_reason(served, ways):
+    broken = make_job(served.exported, load_format="dummy", hf_overrides={"num_experts": 8})
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    run = run_engines(make_job(served.exported), broken, **environment)
+    assert run.results[0] == ways[0]["exported folder"]
+    assert run.log.count("LExI allocation applied") == 1
+    assert "error" in run.results[1]
+    reason = "vLLM builds model.layers.0.mlp.experts with num_experts = 8, but the allocation was made for 16"
+    assert reason in run.log
+
+
+def test_a_worker_without_the_adapter_cannot_receive_an_allocation(served):
+    data = pickle.dumps({"lexi_allocation": Document(to_document(served.allocation))})
+    code = f"import pickle, sys; sys.modules['lexi_adapter'] = None; pickle.loads({data!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "lexi_adapter" in done.stderr.splitlines()[-1]
+
+
+def test_two_allocations_share_a_compile_cache(served, ways):
+    path = served.root / "changing.json"  # one path for both: what differs is the file's content
+    other = allocate(served.folder, (3, 1, 4))
+    compiled = []
+    for allocation in (served.allocation, other):
+        write_allocation(path, allocation)
+        job = job_with(served, str(path), enforce_eager=False)
+        compiled += run_engines(job, VLLM_CACHE_ROOT=str(served.root / "cache")).results
+        assert compiled[-1].get("top_k") == allocation.top_k, compiled[-1]
+    eager = [ways[0]["exported folder"], *run_engines(job_with(served, to_document(other))).results]
+    for one, two in zip(compiled, eager, strict=True):
+        assert one["tokens"] == two["tokens"]
+        assert measure_distance(one, two) < 1e-3
+    assert measure_distance(*compiled) > 0.1
