@@ -76,7 +76,7 @@ def external_routing():
     """vLLM's transformers backend as it serves a block that it cannot read: routed by transformers' own code."""
     import vllm.model_executor.models.transformers.moe as backend
 
-    return mock.patch.object(backend, "get_fuser", lambda *_: None)
+    return mock.patch.object(backend.MoEBlockFuser, "match", lambda *_: None)
 
 
 SUBSTITUTES = {
