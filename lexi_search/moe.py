@@ -28,9 +28,10 @@ ACTIVATIONS: Mapping[str, Any] = MappingProxyType(
         "relu": jax.nn.relu,
     }
 )
-# Rows in one expert product. Experts' loads are cut into these few sizes, so that a handful of compiled programs serves
-# every expert of every layer; the smallest bounds the padding, the largest the scratch memory.
-CHUNK_SIZES = (64, 256, 1024, 4096)
+# Rows in one expert product. Loads are cut into these sizes, so that a handful of compiled programs serves every expert
+# of every layer: few launches for a large load, little padding for a small one.
+CHUNK_SIZES = tuple(2**n for n in range(6, 16))
+MAX_PADDING = 1 / 8  # of an expert's load, unless that is below the smallest size
 
 
 class ExpertWeights(NamedTuple):
@@ -129,65 +130,71 @@ def expert_outputs(
 ) -> Float[Array, "tokens K hidden"]:
     """The output of each token's K chosen experts, in `x`'s element type.
 
-    Rows are sorted by expert, and each expert multiplies its own rows in chunks of `CHUNK_SIZES`, driven from Python.
-    A masked dense product, which `jax.lax.ragged_dot` becomes on a GPU, would do num_experts / K times the work.
+    (token, rank) pairs are sorted by expert, and each expert multiplies its own rows in chunks of `CHUNK_SIZES`, driven
+    from Python. A masked dense product, which `jax.lax.ragged_dot` becomes on a GPU, would do num_experts / K times the
+    work.
     """
-    num_rows = experts.size
-    order = np.argsort(np.asarray(experts).reshape(-1), kind="stable")
-    loads = np.bincount(np.asarray(experts).reshape(-1), minlength=len(weights))
-    room = num_rows + CHUNK_SIZES[-1]
-    rows, result = _gather_rows(x, jnp.asarray(order), top_k=experts.shape[1], room=room)
-    start = 0
-    for expert, load in zip(weights, loads.tolist(), strict=True):
+    pairs, loads = _sort_by_expert(experts, num_experts=len(weights))
+    result, start = jnp.zeros((experts.size, x.shape[1]), x.dtype), 0
+    for expert, load in zip(weights, np.asarray(loads).tolist(), strict=True):
         for size, used in cut_into_chunks(load):
-            result = _apply_expert(result, rows, np.int32(start), expert, size=size, activation=activation)
+            result = _apply_expert(
+                result, x, pairs, np.int32(start), expert, size=size, top_k=experts.shape[1], activation=activation
+            )
             start += used
-    return _scatter_rows(result, jnp.asarray(order), shape=(*experts.shape, x.shape[1]))
+    return result.reshape(*experts.shape, -1)
 
 
 def cut_into_chunks(load: int) -> list[tuple[int, int]]:
-    """(chunk size, rows used) pairs that cover `load` rows; only the last chunk of an expert may be padded."""
-    chunks = []
-    while load > 0:
-        fitting = [size for size in CHUNK_SIZES if size <= load]
-        covering = next((size for size in CHUNK_SIZES if size >= load), None)
-        # Padding a chunk by up to a half costs less than a second product over few rows.
-        size = covering if covering and (not fitting or covering <= 1.5 * load) else fitting[-1]
-        chunks.append((size, min(size, load)))
-        load -= size
+    """(chunk size, rows used) pairs that cover `load` rows; only the last may be padded."""
+    chunks, left = [], load
+    while left > 0:
+        covering = next((size for size in CHUNK_SIZES if size >= left), None)
+        fitting = max((size for size in CHUNK_SIZES if size <= left), default=None)
+        padded = covering is not None and (fitting is None or covering - left <= MAX_PADDING * load)
+        size = covering if padded else fitting
+        chunks.append((size, min(size, left)))
+        left -= size
     return chunks
 
 
-@partial(jax.jit, static_argnames=("top_k", "room"))
-def _gather_rows(
-    x: Float[Array, "tokens hidden"], order: Int[Array, " rows"], *, top_k: int, room: int
-) -> tuple[Float[Array, "room hidden"], Float[Array, "room hidden"]]:
-    """The tokens' rows in expert order with room for the last chunk's padding, and as much room for the results."""
-    empty = jnp.zeros((room, x.shape[1]), x.dtype)
-    return empty.at[: order.size].set(x[order // top_k]), empty
+@partial(jax.jit, static_argnames="num_experts")
+def _sort_by_expert(
+    experts: Int[Array, "tokens K"], *, num_experts: int
+) -> tuple[Int[Array, " padded"], Int[Array, " experts"]]:
+    """(token, rank) pairs, numbered token * K + rank, in order of their experts; and the load of each expert.
+
+    Behind the pairs stand numbers past the last one, for the largest chunk to run into.
+    """
+    pairs = jnp.argsort(experts.reshape(-1), stable=True)
+    beyond = jnp.arange(pairs.size, pairs.size + CHUNK_SIZES[-1], dtype=pairs.dtype)
+    return jnp.concatenate([pairs, beyond]), jnp.bincount(experts.reshape(-1), length=num_experts)
 
 
-@partial(jax.jit, static_argnames=("size", "activation"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("size", "top_k", "activation"), donate_argnums=0)
 def _apply_expert(
-    result: Float[Array, "room hidden"],
-    rows: Float[Array, "room hidden"],
+    result: Float[Array, "rows hidden"],
+    x: Float[Array, "tokens hidden"],
+    pairs: Int[Array, " padded"],
     start: Int[Array, ""],
     weights: ExpertWeights,
     *,
     size: int,
+    top_k: int,
     activation: str,
-) -> Float[Array, "room hidden"]:
-    """Write one expert's outputs for `size` rows from `start` on.
+) -> Float[Array, "rows hidden"]:
+    """Write one expert's outputs for the `size` pairs from `start` on.
 
-    A padded chunk runs on into the next expert's rows. Experts come in ascending order, so what it writes there is
-    overwritten by the expert that those rows belong to, and past the last row nobody looks.
+    A padded chunk runs on into the pairs of the next expert. Experts come in ascending order, so what it writes there
+    is overwritten by the expert that those pairs belong to; what it would write past the last pair is dropped.
     """
-    chunk = jax.lax.dynamic_slice_in_dim(rows, start, size)
+    chosen = jax.lax.dynamic_slice_in_dim(pairs, start, size)
+    chunk = x.at[chosen // top_k].get(mode="clip")
     gate, up, down = (matrix.astype(chunk.dtype) for matrix in weights)
     gated = ACTIVATIONS[activation](_multiply(chunk, gate).astype(jnp.float32))
     hidden = gated * _multiply(chunk, up).astype(jnp.float32)
     outputs = _multiply(hidden.astype(chunk.dtype), down)
-    return jax.lax.dynamic_update_slice_in_dim(result, outputs, start, axis=0)
+    return result.at[chosen].set(outputs, mode="drop", unique_indices=True)
 
 
 def _multiply(x: Float[Array, "rows inner"], weight: Float[Array, "outer inner"]) -> Float[Array, "rows outer"]:
@@ -197,12 +204,3 @@ def _multiply(x: Float[Array, "rows inner"], weight: Float[Array, "outer inner"]
 
 def _precision(x: Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
-@partial(jax.jit, static_argnames="shape")
-def _scatter_rows(
-    result: Float[Array, "room hidden"], order: Int[Array, " rows"], *, shape: tuple[int, int, int]
-) -> Float[Array, "tokens K hidden"]:
-    """Bring the results from expert order back into (token, rank) order."""
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    return result[place].reshape(shape)

@@ -1,6 +1,5 @@
 """Stage 1 (LExI section 3.1, Algorithm 1): stream a checkpoint layer by layer into the loss of each layer at each k."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,8 +17,9 @@ from lexi_search.moe import ACTIVATIONS, LayerWeights, expert_outputs, route, sq
 from lexi_search.weights import stream_layers
 
 MIN_ITERATIONS = 2  # one draw may look surer than it is
-# Memory for one pass, by JAX's name of the backend: a CPU is fastest within its cache, a GPU with many rows per expert.
-PASS_BYTES = defaultdict(lambda: 6 << 30, cpu=64 << 20)
+# Expert outputs of one pass: a GPU wants many rows per expert, a CPU is fastest within its cache.
+PASS_SHARE = 1 / 5  # of an accelerator's memory
+PASS_BYTES = 64 << 20  # on a backend that does not say how much it has
 
 
 class Moments(NamedTuple):
@@ -77,9 +77,10 @@ def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: Pro
         first = moments.iterations
         x = draw(model, layer, first, min(_plan_pass(model, moments, settings), limit - first), settings)
         distances = np.asarray(measure_tokens(x, model, weights), np.float64)
-        for iteration in distances.reshape(-1, settings.batch * settings.length, model.identity.top_k):
-            moments = _accumulate(moments, iteration)
-            if not np.isfinite(moments.squares).all() or _is_known(moments, settings):
+        drawn = distances.reshape(-1, settings.batch * settings.length, model.identity.top_k)
+        for squares, fourths in zip(drawn.sum(axis=1), (drawn * drawn).sum(axis=1), strict=True):
+            moments = _accumulate(moments, drawn.shape[1], squares, fourths)
+            if not np.isfinite(squares).all() or _is_known(moments, settings):
                 return moments
     return moments
 
@@ -143,9 +144,10 @@ def _plan_pass(model: Model, moments: Moments, settings: ProfileSettings) -> int
 
     Only two sizes, because each is compiled.
     """
-    row = model.hidden_size * np.dtype(jnp.dtype(settings.dtype)).itemsize
-    held = 3 * model.identity.top_k * row * settings.batch * settings.length  # inputs, results, and results in order
-    full = max(PASS_BYTES[jax.default_backend()] // held, 1)
+    memory = jax.local_devices()[0].memory_stats()
+    space = PASS_SHARE * memory["bytes_limit"] if memory else PASS_BYTES
+    row = model.hidden_size * jnp.dtype(settings.dtype).itemsize
+    full = max(int(space // (model.identity.top_k * row * settings.batch * settings.length)), 1)
     few = min(MIN_ITERATIONS, full)
     if moments.iterations == 0:
         return few
@@ -157,12 +159,11 @@ def _is_known(moments: Moments, settings: ProfileSettings) -> bool:
     return moments.iterations >= MIN_ITERATIONS and relative_errors(moments).max() <= settings.relative_error
 
 
-def _accumulate(moments: Moments, distances: np.ndarray) -> Moments:
-    total = distances.sum(axis=0)
+def _accumulate(moments: Moments, samples: int, squares: np.ndarray, fourths: np.ndarray) -> Moments:
     return Moments(
         iterations=moments.iterations + 1,
-        samples=moments.samples + len(distances),
-        frobenius=moments.frobenius + np.sqrt(total),
-        squares=moments.squares + total,
-        fourths=moments.fourths + (distances * distances).sum(axis=0),
+        samples=moments.samples + samples,
+        frobenius=moments.frobenius + np.sqrt(squares),
+        squares=moments.squares + squares,
+        fourths=moments.fourths + fourths,
     )

@@ -10,3 +10,8 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TRANSFORMERS_VERBOSITY="error",
 )
+
+import hypothesis  # noqa: E402  (after the environment: plugins of hypothesis may import what reads it)
+
+hypothesis.settings.register_profile("lexi", deadline=None)  # compiling takes as long as it takes
+hypothesis.settings.load_profile("lexi")

@@ -11,6 +11,7 @@ from lexi_search.architectures import Routing
 from lexi_search.moe import (
     ACTIVATIONS,
     CHUNK_SIZES,
+    MAX_PADDING,
     ExpertWeights,
     cut_into_chunks,
     expert_outputs,
@@ -128,7 +129,7 @@ def test_chunks_cover_the_load(load):
     assert sum(used for _, used in chunks) == load
     assert all(size in CHUNK_SIZES and 0 < used <= size for size, used in chunks)
     assert all(size == used for size, used in chunks[:-1])
-    assert sum(size for size, _ in chunks) <= max(1.5 * load, load + CHUNK_SIZES[0])
+    assert sum(size for size, _ in chunks) - load <= max(MAX_PADDING * load, CHUNK_SIZES[0])
 
 
 @given(
