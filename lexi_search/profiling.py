@@ -76,10 +76,9 @@ def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: Pro
     while moments.iterations < limit:
         first = moments.iterations
         x = draw(model, layer, first, min(_plan_pass(model, moments, settings), limit - first), settings)
-        distances = np.asarray(measure_tokens(x, model, weights), np.float64)
-        drawn = distances.reshape(-1, settings.batch * settings.length, model.identity.top_k)
-        for squares, fourths in zip(drawn.sum(axis=1), (drawn * drawn).sum(axis=1), strict=True):
-            moments = _accumulate(moments, drawn.shape[1], squares, fourths)
+        sums = _sum_iterations(measure_tokens(x, model, weights), size=settings.batch * settings.length)
+        for squares, fourths in np.asarray(sums, np.float64):
+            moments = _accumulate(moments, settings.batch * settings.length, squares, fourths)
             if not np.isfinite(squares).all() or _is_known(moments, settings):
                 return moments
     return moments
@@ -137,6 +136,13 @@ def measure_tokens(x: Float[Array, "tokens hidden"], model: Model, weights: Laye
     choice = route(x, weights.router, weights.bias, routing=model.routing, top_k=model.identity.top_k)
     outputs = expert_outputs(x, choice.experts, weights.experts, activation=model.activation)
     return squared_distances(outputs, choice.scores, routing=model.routing)
+
+
+@partial(jax.jit, static_argnames="size")
+def _sum_iterations(distances: Float[Array, "tokens K"], *, size: int) -> Float[Array, "iterations 2 K"]:
+    """Sums of the distances and of their squares over each iteration of `size` tokens, float32."""
+    drawn = distances.reshape(-1, size, distances.shape[1])
+    return jnp.stack([drawn.sum(axis=1), (drawn * drawn).sum(axis=1)], axis=1)
 
 
 def _plan_pass(model: Model, moments: Moments, settings: ProfileSettings) -> int:

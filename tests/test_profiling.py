@@ -81,8 +81,8 @@ def test_size_of_a_pass_decides_nothing(folder, monkeypatch):
     alone = run(folder, relative_error=0.03, max_samples=1 << 12)
     for layer, loss in together.items():
         assert loss.iterations == alone[layer].iterations > 4
-        np.testing.assert_allclose(loss.rms, alone[layer].rms, rtol=1e-6)
-        np.testing.assert_allclose(loss.frobenius, alone[layer].frobenius, rtol=1e-6)
+        np.testing.assert_allclose(loss.rms, alone[layer].rms, rtol=1e-5)
+        np.testing.assert_allclose(loss.frobenius, alone[layer].frobenius, rtol=1e-5)
 
 
 def test_seed_decides(folder):
