@@ -21,6 +21,12 @@ from lexi_adapter.vllm_build import hook, hook_build
 ALIAS = "Lexi"  # what exported folders put before their architecture, so that a vLLM without this plugin stops
 OLDEST, NEWEST = (0, 26), (0, 33)
 FIXED_TOP_K = {"phimoe": 2}  # model types whose routing function in vLLM knows one top-k
+WEIGHTS_ELSEWHERE = (
+    "dummy",
+    "runai_streamer_sharded",
+    "sharded_state",
+    "tensorizer",
+)  # not in the folder's safetensors
 
 
 class Document(dict):
@@ -153,7 +159,7 @@ def prepare(vllm_config: Any) -> None:
 
 def _find_sources(vllm_config: Any) -> Iterator[tuple[str, Any]]:
     additional = vllm_config.additional_config
-    if isinstance(additional, Mapping) and additional.get(KEY) is not None:
+    if isinstance(additional, dict) and additional.get(KEY) is not None:
         yield "--additional-config", additional[KEY]
     if vllm_config.model_config is not None:
         source = getattr(vllm_config.model_config.hf_config, KEY, None)
@@ -189,6 +195,8 @@ def check_servable(allocation: Allocation) -> None:
 
 def check_settings(vllm_config: Any) -> None:
     """Refuse settings of vLLM that cannot do with a top-k that differs between layers."""
+    if not isinstance(vllm_config.additional_config, dict):
+        raise AllocationError("additional_config is not a JSON object, so it cannot carry the allocation; give one")
     if vllm_config.parallel_config.all2all_backend == "flashinfer_nvlink_one_sided":
         raise AllocationError("all2all backend flashinfer_nvlink_one_sided has one top-k for all layers; take another")
     for config in (vllm_config.model_config, getattr(vllm_config, "aux_output_config", None)):
@@ -203,7 +211,7 @@ def check_model(allocation: Allocation, vllm_config: Any) -> None:
     compare("num_hidden_layers", config.hf_text_config.num_hidden_layers, model.num_hidden_layers, config.model)
     if not folder.is_dir():
         compare("model_type", config.hf_config.model_type, model.model_type, config.model)
-    elif vllm_config.load_config.load_format == "dummy":
+    elif vllm_config.load_config.load_format in WEIGHTS_ELSEWHERE:
         check_config(model, read_config(folder), f"{folder}/config.json")
     else:
         check_folder(model, folder)

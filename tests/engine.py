@@ -32,6 +32,7 @@ OPTIONS = {
     "deepseek_vl2": NATIVE_ROTARY | {"limit_mm_per_prompt": {"image": 0}, "skip_tokenizer_init": False},
     "minicpm": {"trust_remote_code": True},
 }
+WORKER_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 SUBSTITUTED = ("deepseek_vl2", "minicpm")  # see engine_worker.SUBSTITUTES
 
 
@@ -106,6 +107,13 @@ def make_job(model, family="olmoe", *, substitute=None, max_tokens=8, **options)
 def job_with(served, document, **options):
     """A job on the original folder, with the allocation (or its path) in additional_config."""
     return make_job(served.folder, additional_config={"lexi_allocation": document}, **options)
+
+
+def two_workers():
+    """Environment and options of an engine with two tensor-parallel workers, each on a core of its own if there are."""
+    first, *rest = sorted(os.sched_getaffinity(0))
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{rest[0] if rest else first}"}
+    return WORKER_PROCESSES | cores, {"tensor_parallel_size": 2}
 
 
 def run_engines(*jobs, **environment):

@@ -95,7 +95,8 @@ def run(job):
     from lexi_adapter.vllm_build import read_top_k
 
     llm = LLM(job["model"], **DEFAULTS | job["options"])
-    (top_k,) = llm.apply_model(read_top_k)
+    top_k, *others = llm.apply_model(read_top_k)
+    assert all(other == top_k for other in others), "workers differ"
     sampling = SamplingParams(max_tokens=job["max_tokens"], temperature=0, detokenize=False, prompt_logprobs=0)
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)

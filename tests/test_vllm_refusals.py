@@ -1,10 +1,11 @@
 """Every way in which an allocation must stop vLLM from starting, with one line that says why; with real engines."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
-from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines
+from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, start
 from tiny import make_checkpoint
 
 from lexi_adapter.allocation import AllocationError
@@ -193,11 +194,29 @@ def test_the_refusals_leave_nothing_behind(outcomes):
 @pytest.mark.parametrize("place", ["model_config", "aux_output_config"])  # of vLLM 0.26; of 0.32 and 0.33
 def test_refuses_to_return_routed_experts(place):
     """vLLM itself refuses this on the CPU, so there is no engine to ask."""
-    settings = SimpleNamespace(parallel_config=SimpleNamespace(all2all_backend="naive"), model_config=None)
+    parallel_config = SimpleNamespace(all2all_backend="allgather_reducescatter")
+    settings = SimpleNamespace(parallel_config=parallel_config, model_config=None, additional_config={})
     check_settings(settings)
     setattr(settings, place, SimpleNamespace(enable_return_routed_experts=True))
     with pytest.raises(AllocationError, match="enable_return_routed_experts has one top-k for all layers"):
         check_settings(settings)
+
+
+def test_stops_where_vllm_lacks_what_is_hooked():
+    code = """
+import vllm.config
+from lexi_adapter.vllm_plugin import register
+register()
+hooked = vllm.config.VllmConfig.__post_init__
+register()
+assert vllm.config.VllmConfig.__post_init__ is hooked
+del vllm.config.ModelConfig.get_model_arch_config
+register()
+"""
+    done = start(sys.executable, "-c", code)
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith("lexi_adapter.allocation.AllocationError: lexi_adapter cannot hook")
+    assert "get_model_arch_config" in last and "supports vLLM 0.26 to 0.33" in last
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.9", "0.34.0", "0.34.0rc1", "1.0.0", "dev"])

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines
+from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, two_workers
 from tiny import FAMILIES, make_checkpoint
 
 from lexi_adapter.vllm_plugin import Document
@@ -23,12 +23,14 @@ def ways(served):
     path = served.root / "allocation.json"
     write_allocation(path, served.allocation)
     document = to_document(served.allocation)
+    draft = {"method": "draft_model", "model": str(served.folder), "num_speculative_tokens": 2}
     jobs = {
         "exported folder": make_job(served.exported),
         "hf-overrides": make_job(served.folder, hf_overrides=make_overrides(served)),
         "additional-config, document": job_with(served, document),
         "additional-config, file": job_with(served, str(path)),
         "two ways that agree": make_job(served.exported, additional_config={"lexi_allocation": document}),
+        "moe draft model": make_job(served.exported, speculative_config=draft),
         "transformers backend": make_job(served.exported, model_impl="transformers"),
         "none": make_job(served.folder),
         "full k in every layer": job_with(served, to_document(allocate(served.folder, (4,)))),
@@ -44,7 +46,14 @@ def measure_distance(one, other):
 
 
 @pytest.mark.parametrize(
-    "way", ["hf-overrides", "additional-config, document", "additional-config, file", "two ways that agree"]
+    "way",
+    [
+        "hf-overrides",
+        "additional-config, document",
+        "additional-config, file",
+        "two ways that agree",
+        "moe draft model",  # of the same class, with the same layer indices: it must run its own k
+    ],
 )
 def test_every_way_in_gives_the_same(served, ways, way):
     results, _ = ways
@@ -92,12 +101,14 @@ def test_without_the_plugin_vllm_stops(without_plugin, place):
 
 
 def test_workers_of_their_own_run_the_same_or_stop_with_the_reason(served, ways):
+    environment, options = two_workers()
     broken = make_job(served.exported, load_format="dummy", hf_overrides={"num_experts": 8})
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    run = run_engines(make_job(served.exported), broken, **environment)
-    assert run.results[0] == ways[0]["exported folder"]
+    run = run_engines(make_job(served.exported, **options), broken, **environment)
+    (parallel, failed), alone = run.results, ways[0]["exported folder"]
+    assert (parallel.get("top_k"), parallel.get("tokens")) == (alone["top_k"], alone["tokens"]), parallel
+    assert measure_distance(parallel, alone) < 1e-3
     assert run.log.count("LExI allocation applied") == 1
-    assert "error" in run.results[1]
+    assert "error" in failed
     reason = "vLLM builds model.layers.0.mlp.experts with num_experts = 8, but the allocation was made for 16"
     assert reason in run.log
 
