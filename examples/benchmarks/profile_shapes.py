@@ -14,6 +14,7 @@ spread (log-normal, sigma 0.3), so that experts are loaded unevenly, as in train
 
 import json
 import platform
+import sys
 import time
 from datetime import date
 
@@ -111,6 +112,7 @@ def main(names, tokens, output):
     ceiling = measure_ceiling()
     device = jax.devices()[0].device_kind
     result = {
+        "command": " ".join(["profile_shapes.py", *sys.argv[1:]]),
         "device": device,
         "host": platform.processor() or platform.machine(),
         "date": date.today().isoformat(),

@@ -11,8 +11,11 @@ the two may choose differently, which moves one token.
 
 import dataclasses
 import json
+import os
 import platform
+import sys
 import time
+from datetime import date
 
 import click
 import jax
@@ -80,7 +83,10 @@ def main(checkpoint, batch, length, iterations, seed, output):
     table = {layer: np.array(ours[layer].frobenius) for layer in described.layers}
     worst = max(np.max(np.abs(table[layer][:-1] / theirs[layer][:-1] - 1)) for layer in table)
     result = {
-        "machine": {"jax": str(jax.devices()[0]), "torch": device, "processor": platform.processor()},
+        "command": " ".join(["profile_vs_reference.py", *sys.argv[1:]]),
+        "device": jax.devices()[0].device_kind,
+        "processors": f"{os.cpu_count()} x {platform.machine()}",
+        "date": date.today().isoformat(),
         "settings": dataclasses.asdict(settings),
         "k1_relative_to_largest": {"lexi_search": relative(table), "literal": relative(theirs)},
         "largest_relative_difference": float(worst),

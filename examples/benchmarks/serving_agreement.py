@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 
 import click
@@ -68,7 +69,12 @@ def run_transformers(checkpoint, allocation, prompts, dtype):
         new = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
         )
-    return {"logprobs": chosen, "tokens": new[:, LENGTH:].tolist()}
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "transformers": transformers.__version__,
+        "logprobs": chosen,
+        "tokens": new[:, LENGTH:].tolist(),
+    }
 
 
 def compare(ours, theirs):
@@ -110,7 +116,11 @@ def main(folders, dtype, eager, output, job):
     base_reference = run_apart(engine="transformers", checkpoint=checkpoint, allocation=None, **shared)
     mixed_reference = run_apart(engine="transformers", checkpoint=checkpoint, allocation=allocation, **shared)
     result = {
+        "command": " ".join(["serving_agreement.py", *sys.argv[1:]]),
+        "device": base_reference["device"],
+        "date": date.today().isoformat(),
         "vllm": base["vllm"],
+        "transformers": base_reference["transformers"],
         "dtype": dtype,
         "cuda_graphs": not eager,
         "prompts": [len(prompts), LENGTH],
