@@ -21,12 +21,8 @@ from lexi_adapter.vllm_build import hook, hook_build
 ALIAS = "Lexi"  # what exported folders put before their architecture, so that a vLLM without this plugin stops
 OLDEST, NEWEST = (0, 26), (0, 33)
 FIXED_TOP_K = {"phimoe": 2}  # model types whose routing function in vLLM knows one top-k
-WEIGHTS_ELSEWHERE = (
-    "dummy",
-    "runai_streamer_sharded",
-    "sharded_state",
-    "tensorizer",
-)  # not in the folder's safetensors
+# Load formats that do not read the folder's safetensors as a checkpoint.
+WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
 
 
 class Document(dict):
@@ -59,7 +55,8 @@ def register() -> None:
         hook(ModelConfig, "get_model_arch_config", _restore_overridden)
         hook(VllmConfig, "__post_init__", _prepare_config)
     except (ImportError, AttributeError) as error:
-        raise AllocationError(f"lexi_adapter cannot hook this vLLM ({error}); {_supported()}") from error
+        remedy = f"{_supported()}, or leave the plugin out with VLLM_PLUGINS=''"
+        raise AllocationError(f"lexi_adapter cannot hook this vLLM ({error}); {remedy}") from error
 
 
 def check_version(version: str) -> None:
@@ -71,7 +68,7 @@ def check_version(version: str) -> None:
 
 def _supported() -> str:
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
-    return f"lexi_adapter supports vLLM {oldest} to {newest}; install one of these or serve without the allocation"
+    return f"lexi_adapter supports vLLM {oldest} to {newest}; install one of these"
 
 
 def _restore_parsed(parse: Callable) -> Callable:
@@ -87,6 +84,8 @@ def _restore_overridden(get_model_arch_config: Callable) -> Callable:
     # The first thing that vLLM does with a configuration after applying --hf-overrides.
     def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
         restore(self.hf_config)
+        if "num_experts_per_tok" in (getattr(self.hf_text_config, "per_layer_attributes", None) or ()):
+            raise AllocationError(f"per_layer_config sets num_experts_per_tok without a {KEY} beside it; export again")
         return get_model_arch_config(self, *args, **kwargs)
 
     return restoring
@@ -99,30 +98,28 @@ def restore(config: Any) -> None:
     vLLM's models do not read it there, and vLLM refuses some models (those with latent attention) whose layers differ.
 
     Raises:
-        AllocationError: either is there without an allocation, or `per_layer_config` differs from it.
+        AllocationError: the name is there without an allocation, or `per_layer_config` differs from the allocation.
     """
     source, architectures = getattr(config, KEY, None), getattr(config, "architectures", None) or []
     if any(name.startswith(ALIAS) for name in architectures):
         if source is None:
             raise AllocationError(f"architectures is {architectures}, but there is no {KEY} beside it; export again")
         config.architectures = [name.removeprefix(ALIAS) for name in architectures]
-    text_config = config.get_text_config()
-    attributes = getattr(text_config, "per_layer_attributes", None) or set()
-    if source is None and "num_experts_per_tok" in attributes:
-        raise AllocationError(f"per_layer_config sets num_experts_per_tok without a {KEY} beside it; export again")
     if source is not None:
-        allocation = _read(source, "config.json or --hf-overrides")
-        top_k_key = allocation.model.top_k_key.rpartition(".")[2]
-        if top_k_key in attributes:
-            _take_top_k_out(text_config, top_k_key, attributes - {top_k_key}, allocation)
+        _take_top_k_out(config.get_text_config(), _read(source, "config.json or --hf-overrides"))
 
 
-def _take_top_k_out(config: Any, top_k_key: str, others: set[str], allocation: Allocation) -> None:
-    layers = list(config.per_layer_config)
-    differing = [layer for layer, k in allocation.top_k.items() if getattr(layers[layer], top_k_key) != k]
+def _take_top_k_out(config: Any, allocation: Allocation) -> None:
+    key = allocation.model.top_k_key.rpartition(".")[2]
+    attributes = getattr(config, "per_layer_attributes", None) or set()
+    if key not in attributes:
+        return
+    found = {index: getattr(layer, key) for index, layer in enumerate(config.per_layer_config)}
+    differing = [layer for layer, k in allocation.top_k.items() if found.get(layer) != k]
     if differing:
         raise AllocationError(f"per_layer_config and {KEY} differ in layers {differing}; export again")
-    rest = {index: {name: getattr(layer, name) for name in others} for index, layer in enumerate(layers)}
+    others = attributes - {key}
+    rest = {i: {name: getattr(layer, name) for name in others} for i, layer in enumerate(config.per_layer_config)}
     config.per_layer_config = rest if others else None
 
 

@@ -2,13 +2,16 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lexi_adapter
 from lexi_adapter.allocation import Allocation, AllocationError, read_allocation, to_document
 from lexi_search import artifacts
 from lexi_search.errors import InputError
@@ -122,6 +125,17 @@ def test_two_allocations_ask_the_same_only_when_the_model_runs_the_same(one, oth
     assert one.asks_the_same_as(other) is same
     relabelled = Allocation(**vars(one) | {"made_by": {"other": 1}, "loss": 1.0, "optimal_loss": 0.5})
     assert one.asks_the_same_as(relabelled)
+
+
+LINE = ["allocation", "checkpoint", "vllm_build", "vllm_plugin", "transformers_patch", "cli"]
+
+
+@pytest.mark.parametrize("module", LINE)
+def test_imports_go_left_only(module):
+    """Reading order, as in lexi_search: a module imports only those before it."""
+    source = Path(lexi_adapter.__file__).with_name(f"{module}.py").read_text()
+    imported = set(re.findall(r"^\s*from lexi_adapter\.(\w+) import", source, re.MULTILINE))
+    assert "import lexi_adapter" not in source and imported <= set(LINE[: LINE.index(module)])
 
 
 @pytest.mark.parametrize("module", ["lexi_adapter", "lexi_adapter.cli", "lexi_adapter.vllm_plugin"])
