@@ -39,7 +39,8 @@ $(SEARCH)/installed: pyproject.toml
 	touch $@
 
 # The CPU wheel of vLLM wants PyTorch's CPU build, which lies on PyTorch's own index unless pip is set up to find it
-# elsewhere; and it pulls in a torchvision and torchaudio built for CUDA, with which transformers cannot be imported.
+# elsewhere; and it pulls in companions of PyTorch that are built for CUDA: with them transformers or vLLM itself cannot
+# be imported, without them both can.
 $(SERVE)/installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVE)
 ifeq ($(DEVICE),cuda)
@@ -48,7 +49,7 @@ else
 	$(SERVE)/bin/python -m pip install -q 'torch==2.13.0+cpu' 2>/dev/null \
 		|| $(SERVE)/bin/python -m pip install -q --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
 	$(SERVE)/bin/python -m pip install -q -e '.[serve-cpu,dev]'
-	$(SERVE)/bin/python -m pip uninstall -q -y torchvision torchaudio
+	$(SERVE)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 endif
 	touch $@
 

@@ -17,9 +17,9 @@ from lexi_search.moe import ACTIVATIONS, LayerWeights, expert_outputs, route, sq
 from lexi_search.weights import stream_layers
 
 MIN_ITERATIONS = 2  # one draw may look surer than it is
-# Expert outputs of one pass: a GPU wants many rows per expert, a CPU is fastest within its cache.
-PASS_SHARE = 1 / 5  # of an accelerator's memory
-PASS_BYTES = 64 << 20  # on a backend that does not say how much it has
+# Expert outputs of one pass: a GPU wants many rows per expert, a CPU is fastest within its cache. A share of the
+# memory, which also holds two layers, the inputs, and copies while products are tuned; or bytes where it is not told.
+PASS_SHARE, PASS_BYTES = 1 / 12, 64 << 20
 
 
 class Moments(NamedTuple):

@@ -14,7 +14,6 @@ spread (log-normal, sigma 0.3), so that experts are loaded unevenly, as in train
 
 import json
 import platform
-import sys
 import time
 from datetime import date
 
@@ -112,7 +111,7 @@ def main(names, tokens, output):
     ceiling = measure_ceiling()
     device = jax.devices()[0].device_kind
     result = {
-        "command": " ".join(["profile_shapes.py", *sys.argv[1:]]),
+        "command": f"python examples/benchmarks/profile_shapes.py --tokens {tokens}",
         "device": device,
         "host": platform.processor() or platform.machine(),
         "date": date.today().isoformat(),

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import platform
-import sys
 import time
 from datetime import date
 
@@ -83,7 +82,7 @@ def main(checkpoint, batch, length, iterations, seed, output):
     table = {layer: np.array(ours[layer].frobenius) for layer in described.layers}
     worst = max(np.max(np.abs(table[layer][:-1] / theirs[layer][:-1] - 1)) for layer in table)
     result = {
-        "command": " ".join(["profile_vs_reference.py", *sys.argv[1:]]),
+        "command": f"python examples/benchmarks/profile_vs_reference.py {checkpoint}",
         "device": jax.devices()[0].device_kind,
         "processors": f"{os.cpu_count()} x {platform.machine()}",
         "date": date.today().isoformat(),

@@ -116,7 +116,7 @@ def main(folders, dtype, eager, output, job):
     base_reference = run_apart(engine="transformers", checkpoint=checkpoint, allocation=None, **shared)
     mixed_reference = run_apart(engine="transformers", checkpoint=checkpoint, allocation=allocation, **shared)
     result = {
-        "command": " ".join(["serving_agreement.py", *sys.argv[1:]]),
+        "command": f"python examples/benchmarks/serving_agreement.py {' '.join(folders)} --dtype {dtype}",
         "device": base_reference["device"],
         "date": date.today().isoformat(),
         "vllm": base["vllm"],
