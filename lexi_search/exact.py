@@ -26,8 +26,9 @@ def solve(
 
     Exact in float64, not merely close: rounded addition keeps order, so the programme's minimum is the minimum over
     all allocations of the sum taken from the first layer to the last (`budgets.allocation_loss`). Where several k of a
-    layer tie, the smallest is taken, decided from the last layer back to the first. Raises InputError as `budgets.pose`.
-    Time and memory grow with layers^2 x (max_k - min_k)^2 and layers^2 x (max_k - min_k), whatever the budgets.
+    layer tie, the smallest is taken, decided from the last layer back to the first. Time and memory grow with
+    layers^2 x (max_k - min_k)^2 and layers^2 x (max_k - min_k), whatever the budgets. Raises InputError as
+    `budgets.pose`.
     """
     problem = pose(losses, budgets, min_k=min_k, max_k=max_k)
     table = problem.losses[:, problem.min_k - 1 : problem.max_k]
