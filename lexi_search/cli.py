@@ -132,8 +132,8 @@ def profile(
 @click.option("--min-k", default=1, help="Smallest k of a layer.")
 @click.option("--max-k", type=int, help="Largest k of a layer.  [default: the model's own]")
 @click.option("--population", default=512, help="Allocations per generation.")
-@click.option("--generations", default=300, help="Generations.")
-@click.option("--mutation-rate", default=0.5, help="Share of the children that mutate.")
+@click.option("--generations", default=400, help="Generations.")
+@click.option("--mutation-rate", default=0.25, help="Share of the children that mutate.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the search.")
 @json_option
 def search(
