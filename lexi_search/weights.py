@@ -2,16 +2,26 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import ExpertTensors, LayerTensors, Model
-from lexi_search.moe import ExpertWeights, LayerWeights
+from lexi_search.ffn import ExpertWeights
+from lexi_search.layouts import ExpertTensors, LayerTensors
+from lexi_search.models import Model
+
+
+class LayerWeights(NamedTuple):
+    """One MoE layer: the router, the bias of its selection or None, and the experts."""
+
+    router: Float[Array, "experts hidden"]
+    bias: Float[Array, " experts"] | None
+    experts: tuple[ExpertWeights, ...]
 
 
 def stream_layers(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:

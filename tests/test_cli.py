@@ -21,7 +21,8 @@ from synthetic import make_allocation, make_profile
 
 import lexi_search
 from lexi_search import artifacts
-from lexi_search.cli import main, parse_budgets, parse_layers
+from lexi_search.cli import main
+from lexi_search.console import parse_budgets, parse_layers
 from lexi_search.errors import InputError
 
 FAST = ["--batch", "2", "--length", "32", "--relative-error", "0.2"]
@@ -516,7 +517,7 @@ def test_bugs_stay_tracebacks(monkeypatch):
     def fail(*_):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("lexi_search.cli.read_artifact", fail)
+    monkeypatch.setattr("lexi_search.commands.show.read_artifact", fail)
     with pytest.raises(ValueError, match="a bug"):
         run("show", "x")
 

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from lexi_search.architectures import ARCHITECTURES
 from lexi_search.checkpoint import open_checkpoint
 from lexi_search.errors import InputError
+from lexi_search.experts import expert_outputs
 from lexi_search.models import describe, find_dtype
-from lexi_search.moe import expert_outputs, mix, route
+from lexi_search.moe import mix
+from lexi_search.routing import route
 from lexi_search.weights import stream_layers
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny.FAMILIES' name is not the config's

@@ -8,18 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lexi_search.architectures import Routing
-from lexi_search.moe import (
-    ACTIVATIONS,
-    CHUNK_SIZES,
-    MAX_PADDING,
-    ExpertWeights,
-    cut_into_chunks,
-    expert_outputs,
-    mix,
-    mixing_weights,
-    route,
-    squared_distances,
-)
+from lexi_search.experts import CHUNK_SIZES, MAX_PADDING, cut_into_chunks, expert_outputs
+from lexi_search.ffn import ACTIVATIONS, ExpertWeights
+from lexi_search.moe import mix, squared_distances
+from lexi_search.routing import mixing_weights, route
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, TOKENS = 8, 24, 12, 4, 40
 

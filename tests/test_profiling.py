@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_families import compute_reference
 
-from lexi_search import profiling
+from lexi_search import measuring
 from lexi_search.artifacts import ProfileSettings
 from lexi_search.checkpoint import open_checkpoint
 from lexi_search.errors import InputError
+from lexi_search.measuring import draw
 from lexi_search.models import describe
-from lexi_search.profiling import Moments, draw, profile_layers, relative_errors, summarise
+from lexi_search.moments import Moments, relative_errors, summarise
+from lexi_search.profiling import profile_layers
 
 SETTINGS = ProfileSettings(
     input="paper", seed=0, batch=2, length=32, dtype="float32", relative_error=0.0, max_samples=256
@@ -77,7 +79,7 @@ def test_a_layer_does_not_depend_on_the_others(folder):
 
 def test_size_of_a_pass_decides_nothing(folder, monkeypatch):
     together = run(folder, relative_error=0.03, max_samples=1 << 12)
-    monkeypatch.setattr(profiling, "PASS_BYTES", 1)
+    monkeypatch.setattr(measuring, "PASS_BYTES", 1)
     alone = run(folder, relative_error=0.03, max_samples=1 << 12)
     for layer, loss in together.items():
         assert loss.iterations == alone[layer].iterations > 4

@@ -24,9 +24,11 @@ import numpy as np
 
 from lexi_search.architectures import Routing
 from lexi_search.artifacts import ModelIdentity, ProfileSettings
+from lexi_search.ffn import ExpertWeights
+from lexi_search.measuring import draw, measure_layer
 from lexi_search.models import Model
-from lexi_search.moe import ExpertWeights, LayerWeights, route
-from lexi_search.profiling import draw, measure_layer
+from lexi_search.routing import route
+from lexi_search.weights import LayerWeights
 
 # hidden, width, experts, k, MoE layers, routing
 SHAPES = {

@@ -24,8 +24,9 @@ import transformers
 
 from lexi_search.artifacts import ProfileSettings
 from lexi_search.checkpoint import open_checkpoint
+from lexi_search.measuring import draw
 from lexi_search.models import describe
-from lexi_search.profiling import draw, profile_layers
+from lexi_search.profiling import profile_layers
 
 
 def profile_literally(folder, described, settings, device):

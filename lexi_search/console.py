@@ -1,0 +1,114 @@
+"""What the commands share: how bad input is refused, what is printed, how options are read."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lexi_search.artifacts import LOSS_KINDS
+from lexi_search.errors import InputError
+from lexi_search.files import json_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress
+
+
+class Refusal(click.ClickException):
+    """Bad input: one line on stderr and, as for a wrong option, exit code 2."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise Refusal(str(error)) from error
+
+
+loss_option = click.option(
+    "--loss",
+    type=click.Choice(LOSS_KINDS),
+    default="frobenius",
+    help="The paper's norm, the root mean square per token, or its square.",
+)
+normalised_option = click.option(
+    "--normalised/--absolute", default=True, help="Relative to the largest loss of the table, or as measured."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`0:15` (both ends included), `3`, `0,2,5` or a mix of them, as ascending layer indices."""
+    try:
+        ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
+    except ValueError:
+        ends = []
+    if not ends or any(len(part) > 2 or part[0] < 0 or part[-1] < part[0] for part in ends):
+        raise InputError(f"--layers {text!r} is not understood; write 0:15 (both ends included), 3, or 0,2,5")
+    return tuple(sorted({layer for part in ends for layer in range(part[0], part[-1] + 1)}))
+
+
+def parse_budgets(text: str) -> range:
+    """START:STOP:STEP, STOP included where the steps hit it."""
+    try:
+        start, stop, step = map(int, text.split(":"))
+    except ValueError:
+        start, stop, step = 0, 0, 0
+    if step < 1 or stop < start:
+        raise InputError(f"--budgets {text!r} is not understood; write START:STOP:STEP, such as 64:128:8")
+    return range(start, stop + 1, step)
+
+
+def print_json(document: Any) -> None:
+    click.echo(json_bytes(document).decode(), nl=False)
+
+
+def print_table(table: "RenderableType") -> None:
+    """In a pipe nothing is folded or cut: the reader is a program."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+
+
+def make_progress() -> "Progress":
+    """A bar with the time left on stderr where that is a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+def prepare_environment() -> None:
+    """Before JAX is imported: keep what it compiles in the user's cache folder, unless the user said otherwise."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    folder = Path(caches) / "lexi-search" / "jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a cache that cannot be had only costs time
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -1,0 +1,89 @@
+"""The outputs of every token's chosen experts: tokens sorted by expert, each expert over its own rows in chunks."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lexi_search.ffn import ExpertWeights, apply_ffn
+
+# Rows in one expert product. Loads are cut into these sizes, so that a handful of compiled programs serves every expert
+# of every layer: few launches for a large load, little padding for a small one.
+CHUNK_SIZES = tuple(2**n for n in range(6, 16))
+MAX_PADDING = 1 / 8  # of an expert's load, unless that is below the smallest size
+
+
+def expert_outputs(
+    x: Float[Array, "tokens hidden"],
+    experts: Int[Array, "tokens K"],
+    weights: Sequence[ExpertWeights],
+    *,
+    activation: str,
+) -> Float[Array, "tokens K hidden"]:
+    """The output of each token's K chosen experts, in `x`'s element type.
+
+    (token, rank) pairs are sorted by expert, and each expert multiplies its own rows in chunks of `CHUNK_SIZES`, driven
+    from Python. A masked dense product, which `jax.lax.ragged_dot` becomes on a GPU, would do num_experts / K times the
+    work.
+    """
+    pairs, loads = _sort_by_expert(experts, num_experts=len(weights))
+    result, start = jnp.zeros((experts.size, x.shape[1]), x.dtype), 0
+    for expert, load in zip(weights, np.asarray(loads).tolist(), strict=True):
+        for size, used in cut_into_chunks(load):
+            result = _apply_expert(
+                result, x, pairs, np.int32(start), expert, size=size, top_k=experts.shape[1], activation=activation
+            )
+            start += used
+    return result.reshape(*experts.shape, -1)
+
+
+def cut_into_chunks(load: int) -> list[tuple[int, int]]:
+    """(chunk size, rows used) pairs that cover `load` rows; only the last may be padded."""
+    chunks, left = [], load
+    while left > 0:
+        covering = next((size for size in CHUNK_SIZES if size >= left), None)
+        fitting = max((size for size in CHUNK_SIZES if size <= left), default=None)
+        padded = covering is not None and (fitting is None or covering - left <= MAX_PADDING * load)
+        size = covering if padded else fitting
+        chunks.append((size, min(size, left)))
+        left -= size
+    return chunks
+
+
+@partial(jax.jit, static_argnames="num_experts")
+def _sort_by_expert(
+    experts: Int[Array, "tokens K"], *, num_experts: int
+) -> tuple[Int[Array, " padded"], Int[Array, " experts"]]:
+    """(token, rank) pairs, numbered token * K + rank, in order of their experts; and the load of each expert.
+
+    Behind the pairs stand numbers past the last one, for the largest chunk to run into.
+    """
+    pairs = jnp.argsort(experts.reshape(-1), stable=True)
+    beyond = jnp.arange(pairs.size, pairs.size + CHUNK_SIZES[-1], dtype=pairs.dtype)
+    return jnp.concatenate([pairs, beyond]), jnp.bincount(experts.reshape(-1), length=num_experts)
+
+
+@partial(jax.jit, static_argnames=("size", "top_k", "activation"), donate_argnums=0)
+def _apply_expert(
+    result: Float[Array, "rows hidden"],
+    x: Float[Array, "tokens hidden"],
+    pairs: Int[Array, " padded"],
+    start: Int[Array, ""],
+    weights: ExpertWeights,
+    *,
+    size: int,
+    top_k: int,
+    activation: str,
+) -> Float[Array, "rows hidden"]:
+    """Write one expert's outputs for the `size` pairs from `start` on.
+
+    A padded chunk runs on into the pairs of the next expert. Experts come in ascending order, so what it writes there
+    is overwritten by the expert that those pairs belong to; what it would write past the last pair is dropped.
+    """
+    chosen = jax.lax.dynamic_slice_in_dim(pairs, start, size)
+    chunk = x.at[chosen // top_k].get(mode="clip")
+    outputs = apply_ffn(chunk, weights, activation=activation)
+    return result.at[chosen].set(outputs, mode="drop", unique_indices=True)

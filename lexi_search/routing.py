@@ -1,0 +1,59 @@
+"""How a MoE layer chooses each token's experts and weighs them, in JAX.
+
+The experts of top-k are the first k of those of top-K sorted by selection score: one choice of K serves every k.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lexi_search.architectures import Routing
+
+
+class Choice(NamedTuple):
+    """Each token's K chosen experts in order of selection, and their unnormalised scores."""
+
+    experts: Int[Array, "tokens K"]
+    scores: Float[Array, "tokens K"]
+
+
+@partial(jax.jit, static_argnames=("routing", "top_k"))
+def route(
+    x: Float[Array, "tokens hidden"],
+    router: Float[Array, "experts hidden"],
+    bias: Float[Array, " experts"] | None,
+    *,
+    routing: Routing,
+    top_k: int,
+) -> Choice:
+    """Choose the `top_k` experts of every token, best first; logits and scores are float32 whatever `x` is."""
+    logits = jnp.matmul(x.astype(jnp.float32), router.T.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    scores = jax.nn.softmax(logits, axis=-1) if routing.scoring == "softmax" else jax.nn.sigmoid(logits)
+    keys = scores if bias is None else scores + bias.astype(jnp.float32)[None, :]
+    if routing.num_groups > 1:
+        keys = _keep_best_groups(keys, routing)
+    _, experts = jax.lax.top_k(keys, top_k)
+    return Choice(experts, jnp.take_along_axis(scores, experts, axis=-1))
+
+
+def _keep_best_groups(keys: Float[Array, "tokens experts"], routing: Routing) -> Float[Array, "tokens experts"]:
+    """Put -inf for the experts outside each token's `topk_groups` best groups (DeepSeek-V2, section 2.2.2)."""
+    grouped = keys.reshape(keys.shape[0], routing.num_groups, -1)
+    judges = 1 if routing.group_score == "max" else 2
+    group_scores = jax.lax.top_k(grouped, judges)[0].sum(axis=-1)
+    _, best = jax.lax.top_k(group_scores, routing.topk_groups)
+    kept = jax.nn.one_hot(best, routing.num_groups, dtype=jnp.bool_).any(axis=1)
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(keys.shape)
+
+
+def mixing_weights(
+    scores: Float[Array, "tokens K"], k: Int[Array, ""], *, routing: Routing
+) -> Float[Array, "tokens K"]:
+    """The weights c_k that mix the K expert outputs into the layer's output at `k` <= K; `k` may be traced."""
+    kept = jnp.where(jnp.arange(scores.shape[-1])[None, :] < k, scores, 0.0)
+    if routing.renormalize:
+        kept = kept / (kept.sum(axis=-1, keepdims=True) + 1e-20)  # sigmoid scores may all underflow; DeepSeek's guard
+    return kept * jnp.float32(routing.scale)
