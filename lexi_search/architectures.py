@@ -25,6 +25,19 @@ class Routing(NamedTuple):
     group_score: str = "max"  # or "top2"
 
 
+class Activation(NamedTuple):
+    """What an expert does between its products; hashable, static under `jit`.
+
+    Gated experts compute f(gate) * (up + `up_offset`), where f is the function called `name`, or x * sigmoid(alpha x)
+    if that is "silu", and `limit` bounds gate from above and up on both sides. Ungated ones compute f(up).
+    """
+
+    name: str = "silu"
+    alpha: float = 1.0
+    limit: float | None = None
+    up_offset: float = 0.0
+
+
 class Selection(NamedTuple):
     """One value of a config's `topk_method`: whether experts are chosen by group, and with a bias per expert."""
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lexi_search.architectures import Activation
 from lexi_search.ffn import ExpertWeights, apply_ffn
 
 # Rows in one expert product. Loads are cut into these sizes, so that a handful of compiled programs serves every expert
@@ -21,7 +22,7 @@ def expert_outputs(
     experts: Int[Array, "tokens K"],
     weights: Sequence[ExpertWeights],
     *,
-    activation: str,
+    activation: Activation,
 ) -> Float[Array, "tokens K hidden"]:
     """The output of each token's K chosen experts, in `x`'s element type.
 
@@ -76,7 +77,7 @@ def _apply_expert(
     *,
     size: int,
     top_k: int,
-    activation: str,
+    activation: Activation,
 ) -> Float[Array, "rows hidden"]:
     """Write one expert's outputs for the `size` pairs from `start` on.
 

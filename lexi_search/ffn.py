@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lexi_search.architectures import Activation
+
 ACTIVATIONS: Mapping[str, Any] = MappingProxyType(
     {
         "silu": jax.nn.silu,
@@ -17,26 +19,51 @@ ACTIVATIONS: Mapping[str, Any] = MappingProxyType(
         "gelu_new": partial(jax.nn.gelu, approximate=True),
         "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
         "relu": jax.nn.relu,
+        "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     }
 )
 
 
 class ExpertWeights(NamedTuple):
-    """One expert, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x))."""
+    """One expert, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
 
-    gate: Float[Array, "width hidden"]
+    Where `gate` is None, y = down @ act(up @ x). Each product adds its bias where there is one.
+    """
+
+    gate: Float[Array, "width hidden"] | None
     up: Float[Array, "width hidden"]
     down: Float[Array, "hidden width"]
+    gate_bias: Float[Array, " width"] | None = None
+    up_bias: Float[Array, " width"] | None = None
+    down_bias: Float[Array, " hidden"] | None = None
 
 
 def apply_ffn(
-    x: Float[Array, "rows hidden"], weights: ExpertWeights, *, activation: str
+    x: Float[Array, "rows hidden"], weights: ExpertWeights, *, activation: Activation
 ) -> Float[Array, "rows hidden"]:
     """The expert's output for every row of `x`, in `x`'s element type; the activation itself is float32."""
-    gate, up, down = (matrix.astype(x.dtype) for matrix in weights)
-    gated = ACTIVATIONS[activation](multiply(x, gate).astype(jnp.float32))
-    hidden = gated * multiply(x, up).astype(jnp.float32)
-    return multiply(hidden.astype(x.dtype), down)
+    up = _project(x, weights.up, weights.up_bias).astype(jnp.float32)
+    if weights.gate is None:
+        hidden = _activate(up, activation)
+    else:
+        gate = _project(x, weights.gate, weights.gate_bias).astype(jnp.float32)
+        if activation.limit is not None:
+            gate, up = jnp.minimum(gate, activation.limit), jnp.clip(up, -activation.limit, activation.limit)
+        hidden = _activate(gate, activation) * (up + activation.up_offset)
+    return _project(hidden.astype(x.dtype), weights.down, weights.down_bias)
+
+
+def _activate(x: Float[Array, "rows width"], activation: Activation) -> Float[Array, "rows width"]:
+    if activation.alpha != 1.0:
+        return x * jax.nn.sigmoid(activation.alpha * x)
+    return ACTIVATIONS[activation.name](x)
+
+
+def _project(
+    x: Float[Array, "rows inner"], matrix: Float[Array, "outer inner"], bias: Float[Array, " outer"] | None
+) -> Float[Array, "rows outer"]:
+    product = multiply(x, matrix.astype(x.dtype))
+    return product if bias is None else product + bias.astype(x.dtype)[None, :]
 
 
 def multiply(x: Float[Array, "rows inner"], weight: Float[Array, "outer inner"]) -> Float[Array, "rows outer"]:

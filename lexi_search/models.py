@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lexi_search.architectures import ARCHITECTURES, Architecture, Routing, Selection
+from lexi_search.architectures import ARCHITECTURES, Activation, Architecture, Routing, Selection
 from lexi_search.artifacts import DTYPES, ModelIdentity
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
+from lexi_search.formats import Tensors
 from lexi_search.layouts import LayerTensors, find_routers, locate_tensors
 
 
@@ -16,7 +17,7 @@ class Model(NamedTuple):
 
     identity: ModelIdentity
     hidden_size: int
-    activation: str
+    activation: Activation
     routing: Routing
     tensors: Mapping[int, LayerTensors]  # decoder-layer index -> tensors, ascending
 
@@ -76,9 +77,10 @@ def describe(checkpoint: Checkpoint) -> Model:
         raise InputError(f"{config.place}: {top_k_key} is {top_k}, but there are only {num_experts} experts")
     selection = architecture.selections[config.read_choice("topk_method", architecture.selections, "greedy")]
     routing = _read_routing(config, architecture, selection, num_experts, top_k)
-    pattern, layers = find_routers(checkpoint, architecture, num_layers)
+    stored = Tensors(checkpoint)
+    pattern, layers = find_routers(stored, architecture, num_layers)
     tensors = {
-        layer: locate_tensors(checkpoint, pattern.format(layer), num_experts, hidden_size, selection.bias)
+        layer: locate_tensors(stored, pattern.format(layer), num_experts, hidden_size, selection.bias)
         for layer in layers
     }
     identity = ModelIdentity(
@@ -91,14 +93,15 @@ def describe(checkpoint: Checkpoint) -> Model:
         top_k_key=".".join(filter(None, (architecture.text_config, top_k_key))),
         router_sha256=_hash_routers(checkpoint, pattern, layers),
     )
-    return Model(identity, hidden_size, str(config.values.get("hidden_act", "silu")), routing, tensors)
+    activation = Activation(str(config.values.get("hidden_act", "silu")))
+    return Model(identity, hidden_size, activation, routing, tensors)
 
 
 def find_dtype(checkpoint: Checkpoint, model: Model) -> str:
     """The element type of the experts as stored; float32 for one that a profile cannot be measured in (float64)."""
     experts = next(iter(model.tensors.values())).experts
     name = experts.fused[0] if experts.fused else experts.separate[0][0]
-    stored = checkpoint.entries[name].dtype.name
+    stored = Tensors(checkpoint)[name].dtype.name
     return stored if stored in DTYPES else "float32"
 
 

@@ -29,9 +29,9 @@ def profile_layers(
     if extra := [layer for layer in layers if layer not in model.tensors]:
         known = ", ".join(map(str, model.layers))
         raise InputError(f"{checkpoint.folder}: layer {extra[0]} is no MoE layer; those are {known}")
-    if model.activation not in ACTIVATIONS:
+    if model.activation.name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise InputError(f"{checkpoint.folder}: hidden_act {model.activation!r} is not known; known are {known}")
+        raise InputError(f"{checkpoint.folder}: hidden_act {model.activation.name!r} is not known; known are {known}")
     if settings.max_samples < settings.batch * settings.length:
         size = f"batch {settings.batch} x length {settings.length}"
         raise InputError(f"at most {settings.max_samples} samples allow no iteration of {size}; raise the cap")

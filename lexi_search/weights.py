@@ -57,16 +57,18 @@ def _read_layer(checkpoint: Checkpoint, tensors: LayerTensors, buffer: np.ndarra
 
 
 def _put_layer(checkpoint: Checkpoint, tensors: LayerTensors, views: Mapping[str, np.ndarray]) -> LayerWeights:
+    experts = list(_split_experts(views, tensors.experts))
     pieces = [(name, views[name]) for name in (tensors.router, tensors.bias) if name]
-    pieces += _split_experts(views, tensors.experts)
+    pieces += [piece for expert in experts for piece in expert.values()]
     # Copies: the CPU backend would otherwise alias the buffer. Looking at every flag waits for all of them to be made.
     arrays = [jnp.array(view, copy=True) for _, view in pieces]
     for (name, _), finite in zip(pieces, jax.device_get([_all_finite(array) for array in arrays]), strict=True):
         if not finite:
             raise InputError(f"{checkpoint.entries[name].file}: tensor {name} holds NaN or Inf; is the file damaged?")
-    router, *rest = arrays
-    bias = rest.pop(0) if tensors.bias else None
-    return LayerWeights(router, bias, tuple(ExpertWeights(*rest[i : i + 3]) for i in range(0, len(rest), 3)))
+    placed = iter(arrays)
+    router, bias = next(placed), next(placed) if tensors.bias else None
+    made = ({part: next(placed) for part in expert} for expert in experts)
+    return LayerWeights(router, bias, tuple(ExpertWeights(**{"gate": None} | parts) for parts in made))
 
 
 def _list_tensors(tensors: LayerTensors) -> list[str]:
@@ -78,17 +80,24 @@ def _count_bytes(checkpoint: Checkpoint, tensors: LayerTensors) -> int:
     return sum(checkpoint.entries[name].size for name in _list_tensors(tensors))
 
 
-def _split_experts(views: Mapping[str, np.ndarray], experts: ExpertTensors) -> Iterator[tuple[str, np.ndarray]]:
-    """Each expert's gate, up and down in turn, as [out, in] views of what was read, with the tensor they came from."""
+def _split_experts(
+    views: Mapping[str, np.ndarray], experts: ExpertTensors
+) -> Iterator[dict[str, tuple[str, np.ndarray]]]:
+    """Each expert's parts, by the fields of `ExpertWeights`: the tensor they came from, and an [out, in] view of it."""
     for expert in experts.separate:
-        for name in expert:
-            yield name, views[name]
+        parts = ("gate", "up", "down")[-len(expert) :]
+        yield {part: (name, views[name]) for part, name in zip(parts, expert, strict=True)}
     if experts.fused:
-        for gate_up, down in zip(views[experts.fused[0]], views[experts.fused[1]], strict=True):
-            if experts.transposed:
-                gate_up, down = gate_up.T, down.T
-            gate, up = np.split(gate_up, 2)
-            yield from ((experts.fused[0], gate), (experts.fused[0], up), (experts.fused[1], down))
+        for stored in zip(*(views[name] for name in experts.fused), strict=True):
+            parts = {}
+            for name, array, suffix in zip(experts.fused, stored, ("", "", "_bias", "_bias"), strict=False):
+                array = array.T if experts.transposed else array
+                if name in experts.fused[::2]:
+                    gate, up = (array[::2], array[1::2]) if experts.interleaved else np.split(array, 2)
+                    parts |= {f"gate{suffix}": (name, gate), f"up{suffix}": (name, up)}
+                else:
+                    parts[f"down{suffix}"] = (name, array)
+            yield parts
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """The mathematics of one layer against loops in float64, over every routing rule that a family may declare."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lexi_search.architectures import Routing
+from lexi_search.architectures import Activation, Routing
 from lexi_search.experts import CHUNK_SIZES, MAX_PADDING, cut_into_chunks, expert_outputs
 from lexi_search.ffn import ACTIVATIONS, ExpertWeights
 from lexi_search.moe import mix, squared_distances
@@ -53,7 +54,7 @@ def test_every_k_from_one_pass_equals_the_loop(routing, biased):
         routing=routing,
         top_k=TOP_K,
     )
-    outputs = expert_outputs(jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation="silu")
+    outputs = expert_outputs(jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation=Activation())
     distances = squared_distances(outputs, choice.scores, routing=routing)
     expected = [reference.moe_output(x, router, bias, experts, routing, "silu", k) for k in range(1, TOP_K + 1)]
     for k in range(1, TOP_K + 1):
@@ -71,7 +72,9 @@ def test_every_k_from_one_pass_equals_the_loop(routing, biased):
 def test_activations(activation):
     router, _, experts, x = make_layer(1)
     choice = route(jnp.asarray(x, jnp.float32), jnp.asarray(router, jnp.float32), None, routing=Routing(), top_k=TOP_K)
-    outputs = expert_outputs(jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation=activation)
+    outputs = expert_outputs(
+        jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation=Activation(activation)
+    )
     expected = reference.moe_output(x, router, None, experts, Routing(), activation, TOP_K)
     assert relative_error(mix(outputs, choice.scores, jnp.int32(TOP_K), routing=Routing()), expected) < 1e-6
 
@@ -91,11 +94,9 @@ def test_bfloat16_stays_near_float32():
     distances = []
     for dtype in (jnp.float32, jnp.bfloat16):
         rounded = jnp.asarray(x, jnp.bfloat16).astype(dtype)
-        weights = tuple(
-            ExpertWeights(*(matrix.astype(dtype) for matrix in expert)) for expert in as_weights(experts, jnp.bfloat16)
-        )
+        weights = jax.tree.map(lambda matrix, dtype=dtype: matrix.astype(dtype), as_weights(experts, jnp.bfloat16))
         choice = route(rounded, jnp.asarray(router, jnp.float32), None, routing=Routing(), top_k=TOP_K)
-        outputs = expert_outputs(rounded, choice.experts, weights, activation="silu")
+        outputs = expert_outputs(rounded, choice.experts, weights, activation=Activation())
         assert outputs.dtype == dtype
         distances.append(np.sqrt(np.asarray(squared_distances(outputs, choice.scores, routing=Routing())).mean(axis=0)))
     np.testing.assert_allclose(distances[1][:-1], distances[0][:-1], rtol=3e-3)
@@ -107,7 +108,7 @@ def test_unequal_loads():
     x = np.random.default_rng(3).normal(size=(700, HIDDEN)).astype(np.float32)
     chosen = np.tile([[6, 2]], (700, 1))
     chosen[0] = [7, 0]
-    outputs = expert_outputs(jnp.asarray(x), jnp.asarray(chosen), as_weights(experts), activation="relu")
+    outputs = expert_outputs(jnp.asarray(x), jnp.asarray(chosen), as_weights(experts), activation=Activation("relu"))
     for t in (0, 1, 350, 699):
         for rank, e in enumerate(chosen[t]):
             gate, up, down = experts[e]

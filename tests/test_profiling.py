@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_families import compute_reference
 
 from lexi_search import measuring
+from lexi_search.architectures import Activation
 from lexi_search.artifacts import ProfileSettings
 from lexi_search.checkpoint import open_checkpoint
 from lexi_search.errors import InputError
@@ -70,7 +71,7 @@ def test_input_is_standard_normal():
 def describe_olmoe_like(hidden_size):
     from lexi_search.models import Model
 
-    return Model(identity=None, hidden_size=hidden_size, activation="silu", routing=None, tensors={})
+    return Model(identity=None, hidden_size=hidden_size, activation=Activation(), routing=None, tensors={})
 
 
 def test_a_layer_does_not_depend_on_the_others(folder):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lexi_search.architectures import Routing
+from lexi_search.architectures import Activation, Routing
 from lexi_search.artifacts import ModelIdentity, ProfileSettings
 from lexi_search.ffn import ExpertWeights
 from lexi_search.measuring import draw, measure_layer
@@ -61,7 +61,7 @@ def make_layer(name, seed=0):
         )
     )
     weights = LayerWeights(router, None, tuple(make_expert(key) for key in keys))
-    return Model(identity, hidden, "silu", routing, {}), jax.block_until_ready(weights)
+    return Model(identity, hidden, Activation(), routing, {}), jax.block_until_ready(weights)
 
 
 def measure_ceiling(size=8192, repeats=20):
