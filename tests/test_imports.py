@@ -16,6 +16,8 @@ LINE = [
     "files",
     "artifacts",
     "checkpoint",
+    "schemes",
+    "formats",
     "architectures",
     "layouts",
     "models",
