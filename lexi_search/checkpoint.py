@@ -74,9 +74,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
-    def read(self, name: str, buffer: np.ndarray) -> np.ndarray:
-        """Read a tensor into the front of `buffer` (uint8, 1-D, contiguous) and return a view of that as the tensor."""
+    def read(self, name: str, buffer: np.ndarray, *, row: int | None = None) -> np.ndarray:
+        """Read a tensor into the front of `buffer` (uint8, 1-D, contiguous) and return a view of that as the tensor.
+
+        With `row`, only that index of the tensor's first axis is read and returned. Threads may read at the same time.
+        """
         entry = self.entries[name]
+        if row is not None:
+            shape, size = entry.shape[1:], entry.size // entry.shape[0]
+            entry = entry._replace(shape=shape, start=entry.start + row * size, size=size)
         raw = buffer[: entry.size]
         try:
             with open(entry.file, "rb", buffering=0) as file:

@@ -1,42 +1,203 @@
-"""A checkpoint's logical tensors: `experts.0.gate_proj.weight` is one, however many stored parts make it up.
+"""The formats of quantised weights, as data: what the parts of each are called, and what their shapes must be.
 
-Whoever asks for a tensor asks by its logical name and sees its logical shape, [out, in] for a matrix; `dequantise` makes
-the values from the parts, on the device.
+A matrix is [out, in]: `out` outputs, each a row of `in` inputs.
 """
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import numpy as np
+from lexi_search.quantisation import Storage
+from lexi_search.schemes import AWQ_ORDER, Fp4, PackedIntegers, Scaled, Scheme
 
-from lexi_search.checkpoint import Checkpoint
-from lexi_search.schemes import Plain
-
-
-class StoredTensor(NamedTuple):
-    """One logical tensor: its shape, the type of its values, and the stored tensors (role -> name) that make it up."""
-
-    file: Path  # of the part that holds the weight
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    scheme: Plain
-    parts: Mapping[str, str]
+FLOATS = ("float32", "float16", "bfloat16")
+FP8 = ("float8_e4m3fn", "float8_e5m2")
+BYTES = ("uint8", "float8_e8m0fnu")  # E8M0 powers of two, under either name
+WORDS = ("int32",)
 
 
-class Tensors(Mapping[str, StoredTensor]):
-    """Logical name -> `StoredTensor`, worked out when asked for; `folder` is the checkpoint's."""
+class Part(NamedTuple):
+    """One role in a format: what the stored tensor's name ends with, and the element types that it may have."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-        self.folder = checkpoint.folder
+    endings: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    required: bool = True
 
-    def __getitem__(self, name: str) -> StoredTensor:
-        entry = self.checkpoint.entries[name]
-        return StoredTensor(entry.file, entry.dtype, entry.shape, Plain(), {"weight": name})
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint.entries)
+Shapes = Mapping[str, tuple[int, ...]]  # role -> shape
 
-    def __len__(self) -> int:
-        return len(self.checkpoint.entries)
+
+class Misfit(Exception):
+    """Parts whose shapes do not fit together."""
+
+
+class Format(NamedTuple):
+    """One way to store a weight. Names of parts are the logical name, less `base` at its end, and one of the endings.
+
+    `describe` makes the scheme and the logical shape from the parts' shapes, each without an axis of experts, or raises
+    Misfit; the weight's then has `rank` dimensions.
+    """
+
+    parts: Mapping[str, Part]
+    describe: Callable[[Storage, Shapes], tuple[Scheme, tuple[int, int]]]
+    base: str = ""
+    rank: int = 2
+
+
+def _describe_scaled(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
+    """Scales of blocks where the config gives their size, of groups of a row, of a row, or of the whole."""
+    rows, columns = _require_rank(shapes["weight"], 2)
+    options = [storage.block] if storage.block else [(rows, columns), (1, columns), (1, storage.group_size)]
+    for block in options:
+        if shapes["scale"] in _list_grids((rows, columns), block):
+            _require(shapes, "zero", shapes["scale"])
+            return Scaled(block), (rows, columns)
+    raise Misfit
+
+
+def _list_grids(shape: tuple[int, int], block: tuple[int, int]) -> list[tuple[int, ...]]:
+    """The shapes that one number per block may be stored in: [down, across], or less where there is but one across."""
+    if min(block) < 1:
+        return []
+    down, across = (math.ceil(extent / size) for extent, size in zip(shape, block, strict=True))
+    return [(down, across)] + [(down,)] * (across == 1) + [()] * (down == across == 1)
+
+
+def _describe_packed(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
+    """compressed-tensors: words along the inputs, [out, in / 8]; zeros along the outputs, [out / 8, groups]."""
+    per_word = 32 // storage.bits
+    rows, words = _require_rank(shapes["weight"], 2)
+    groups = _require_rank(shapes["scale"], 2)[1]
+    # The last word may be filled up; where groups are given, they tell how far.
+    columns = words * per_word if storage.group_size == -1 else min(groups * storage.group_size, words * per_word)
+    group_size = columns if storage.group_size == -1 else storage.group_size
+    _require(shapes, "scale", (rows, math.ceil(columns / group_size)))
+    _require(shapes, "weight", (rows, math.ceil(columns / per_word)))
+    _require(shapes, "zero", (math.ceil(rows / per_word), groups))
+    _require(shapes, "group", (columns,))
+    _require(shapes, "shape", (2,))
+    return PackedIntegers(storage.bits, group_size, weight_axis=1, zero_axis=0), (rows, columns)
+
+
+def _describe_gptq(storage: Storage, shapes: Shapes, zero_offset: int) -> tuple[Scheme, tuple[int, int]]:
+    """GPTQ: words along the inputs, [in / 8, out]; zeros along the outputs, [groups, out / 8]."""
+    per_word = 32 // storage.bits
+    words, rows = _require_rank(shapes["weight"], 2)
+    columns = words * per_word
+    group_size = _check_groups(storage, shapes, rows, columns)
+    _require(shapes, "group", (columns,))
+    scheme = PackedIntegers(
+        storage.bits, group_size, weight_axis=0, zero_axis=1, transposed=True, zero_offset=zero_offset
+    )
+    return scheme, (rows, columns)
+
+
+def _describe_awq(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
+    """AWQ: words along the outputs, [in, out / 8] and [groups, out / 8], with an order of their own."""
+    columns, words = _require_rank(shapes["weight"], 2)
+    rows = words * (32 // storage.bits)
+    group_size = _check_groups(storage, shapes, rows, columns)
+    scheme = PackedIntegers(storage.bits, group_size, weight_axis=1, zero_axis=1, order=AWQ_ORDER, transposed=True)
+    return scheme, (rows, columns)
+
+
+def _check_groups(storage: Storage, shapes: Shapes, rows: int, columns: int) -> int:
+    group_size = columns if storage.group_size == -1 else storage.group_size
+    groups = math.ceil(columns / group_size) if group_size else 0
+    _require(shapes, "scale", (groups, rows))
+    _require(shapes, "zero", (groups, math.ceil(rows * storage.bits / 32)))
+    return group_size
+
+
+def _describe_mxfp4(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
+    """gpt-oss: [out, groups, 16] bytes; transformers' own tensor is their transpose, [in, out]."""
+    rows, groups, half = _require_rank(shapes["weight"], 3)
+    _require(shapes, "weight", (rows, groups, storage.group_size // 2))
+    _require(shapes, "scale", (rows, groups))
+    return Fp4(storage.group_size, transposed=True), (groups * storage.group_size, rows)
+
+
+def _describe_fp4(storage: Storage, shapes: Shapes, divide: bool = False) -> tuple[Scheme, tuple[int, int]]:
+    """Two numbers to a byte along the inputs, [out, in / 2], and the scales of groups, [out, in / group_size]."""
+    rows, half = _require_rank(shapes["weight"], 2)
+    _require(shapes, "scale", (rows, math.ceil(2 * half / storage.group_size)))
+    if "global_scale" in shapes and math.prod(shapes["global_scale"]) != 1:
+        raise Misfit
+    return Fp4(storage.group_size, divide=divide), (rows, 2 * half)
+
+
+def _require_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    if len(shape) != rank or 0 in shape:
+        raise Misfit
+    return shape
+
+
+def _require(shapes: Shapes, role: str, shape: tuple[int, ...]) -> None:
+    if role in shapes and shapes[role] != shape:
+        raise Misfit
+
+
+_FP8_OR_INT8 = (*FP8, "int8")
+_ZERO = Part(("_zero_point",), ("int8",), required=False)
+_GPTQ = Format(
+    base="weight",
+    parts={
+        "weight": Part(("qweight",), WORDS),
+        "scale": Part(("scales",), FLOATS),
+        "zero": Part(("qzeros",), WORDS),
+        "group": Part(("g_idx",), WORDS, required=False),
+    },
+    describe=lambda storage, shapes: _describe_gptq(storage, shapes, zero_offset=1),
+)
+FORMATS: Mapping[str, Format] = {
+    "scaled": Format(
+        parts={
+            "weight": Part(("",), _FP8_OR_INT8),
+            "scale": Part(("_scale_inv", "_scale"), (*FLOATS, "float8_e8m0fnu")),
+            "zero": _ZERO,
+        },
+        describe=_describe_scaled,
+    ),
+    "packed": Format(
+        parts={
+            "weight": Part(("_packed",), WORDS),
+            "scale": Part(("_scale",), FLOATS),
+            "zero": Part(("_zero_point",), WORDS, required=False),
+            "group": Part(("_g_idx",), WORDS, required=False),
+            "shape": Part(("_shape",), ("int64", "int32"), required=False),
+        },
+        describe=_describe_packed,
+    ),
+    "gptq": _GPTQ,
+    "gptq_v2": _GPTQ._replace(describe=lambda storage, shapes: _describe_gptq(storage, shapes, zero_offset=0)),
+    "awq": Format(
+        base="weight",
+        parts={role: part for role, part in _GPTQ.parts.items() if role != "group"},
+        describe=_describe_awq,
+    ),
+    "mxfp4": Format(
+        parts={"weight": Part(("_blocks",), ("uint8",)), "scale": Part(("_scales",), BYTES)},
+        describe=_describe_mxfp4,
+        rank=3,
+    ),
+    "mxfp4-packed": Format(
+        parts={"weight": Part(("_packed",), ("uint8",)), "scale": Part(("_scale",), BYTES)},
+        describe=_describe_fp4,
+    ),
+    "nvfp4-packed": Format(
+        parts={
+            "weight": Part(("_packed",), ("uint8",)),
+            "scale": Part(("_scale",), FP8),
+            "global_scale": Part(("_global_scale",), ("float32",)),
+        },
+        describe=lambda storage, shapes: _describe_fp4(storage, shapes, divide=True),
+    ),
+    "nvfp4": Format(
+        parts={
+            "weight": Part(("",), ("uint8",)),
+            "scale": Part(("_scale",), FP8),
+            "global_scale": Part(("_scale_2",), ("float32",)),
+        },
+        describe=_describe_fp4,
+    ),
+}

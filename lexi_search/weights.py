@@ -1,7 +1,12 @@
-"""One layer's weights on their way from the checkpoint to the device."""
+"""One layer's weights on their way from the checkpoint to the device.
 
-from collections.abc import Iterator, Mapping, Sequence
+What travels is what is stored: quantised weights stay packed on the device, and become matrices when they are used.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,94 +17,201 @@ from jaxtyping import Array, Bool, Float
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.ffn import ExpertWeights
-from lexi_search.layouts import ExpertTensors, LayerTensors
+from lexi_search.layouts import ExpertTensors
 from lexi_search.models import Model
+from lexi_search.schemes import Parts, Plain, Scheme, dequantise
+from lexi_search.tensors import Tensors
+
+READERS = 8  # threads that read, each into a host buffer of its own, as large as the largest tensor it has read
 
 
 class LayerWeights(NamedTuple):
-    """One MoE layer: the router, the bias of its selection or None, and the experts."""
+    """One MoE layer: the router, the bias of its selection or None, and the experts.
+
+    `experts[e]` dequantises anew where weights are quantised: take it once per use, and keep few.
+    """
 
     router: Float[Array, "experts hidden"]
     bias: Float[Array, " experts"] | None
-    experts: tuple[ExpertWeights, ...]
+    experts: Sequence[ExpertWeights]
 
 
-def stream_layers(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> Iterator[tuple[int, LayerWeights]]:
-    """Yield (decoder-layer index, weights on the default device, in their stored types) for each of `layers`.
+class _Recipe(NamedTuple):
+    """How some of an expert's weights are made from one tensor's parts; hashable, static under `jit`.
 
-    While the caller works on one layer, the next is read from disk. Two host buffers, each as large as the largest
-    layer, take turns: a layer has left its buffer when it is yielded.
+    The rows [out, in] of the values belong to the `fields` of `ExpertWeights`: to one after the other or, if
+    `interleaved`, to each in turn.
+    """
+
+    fields: tuple[str, ...]
+    scheme: Scheme
+    shape: tuple[int, ...]
+    dtype: str
+    transposed: bool = False
+    interleaved: bool = False
+
+
+class _Piece(NamedTuple):
+    """A tensor that an expert takes, by its logical name; of a tensor of all experts only row `row`."""
+
+    name: str
+    row: int | None
+    recipe: _Recipe
+
+
+NeededExperts = Callable[[int, Array, Array | None], Collection[int]]  # layer index, router, bias -> experts
+
+
+def stream_layers(
+    checkpoint: Checkpoint, model: Model, layers: Sequence[int], *, needed: NeededExperts | None = None
+) -> Iterator[tuple[int, LayerWeights]]:
+    """Yield (decoder-layer index, weights on the default device) for each of `layers`.
+
+    While the caller works on one layer, the next is read and sent to the device, `READERS` tensors at a time; so two
+    layers are on the device, as stored. `needed`, called in another thread, may name the experts of a layer that are to
+    be read ahead. The others are read when they are asked for, and never if nobody asks: it decides only the speed.
 
     Raises:
-        InputError: a shard that cannot be read; NaN or Inf in a tensor, by name.
+        InputError: a shard that cannot be read; NaN or Inf in a router, a bias or an expert that is read, by name.
     """
-    size = max((_count_bytes(checkpoint, model.tensors[layer]) for layer in layers), default=0)
-    buffers = (np.empty(size, np.uint8), np.empty(size, np.uint8))
-    with ThreadPoolExecutor(max_workers=1) as reader:
-
-        def start_reading(place: int):
-            return reader.submit(_read_layer, checkpoint, model.tensors[layers[place]], buffers[place % 2])
-
-        reading = start_reading(0) if layers else None
-        for place, layer in enumerate(layers):
-            views = reading.result()
-            if place + 1 < len(layers):
-                reading = start_reading(place + 1)
-            yield layer, _put_layer(checkpoint, model.tensors[layer], views)
-
-
-def _read_layer(checkpoint: Checkpoint, tensors: LayerTensors, buffer: np.ndarray) -> dict[str, np.ndarray]:
-    views, position = {}, 0
-    for name in _list_tensors(tensors):
-        views[name] = checkpoint.read(name, buffer[position:])
-        position += checkpoint.entries[name].size
-    return views
+    reader = _Reader(checkpoint)
+    with ThreadPoolExecutor(max_workers=1) as ahead, reader.pool:
+        start = partial(ahead.submit, _read_layer, reader, model, needed)
+        try:
+            reading = start(layers[0]) if layers else None
+            for place, layer in enumerate(layers):
+                weights = reading.result()
+                reading = start(layers[place + 1]) if place + 1 < len(layers) else None
+                yield layer, weights
+                del weights  # else it would still be on the device while the layer after the next arrives
+        finally:
+            reader.pool.shutdown(cancel_futures=True)
 
 
-def _put_layer(checkpoint: Checkpoint, tensors: LayerTensors, views: Mapping[str, np.ndarray]) -> LayerWeights:
-    experts = list(_split_experts(views, tensors.experts))
-    pieces = [(name, views[name]) for name in (tensors.router, tensors.bias) if name]
-    pieces += [piece for expert in experts for piece in expert.values()]
-    # Copies: the CPU backend would otherwise alias the buffer. Looking at every flag waits for all of them to be made.
-    arrays = [jnp.array(view, copy=True) for _, view in pieces]
-    for (name, _), finite in zip(pieces, jax.device_get([_all_finite(array) for array in arrays]), strict=True):
-        if not finite:
-            raise InputError(f"{checkpoint.entries[name].file}: tensor {name} holds NaN or Inf; is the file damaged?")
-    placed = iter(arrays)
-    router, bias = next(placed), next(placed) if tensors.bias else None
-    made = ({part: next(placed) for part in expert} for expert in experts)
-    return LayerWeights(router, bias, tuple(ExpertWeights(**{"gate": None} | parts) for parts in made))
+def _read_layer(reader: "_Reader", model: Model, needed: NeededExperts | None, layer: int) -> LayerWeights:
+    tensors = model.tensors[layer]
+    router = reader.load_plain(tensors.router)
+    bias = reader.load_plain(tensors.bias).reshape(-1) if tensors.bias else None  # some store it [1, E]
+    experts = _Experts(reader, _list_pieces(reader.tensors, tensors.experts))
+    experts.load(range(len(experts)) if needed is None else sorted(needed(layer, router, bias)))
+    return LayerWeights(router, bias, experts)
 
 
-def _list_tensors(tensors: LayerTensors) -> list[str]:
-    separate = (name for expert in tensors.experts.separate for name in expert)
-    return [name for name in (tensors.router, tensors.bias, *separate, *(tensors.experts.fused or ())) if name]
+class _Experts(Sequence[ExpertWeights]):
+    """The experts of one layer: plain ones as matrices, quantised ones as their parts, and read when first asked for."""
+
+    def __init__(self, reader: "_Reader", pieces: Sequence[tuple[_Piece, ...]]):
+        self._reader, self._pieces = reader, pieces
+        self._loaded: dict[int, ExpertWeights | tuple[Parts, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, expert: int) -> ExpertWeights:
+        expert = range(len(self))[expert]
+        if expert not in self._loaded:
+            self.load([expert])
+        loaded = self._loaded[expert]
+        return loaded if isinstance(loaded, ExpertWeights) else self._make(expert, loaded)
+
+    def load(self, experts: Collection[int]) -> None:
+        """Bring experts to the device and look at them."""
+        pieces = {expert: self._pieces[expert] for expert in experts}
+        for expert, parts in self._reader.load(pieces).items():
+            plain = all(piece.recipe.scheme == Plain() for piece in pieces[expert])
+            self._loaded[expert] = self._make(expert, parts) if plain else parts
+
+    def _make(self, expert: int, parts: tuple[Parts, ...]) -> ExpertWeights:
+        return _make_expert(parts, recipes=tuple(piece.recipe for piece in self._pieces[expert]))
 
 
-def _count_bytes(checkpoint: Checkpoint, tensors: LayerTensors) -> int:
-    return sum(checkpoint.entries[name].size for name in _list_tensors(tensors))
+class _Reader:
+    """Reads tensors by their logical names and sends their parts to the device, several at a time."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.tensors = Tensors(checkpoint)
+        self.pool = ThreadPoolExecutor(max_workers=READERS)
+        self._checkpoint = checkpoint
+        self._buffers = threading.local()
+
+    def load_plain(self, name: str) -> Array:
+        recipe = _describe_recipe(self.tensors, name, ("router",))
+        return self.load({0: (_Piece(name, None, recipe),)})[0][0]["weight"]
+
+    def load(self, pieces: Mapping[int, tuple[_Piece, ...]]) -> dict[int, tuple[Parts, ...]]:
+        """The parts of every expert's tensors on the device; InputError names a tensor whose values are not finite."""
+        reading = {e: [self.pool.submit(self._read, piece) for piece in group] for e, group in pieces.items()}
+        parts = {expert: tuple(future.result() for future in futures) for expert, futures in reading.items()}
+        # Looking at every flag waits for all of them.
+        flags = jax.device_get([_all_finite(parts[e], recipes=tuple(p.recipe for p in pieces[e])) for e in pieces])
+        for group, finite in zip(pieces.values(), flags, strict=True):
+            for piece, ok in zip(group, finite, strict=True):
+                if not ok:
+                    file = self.tensors[piece.name].file
+                    raise InputError(f"{file}: tensor {piece.name} holds NaN or Inf; is the file damaged?")
+        return parts
+
+    def _read(self, piece: _Piece) -> dict[str, Array]:
+        parts = self.tensors[piece.name].parts
+        return {role: self._place(self._fill(part, piece.row)) for role, part in parts.items()}
+
+    def _fill(self, name: str, row: int | None) -> np.ndarray:
+        size = self._checkpoint.entries[name].size
+        if getattr(self._buffers, "size", -1) < size:
+            self._buffers.buffer, self._buffers.size = np.empty(size, np.uint8), size
+        return self._checkpoint.read(name, self._buffers.buffer, row=row)
+
+    def _place(self, view: np.ndarray) -> Array:
+        """A copy on the default device, whole when this returns: the buffer may be used again."""
+        if view.dtype.name == "float8_e8m0fnu":
+            view = view.view(np.uint8)  # as schemes take them; not every backend knows the type
+        array = jax.device_put(view)
+        if array.device.platform == "cpu":
+            array = jnp.copy(array)  # this backend borrows the buffer
+        return array.block_until_ready()
 
 
-def _split_experts(
-    views: Mapping[str, np.ndarray], experts: ExpertTensors
-) -> Iterator[dict[str, tuple[str, np.ndarray]]]:
-    """Each expert's parts, by the fields of `ExpertWeights`: the tensor they came from, and an [out, in] view of it."""
-    for expert in experts.separate:
-        parts = ("gate", "up", "down")[-len(expert) :]
-        yield {part: (name, views[name]) for part, name in zip(parts, expert, strict=True)}
-    if experts.fused:
-        for stored in zip(*(views[name] for name in experts.fused), strict=True):
-            parts = {}
-            for name, array, suffix in zip(experts.fused, stored, ("", "", "_bias", "_bias"), strict=False):
-                array = array.T if experts.transposed else array
-                if name in experts.fused[::2]:
-                    gate, up = (array[::2], array[1::2]) if experts.interleaved else np.split(array, 2)
-                    parts |= {f"gate{suffix}": (name, gate), f"up{suffix}": (name, up)}
-                else:
-                    parts[f"down{suffix}"] = (name, array)
-            yield parts
+def _list_pieces(tensors: Tensors, experts: ExpertTensors) -> list[tuple[_Piece, ...]]:
+    """What each expert is made of."""
+    if not experts.fused:
+        return [
+            tuple(
+                _Piece(name, None, _describe_recipe(tensors, name, (field,)))
+                for field, name in zip(("gate", "up", "down")[-len(names) :], names, strict=True)
+            )
+            for names in experts.separate
+        ]
+    fields = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
+    recipes = [
+        _describe_recipe(tensors, name, own, fused=True)._replace(
+            transposed=experts.transposed, interleaved=experts.interleaved
+        )
+        for name, own in zip(experts.fused, fields, strict=False)
+    ]
+    num_experts = tensors[experts.fused[0]].shape[0]
+    return [
+        tuple(_Piece(name, row, recipe) for name, recipe in zip(experts.fused, recipes, strict=True))
+        for row in range(num_experts)
+    ]
 
 
-@jax.jit
-def _all_finite(array: Array) -> Bool[Array, ""]:
-    return jnp.isfinite(array).all()
+def _describe_recipe(tensors: Tensors, name: str, fields: tuple[str, ...], fused: bool = False) -> _Recipe:
+    stored = tensors[name]
+    return _Recipe(fields, stored.scheme, stored.shape[1:] if fused else stored.shape, stored.dtype.name)
+
+
+@partial(jax.jit, static_argnames="recipes")
+def _make_expert(parts: tuple[Parts, ...], *, recipes: tuple[_Recipe, ...]) -> ExpertWeights:
+    made: dict[str, Array | None] = {"gate": None}
+    for stored, recipe in zip(parts, recipes, strict=True):
+        values = dequantise(stored, recipe.scheme, recipe.shape, recipe.dtype)
+        values, count = values.T if recipe.transposed else values, len(recipe.fields)
+        rows = [values[i::count] for i in range(count)] if recipe.interleaved else jnp.split(values, count)
+        made |= zip(recipe.fields, rows, strict=True)
+    return ExpertWeights(**made)
+
+
+@partial(jax.jit, static_argnames="recipes")
+def _all_finite(parts: tuple[Parts, ...], *, recipes: tuple[_Recipe, ...]) -> Bool[Array, " pieces"]:
+    values = [dequantise(p, r.scheme, r.shape, r.dtype) for p, r in zip(parts, recipes, strict=True)]
+    return jnp.stack([jnp.isfinite(value).all() for value in values])

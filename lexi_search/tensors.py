@@ -1,0 +1,122 @@
+"""A checkpoint's logical tensors: `experts.0.gate_proj.weight` is one, however many stored tensors make it up.
+
+Who asks for a tensor asks by its logical name and sees its logical shape, [out, in] for an expert's matrix. What is
+quantised is told by which tensors are there, and must agree with what the config says.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
+import numpy as np
+
+from lexi_search.checkpoint import Checkpoint
+from lexi_search.errors import InputError
+from lexi_search.formats import FORMATS, Format, Misfit
+from lexi_search.quantisation import Quantisation, Storage, read_quantisation
+from lexi_search.schemes import Plain, Scheme
+
+
+class StoredTensor(NamedTuple):
+    """One logical tensor: its shape, the type of its values, and the stored tensors (role -> name) that make it up.
+
+    Where a quantised tensor has an axis of experts before its matrices, so has every part.
+    """
+
+    file: Path  # of the part that holds the weight
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    scheme: Scheme
+    parts: Mapping[str, str]
+
+
+class Tensors(Mapping[str, StoredTensor]):
+    """Logical name -> `StoredTensor`, worked out from names and shapes when asked for; `folder` is the checkpoint's.
+
+    Raises:
+        InputError: a quantisation that is not supported; and, by the lookup, a tensor whose parts are missing, do not
+            fit each other or the config, or that the config says is not quantised.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.folder = checkpoint.folder
+        self._entries = checkpoint.entries
+        self._quantisation = read_quantisation(checkpoint.config, checkpoint.folder)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if self._quantisation is not None:
+            storage = self._quantisation.find_storage(name.removesuffix(".weight"))
+            parts = _find_parts(self._entries, FORMATS[storage.format], name)
+            if parts:
+                return self._describe(name, parts, storage, self._quantisation)
+        entry = self._entries[name]
+        return StoredTensor(entry.file, entry.dtype, entry.shape, Plain(), {"weight": name})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """Every stored name, with a quantised weight's replaced by the logical one."""
+        storages = self._quantisation.storages if self._quantisation else ()
+        formats = [FORMATS[storage.format] for storage in storages]
+        return tuple(dict.fromkeys(_name_logically(name, formats) for name in self._entries))
+
+    def _describe(
+        self, name: str, parts: Mapping[str, str], storage: Storage, quantisation: Quantisation
+    ) -> StoredTensor:
+        format, entries = FORMATS[storage.format], {role: self._entries[part] for role, part in parts.items()}
+        file = entries["weight"].file
+        if quantisation.is_ignored(name.removesuffix(".weight")):
+            raise InputError(f"{file}: {name} is quantised, but {quantisation.place} says that it is not")
+        for role, part in format.parts.items():
+            if role in entries and entries[role].dtype.name not in part.dtypes:
+                found = f"{parts[role]} is {entries[role].dtype.name}"
+                raise InputError(f"{file}: tensor {found}; {quantisation.place} allows {', '.join(part.dtypes)}")
+        shapes = {role: entry.shape for role, entry in entries.items()}
+        axes = shapes["weight"][: -format.rank]  # of experts, if any
+        try:
+            if len(axes) > 1 or any(shape[: len(axes)] != axes for shape in shapes.values()):
+                raise Misfit
+            scheme, shape = format.describe(storage, {role: shape[len(axes) :] for role, shape in shapes.items()})
+        except Misfit:
+            found = ", ".join(f"{parts[role]} {list(shape)}" for role, shape in shapes.items())
+            raise InputError(f"{file}: shapes do not fit what {quantisation.place} says: {found}") from None
+        return StoredTensor(file, np.dtype(quantisation.dtype), (*axes, *shape), scheme, parts)
+
+
+def _find_parts(entries: Mapping[str, object], format: Format, name: str) -> dict[str, str] | None:
+    """The parts that are there, role -> name, of a tensor that is quantised; None if it is not.
+
+    Raises:
+        InputError: a part without which the others are of no use is missing.
+    """
+    if not name.endswith(format.base):
+        return None
+    stem = name.removesuffix(format.base)
+    parts = {
+        role: next((stem + ending for ending in part.endings if stem + ending in entries), None)
+        for role, part in format.parts.items()
+    }
+    if parts["weight"] is None or (parts["weight"] == name and parts["scale"] is None):
+        return None
+    if parts["weight"] != name and name in entries:
+        raise InputError(f"{entries[name].file}: both {name} and {parts['weight']} are there; which one counts?")
+    for role, part in format.parts.items():
+        if part.required and parts[role] is None:
+            wanted = " or ".join(stem + ending for ending in part.endings)
+            raise InputError(f"{entries[parts['weight']].file}: {wanted} is missing beside {parts['weight']}")
+    return {role: part for role, part in parts.items() if part is not None}
+
+
+def _name_logically(name: str, formats: list[Format]) -> str:
+    for format in formats:
+        [ending] = format.parts["weight"].endings
+        if ending and name.endswith(ending):
+            return name.removesuffix(ending) + format.base
+    return name
