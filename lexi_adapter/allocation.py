@@ -83,9 +83,17 @@ def to_document(allocation: Allocation) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, **body}
 
 
-def format_top_k(top_k: Mapping[int, int]) -> str:
-    """For logs and messages: 0:5 1:6 ..."""
-    return " ".join(f"{layer}:{k}" for layer, k in sorted(top_k.items()))
+def describe_run(allocation: Allocation, top_k: Mapping[int, int]) -> str:
+    """For logs and messages: what the MoE layers `top_k` of a model under the allocation run, against the model's own.
+
+    `top_k` is the whole allocation's, or that of the layers that one process holds.
+    """
+    shift = "" if allocation.gate_exponent is None else f", gate exponent {allocation.gate_exponent:g}"
+    each = " ".join(f"{layer}:{k}" for layer, k in sorted(top_k.items()))
+    return (
+        f"{sum(top_k.values())} of {len(top_k) * allocation.model.top_k} active experts per token "
+        f"over {len(top_k)} MoE layers{shift}; top-k of each: {each}"
+    )
 
 
 def _load(path: Path) -> Any:

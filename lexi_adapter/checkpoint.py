@@ -97,6 +97,11 @@ def check_layers(found: set[int], model: ModelIdentity, place: str) -> None:
         _unfit(f"{place}: layers {extra} have one, the allocation has no top-k for them; {REMEDY}")
 
 
+def find_output_layer(folder: Path) -> str | None:
+    """The name of the tensor that is the output layer, or None where the embeddings serve as that."""
+    return next((name for name, _ in _read_tensors(folder) if name.endswith("lm_head.weight")), None)
+
+
 def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
     """Decoder-layer index -> router tensor, below `num_hidden_layers` (prediction layers past it do not count)."""
     before, after = map(re.escape, model.router.split("{}"))

@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from lexi_adapter.allocation import KEY, Allocation, AllocationError, format_top_k, read_allocation
+from lexi_adapter.allocation import KEY, Allocation, AllocationError, describe_run, read_allocation
 from lexi_adapter.checkpoint import check_folder, has_weights, read_config
-from lexi_adapter.vllm_plugin import check_servable, check_version
+from lexi_adapter.vllm_names import check_version
+from lexi_adapter.vllm_plugin import check_output_layer, check_servable
 
 
 class Refusal(click.ClickException):
@@ -43,16 +44,13 @@ def check(allocation: str, folder: str) -> None:
     check_folder(found.model, Path(folder))
     _check_export(found, Path(folder))
     check_servable(found)
+    check_output_layer(found.model.model_type, Path(folder))
     version = _find_vllm_version()
     if version is not None:
         check_version(version)
     unchecked = [] if has_weights(Path(folder)) else ["no safetensors files there, so the weights were not compared"]
     unchecked += [] if version is not None else ["vLLM is not installed here, so its version was not checked"]
-    own = found.model.top_k * len(found.top_k)
-    click.echo(
-        f"fits: {found.model.model_type}, {found.budget} of {own} active experts per token "
-        f"over {len(found.top_k)} MoE layers; top-k of each: {format_top_k(found.top_k)}"
-    )
+    click.echo(f"fits: {found.model.model_type}, {describe_run(found, found.top_k)}")
     for note in unchecked:
         click.echo(f"note: {note}")
 

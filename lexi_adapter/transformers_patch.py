@@ -14,9 +14,15 @@ import torch
 
 from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity, read_allocation
 from lexi_adapter.checkpoint import REMEDY, check_layers, check_routers, compare, has_weights
+from lexi_adapter.transformers_gates import check_compensable, compensate_router, restore_router
 
-ROUTER_NAMES = ("gate", "router")
+# How the name of a router's weight may end. The top-k is held by the module that has it or by one of the two around.
+ROUTER_WEIGHTS = tuple(
+    f".{router}.weight" for router in ("gate", "router", "gate.wg", "router.gate", "router.layer", "router.classifier")
+)
 TOP_K_NAMES = ("top_k", "num_experts_per_tok")
+# A table of experts for every token of the vocabulary, as wide as the model's own top-k, instead of a choice by scores.
+FIXED_CHOICES = ("tid2eid",)
 
 
 def apply(
@@ -40,18 +46,22 @@ def apply(
         AllocationError: the allocation is not valid, or not for this model, or the family routes in an unknown way.
     """
     allocation = read_allocation(allocation)
-    if allocation.gate_exponent is not None:
-        raise AllocationError("gate_exponent is not supported by this version of lexi_adapter; search without it")
     identity, place = allocation.model, type(model).__name__
     _check_config(identity, model.config, place)
     routers = _find_routers(model, identity)
     check_layers(set(routers), identity, f"{place}: routers")
     holders = {layer: _find_holders(model, name) for layer, name in routers.items()}
+    if allocation.gate_exponent is not None:
+        check_compensable(identity.model_type)
     if check_weights:
         _check_weights(identity, model, routers)
     for layer, found in holders.items():
+        top_k, (router, name) = allocation.top_k[layer], found[0]
+        restore_router(router)
         for module, attribute in found:
-            setattr(module, attribute, allocation.top_k[layer])
+            setattr(module, attribute, top_k)
+        if allocation.gate_exponent is not None and top_k < identity.top_k:
+            compensate_router(router, name, identity.top_k, allocation.gate_exponent)
     return model
 
 
@@ -72,25 +82,30 @@ def _read(config: Any, name: str) -> Any:
 
 
 def _find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, str]:
-    """Decoder-layer index -> name of the router module; a router's weight has shape [num_experts, hidden]."""
+    """Decoder-layer index -> name of the router's weight, whose shape is [num_experts, hidden]."""
     routers: dict[int, str] = {}
     for name, weight in model.named_parameters():
-        *path, last = name.split(".")
-        indices = [int(part) for part in path if part.isdecimal()]
-        is_router = last == "weight" and path and path[-1] in ROUTER_NAMES and len(indices) == 1
+        indices = [int(part) for part in name.split(".") if part.isdecimal()]
+        is_router = f".{name}".endswith(ROUTER_WEIGHTS) and len(indices) == 1
         if not is_router or weight.ndim != 2 or indices[0] >= identity.num_hidden_layers:
             continue
         compare(f"number of rows of {name}", weight.shape[0], identity.num_experts, type(model).__name__)
-        layer, router = indices[0], ".".join(path)
+        layer = indices[0]
         if layer in routers:
-            raise AllocationError(f"layer {layer} has two routers, {routers[layer]} and {router}: unknown family")
-        routers[layer] = router
+            raise AllocationError(f"layer {layer} has two routers, {routers[layer]} and {name}: unknown family")
+        routers[layer] = name
     return routers
 
 
-def _find_holders(model: torch.nn.Module, router: str) -> list[tuple[torch.nn.Module, str]]:
-    """The attributes that hold the top-k of a layer: of the router itself and of the block around it."""
-    modules = [model.get_submodule(router), model.get_submodule(router.rpartition(".")[0])]
+def _find_holders(model: torch.nn.Module, weight: str) -> list[tuple[torch.nn.Module, str]]:
+    """The attributes that hold the top-k of a layer, of its router or of the block around; the router's own first."""
+    names = weight.split(".")
+    modules = [model.get_submodule(".".join(names[:end])) for end in (-1, -2, -3)]
+    router = ".".join(names[:-1])
+    if any(hasattr(module, name) for module in modules for name in FIXED_CHOICES):
+        raise AllocationError(f"{router} looks its experts up for every token: no other top-k can be applied")
+    # The decoder layer itself and what is around it are not the block.
+    modules = [module for module, end in zip(modules, (-1, -2, -3), strict=True) if not names[end - 1].isdecimal()]
     holders = [(module, name) for module in modules for name in TOP_K_NAMES if type(vars(module).get(name)) is int]
     if not holders:
         raise AllocationError(f"{router} and its block hold no {' or '.join(TOP_K_NAMES)}: unknown family")
@@ -98,7 +113,7 @@ def _find_holders(model: torch.nn.Module, router: str) -> list[tuple[torch.nn.Mo
 
 
 def _check_weights(identity: ModelIdentity, model: torch.nn.Module, routers: Mapping[int, str]) -> None:
-    weights = [model.get_submodule(routers[layer]).weight for layer in identity.moe_layers]
+    weights = [model.get_parameter(routers[layer]) for layer in identity.moe_layers]
     if all(not weight.is_meta for weight in weights) and any(
         _hash(weights, dtype) == identity.router_sha256 for dtype in (torch.float32, torch.bfloat16, torch.float16)
     ):

@@ -1,10 +1,10 @@
 """How vLLM builds MoE layers, and how each gets its own top-k. Runs only where there is an allocation.
 
-Written against the sources of vLLM 0.26, 0.32 and 0.33; what differs between versions and families is in the tables.
-Nothing here imports vLLM before it is called.
+What differs between vLLM's versions and families is in `vllm_names`. Nothing here imports vLLM before it is called.
 """
 
 import functools
+import importlib
 import inspect
 import logging
 import sys
@@ -14,28 +14,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-from lexi_adapter.allocation import KEY, Allocation, AllocationError, format_top_k, read_allocation
-
-# The function that builds a MoE layer, by its names in the supported versions: 0.32 and 0.33, then 0.26.
-FACTORY_NAMES = ("FusedMoEFactory", "FusedMoE")
-
-# Blocks that route by themselves instead of calling the factory; they take its arguments by the same names.
-OWN_BLOCKS = (("vllm.model_executor.models.minicpm", "MiniCPMMoE"),)
-
-# Every place where a built layer holds its top-k, by class. Kernels, workspaces and all2all sizes are made from these.
-HOLDERS: Mapping[str, tuple[str, ...]] = {
-    "MoERunner": (
-        "router.top_k",
-        "moe_config.experts_per_token",
-        "routed_experts.top_k",
-        "routed_experts.moe_config.experts_per_token",
-        "routed_experts.expert_map_manager.top_k",
-    ),
-    "MiniCPMMoE": ("top_k",),
-}
-
-# Arguments of the factory that bring a routing of their own, with a top-k that the factory's does not decide.
-OWN_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
+from lexi_adapter.allocation import KEY, Allocation, AllocationError, describe_run, read_allocation
+from lexi_adapter.vllm_gates import compensate_layer
+from lexi_adapter.vllm_names import FACTORY_MODULE, FACTORY_NAMES, HOLDERS, OBEDIENT_ROUTING, OWN_BLOCKS, OWN_ROUTING
 
 logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so that it prints as vLLM's do
 
@@ -68,12 +49,12 @@ def hook_build() -> None:
     Raises:
         AllocationError: this vLLM has no factory of a known name.
     """
-    import vllm.model_executor.layers.fused_moe.layer as factory_module
     import vllm.model_executor.model_loader.utils as loader_module
 
+    factory_module = importlib.import_module(FACTORY_MODULE)
     name = next((name for name in FACTORY_NAMES if hasattr(factory_module, name)), None)
     if name is None:
-        raise AllocationError(f"{factory_module.__name__} has none of {', '.join(FACTORY_NAMES)}: unknown vLLM")
+        raise AllocationError(f"{FACTORY_MODULE} has none of {', '.join(FACTORY_NAMES)}: unknown vLLM")
     _replace_everywhere(hook(factory_module, name, _allocating))
     _replace_everywhere(hook(loader_module, "initialize_model", _verifying))
 
@@ -119,10 +100,14 @@ def _choose_top_k(build: Build, layer: int, arguments: Mapping[str, Any]) -> int
                 f"vLLM builds {prefix} with {name} = {arguments[name]}, but the allocation was made for {expected}"
             )
     top_k = allocation.top_k[layer]
-    own = [name for name in OWN_ROUTING if arguments.get(name) is not None]
+    own = [name for name in OWN_ROUTING if arguments.get(name) is not None and not _obeys(arguments[name])]
     if own and top_k != allocation.model.top_k:
         raise AllocationError(f"{prefix} routes by its own {own[0]}: this adapter cannot give it top-k {top_k}")
     return top_k
+
+
+def _obeys(routing: Any) -> bool:
+    return getattr(routing, "__qualname__", None) in OBEDIENT_ROUTING
 
 
 def _verifying(initialize_model: Callable) -> Callable:
@@ -142,6 +127,7 @@ def _verifying(initialize_model: Callable) -> Callable:
         finally:
             _current.reset(token)
         verify(build, model, _find_stage(vllm_config))
+        _compensate(build, model)
         _report(build.allocation, read_top_k(model), vllm_config.parallel_config)
         return model
 
@@ -188,6 +174,17 @@ def verify(build: Build, model: Any, stage: range) -> None:
                 raise AllocationError(f"{name}: layer {layer} has {holder} = {found}, not the allocation's {top_k}")
 
 
+def _compensate(build: Build, model: Any) -> None:
+    allocation = build.allocation
+    own, exponent = allocation.model.top_k, allocation.gate_exponent
+    if exponent is None:
+        return
+    for layer, layer_made in build.made.items():
+        if allocation.top_k[layer] < own:
+            name = f"{type(model).__name__}: layer {layer}"
+            compensate_layer(layer_made, name, allocation.top_k[layer], own, exponent)
+
+
 def read_top_k(model: Any) -> dict[int, int]:
     """Decoder-layer index -> top-k that a live vLLM model's MoE layers run, read from their modules."""
     return {_find_layer(path): attrgetter(holders[0])(module) for path, module, holders in _find_moe_layers(model)}
@@ -213,10 +210,4 @@ def _find_layer(name: str) -> int:
 def _report(allocation: Allocation, found: Mapping[int, int], parallel_config: Any) -> None:
     first = parallel_config.rank % parallel_config.tensor_parallel_size == 0 == parallel_config.data_parallel_rank
     if first:
-        logger.info(
-            "LExI allocation applied: %d of %d active experts per token over %d MoE layers; top-k of each: %s",
-            sum(found.values()),
-            len(found) * allocation.model.top_k,
-            len(found),
-            format_top_k(found),
-        )
+        logger.info("LExI allocation applied: %s", describe_run(allocation, found))

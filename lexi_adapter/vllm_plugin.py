@@ -9,17 +9,16 @@ An allocation comes as `lexi_allocation` in config.json (an exported folder) or 
 vLLM hashes into its compile cache's key and pickles for its workers.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, AllocationError, read_allocation, to_document
-from lexi_adapter.checkpoint import check_config, check_folder, compare, read_config
+from lexi_adapter.checkpoint import check_config, check_folder, compare, find_output_layer, has_weights, read_config
 from lexi_adapter.vllm_build import hook, hook_build
+from lexi_adapter.vllm_names import NEVER_TIED, check_version, describe_supported
 
 ALIAS = "Lexi"  # what exported folders put before their architecture, so that a vLLM without this plugin stops
-OLDEST, NEWEST = (0, 26), (0, 33)
 FIXED_TOP_K = {"phimoe": 2}  # model types whose routing function in vLLM knows one top-k
 # Load formats that do not read the folder's safetensors as a checkpoint.
 WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
@@ -55,20 +54,8 @@ def register() -> None:
         hook(ModelConfig, "get_model_arch_config", _restore_overridden)
         hook(VllmConfig, "__post_init__", _prepare_config)
     except (ImportError, AttributeError) as error:
-        remedy = f"{_supported()}, or leave the plugin out with VLLM_PLUGINS=''"
+        remedy = f"{describe_supported()}, or leave the plugin out with VLLM_PLUGINS=''"
         raise AllocationError(f"lexi_adapter cannot hook this vLLM ({error}); {remedy}") from error
-
-
-def check_version(version: str) -> None:
-    """Raise AllocationError unless `version` of vLLM is one that this adapter was read and tried against."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if not match or not OLDEST <= (int(match[1]), int(match[2])) <= NEWEST:
-        raise AllocationError(f"vLLM {version} cannot apply an allocation: {_supported()}")
-
-
-def _supported() -> str:
-    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
-    return f"lexi_adapter supports vLLM {oldest} to {newest}; install one of these"
 
 
 def _restore_parsed(parse: Callable) -> Callable:
@@ -182,8 +169,6 @@ def _agree(allocations: Mapping[str, Allocation]) -> Allocation | None:
 
 def check_servable(allocation: Allocation) -> None:
     """Refuse an allocation that vLLM cannot serve whatever its settings are."""
-    if allocation.gate_exponent is not None:
-        raise AllocationError("gate_exponent is not supported by this version of lexi_adapter; search without it")
     model_type = allocation.model.model_type
     only = FIXED_TOP_K.get(model_type)
     if only is not None and set(allocation.top_k.values()) != {only}:
@@ -212,3 +197,13 @@ def check_model(allocation: Allocation, vllm_config: Any) -> None:
         check_config(model, read_config(folder), f"{folder}/config.json")
     else:
         check_folder(model, folder)
+        check_output_layer(model.model_type, folder)
+
+
+def check_output_layer(model_type: str, folder: Path) -> None:
+    """Refuse a checkpoint without an output layer of its own where vLLM would serve one that it never loaded."""
+    if model_type in NEVER_TIED and has_weights(folder) and find_output_layer(folder) is None:
+        raise AllocationError(
+            f"{folder} has no lm_head.weight: its output layer is tied to the embeddings, which vLLM ignores for "
+            f"{model_type}; save the checkpoint with tie_word_embeddings = false and a copy as lm_head.weight"
+        )

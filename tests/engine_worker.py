@@ -7,6 +7,7 @@ error. A substitute (see `SUBSTITUTES`) stands in for what vLLM's CPU build lack
 
 import gc
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -79,6 +80,18 @@ def external_routing():
     return mock.patch.object(backend.MoEBlockFuser, "match", lambda *_: None)
 
 
+def monolithic_kernel():
+    """A vLLM whose kernel of the experts routes as well, as some of FlashInfer's do."""
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+    return mock.patch.object(FusedMoEMethodBase, "is_monolithic", property(lambda _: True))
+
+
+def simulated_routing():
+    """vLLM's setting that replaces every router by one that chooses at random."""
+    return mock.patch.dict(os.environ, VLLM_MOE_ROUTING_SIMULATION_STRATEGY="uniform_random")
+
+
 SUBSTITUTES = {
     "minicpm": torch_moe_kernels,
     "deepseek_vl2": no_vision_tower,
@@ -86,6 +99,8 @@ SUBSTITUTES = {
     "unknown_blocks": unknown_blocks,
     "stubborn_router": stubborn_router,
     "external_routing": external_routing,
+    "monolithic_kernel": monolithic_kernel,
+    "simulated_routing": simulated_routing,
 }
 
 

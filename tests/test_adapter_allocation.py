@@ -127,7 +127,18 @@ def test_two_allocations_ask_the_same_only_when_the_model_runs_the_same(one, oth
     assert one.asks_the_same_as(relabelled)
 
 
-LINE = ["allocation", "checkpoint", "vllm_build", "vllm_plugin", "transformers_patch", "cli"]
+LINE = [
+    "allocation",
+    "checkpoint",
+    "gates",
+    "vllm_names",
+    "vllm_gates",
+    "vllm_build",
+    "vllm_plugin",
+    "transformers_gates",
+    "transformers_patch",
+    "cli",
+]
 
 
 @pytest.mark.parametrize("module", LINE)

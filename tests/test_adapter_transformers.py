@@ -112,7 +112,6 @@ def test_refuses_another_model_before_it_changes_anything(checkpoints, olmoe):
     ):
         identity = replace(allocation.model, **changes)
         refuse(model, replace(allocation, model=identity, top_k=dict.fromkeys(identity.moe_layers, 1)), expected)
-    refuse(model, replace(allocation, gate_exponent=0.5), "gate_exponent is not supported")
 
 
 def test_refuses_a_model_whose_layer_has_no_router(checkpoints, olmoe):

@@ -11,6 +11,9 @@ import lexi_adapter
 from lexi_search.artifacts import to_document
 
 # transformers has no classes for these two: their language models are those of other families.
+EXPONENT = 0.5
+# One family for every way to weigh: as scored, renormalised, scaled after a choice by groups, in a block of its own.
+SHIFTED = ("olmoe", "qwen3_moe", "deepseek_v2", "minicpm")
 INNER = {"deepseek_vl2": "deepseek_v2", "minicpm": "mixtral"}
 
 
@@ -30,27 +33,42 @@ def flatten(result):
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """Family -> allocation, the exported folder's result, the model's own; all from one process, in turn."""
+    """Family -> allocation, and (family, export or model itself) -> result; all from one process, in turn."""
     root = tmp_path_factory.mktemp("families")
     folders = {family: make_servable(family, root / family) for family in FAMILIES}
     allocations = {family: allocate(folder) for family, folder in folders.items()}
-    jobs = []
+    jobs = {}
     for family, folder in folders.items():
-        exported = export(allocations[family], folder, root / f"{family}-exported")
-        jobs += [make_job(exported, family), make_job(folder, family)]
-    results = run_engines(*jobs).results
-    return dict(zip(FAMILIES, zip(allocations.values(), results[::2], results[1::2], strict=True), strict=True))
+        jobs[family, "mixed"] = make_job(export(allocations[family], folder, root / f"{family}-mixed"), family)
+        jobs[family, "base"] = make_job(folder, family)
+        if family in SHIFTED:
+            shifted = replace(allocations[family], gate_exponent=EXPONENT)
+            jobs[family, "shifted"] = make_job(export(shifted, folder, root / f"{family}-shifted"), family)
+    return allocations, dict(zip(jobs, run_engines(*jobs.values()).results, strict=True))
+
+
+def run_transformers(family, allocation, exponent=None):
+    """What transformers makes of the prompts under the allocation, or without one."""
+    model = build_reference(family, **CHANGES.get(family, {}))
+    if allocation is not None:
+        inner = replace(allocation.model, model_type=INNER.get(family, allocation.model.model_type))
+        lexi_adapter.apply(model, to_document(replace(allocation, model=inner, gate_exponent=exponent)))
+    return run_reference(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_runs_what_transformers_runs(engines, family):
-    allocation, mixed, base = engines[family]
+    allocation, mixed, base = engines[0][family], *(engines[1][family, name] for name in ("mixed", "base"))
     assert mixed.get("top_k") == allocation.top_k, mixed
     assert base["top_k"] == dict.fromkeys(allocation.top_k, 4)
-
-    model = build_reference(family, **CHANGES.get(family, {}))
-    inner = replace(allocation.model, model_type=INNER.get(family, allocation.model.model_type))
-    torch.testing.assert_close(flatten(base), run_reference(model), rtol=0, atol=1e-3)
-    lexi_adapter.apply(model, to_document(replace(allocation, model=inner)))
-    torch.testing.assert_close(flatten(mixed), run_reference(model), rtol=0, atol=1e-3)
+    torch.testing.assert_close(flatten(base), run_transformers(family, None), rtol=0, atol=1e-3)
+    torch.testing.assert_close(flatten(mixed), run_transformers(family, allocation), rtol=0, atol=1e-3)
     assert (flatten(mixed) - flatten(base)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", SHIFTED)
+def test_engine_weighs_as_transformers_weighs(engines, family):
+    allocation, mixed, shifted = engines[0][family], *(engines[1][family, name] for name in ("mixed", "shifted"))
+    assert shifted.get("top_k") == allocation.top_k, shifted
+    torch.testing.assert_close(flatten(shifted), run_transformers(family, allocation, EXPONENT), rtol=0, atol=1e-3)
+    assert (flatten(shifted) - flatten(mixed)).abs().max() > 0.1

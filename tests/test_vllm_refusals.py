@@ -9,7 +9,8 @@ from engine import allocate, export, job_with, make_job, make_overrides, make_se
 from tiny import make_checkpoint
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.vllm_plugin import check_settings, check_version
+from lexi_adapter.vllm_names import check_version
+from lexi_adapter.vllm_plugin import check_settings
 from lexi_search.artifacts import to_document
 
 REFUSALS = {}
@@ -107,9 +108,10 @@ def layers_that_disagree(served):
     return make_job(served.folder, hf_overrides=make_overrides(served, per_layer_config=layers))
 
 
-@refusal("a gate exponent", "gate_exponent is not supported")
-def gate_exponent(served):
-    return job_with(served, to_document(served.allocation) | {"gate_exponent": 0.5})
+@refusal("a tied output layer", "has no lm_head.weight: its output layer is tied to the embeddings, which vLLM ignores")
+def tied_output_layer(served):
+    folder = make_checkpoint("olmoe", served.root / "tied", tie_word_embeddings=True)
+    return job_with(served, to_document(allocate(folder))) | {"model": str(folder)}
 
 
 @refusal("one-sided all2all", "flashinfer_nvlink_one_sided has one top-k for all layers")
@@ -169,6 +171,20 @@ def layer_that_differs(served):
 @refusal("a routing of its own", "routes by its own custom_routing_function: this adapter cannot give it top-k 1")
 def routing_of_its_own(served):
     return make_job(served.exported, model_impl="transformers", substitute="external_routing")
+
+
+def shifted(served, **changes):
+    return job_with(served, to_document(served.allocation) | {"gate_exponent": 0.5}, **changes)
+
+
+@refusal("a kernel that routes", "layer 0: the kernel of UnquantizedFusedMoEMethod routes by itself and would ignore")
+def kernel_that_routes(served):
+    return shifted(served, substitute="monolithic_kernel")
+
+
+@refusal("a router that guesses", "layer 0: no gate exponent can be applied in a RoutingSimulatorRouter")
+def router_that_guesses(served):
+    return shifted(served, substitute="simulated_routing")
 
 
 @pytest.fixture(scope="module")

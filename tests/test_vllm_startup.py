@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, two_workers
@@ -33,6 +34,7 @@ def ways(served):
         "moe draft model": make_job(served.exported, speculative_config=draft),
         "transformers backend": make_job(served.exported, model_impl="transformers"),
         "none": make_job(served.folder),
+        "gate exponent that changes nothing": job_with(served, document | {"gate_exponent": 0.0}),
         "full k in every layer": job_with(served, to_document(allocate(served.folder, (4,)))),
     }
     run = run_engines(*jobs.values())
@@ -73,6 +75,13 @@ def test_log_states_the_allocation_once_an_engine(ways):
     assert len(lines) == sum(name != "none" for name in results)
     expected = "LExI allocation applied: 6 of 12 active experts per token over 3 MoE layers; top-k of each: 0:1 1:3 2:2"
     assert lines[0].endswith(expected)
+    assert sum("over 3 MoE layers, gate exponent 0; top-k of each: 0:1 1:3 2:2" in line for line in lines) == 1
+
+
+def test_a_gate_exponent_of_nought_is_what_a_family_that_does_not_renormalise_runs(ways):
+    shifted, plain = (ways[0][name] for name in ("gate exponent that changes nothing", "exported folder"))
+    assert (shifted["top_k"], shifted["tokens"]) == (plain["top_k"], plain["tokens"])
+    assert measure_distance(shifted, plain) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +131,7 @@ def test_a_worker_without_the_adapter_cannot_receive_an_allocation(served):
 
 def test_two_allocations_share_a_compile_cache(served, ways):
     path = served.root / "changing.json"  # one path for both: what differs is the file's content
-    other = allocate(served.folder, (3, 1, 4))
+    other = replace(allocate(served.folder, (3, 1, 4)), gate_exponent=0.5)
     compiled = []
     for allocation in (served.allocation, other):
         write_allocation(path, allocation)

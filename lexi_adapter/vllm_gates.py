@@ -1,0 +1,100 @@
+"""The gate exponent in vLLM: a built layer's router, made to weigh its k experts as the allocation says.
+
+Runs only for layers with fewer experts than the model's own, of an allocation with a gate exponent. Router, ids and
+everything sized by top-k stay at k; only the weights change.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.vllm_names import ORDERED_SCORES, ROUTERS
+
+REMEDY = "search without a gate exponent"
+
+
+def compensate_layer(layer: Any, name: str, top_k: int, own_top_k: int, exponent: float) -> None:
+    """Apply the gate exponent to one built MoE layer, in place.
+
+    Raises:
+        AllocationError: its routing is not known, or happens inside its experts' kernel.
+    """
+    if hasattr(layer, "router"):
+        _check_router(layer.router, name)
+        _check_kernel(layer.routed_experts, name)
+        _compensate_router(layer.router, own_top_k, exponent)
+    else:  # of OWN_BLOCKS, which hold their top-k themselves
+        _compensate_block(layer, top_k, own_top_k, exponent)
+
+
+def _check_router(router: Any, name: str) -> None:
+    kind = type(router).__name__
+    if kind not in ROUTERS:
+        raise AllocationError(f"{name}: no gate exponent can be applied in a {kind}; {REMEDY}")
+    if getattr(router, "num_fused_shared_experts", 0):
+        raise AllocationError(f"{name}: no gate exponent can be applied where shared experts are routed; {REMEDY}")
+
+
+def _check_kernel(routed_experts: Any, name: str) -> None:
+    # A monolithic kernel routes by itself and never asks the router. Some methods become one after loading only.
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        kind = type(routed_experts.quant_method).__name__
+        raise AllocationError(
+            f"{name}: the kernel of {kind} routes by itself and would ignore the gate exponent; "
+            f"take another with --moe-backend triton, or {REMEDY}"
+        )
+
+    if routed_experts.quant_method.is_monolithic:
+        refuse()
+    routed_experts.forward_monolithic = refuse
+
+
+def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
+    from lexi_adapter.gates import narrow, pick
+
+    top_k, choose = router.top_k, router._compute_routing
+    wide = copy.copy(router)  # shares the bias, which is loaded later
+    wide.top_k = own_top_k
+    narrow, pick, ordered = _fuse(narrow), _fuse(pick), _is_ordered(router)
+
+    def compensating(hidden_states: Any, router_logits: Any, indices_type: Any, **kwargs: Any) -> tuple[Any, Any]:
+        weights, ids = wide._compute_routing(hidden_states, router_logits, indices_type, **kwargs)
+        if ordered:
+            return narrow(weights, ids, top_k, exponent)
+        _, kept = choose(hidden_states, router_logits, indices_type, **kwargs)
+        return pick(weights, ids, kept, exponent), kept
+
+    router._compute_routing = compensating
+
+
+def _compensate_block(block: Any, top_k: int, own_top_k: int, exponent: float) -> None:
+    from lexi_adapter.gates import rescale
+
+    run = block.forward
+
+    def compensating(hidden_states: Any) -> Any:
+        logits, _ = block.gate(hidden_states)
+        return run(hidden_states) * rescale(logits.float(), top_k, own_top_k, exponent).to(hidden_states.dtype)
+
+    block.forward = compensating
+
+
+def _is_ordered(router: Any) -> bool:
+    from vllm.platforms import current_platform
+
+    known = ROUTERS[type(router).__name__] and router.scoring_func in ORDERED_SCORES
+    return known and current_platform.is_cuda()
+
+
+@functools.cache
+def _fuse(function: Callable) -> Callable:
+    """One kernel instead of a handful on CUDA, where vLLM's compiler does not see the router; elsewhere it does."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return function
+    import torch
+
+    return torch.compile(function, dynamic=True, backend=current_platform.simple_compile_backend)

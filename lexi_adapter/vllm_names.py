@@ -1,0 +1,83 @@
+"""What this adapter knows of vLLM's insides, as data: names, and what differs between versions and families.
+
+Written against the sources of vLLM 0.26, 0.32 and 0.33. Standard library only; nothing here imports vLLM.
+"""
+
+import re
+from collections.abc import Mapping
+
+from lexi_adapter.allocation import AllocationError
+
+OLDEST, NEWEST = (0, 26), (0, 33)
+
+# What the plugin replaces, and what else it calls: module, and dotted names in it that every version has.
+HOOKED: Mapping[str, tuple[str, ...]] = {
+    "vllm.config": ("ModelConfig.get_model_arch_config", "VllmConfig.__post_init__"),
+    "vllm.transformers_utils.config": ("HFConfigParser.parse",),
+    "vllm.model_executor.model_loader.utils": ("initialize_model", "get_model_architecture"),
+    "vllm.model_executor.layers.fused_moe.router.base_router": ("BaseRouter._compute_routing",),
+    "vllm.model_executor.layers.fused_moe.routed_experts": ("RoutedExperts.forward_monolithic",),
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base": ("FusedMoEMethodBase.is_monolithic",),
+    "vllm.model_executor.models.minicpm": ("MiniCPMMoE.__init__", "MiniCPMMoE.forward"),
+}
+
+# The function that builds a MoE layer, by its names: 0.32 and 0.33, then 0.26.
+FACTORY_MODULE = "vllm.model_executor.layers.fused_moe.layer"
+FACTORY_NAMES = ("FusedMoEFactory", "FusedMoE")
+
+# Blocks that route by themselves instead of calling the factory; they take its arguments by the same names.
+OWN_BLOCKS = (("vllm.model_executor.models.minicpm", "MiniCPMMoE"),)
+
+# Every place where a built layer holds its top-k, by class. Kernels, workspaces and all2all sizes are made from these.
+HOLDERS: Mapping[str, tuple[str, ...]] = {
+    "MoERunner": (
+        "router.top_k",
+        "moe_config.experts_per_token",
+        "routed_experts.top_k",
+        "routed_experts.moe_config.experts_per_token",
+        "routed_experts.expert_map_manager.top_k",
+    ),
+    "MiniCPMMoE": ("top_k",),
+}
+
+# Arguments of the factory that bring a routing of their own, with a top-k that the factory's does not decide ...
+OWN_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
+# ... except these functions, by qualified name: they choose as many experts as the factory's top-k says.
+OBEDIENT_ROUTING = frozenset(
+    {
+        "token_choice_with_bias",  # Cohere2-MoE
+        "Llama4MoE.custom_routing_function",
+        "InternS1ProMoeSparseMoeBlock._custom_routing_function",
+    }
+)
+
+# Router classes whose weights are the scores up to one factor a token, so that a gate exponent can be applied; and
+# whether their kernel on CUDA returns experts in the order of selection, so that the first k of K are those of top-k.
+ROUTERS: Mapping[str, bool] = {
+    "FusedTopKRouter": True,
+    "FusedTopKBiasRouter": True,
+    "GroupedTopKRouter": False,
+    "CPURouter": False,
+    "CustomRoutingRouter": False,
+}
+ORDERED_SCORES = ("softmax", "sigmoid")  # the scoring functions for which that order was read in the kernels
+
+# Model types whose class in vLLM has an output layer of its own even where the checkpoint ties it to the embeddings;
+# it is then never loaded, and what is served is noise.
+NEVER_TIED = frozenset(
+    """afmoe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_vl_v2 glm4_moe glm_moe_dsa gpt_oss jamba kimi_k2 minimax_m2
+    nemotron_h olmoe qwen3_next""".split()
+)
+
+
+def check_version(version: str) -> None:
+    """Raise AllocationError unless `version` of vLLM is one that this adapter was read and tried against."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if not match or not OLDEST <= (int(match[1]), int(match[2])) <= NEWEST:
+        raise AllocationError(f"vLLM {version} cannot apply an allocation: {describe_supported()}")
+
+
+def describe_supported() -> str:
+    """Which versions are, for messages."""
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    return f"lexi_adapter supports vLLM {oldest} to {newest}; install one of these"
