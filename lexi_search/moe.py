@@ -22,15 +22,20 @@ def squared_distances(
     outputs: Float[Array, "tokens K hidden"], scores: Float[Array, "tokens K"], *, routing: Routing
 ) -> Float[Array, "tokens K"]:
     """||y_k - y_K||^2 of every token for k = 1..K, from its Gram matrix; the last column is zero."""
-    top_k = scores.shape[-1]
     gram = jnp.einsum(
         "tih,tjh->tij", outputs, outputs, precision=find_precision(outputs), preferred_element_type=jnp.float32
     )
-    weights = jax.vmap(lambda k: mixing_weights(scores, k, routing=routing), out_axes=1)(jnp.arange(1, top_k + 1))
-    change = weights - weights[:, -1:, :]
+    change = mixing_changes(scores, routing=routing)
     distances = jnp.einsum("tki,tij,tkj->tk", change, gram, change, precision=jax.lax.Precision.HIGHEST)
     # A quadratic form of a Gram matrix, and zero at k = K: only rounding could make it negative, or not quite zero.
     return jnp.maximum(distances, 0.0).at[:, -1].set(0.0)
+
+
+def mixing_changes(scores: Float[Array, "tokens K"], *, routing: Routing) -> Float[Array, "tokens K K"]:
+    """c_k - c_K of every token for k = 1..K, which is also the second axis."""
+    ks = jnp.arange(1, scores.shape[-1] + 1)
+    weights = jax.vmap(lambda k: mixing_weights(scores, k, routing=routing), out_axes=1)(ks)
+    return weights - weights[:, -1:, :]
 
 
 @partial(jax.jit, static_argnames="routing")
