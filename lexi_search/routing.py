@@ -30,13 +30,22 @@ def route(
     top_k: int,
 ) -> Choice:
     """Choose the `top_k` experts of every token, best first; logits and scores are float32 whatever `x` is."""
-    logits = jnp.matmul(x.astype(jnp.float32), router.T.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits = _multiply_exactly(x, router)
     scores = jax.nn.softmax(logits, axis=-1) if routing.scoring == "softmax" else jax.nn.sigmoid(logits)
     keys = scores if bias is None else scores + bias.astype(jnp.float32)[None, :]
     if routing.num_groups > 1:
         keys = _keep_best_groups(keys, routing)
     _, experts = jax.lax.top_k(keys, top_k)
     return Choice(experts, jnp.take_along_axis(scores, experts, axis=-1))
+
+
+def _multiply_exactly(
+    x: Float[Array, "tokens hidden"], router: Float[Array, "experts hidden"]
+) -> Float[Array, "tokens experts"]:
+    """x @ router.T in float32. Products of two 16-bit floats of one type are exact there: no need to widen them."""
+    if x.dtype == router.dtype and x.dtype.itemsize == 2:
+        return jnp.matmul(x, router.T, preferred_element_type=jnp.float32)
+    return jnp.matmul(x.astype(jnp.float32), router.T.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _keep_best_groups(keys: Float[Array, "tokens experts"], routing: Routing) -> Float[Array, "tokens experts"]:
