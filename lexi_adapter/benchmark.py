@@ -1,0 +1,194 @@
+"""Throughput of variants of one model, in vLLM, beside each other.
+
+LExI's protocol (arXiv 2509.02753, figure 2): a batch of requests with fixed input and output lengths; throughput is
+input and output tokens over the end-to-end seconds. Engines that share the card are measured in turn, round by round,
+so that what drifts meets all of them alike.
+"""
+
+import hashlib
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lexi_adapter.engines import (
+    Engine,
+    answer_greedily,
+    describe_engine,
+    make_options,
+    start_engines,
+    switch_top_k,
+    time_run,
+)
+from lexi_adapter.variants import Variant
+from lexi_adapter.workloads import Workload, parse_workload
+
+FORMAT, VERSION = "lexi-bench", 1
+WARM_UP_TOKENS = 16  # at most so many output tokens in the unmeasured runs before the first round
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run: `seconds` of `workload` under `variant`."""
+
+    variant: str
+    workload: str
+    round: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One variant at one workload: tokens per second, and the factor over the base's median."""
+
+    variant: str
+    workload: str
+    median: float
+    lowest: float
+    highest: float
+    speedup: float
+
+
+# An engine to start, and the variants that are measured on it.
+Seat = tuple[Variant, tuple[Variant, ...]]
+
+
+def assign(variants: Sequence[Variant], *, in_place: bool) -> tuple[Seat, ...]:
+    """An engine for every variant; with `in_place` those that change nothing but k share the engine of the first.
+
+    A gate exponent is built into the layers, so an allocation that has one keeps an engine of its own.
+    """
+    base = variants[0]
+
+    def shares(variant: Variant) -> bool:
+        same = (variant.folder, variant.overrides, variant.environment) == (
+            base.folder,
+            base.overrides,
+            base.environment,
+        )
+        return same and (variant.allocation is None or variant.allocation.gate_exponent is None)
+
+    if not in_place:
+        return tuple((variant, (variant,)) for variant in variants)
+    guests = tuple(variant for variant in variants if variant is base or shares(variant))
+    return ((base, guests), *((variant, (variant,)) for variant in variants if variant not in guests))
+
+
+def measure(
+    variants: Sequence[Variant],
+    workloads: Sequence[Workload],
+    *,
+    rounds: int,
+    together: int | None,
+    in_place: bool,
+    engine: Mapping[str, Any],
+    report: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """Measure, and give `report` the document after every group of engines; returns the last one.
+
+    Args:
+        together: engines on the card at once; None for all of them.
+        engine: arguments of `make_options`.
+
+    Raises:
+        EngineError: an engine that did not come up, or did less than was asked.
+    """
+    seats = assign(variants, in_place=in_place)
+    size = together or len(seats)
+    runs: list[Run] = []
+    facts: dict[str, dict[str, Any]] = {}
+    answers: dict[str, str] = {}
+    document: dict[str, Any] = {}
+    for group in (seats[first : first + size] for first in range(0, len(seats), size)):
+        wanted = [(v.name, make_options(v, workloads, **engine), v.environment) for v, _ in group]
+        with start_engines(wanted) as engines:
+            seated = [chair for pair in zip(engines, group, strict=True) for chair in _seat(*pair)]
+            for chair in seated:
+                facts[chair.variant.name] = chair.take()
+                short = [replace(w, output_length=min(w.output_length, WARM_UP_TOKENS)) for w in workloads]
+                for workload in short:
+                    chair.engine.call(time_run, workload, 0)
+                answers[chair.variant.name] = _digest(chair.engine.call(answer_greedily, short[0]))
+            for turn, workload, chair in itertools.product(range(rounds), workloads, seated):
+                chair.take()
+                seconds = chair.engine.call(time_run, workload, 1 + turn)
+                runs.append(Run(chair.variant.name, str(workload), turn, seconds))
+        document = make_document(variants, workloads, runs, facts, answers)
+        report(document)
+    return document
+
+
+@dataclass(frozen=True)
+class Seated:
+    """A variant on a running engine; `top_k` is what to give its layers first, if other variants sit there too."""
+
+    engine: Engine
+    variant: Variant
+    top_k: Mapping[int, int] | None
+
+    def take(self) -> dict[str, Any]:
+        """Make the engine this variant's, and say what it is then."""
+        if self.top_k is not None:
+            self.engine.call(switch_top_k, self.top_k)
+        return self.engine.call(describe_engine)
+
+
+def _seat(engine: Engine, seat: Seat) -> Iterator[Seated]:
+    _, guests = seat
+    own = engine.call(describe_engine)["top_k"]
+    for variant in guests:
+        given = own if variant.allocation is None else dict(variant.allocation.top_k)
+        yield Seated(engine, variant, given if len(guests) > 1 else None)
+
+
+def summarise(runs: Sequence[Run], base: str) -> tuple[Summary, ...]:
+    """Medians, extremes and factors over `base`, in the order in which variants and workloads first ran."""
+    rates: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        rates.setdefault((run.variant, run.workload), []).append(parse_workload(run.workload).tokens / run.seconds)
+    medians = {key: statistics.median(values) for key, values in rates.items()}
+    return tuple(
+        Summary(
+            variant,
+            workload,
+            medians[variant, workload],
+            min(values),
+            max(values),
+            medians[variant, workload] / medians[base, workload],
+        )
+        for (variant, workload), values in rates.items()
+    )
+
+
+def make_document(
+    variants: Sequence[Variant],
+    workloads: Sequence[Workload],
+    runs: Sequence[Run],
+    facts: Mapping[str, Mapping[str, Any]],
+    answers: Mapping[str, str],
+) -> dict[str, Any]:
+    """The JSON object of what was measured so far; "answer" tells variants apart that answer differently."""
+    described = [
+        {"name": v.name, "overrides": dict(v.overrides), "engine": _to_json(facts[v.name]), "answer": answers[v.name]}
+        for v in variants
+        if v.name in facts
+    ]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": variants[0].folder,
+        "variants": described,
+        "workloads": [str(workload) for workload in workloads],
+        "runs": [asdict(run) for run in runs],
+        "summary": [asdict(line) for line in summarise(runs, variants[0].name)],
+    }
+
+
+def _digest(tokens: list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def _to_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: {str(i): n for i, n in v.items()} if isinstance(v, Mapping) else v for k, v in facts.items()}

@@ -1,0 +1,124 @@
+"""Tokens per expert: how evenly a model's tokens spread over its experts, with fewer active experts or fewer experts.
+
+LExI (arXiv 2509.02753) says that uneven load is why dropping experts does not make a model faster. Here are the loads;
+`benchmark` has the times.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lexi_adapter.allocation import Allocation, AllocationError
+from lexi_adapter.engines import (
+    describe_engine,
+    make_options,
+    read_expert_counts,
+    read_prompts,
+    start_engines,
+    switch_top_k,
+    watch_experts,
+)
+from lexi_adapter.variants import Variant
+from lexi_adapter.workloads import Workload
+
+FORMAT, VERSION = "lexi-loads", 1
+
+# Decoder layer -> [step][expert], tokens of each engine step.
+Counts = Mapping[int, Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """How one layer's tokens spread over the experts that are left.
+
+    `max_over_mean` and `variation` (standard deviation over mean) are of all tokens together, `idle` is the share of
+    experts that got none of them, and `active` the mean number of experts that a step used.
+    """
+
+    experts: int
+    max_over_mean: float
+    variation: float
+    idle: float
+    active: float
+
+
+def summarise(counts: Sequence[Sequence[int]], dropped: Sequence[int] = ()) -> Load:
+    """The load of one layer from its counts, [step][expert], without the experts that were dropped."""
+    steps = [[count for expert, count in enumerate(step) if expert not in dropped] for step in counts]
+    totals = [sum(column) for column in zip(*steps, strict=True)]
+    mean = statistics.fmean(totals)
+    if mean == 0:
+        raise AllocationError("no token reached a layer that was watched; give it some")
+    return Load(
+        experts=len(totals),
+        max_over_mean=max(totals) / mean,
+        variation=statistics.pstdev(totals) / mean,
+        idle=totals.count(0) / len(totals),
+        active=statistics.fmean(sum(map(bool, step)) for step in steps),
+    )
+
+
+def find_least_used(counts: Counts, share: float, top_k: int) -> dict[int, list[int]]:
+    """Layer -> the share of its experts with the fewest tokens, ascending; at least `top_k` experts stay."""
+    dropped = {}
+    for layer, steps in counts.items():
+        totals = [sum(column) for column in zip(*steps, strict=True)]
+        number = len(totals) - round(len(totals) * (1 - share))
+        if len(totals) - number < top_k:
+            raise AllocationError(f"dropping {share:.3g} of {len(totals)} experts leaves fewer than k = {top_k}")
+        dropped[layer] = sorted(sorted(range(len(totals)), key=totals.__getitem__)[:number])
+    return dropped
+
+
+def measure(
+    folder: str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    allocations: Mapping[str, Allocation],
+    dropped: Sequence[float],
+    engine: Mapping[str, Any],
+) -> tuple[dict[str, dict[int, Load]], dict[str, Any]]:
+    """Variant -> layer -> load over `prompts`, and what measured it.
+
+    Experts are dropped as inter-pruning does it: the least used of the same prompts can no longer be chosen.
+    """
+    batch = Workload(len(prompts), max(map(len, prompts)), 1)
+    options = make_options(Variant("base", folder), [batch], **engine)
+    options |= {"enforce_eager": True, "compilation_config": {}}  # a captured graph asks nobody which experts it takes
+    prompts = [list(prompt) for prompt in prompts]
+    found: dict[str, dict[int, Load]] = {}
+    with start_engines([("base", options, {})]) as (running,):
+        facts = running.call(describe_engine)
+
+        def count(top_k: Mapping[int, int], without: Mapping[int, list[int]]) -> Counts:
+            running.call(switch_top_k, dict(top_k))
+            running.call(watch_experts, without)
+            running.call(read_prompts, prompts)
+            return running.call(read_expert_counts)
+
+        base = count(facts["top_k"], {})
+        found["base"] = {layer: summarise(steps) for layer, steps in base.items()}
+        for name, allocation in allocations.items():
+            counts = count(allocation.top_k, {})
+            found[name] = {layer: summarise(steps) for layer, steps in counts.items()}
+        for share in dropped:
+            gone = find_least_used(base, share, max(facts["top_k"].values()))
+            counts = count(facts["top_k"], gone)
+            found[f"inter-pruned {100 * share:g} %"] = {
+                layer: summarise(steps, gone[layer]) for layer, steps in counts.items()
+            }
+    return found, facts
+
+
+def make_document(
+    loads: Mapping[str, Mapping[int, Load]], facts: Mapping[str, Any], made_by: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The JSON object: for every variant and layer, its `Load`."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "device": facts["device"],
+        "loads": {name: {str(layer): asdict(load) for layer, load in layers.items()} for name, layers in loads.items()},
+        "made_by": dict(made_by),
+    }

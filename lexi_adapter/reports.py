@@ -1,0 +1,107 @@
+"""What was measured, as tables for a terminal and as the figure of LExI's throughput."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.latency import Check, Step
+from lexi_adapter.loads import Load
+
+FIGURE_FORMATS = ("png", "svg", "pdf")
+
+
+def tabulate_bench(document: Mapping[str, Any]) -> Table:
+    """One row a variant; for every workload tokens per second, their spread over the rounds, the factor on the base."""
+    table = Table(title=f"{document['model']}: tokens/s, batch x input x output", title_justify="left")
+    table.add_column("variant")
+    table.add_column("experts", justify="right")
+    for workload in document["workloads"]:
+        table.add_column(workload, justify="right")
+        table.add_column("", justify="right")
+    for variant in document["variants"]:
+        cells = []
+        for workload in document["workloads"]:
+            line = _find_line(document, variant["name"], workload)
+            spread = 100 * (line["highest"] - line["lowest"]) / 2 / line["median"]
+            cells += [f"{line['median']:,.0f} ± {spread:.1f} %", f"{line['speedup']:.2f}x"]
+        table.add_row(variant["name"], str(sum(variant["engine"]["top_k"].values())), *cells)
+    return table
+
+
+def _find_line(document: Mapping[str, Any], variant: str, workload: str) -> Mapping[str, Any]:
+    return next(line for line in document["summary"] if (line["variant"], line["workload"]) == (variant, workload))
+
+
+def draw_bench(document: Mapping[str, Any], file_format: str) -> bytes:
+    """Bars of tokens per second, a panel for every workload: the paper's figure 2, with the spread of the rounds."""
+    if file_format not in FIGURE_FORMATS:
+        raise AllocationError(
+            f"no figure as {file_format!r}; name a file that ends in one of {', '.join(FIGURE_FORMATS)}"
+        )
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = [variant["name"] for variant in document["variants"]]
+    workloads = document["workloads"]
+    figure = Figure(figsize=(1.5 + 3.2 * len(workloads), 1.2 + 0.32 * len(names)), layout="constrained")
+    for axes, workload in zip(
+        figure.subplots(1, len(workloads), sharey=True, squeeze=False)[0], workloads, strict=True
+    ):
+        lines = [_find_line(document, name, workload) for name in names]
+        medians = [line["median"] for line in lines]
+        below = [line["median"] - line["lowest"] for line in lines]
+        above = [line["highest"] - line["median"] for line in lines]
+        axes.barh(names, medians, xerr=[below, above], color="#4c72b0", error_kw={"elinewidth": 1, "capsize": 2})
+        axes.axvline(medians[0], color="#333333", linewidth=0.8, linestyle=":")
+        axes.set_title(workload, loc="left")
+        axes.set_xlabel("tokens/s")
+        axes.invert_yaxis() if axes is figure.axes[0] else None
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(str(document["model"]), x=0.01, ha="left")
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "lexi"}):
+        figure.savefig(buffer, format=file_format, dpi=150, metadata={"Date": None} if file_format == "svg" else None)
+    return buffer.getvalue()
+
+
+def tabulate_latency(steps: Sequence[Step]) -> Table:
+    """One row a step: milliseconds outside the MoE layers, and of one layer at each k."""
+    table = Table(title="milliseconds of an engine step", title_justify="left")
+    for name in ("tokens", "other", *(f"k={k + 1}" for k in range(len(steps[0].layer_ms)))):
+        table.add_column(name, justify="right")
+    for step in sorted(steps, key=lambda step: step.tokens):
+        table.add_row(str(step.tokens), f"{step.other_ms:.3f}", *(f"{value:.4f}" for value in step.layer_ms))
+    return table
+
+
+def tabulate_checks(checks: Sequence[Check]) -> Table:
+    """One row an allocation: its speed-up as the steps predict it, as it was measured, and the difference."""
+    table = Table(title="speed-up of random allocations, end to end", title_justify="left")
+    for name in ("workload", "experts", "predicted", "measured", "error %"):
+        table.add_column(name, justify="right")
+    for check in checks:
+        values = (f"{check.predicted_speedup:.3f}", f"{check.measured_speedup:.3f}", f"{100 * check.error:+.1f}")
+        table.add_row(check.workload, str(sum(check.top_k.values())), *values)
+    return table
+
+
+def tabulate_loads(loads: Mapping[str, Mapping[int, Load]]) -> Table:
+    """One row a variant and layer."""
+    table = Table(title="tokens per expert", title_justify="left")
+    table.add_column("variant")
+    for name in ("layer", "experts", "max/mean", "variation", "idle %", "active in a step"):
+        table.add_column(name, justify="right")
+    for name, layers in loads.items():
+        for layer, load in sorted(layers.items()):
+            values = (
+                f"{load.max_over_mean:.2f}",
+                f"{load.variation:.2f}",
+                f"{100 * load.idle:.1f}",
+                f"{load.active:.1f}",
+            )
+            table.add_row(name, str(layer), str(load.experts), *values)
+        table.add_section()
+    return table

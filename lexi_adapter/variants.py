@@ -1,0 +1,201 @@
+"""What is compared: one model as it is, with fewer active experts, and with experts dropped or narrowed.
+
+A variant is data: a folder, what changes in its config, and the k of its layers. Dropping experts (inter-pruning) and
+narrowing them (intra-pruning) by config alone is for random weights (`--load-format dummy`); for real ones write a
+pruned checkpoint and name its folder.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
+
+UNCHECKED = "0" * 64  # router_sha256 of an allocation for random weights: there are no bytes to compare
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family's config keeps what pruning changes; `shared` counts shared experts of the experts' own width."""
+
+    num_experts: str
+    width: str
+    router: str = "model.layers.{}.mlp.gate.weight"
+    shared: str | None = None
+    text_config: str | None = None
+
+
+FAMILIES: Mapping[str, Family] = {
+    "olmoe": Family("num_experts", "intermediate_size"),
+    "mixtral": Family("num_local_experts", "intermediate_size", "model.layers.{}.block_sparse_moe.gate.weight"),
+    "minicpm": Family("num_experts", "intermediate_size"),
+    "qwen2_moe": Family("num_experts", "moe_intermediate_size"),
+    "qwen3_moe": Family("num_experts", "moe_intermediate_size"),
+    "deepseek": Family("n_routed_experts", "moe_intermediate_size", shared="n_shared_experts"),
+    "deepseek_v2": Family("n_routed_experts", "moe_intermediate_size", shared="n_shared_experts"),
+    "deepseek_vl_v2": Family(
+        "n_routed_experts",
+        "moe_intermediate_size",
+        "language.model.layers.{}.mlp.gate.weight",
+        shared="n_shared_experts",
+        text_config="language_config",
+    ),
+}
+TOP_K = "num_experts_per_tok"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to measure.
+
+    `overrides` are vLLM's --hf-overrides; `allocation` goes in by --additional-config; `environment` is the process's.
+    """
+
+    name: str
+    folder: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def describe(config: Mapping[str, Any]) -> ModelIdentity:
+    """The model that config.json describes, without its weights: `router_sha256` is `UNCHECKED`.
+
+    Raises:
+        AllocationError: a family that is not in `FAMILIES`, or a config without the family's keys.
+    """
+    family, text = _find_family(config)
+    layers = text["num_hidden_layers"]
+    prefix = f"{family.text_config}." if family.text_config else ""
+    return ModelIdentity(
+        model_type=config["model_type"],
+        num_hidden_layers=layers,
+        num_experts=text[family.num_experts],
+        top_k=text[TOP_K],
+        moe_layers=tuple(_find_moe_layers(text)),
+        router=family.router,
+        top_k_key=prefix + TOP_K,
+        router_sha256=UNCHECKED,
+    )
+
+
+def _find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
+    name = config.get("model_type")
+    family = FAMILIES.get(name)
+    if family is None:
+        raise AllocationError(f"model_type {name!r} is not one of {', '.join(FAMILIES)}; add it to variants.FAMILIES")
+    text = config[family.text_config] if family.text_config else config
+    missing = [key for key in (family.num_experts, family.width, TOP_K, "num_hidden_layers") if key not in text]
+    if missing:
+        raise AllocationError(f"config.json of {name} has no {', '.join(missing)}; name them there")
+    return family, text
+
+
+def _find_moe_layers(text: Mapping[str, Any]) -> Iterator[int]:
+    first, frequency = text.get("first_k_dense_replace") or 0, text.get("moe_layer_freq") or 1
+    step, dense = text.get("decoder_sparse_step") or 1, text.get("mlp_only_layers") or ()
+    for layer in range(text["num_hidden_layers"]):
+        if layer >= first and layer % frequency == 0 and (layer + 1) % step == 0 and layer not in dense:
+            yield layer
+
+
+def allocate(model: ModelIdentity, top_k: Mapping[int, int]) -> Allocation:
+    """The k of `top_k` as an allocation that was made up, not searched: its losses are 0."""
+    return Allocation(
+        model=model,
+        top_k=dict(top_k),
+        budget=sum(top_k.values()),
+        loss=0.0,
+        optimal_loss=0.0,
+        made_by={"made_up": True},
+    )
+
+
+def draw_top_k(model: ModelIdentity, budget: int, *, seed: int) -> dict[int, int]:
+    """A k for every layer that sums to `budget`: drawn from 1..top_k alike, then moved by ones until the sum is right.
+
+    As uneven as an allocation gets; what an engine's speed depends on is how many layers have which k.
+    """
+    if not len(model.moe_layers) <= budget <= len(model.moe_layers) * model.top_k:
+        raise AllocationError(f"no k from 1 to {model.top_k} over {len(model.moe_layers)} layers sums to {budget}")
+    generator = random.Random(seed)
+    top_k = {layer: generator.randint(1, model.top_k) for layer in model.moe_layers}
+    while (missing := budget - sum(top_k.values())) != 0:
+        step = 1 if missing > 0 else -1
+        top_k[generator.choice([layer for layer, k in top_k.items() if 1 <= k + step <= model.top_k])] += step
+    return top_k
+
+
+def share_of_budget(model: ModelIdentity, share: float) -> int:
+    """The budget nearest to `share` of the model's own."""
+    return round(share * model.top_k * len(model.moe_layers))
+
+
+def find_uniform(model: ModelIdentity, budget: int) -> int | None:
+    """The k that sums to `budget` if every layer has it, or None if there is none."""
+    k, rest = divmod(budget, len(model.moe_layers))
+    return k if rest == 0 else None
+
+
+def drop_experts(config: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """--hf-overrides of inter-pruning: a share of every layer's experts is gone, k stays."""
+    family, text = _find_family(config)
+    kept = round(text[family.num_experts] * (1 - share))
+    if kept < text[TOP_K]:
+        raise AllocationError(f"dropping {share:.3g} of the experts leaves {kept}, fewer than k = {text[TOP_K]}")
+    return _nest(family, {family.num_experts: kept})
+
+
+def narrow_experts(config: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """--hf-overrides of intra-pruning: a share of every routed expert's inner width is gone.
+
+    Where shared experts have the routed ones' width, their number grows so that together they stay as wide, or by less
+    than one expert wider.
+    """
+    family, text = _find_family(config)
+    width = round(text[family.width] * (1 - share))
+    if not family.shared:
+        return _nest(family, {family.width: width})
+    return _nest(
+        family, {family.width: width, family.shared: math.ceil(text[family.shared] * text[family.width] / width)}
+    )
+
+
+def _nest(family: Family, overrides: dict[str, Any]) -> dict[str, Any]:
+    return {family.text_config: overrides} if family.text_config else overrides
+
+
+def make_variants(
+    folder: str,
+    config: Mapping[str, Any],
+    *,
+    allocations: Mapping[str, Allocation],
+    shares: Sequence[float] = (),
+    dropped: Sequence[float] = (),
+    narrowed: Sequence[float] = (),
+    folders: Sequence[str] = (),
+    seed: int = 0,
+) -> tuple[Variant, ...]:
+    """The base first; then allocations, for every share of its budget a mixed and a uniform k, and pruned models.
+
+    A share that no uniform k has, or whose only allocation is uniform, gives one variant.
+    """
+    variants = [Variant("base", folder)]
+    variants += [Variant(name, folder, allocation=allocation) for name, allocation in allocations.items()]
+    model = describe(config) if shares or dropped or narrowed else None
+    for share in shares:
+        budget = share_of_budget(model, share)
+        k, percent = find_uniform(model, budget), f"{100 * share:g} %"
+        if k != 1:
+            mixed = draw_top_k(model, budget, seed=seed)
+            variants.append(Variant(f"mixed k, {percent}", folder, allocation=allocate(model, mixed)))
+        if k is not None:
+            uniform = dict.fromkeys(model.moe_layers, k)
+            variants.append(Variant(f"uniform k = {k}, {percent}", folder, allocation=allocate(model, uniform)))
+    percents = (f"{100 * share:g} %" for share in (*dropped, *narrowed))
+    variants += [Variant(f"inter-pruned {next(percents)}", folder, drop_experts(config, share)) for share in dropped]
+    variants += [Variant(f"intra-pruned {next(percents)}", folder, narrow_experts(config, share)) for share in narrowed]
+    variants += [Variant(name, name) for name in folders]
+    return tuple(variants)

@@ -1,0 +1,166 @@
+"""A live vLLM worker: change the k of its layers, run without them, count which experts its tokens go to.
+
+For measuring only; an allocation that is served goes in by the plugin, before the model is built. Every function takes
+a worker first and is sent there by `LLM.collective_rpc`. On CUDA a MoE layer is opaque to torch.compile and reads its k
+when it is called, so a new k needs new CUDA graphs and nothing else; each k keeps its graphs, and going back is free.
+"""
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.vllm_build import read_top_k
+from lexi_adapter.vllm_names import HOLDERS
+
+# What runs a layer once it is called, in every supported version; taken over to leave the layer out.
+FORWARD = "_forward_impl"
+# Where captured graphs are kept: an attribute of every graph wrapper, and one of the newer model runner's manager.
+WRAPPER_GRAPHS, MANAGER, MANAGER_GRAPHS = "concrete_cudagraph_entries", "cudagraph_manager", "graphs"
+
+
+def switch(worker: Any, top_k: Mapping[int, int] | None) -> dict[int, int]:
+    """Give this worker's MoE layers the k of `top_k`, or with None leave the layers out; returns their k now.
+
+    A layer that is left out gives zeros: what remains is the time of everything else.
+
+    Raises:
+        AllocationError: this model's k cannot change while it lives.
+    """
+    layers = _find_layers(worker)
+    _check_switchable(worker, layers)
+    before = _read_state(layers)
+    for layer, module in layers.items():
+        vars(module).pop(FORWARD, None)
+        if top_k is None:
+            setattr(module, FORWARD, _leave_out)
+        else:
+            _set_top_k(module, top_k[layer])
+    _use_graphs(worker, before, _read_state(layers))
+    return read_top_k(worker.get_model())
+
+
+def _find_layers(worker: Any) -> dict[int, Any]:
+    model = worker.get_model()
+    modules = (module for module in model.modules() if _find_holders(module))
+    return dict(zip(read_top_k(model), modules, strict=True))
+
+
+def _find_holders(module: Any) -> tuple[str, ...]:
+    return next((HOLDERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in HOLDERS), ())
+
+
+def _check_switchable(worker: Any, layers: Mapping[int, Any]) -> None:
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    compiled = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
+    opaque = current_platform.is_cuda_alike() and all(hasattr(layer, FORWARD) for layer in layers.values())
+    if compiled and not opaque:
+        kind = type(next(iter(layers.values()))).__name__
+        raise AllocationError(
+            f"torch.compile fixed the k of every {kind}; start an engine for each k, or enforce_eager"
+        )
+
+
+def _set_top_k(module: Any, top_k: int) -> None:
+    for holder in _find_holders(module):
+        parents, _, name = holder.rpartition(".")
+        setattr(attrgetter(parents)(module) if parents else module, name, top_k)
+
+
+def _leave_out(hidden_states: Any, router_logits: Any, shared_experts_input: Any, *_: Any, **__: Any) -> Any:
+    import torch
+
+    routed = torch.zeros_like(hidden_states)
+    return routed if shared_experts_input is None else (torch.zeros_like(shared_experts_input), routed)
+
+
+def _read_state(layers: Mapping[int, Any]) -> tuple[tuple[int, int | None], ...]:
+    return tuple(
+        (layer, None if FORWARD in vars(module) else attrgetter(_find_holders(module)[0])(module))
+        for layer, module in sorted(layers.items())
+    )
+
+
+def _use_graphs(worker: Any, before: Any, now: Any) -> None:
+    """Put away the graphs of the state `before`, and take out or capture those of the state `now`."""
+    state = vars(worker)
+    owners = state.setdefault("lexi_graph_owners", _find_graph_owners(worker))
+    kept = state.setdefault("lexi_graphs", {})
+    kept[before] = [getattr(owner, name) for owner, name in owners]
+    for (owner, name), graphs in zip(owners, kept.get(now) or [{} for _ in owners], strict=True):
+        setattr(owner, name, graphs)
+    if owners and now not in kept:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(worker.vllm_config):
+            worker.model_runner.capture_model()
+
+
+def _find_graph_owners(worker: Any) -> list[tuple[Any, str]]:
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    if worker.vllm_config.model_config.enforce_eager:
+        return []
+    manager = getattr(worker.model_runner, MANAGER, None)
+    wrappers = [(wrapper, WRAPPER_GRAPHS) for wrapper in CUDAGraphWrapper._all_instances]
+    return wrappers + ([(manager, MANAGER_GRAPHS)] if manager is not None else [])
+
+
+def watch(worker: Any, dropped: Mapping[int, list[int]]) -> None:
+    """Count from now on how many tokens go to each expert, after taking the experts of `dropped[layer]` away.
+
+    Raises:
+        AllocationError: a layer without a router to ask, or with CUDA graphs, which ask nobody.
+    """
+    import torch
+
+    if not worker.vllm_config.model_config.enforce_eager:
+        raise AllocationError("tokens are counted as Python sees them; start the engine with enforce_eager")
+    state = vars(worker)["lexi_counts"] = {}
+    for layer, module in _find_layers(worker).items():
+        if not hasattr(module, "router"):
+            raise AllocationError(f"layer {layer} is a {type(module).__name__}, which routes by itself: not supported")
+        counts: list[Any] = []
+        state[layer] = counts
+        router, experts = module.router, module.moe_config.num_experts
+        router.set_capture_fn(
+            lambda ids, counts=counts, experts=experts: counts.append(
+                torch.bincount(ids.flatten().long(), minlength=experts)
+            )
+        )
+        vars(router).pop("_compute_routing", None)
+        if dropped.get(layer):
+            router._compute_routing = _without(router._compute_routing, dropped[layer])
+
+
+def _without(route: Any, experts: list[int]) -> Any:
+    def routing(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = router_logits.clone()
+        logits[:, experts] = float("-inf")
+        return route(hidden_states, logits, *args, **kwargs)
+
+    return routing
+
+
+def read_counts(worker: Any) -> dict[int, list[list[int]]]:
+    """Decoder layer -> [step][expert], the tokens of every engine step since `watch`."""
+    return {layer: [count.tolist() for count in counts] for layer, counts in vars(worker)["lexi_counts"].items()}
+
+
+def describe(worker: Any) -> dict[str, Any]:
+    """What measured: the card, and what of the engine's settings decides its speed."""
+    import torch
+    from vllm.platforms import current_platform
+
+    config = worker.vllm_config
+    return {
+        "device": torch.cuda.get_device_name() if current_platform.is_cuda_alike() else "cpu",
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "compilation": config.compilation_config.mode.name,
+        "cuda_graphs": config.compilation_config.cudagraph_mode.name,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "weights_gib": sum(value.nbytes for value in worker.get_model().parameters()) / 2**30,
+        "top_k": read_top_k(worker.get_model()),
+    }

@@ -1,0 +1,42 @@
+"""What an engine is given to do: batches of random tokens of fixed lengths, as LExI's throughput figures use them."""
+
+import random
+import re
+from dataclasses import dataclass
+
+from lexi_adapter.allocation import AllocationError
+
+
+@dataclass(frozen=True, order=True)
+class Workload:
+    """`batch` requests at once, each of `input_length` tokens, each answered by exactly `output_length`."""
+
+    batch: int
+    input_length: int
+    output_length: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.input_length}x{self.output_length}"
+
+    @property
+    def tokens(self) -> int:
+        """Input and output tokens of all requests: over the end-to-end seconds, they are the throughput."""
+        return self.batch * (self.input_length + self.output_length)
+
+
+BALANCED = Workload(16, 512, 512)
+PREFILL_HEAVY = Workload(16, 1024, 16)
+DECODE_HEAVY = Workload(16, 32, 512)
+
+
+def parse_workload(text: str) -> Workload:
+    """The workload that `str` prints: BATCHxINPUTxOUTPUT."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise AllocationError(f"workload {text!r} is not BATCHxINPUTxOUTPUT, such as {BALANCED}")
+    return Workload(*map(int, text.split("x")))
+
+
+def draw_prompts(workload: Workload, *, vocab_size: int, seed: int) -> list[list[int]]:
+    """Random token ids, [batch][input_length]; other ones for every seed."""
+    generator = random.Random(seed)
+    return [generator.choices(range(vocab_size), k=workload.input_length) for _ in range(workload.batch)]
