@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from lexi_search.errors import InputError
 
 IGNORE_KEYS = ("ignore", "ignored_layers", "modules_to_not_convert", "modules_not_to_convert", "exclude_modules")
-TEXT_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")  # the language model's, in multimodal ones
+# Where multimodal configs keep the language model's.
+TEXT_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
 
 
 class Storage(NamedTuple):

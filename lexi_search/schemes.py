@@ -103,7 +103,8 @@ class PackedIntegers:
             scale, zero = (_spread(values, (1, self.group_size), shape) for values in (scale, zero))
         values = (weight.astype(jnp.float32) - zero) * scale
         if "shape" in parts:
-            values = jnp.where((parts["shape"] == jnp.asarray(shape, parts["shape"].dtype)).all(), values, jnp.nan)
+            agrees = parts["shape"].astype(jnp.int32) == jnp.asarray(shape, jnp.int32)
+            values = jnp.where(agrees.all(), values, jnp.nan)
         return values
 
     def _unpack(self, words: Int[Array, "a b"], axis: int) -> Int[Array, "c d"]:
@@ -121,9 +122,7 @@ def dequantise(parts: Parts, scheme: Scheme, shape: tuple[int, ...], dtype: str)
     return scheme.decode(parts, shape).astype(dtype)
 
 
-def _spread(
-    grid: Num[Array, "..."], block: tuple[int, int], shape: tuple[int, ...]
-) -> Num[Array, "rows columns"]:
+def _spread(grid: Num[Array, "..."], block: tuple[int, int], shape: tuple[int, ...]) -> Num[Array, "rows columns"]:
     """One number per block of a matrix, repeated over the block."""
     grid = grid.reshape([math.ceil(extent / size) for extent, size in zip(shape, block, strict=True)])
     for axis, (extent, size) in enumerate(zip(shape, block, strict=True)):

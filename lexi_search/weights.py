@@ -98,7 +98,7 @@ def _read_layer(reader: "_Reader", model: Model, needed: NeededExperts | None, l
 
 
 class _Experts(Sequence[ExpertWeights]):
-    """The experts of one layer: plain ones as matrices, quantised ones as their parts, and read when first asked for."""
+    """The experts of one layer: plain ones as matrices, quantised ones as their parts; read at the latest when used."""
 
     def __init__(self, reader: "_Reader", pieces: Sequence[tuple[_Piece, ...]]):
         self._reader, self._pieces = reader, pieces

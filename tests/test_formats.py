@@ -1,0 +1,336 @@
+"""Every format of quantised weights: values against the format's definition, and against the tools that write it."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+import torch
+from quantised import AWQ_FIELDS, CASES, gpt_oss, pack
+from safetensors.torch import load_file, save_file
+
+from lexi_search.artifacts import ProfileSettings
+from lexi_search.checkpoint import open_checkpoint
+from lexi_search.errors import InputError
+from lexi_search.models import describe, find_dtype
+from lexi_search.profiling import profile_layers
+from lexi_search.schemes import Plain, dequantise
+from lexi_search.tensors import Tensors
+from lexi_search.weights import stream_layers
+
+NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def write(folder, tensors, quantisation=None, **config):
+    settings = config | ({"quantization_config": quantisation} if quantisation else {})
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return open_checkpoint(folder)
+
+
+def read(checkpoint, name=NAME):
+    """The values of a logical tensor, as the device makes them."""
+    stored = Tensors(checkpoint)[name]
+    parts = {role: checkpoint[part] for role, part in stored.parts.items()}
+    parts = {r: p.view(np.uint8) if p.dtype == ml_dtypes.float8_e8m0fnu else p for r, p in parts.items()}
+    values = np.asarray(dequantise(parts, stored.scheme, stored.shape, stored.dtype.name))
+    assert values.shape == stored.shape and values.dtype == stored.dtype
+    return values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_the_definitions(case, dtype, tmp_path):
+    """Bit for bit: the float32 value by definition, rounded once to the config's own element type."""
+    tensors, values = CASES[case](np.random.default_rng(0), NAME, 48, 96)
+    checkpoint = write(tmp_path, tensors, CASES[case].config, dtype=dtype)
+    np.testing.assert_array_equal(read(checkpoint), values.astype(DTYPES[dtype]))
+    assert set(Tensors(checkpoint)) >= {NAME} and np.abs(values).max() > 0
+
+
+def test_last_blocks_hang_over(tmp_path):
+    """DeepSeek-V3's blocks of 128 x 128 on a matrix of 130 x 300."""
+    tensors, values = CASES["fp8 blocks"]._replace(settings=dict(block=(128, 128), ending="_scale_inv"))(
+        np.random.default_rng(1), NAME, 130, 300
+    )
+    assert tensors[NAME + "_scale_inv"].shape == (2, 3)
+    checkpoint = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [128, 128]}, dtype="float32")
+    np.testing.assert_array_equal(read(checkpoint), values)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_fp8_code(kind, tmp_path):
+    weight = torch.arange(256, dtype=torch.uint8).reshape(16, 16).view(getattr(torch, kind))
+    tensors = {NAME: weight, NAME + "_scale": torch.tensor(1.0)}
+    values = read(write(tmp_path, tensors, {"quant_method": "fp8"}, dtype="float32"))
+    np.testing.assert_array_equal(values, weight.float().numpy())
+
+
+def test_scales_that_are_powers_of_two(tmp_path):
+    """E8M0 scales of FP8 blocks (scale_fmt ue8m0), stored as such; their NaN is kept, to be refused when it is read."""
+    scale = torch.tensor([[120, 255], [1, 254]], dtype=torch.uint8)
+    tensors = {NAME: torch.ones(4, 6).to(torch.float8_e4m3fn), NAME + "_scale_inv": scale.view(torch.float8_e8m0fnu)}
+    config = {"quant_method": "fp8", "weight_block_size": [2, 3]}
+    values = read(write(tmp_path, tensors, config, dtype="float32"))
+    assert values[::2, ::3].tolist() == [[2.0**-7, pytest.approx(np.nan, nan_ok=True)], [2.0**-126, 2.0**127]]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gpt_oss_as_transformers_reads_it(dtype, tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    matrices = [gpt_oss(np.random.default_rng(e), "experts.gate_up_proj", 64, 96) for e in range(3)]
+    tensors = {name: torch.stack([m.tensors[name] for m in matrices]) for name in matrices[0].tensors}
+    checkpoint = write(tmp_path, tensors, {"quant_method": "mxfp4"}, dtype=dtype)
+    stored = Tensors(checkpoint)["experts.gate_up_proj"]
+    assert stored.shape == (3, 96, 64) and list(Tensors(checkpoint)) == [
+        "experts.gate_up_proj",
+        "experts.gate_up_proj_scales",
+    ]
+    theirs = convert_moe_packed_tensors(*tensors.values(), dtype=getattr(torch, dtype)).float().numpy()
+    for expert in range(3):
+        parts = {role: checkpoint[part][expert] for role, part in stored.parts.items()}
+        values = np.asarray(dequantise(parts, stored.scheme, stored.shape[1:], dtype)).astype(np.float32)
+        np.testing.assert_array_equal(values, theirs[expert])
+        np.testing.assert_array_equal(values.T, matrices[expert].values)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("compressed")])
+def test_as_compressed_tensors_reads_it(case, tmp_path):
+    """The decompressor of the package that defines the formats. That of NVFP4 computes in bfloat16, ours in float32."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    config = CASES[case].config
+    tensors, _ = CASES[case](np.random.default_rng(2), "weight", 48, 96)
+    ours = read(write(tmp_path, tensors, config, dtype="bfloat16"), "weight").astype(np.float32)
+    scheme = QuantizationScheme(**config["config_groups"]["group_0"])
+    decompressor = BaseCompressor.get_value_from_registry(config["format"])
+    theirs = decompressor.decompress(dict(tensors), scheme)["weight"].to(torch.bfloat16).float().numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=2**-6 if case == "compressed nvfp4" else 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_words_are_packed_as_vllm_packs_them():
+    from vllm.model_executor.layers.quantization.utils.quant_utils import awq_pack, gptq_pack
+
+    numbers = np.random.default_rng(3).integers(0, 16, (32, 48))
+    as_int = torch.tensor(numbers, dtype=torch.int32)
+    assert torch.equal(pack(numbers, 4, axis=0), gptq_pack(as_int, 4, 32, 48))
+    assert torch.equal(pack(numbers, 4, axis=1, order=AWQ_FIELDS), awq_pack(as_int, 4, 32, 48))
+
+
+def test_fp8_blocks_as_transformers_reads_them(tmp_path):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    case = CASES["fp8 blocks"]._replace(settings=dict(block=(24, 32), ending="_scale_inv"))
+    tensors, values = case(np.random.default_rng(3), NAME, 48, 96)
+    theirs = Fp8Dequantize(None)._dequantize_one(tensors[NAME], tensors[NAME + "_scale_inv"], torch.bfloat16)
+    config = {"quant_method": "fp8", "weight_block_size": [24, 32]}
+    ours = read(write(tmp_path, tensors, config, dtype="bfloat16"))
+    np.testing.assert_array_equal(ours.astype(np.float32), theirs.float().numpy())
+
+
+def quantise(folder, case, make=None, *, dtype, plain=None):
+    """A tiny model's checkpoint with experts of this format, and beside it the same with their values as they are."""
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": dtype}
+    config.pop("torch_dtype", None)
+    stored = load_file(folder / "model.safetensors")
+    quantised, dequantised, rng = {}, {}, np.random.default_rng(4)
+    for name, tensor in stored.items():
+        if ".experts." in name:
+            matrix = CASES[case](rng, name, *tensor.shape)
+            quantised |= matrix.tensors
+            dequantised[name] = torch.tensor(matrix.values).to(getattr(torch, dtype))
+        else:
+            quantised[name] = dequantised[name] = tensor.to(getattr(torch, dtype))
+    (folder / "quantised").mkdir()
+    (folder / "plain").mkdir()
+    return (
+        write(folder / "quantised", quantised, CASES[case].config, **config),
+        write(folder / "plain", dequantised, **config),
+    )
+
+
+def profile(checkpoint):
+    model = describe(checkpoint)
+    settings = ProfileSettings(
+        input="paper", seed=0, batch=1, length=32, dtype=find_dtype(checkpoint, model), relative_error=0.0,
+        max_samples=64,
+    )  # fmt: skip
+    return model.identity, list(profile_layers(checkpoint, model, layers=model.layers, settings=settings)), settings
+
+
+SMALL = dict(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_profile_is_that_of_the_dequantised_checkpoint(case, tmp_path):
+    tiny.make_checkpoint("qwen3_moe", tmp_path, **SMALL)
+    dtype = "float32" if "fp8" in case else "bfloat16"
+    quantised, plain = quantise(tmp_path, case, dtype=dtype)
+    assert profile(quantised) == profile(plain) and profile(plain)[2].dtype == dtype
+
+
+@pytest.mark.parametrize("format", ["gpt-oss", "fp8 blocks"])
+def test_profile_of_fused_experts(format, tmp_path):
+    """One tensor for all experts: gpt-oss' [experts, in, out], and FP8 blocks of [experts, out, in]."""
+    tiny.make_checkpoint("qwen3_moe", tmp_path, **SMALL)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "bfloat16"}
+    rng, stem = np.random.default_rng(5), "model.layers.0.mlp.experts."
+    routers = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if ".experts." not in n}
+    quantised, plain = dict(routers), dict(routers)
+    for name, shape in (("gate_up_proj", (64, 64)), ("down_proj", (64, 32))):
+        make = gpt_oss if format == "gpt-oss" else CASES[format]
+        matrices = [make(rng, stem + name, *shape) for _ in range(4)]
+        quantised |= {part: torch.stack([m.tensors[part] for m in matrices]) for part in matrices[0].tensors}
+        values = torch.tensor(np.stack([m.values for m in matrices])).bfloat16()
+        plain[stem + name] = values.mT if format == "gpt-oss" else values
+    (tmp_path / "plain").mkdir()
+    quantisation = {"quant_method": "mxfp4"} if format == "gpt-oss" else CASES[format].config
+    assert profile(write(tmp_path, quantised, quantisation, **config)) == profile(
+        write(tmp_path / "plain", plain, **config)
+    )
+
+
+def test_some_layers_may_be_plain(tmp_path):
+    """Kept in full precision, by the config's list or without it, as are all but experts here."""
+    tiny.make_checkpoint("qwen3_moe", tmp_path, **SMALL | dict(num_hidden_layers=2))
+    quantised, plain = quantise(tmp_path, "fp8 blocks", dtype="bfloat16")
+    kept = [name for name in plain if "layers.1.mlp.experts" in name]
+    tensors = load_file(quantised.folder / "model.safetensors")
+    mixed = {n: t for n, t in tensors.items() if n.removesuffix("_scale_inv") not in kept}
+    mixed |= {n: t for n, t in load_file(plain.folder / "model.safetensors").items() if n in kept}
+    for ignored in ([], ["model.layers.1.mlp"]):
+        config = {k: v for k, v in quantised.config.items() if k != "quantization_config"}
+        settings = CASES["fp8 blocks"].config | {"modules_to_not_convert": ignored}
+        assert profile(write(quantised.folder, mixed, settings, **config)) == profile(plain)
+
+
+def test_groups_of_modules_may_differ(tmp_path):
+    """compressed-tensors: settings for modules by name, and others for the rest."""
+    rng, config = np.random.default_rng(6), dict(CASES["compressed int4"].config)
+    rows = CASES["compressed fp8 rows"]
+    named = rows.config["config_groups"]["group_0"] | {"targets": ["re:.*down_proj"], "format": "float-quantized"}
+    config["config_groups"] = config["config_groups"] | {"group_1": named}
+    up, down = CASES["compressed int4"](rng, NAME, 16, 64), rows(rng, NAME.replace("gate", "down"), 64, 16)
+    checkpoint = write(tmp_path, up.tensors | down.tensors, config, dtype="float32")
+    np.testing.assert_array_equal(read(checkpoint), up.values)
+    np.testing.assert_array_equal(read(checkpoint, NAME.replace("gate", "down")), down.values)
+
+
+def change(case, **settings):
+    return lambda tensors: (CASES[case].config | settings, tensors)
+
+
+def without(case, ending):
+    return lambda tensors: (CASES[case].config, {n: t for n, t in tensors.items() if not n.endswith(ending)})
+
+
+def replace(case, ending, new):
+    return lambda tensors: (CASES[case].config, {n: new(t) if n.endswith(ending) else t for n, t in tensors.items()})
+
+
+def weights_group(**settings):
+    return {"group_0": {"targets": ["Linear"], "weights": settings}}
+
+
+@pytest.mark.parametrize(
+    ("case", "damage", "message"),
+    [
+        ("gptq", change("gptq", quant_method="bitsandbytes"), "quant_method 'bitsandbytes' is not supported; .* awq"),
+        ("gptq", change("gptq", quant_method=["gptq"]), "quant_method .* is not supported"),
+        ("gptq", change("gptq", bits=3), r"quantization_config \(gptq\): bits 3 is not supported; supported are 4, 8"),
+        ("gptq", change("gptq", bits=True), "bits True is not supported"),
+        ("gptq", change("gptq", group_size=0), "group_size is 0"),
+        ("gptq", change("gptq", group_size="16"), "group_size is '16', expected int"),
+        ("gptq", change("gptq", group_size=32), "shapes do not fit"),
+        ("gptq", change("gptq", checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported"),
+        ("gptq", change("gptq", dynamic={"+:.*down.*": {"bits": 8}}), "dynamic gives modules settings"),
+        ("awq", change("awq", version="gemv"), "version 'gemv' is not supported; supported are gemm"),
+        ("awq", without("awq", "qzeros"), "gate_proj.qzeros is missing beside .*gate_proj.qweight"),
+        ("fp8 blocks", change("fp8 blocks", weight_block_size=[128]), r"weight_block_size is \[128\]"),
+        ("fp8 blocks", change("fp8 blocks", weight_block_size=[16, 16]), r"shapes do not fit .*\[2, 3\]"),
+        ("fp8 blocks", change("fp8 blocks", weight_block_size=None), "shapes do not fit"),
+        ("fp8 blocks", change("fp8 blocks", ignored_layers=["experts.0"]), "says that it is not"),
+        ("fp8 blocks", change("fp8 blocks", ignored_layers=["re:.*gate_proj"]), "says that it is not"),
+        ("fp8 blocks", change("fp8 blocks", ignored_layers=["re:("]), "ignored_layers is not a list of names"),
+        ("fp8 blocks", change("fp8 blocks", ignored_layers=[7]), "ignored_layers is not a list of names"),
+        ("fp8 blocks", replace("fp8 blocks", "weight", lambda t: t.bfloat16()), "is bfloat16; .* allows float8_e4m3fn"),
+        ("fp8 blocks", replace("fp8 blocks", "_inv", lambda t: t.int()), "is int32; .* allows float32"),
+        ("compressed int4", change("compressed int4", format="marlin-24"), "format 'marlin-24' is not supported"),
+        ("compressed int4", change("compressed int4", config_groups={}), "config_groups is empty"),
+        ("compressed int4", change("compressed int4", config_groups=weights_group(num_bits=3)), "num_bits 3 is not"),
+        (
+            "compressed int4",
+            change("compressed int4", sparsity_config={"format": "sparse-24-bitmask"}),
+            "sparsity_config: format 'sparse-24-bitmask' is not supported",
+        ),
+        (
+            "compressed int4",
+            lambda tensors: (CASES["compressed int4"].config, tensors | {NAME: torch.zeros(48, 96)}),
+            "which one counts",
+        ),
+        ("modelopt fp8", change("modelopt fp8", quant_algo="W4A8_AWQ"), "quant_algo 'W4A8_AWQ' is not supported"),
+    ],
+)
+def test_refuses(case, damage, message, tmp_path):
+    config, tensors = damage(CASES[case](np.random.default_rng(7), NAME, 48, 96).tensors)
+    with pytest.raises(InputError, match=message) as caught:
+        Tensors(write(tmp_path, tensors, config))[NAME]
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_refuses_a_type_that_is_none(tmp_path):
+    with pytest.raises(InputError, match="dtype 'int4': weights cannot be dequantised to that type"):
+        Tensors(write(tmp_path, {"x": torch.zeros(1)}, {"quant_method": "fp8"}, torch_dtype="int4"))
+
+
+def test_element_type_is_the_language_models(tmp_path):
+    tensors = CASES["fp8 tensor"](np.random.default_rng(8), NAME, 4, 4).tensors
+    for config, expected in (({}, "bfloat16"), ({"torch_dtype": "float16"}, "float16")):
+        checkpoint = write(tmp_path, tensors, {"quant_method": "fp8"}, dtype="bfloat16", text_config=config)
+        assert Tensors(checkpoint)[NAME].dtype.name == expected
+
+
+def test_names_are_matched_by_whole_components(tmp_path):
+    """`gate` in the list of an AWQ checkpoint is the router, and not `gate_proj`; a router is plain."""
+    tensors = CASES["awq"](np.random.default_rng(9), NAME, 16, 16).tensors | {"mlp.gate.weight": torch.ones(2, 2)}
+    stored = Tensors(write(tmp_path, tensors, CASES["awq"].config))
+    assert stored[NAME].scheme != Plain() and stored["mlp.gate.weight"].scheme == Plain()
+
+
+def test_refuses_a_quantised_router(tmp_path):
+    tiny.make_checkpoint("qwen3_moe", tmp_path, **SMALL)
+    quantised, _ = quantise(tmp_path, "fp8 tensor", dtype="bfloat16")
+    tensors = load_file(quantised.folder / "model.safetensors")
+    router = "model.layers.0.mlp.gate.weight"
+    tensors |= {router: tensors[router].to(torch.float8_e4m3fn), router + "_scale": torch.tensor(1.0)}
+    config = {k: v for k, v in quantised.config.items() if k != "quantization_config"}
+    with pytest.raises(InputError, match=f"router {router} is quantised"):
+        describe(write(quantised.folder, tensors, {"quant_method": "fp8"}, **config))
+
+
+@pytest.mark.parametrize(
+    ("case", "ending", "damage"),
+    [
+        ("fp8 blocks", "0.up_proj.weight", lambda t: torch.full_like(t.view(torch.uint8), 0x7F).view(t.dtype)),
+        ("fp8 blocks", "0.up_proj.weight_scale_inv", lambda t: t * float("inf")),
+        ("gptq", "0.up_proj.g_idx", lambda t: t + 4),
+        ("gptq", "0.up_proj.g_idx", lambda t: t - 1),
+        ("compressed int4", "0.up_proj.weight_shape", lambda t: t - 1),
+        ("compressed mxfp4", "0.up_proj.weight_scale", lambda t: torch.full_like(t, 255)),
+    ],
+)
+def test_damaged_values_are_refused_by_name(case, ending, damage, tmp_path):
+    tiny.make_checkpoint("qwen3_moe", tmp_path, **SMALL)
+    quantised, _ = quantise(tmp_path, case, dtype="bfloat16")
+    tensors = load_file(quantised.folder / "model.safetensors")
+    tensors = {n: damage(t) if n.endswith("experts." + ending) else t for n, t in tensors.items()}
+    config = {k: v for k, v in quantised.config.items() if k != "quantization_config"}
+    checkpoint = write(quantised.folder, tensors, CASES[case].config, **config)
+    with pytest.raises(InputError, match="experts.0.up_proj.weight holds NaN or Inf"):
+        list(stream_layers(checkpoint, describe(checkpoint), [0]))
