@@ -1,35 +1,54 @@
 """What differs between MoE families, as data.
 
-A family is one `Architecture` below: where its config keeps the numbers, what its router tensor is called, and how its
-router turns logits into weights. Tensor layouts are shared by all families and found by looking at the checkpoint.
+A family is one `Architecture` below: where its config keeps the numbers, what its router tensor is called, how its
+router turns logits into weights, and what its experts compute. Tensor layouts are shared by all families and found by
+looking at the checkpoint.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+
+class Key(NamedTuple):
+    """A value that the config holds under `name`, and what it is where the key is absent or null."""
+
+    name: str
+    default: Any
 
 
 class Routing(NamedTuple):
     """How router logits become the chosen experts and their mixing weights; hashable, static under `jit`.
 
-    Scores are `scoring` of the logits over all experts. Selection takes the top k of the scores (plus the bias, where
-    the checkpoint has one) within the `topk_groups` best of `num_groups` groups, a group being judged by `group_score`:
-    its best expert or the sum of its best two. Weights are the unbiased scores of the chosen experts, divided by
-    their sum if `renormalize`, times `scale`.
+    Scores are `scoring` of the logits over all experts. Selection takes the top k of the scores within the
+    `topk_groups` best of `num_groups` groups, a group being judged by `group_score`: its best expert or the sum of its
+    best two. A bias per expert is added to the scores for the selection only, or to the logits. Weights are the
+    unbiased scores of the chosen experts, divided by their sum (plus `epsilon`, at least `norm_min`) if `renormalize`,
+    times `scale`: a softmax over the chosen logits alone is a softmax over all of them, renormalised. If
+    `scales_input`, the scores multiply the experts' inputs instead, and their outputs are summed as they are.
+
+    "sparsemixer" (arXiv 2409.12136) chooses one expert after another, each scored by a softmax over the experts that
+    are left and whose logits are near the largest, as `jitter` says.
     """
 
-    scoring: str = "softmax"  # or "sigmoid"
+    scoring: str = "softmax"  # or "sigmoid", or "sparsemixer"
     renormalize: bool = False
     scale: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
     group_score: str = "max"  # or "top2"
+    bias: str | None = None  # or "selection", or "logits"
+    epsilon: float = 1e-20  # sigmoid scores may all underflow; DeepSeek's guard
+    norm_min: float = 0.0
+    jitter: float = 0.0
+    scales_input: bool = False
 
 
 class Activation(NamedTuple):
     """What an expert does between its products; hashable, static under `jit`.
 
     Gated experts compute f(gate) * (up + `up_offset`), where f is the function called `name`, or x * sigmoid(alpha x)
-    if that is "silu", and `limit` bounds gate from above and up on both sides. Ungated ones compute f(up).
+    if `alpha` is not 1, and `limit` bounds gate from above and up on both sides. Ungated ones compute f(up).
     """
 
     name: str = "silu"
@@ -38,52 +57,227 @@ class Activation(NamedTuple):
     up_offset: float = 0.0
 
 
-class Selection(NamedTuple):
-    """One value of a config's `topk_method`: whether experts are chosen by group, and with a bias per expert."""
-
-    group_score: str | None = None
-    bias: bool = False
+SIGMOID = Routing(
+    scoring="sigmoid",
+    renormalize=Key("norm_topk_prob", True),
+    scale=Key("routed_scaling_factor", 1.0),
+    num_groups=Key("n_group", 1),
+    topk_groups=Key("topk_group", 1),
+    group_score="top2",
+    bias="selection",
+)
+SWIGLU_OAI = Activation("silu", alpha=Key("swiglu_alpha", 1.702), limit=Key("swiglu_limit", 7.0), up_offset=1.0)
+SOFTMAX_OR_SIGMOID = MappingProxyType({"softmax": {"scoring": "softmax"}, "sigmoid": {"scoring": "sigmoid"}})
+SIGMOID_OR_SOFTMAX = MappingProxyType(dict(reversed(SOFTMAX_OR_SIGMOID.items())))
+PLAIN = MappingProxyType({"topk_method": {"greedy": {}}, "scoring_func": SOFTMAX_OR_SIGMOID})
+BIASED = MappingProxyType({"topk_method": {"noaux_tc": {}}, "scoring_func": SIGMOID_OR_SOFTMAX})
 
 
 class Architecture(NamedTuple):
-    """One family. A string where `renormalize` or `scale` is expected names the config key that holds the value."""
+    """One family. Any field of its `routing` and `activation` may be a `Key` of the config instead of a value.
+
+    `choices` are further keys of the config, each with the values that are known, the first being the default, and the
+    fields of `routing` that the value sets. Any other value is refused.
+    """
 
     model_type: str
-    routers: tuple[str, ...]  # module names of the router below `layers.N.`, old and new
+    routers: tuple[str, ...] = ("mlp.gate",)  # module names of the router below `layers.N.`, old and new
     num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # config keys, the first that is there counts
     top_k: tuple[str, ...] = ("num_experts_per_tok",)
-    text_config: str | None = None  # where a multimodal config keeps the language model's
-    renormalize: bool | str = False
-    scale: float | str = 1.0
-    selections: Mapping[str, Selection] = {"greedy": Selection()}
+    text_config: str | None = None  # where a multimodal config keeps the language model's, dotted if deeper
+    routing: Routing = Routing()
+    activation: Activation = Activation(Key("hidden_act", "silu"))
+    choices: Mapping[str, Mapping[Any, Mapping[str, Any]]] = PLAIN
+    interleaved: bool = False  # rows of gate and up in turn, where they are one tensor
 
 
+ROUTED = ("n_routed_experts", "num_experts", "num_local_experts")
+GROUPS = {"num_groups": Key("n_group", 1), "topk_groups": Key("topk_group", 1)}
+
+QWEN2_MOE = Architecture("qwen2_moe", routing=Routing(renormalize=Key("norm_topk_prob", False)))
+QWEN3_NEXT = Architecture("qwen3_next", routing=Routing(renormalize=Key("norm_topk_prob", True)))
+MIXTRAL = Architecture("mixtral", routers=("block_sparse_moe.gate", "mlp.gate"), routing=Routing(renormalize=True))
+GRANITE = MIXTRAL._replace(
+    model_type="granitemoe",
+    routers=("block_sparse_moe.router.layer", "block_sparse_moe.router"),
+)
 DEEPSEEK_V2 = Architecture(
-    model_type="deepseek_v2",
-    routers=("mlp.gate",),
-    num_experts=("n_routed_experts", "num_local_experts"),
-    renormalize="norm_topk_prob",
-    scale="routed_scaling_factor",
-    selections={
-        "greedy": Selection(),
-        "group_limited_greedy": Selection(group_score="max"),
-        "noaux_tc": Selection(group_score="top2", bias=True),
+    "deepseek_v2",
+    num_experts=ROUTED,
+    routing=Routing(renormalize=Key("norm_topk_prob", False), scale=Key("routed_scaling_factor", 1.0)),
+    choices={
+        "topk_method": {
+            "greedy": {},
+            "group_limited_greedy": GROUPS,
+            "noaux_tc": GROUPS | {"group_score": "top2", "bias": "selection"},
+        },
+        "scoring_func": SOFTMAX_OR_SIGMOID,
+    },
+)
+DEEPSEEK_V3 = Architecture("deepseek_v3", num_experts=ROUTED, routing=SIGMOID, choices=BIASED)
+GPT_OSS = Architecture(
+    "gpt_oss",
+    routers=("mlp.router",),
+    routing=Routing(renormalize=True, bias="logits"),
+    activation=SWIGLU_OAI,
+    interleaved=True,
+)
+LLAMA4 = Architecture(
+    "llama4_text",
+    routers=("feed_forward.router",),
+    routing=Routing(scoring="sigmoid", scales_input=True),
+    choices={},
+)
+MINIMAX_M2 = Architecture(
+    "minimax_m2",
+    routers=("block_sparse_moe.gate", "mlp.gate"),
+    routing=SIGMOID._replace(renormalize=True, scale=1.0),
+    choices=BIASED,
+)
+BAILING = Architecture(
+    "bailing_moe",
+    routing=DEEPSEEK_V2.routing._replace(**GROUPS),
+    choices={
+        "score_function": SOFTMAX_OR_SIGMOID,
+        "moe_router_enable_expert_bias": {False: {}, True: {"bias": "selection", "group_score": "top2"}},
     },
 )
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    architecture.model_type: architecture
-    for architecture in (
-        Architecture(model_type="olmoe", routers=("mlp.gate",), renormalize="norm_topk_prob"),
-        Architecture(
-            model_type="mixtral",
-            routers=("block_sparse_moe.gate", "mlp.gate"),
-            renormalize=True,
+_FAMILIES = (
+    QWEN2_MOE,
+    QWEN2_MOE._replace(model_type="olmoe"),
+    QWEN2_MOE._replace(model_type="flex_olmo"),
+    QWEN2_MOE._replace(model_type="qwen3_moe"),
+    QWEN3_NEXT,
+    QWEN3_NEXT._replace(model_type="mellum"),
+    QWEN3_NEXT._replace(model_type="qwen3_5_moe_text", routing=Routing(renormalize=True)),
+    QWEN3_NEXT._replace(model_type="qwen3_5_moe", text_config="text_config", routing=Routing(renormalize=True)),
+    QWEN3_NEXT._replace(model_type="qwen3_vl_moe", text_config="text_config"),
+    QWEN3_NEXT._replace(model_type="qwen4_exp", text_config="text_config"),
+    QWEN3_NEXT._replace(model_type="qwen3_omni_moe", text_config="thinker_config.text_config"),
+    MIXTRAL,
+    MIXTRAL._replace(model_type="minimax"),
+    MIXTRAL._replace(model_type="minicpm", routers=("mlp.gate",)),  # its MoE variant
+    GRANITE,
+    GRANITE._replace(model_type="granitemoeshared"),
+    GRANITE._replace(model_type="granitemoehybrid"),
+    GRANITE._replace(model_type="granitemoe_swa"),
+    Architecture(
+        "phimoe",
+        routers=("block_sparse_moe.gate", "mlp.router"),
+        routing=Routing(scoring="sparsemixer", jitter=Key("router_jitter_noise", 0.01)),
+        choices={},
+    ),
+    Architecture("jamba", routers=("feed_forward.router",)),
+    Architecture(
+        "hunyuan_v1_moe",
+        routers=("mlp.gate.wg",),
+        top_k=("moe_topk", "num_experts_per_tok"),
+        routing=Routing(renormalize=True),
+    ),
+    Architecture(
+        "ernie4_5_moe",
+        num_experts=("moe_num_experts", "num_experts"),
+        top_k=("moe_k", "num_experts_per_tok"),
+        routing=Routing(renormalize=True, bias="selection", epsilon=0.0, norm_min=Key("moe_norm_min", 1e-12)),
+    ),
+    Architecture(
+        "aria",
+        routers=("mlp.router",),
+        num_experts=("moe_num_experts", "num_local_experts"),
+        top_k=("moe_topk", "num_experts_per_tok"),
+        text_config="text_config",
+        routing=Routing(renormalize=True),
+    ),
+    Architecture(
+        "cohere2_moe",
+        choices={
+            "expert_selection_fn": {
+                "softmax": {"renormalize": True},
+                "sigmoid": {"scoring": "sigmoid", "renormalize": Key("norm_topk_prob", True)},
+            },
+            "shared_expert_combination_strategy": {"average": {"scale": 0.5}, "sum": {}},
+        },
+    ),
+    DEEPSEEK_V2,
+    DEEPSEEK_V2._replace(model_type="deepseek_vl_v2", text_config="language_config"),
+    DEEPSEEK_V3,
+    DEEPSEEK_V3._replace(model_type="deepseek_v32"),
+    DEEPSEEK_V3._replace(model_type="kimi_k2"),
+    DEEPSEEK_V3._replace(model_type="kimi_k25", text_config="text_config"),
+    DEEPSEEK_V3._replace(model_type="kimi_vl", text_config="text_config"),
+    DEEPSEEK_V3._replace(
+        model_type="kimi_linear",
+        num_experts=("num_experts",),
+        routers=("block_sparse_moe.gate", "mlp.gate"),
+        top_k=("num_experts_per_token", "num_experts_per_tok"),
+        routing=SIGMOID._replace(renormalize=Key("moe_renormalize", True), num_groups=Key("num_expert_group", 1)),
+        choices={"moe_router_activation_func": SIGMOID_OR_SOFTMAX},
+    ),
+    DEEPSEEK_V3._replace(model_type="glm4_moe"),
+    DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
+    DEEPSEEK_V3._replace(model_type="glm_moe_dsa"),
+    DEEPSEEK_V3._replace(model_type="glm4v_moe", text_config="text_config"),
+    DEEPSEEK_V3._replace(
+        model_type="dots1",
+        routing=SIGMOID._replace(renormalize=Key("norm_topk_prob", False)),
+        choices={"topk_method": {"noaux_tc": {}}},  # what its checkpoints call scoring_func says the same
+    ),
+    DEEPSEEK_V3._replace(model_type="exaone_moe", num_experts=("num_experts",)),
+    DEEPSEEK_V3._replace(model_type="solar_open"),
+    DEEPSEEK_V3._replace(model_type="mimo_v2_flash"),
+    DEEPSEEK_V3._replace(
+        model_type="hy_v4",
+        activation=Activation(Key("hidden_act", "silu"), limit=Key("swiglu_limit", 10.0)),
+    ),
+    DEEPSEEK_V3._replace(
+        model_type="mistral4",
+        routing=SIGMOID._replace(scoring="softmax", bias=None),
+        choices=PLAIN,
+    ),
+    DEEPSEEK_V3._replace(
+        model_type="nemotron_h",
+        routers=("mixer.gate",),
+        activation=Activation(Key("mlp_hidden_act", "relu2")),
+        choices=BIASED | {"moe_latent_size": {None: {}}},
+    ),
+    MINIMAX_M2,
+    MINIMAX_M2._replace(
+        model_type="minimax_m3_vl",
+        text_config="text_config",
+        routing=MINIMAX_M2.routing._replace(scale=Key("routed_scaling_factor", 2.0)),
+        activation=SWIGLU_OAI,
+    ),
+    MINIMAX_M2._replace(
+        model_type="hy_v3",
+        routers=("mlp.router.gate", "mlp.gate"),
+        routing=MINIMAX_M2.routing._replace(scale=Key("router_scaling_factor", 1.0)),
+    ),
+    MINIMAX_M2._replace(
+        model_type="afmoe",
+        routers=("mlp.router.gate",),
+        routing=SIGMOID._replace(
+            renormalize=Key("route_norm", True),
+            scale=Key("route_scale", 1.0),
         ),
-        Architecture(model_type="qwen2_moe", routers=("mlp.gate",), renormalize="norm_topk_prob"),
-        Architecture(model_type="qwen3_moe", routers=("mlp.gate",), renormalize="norm_topk_prob"),
-        DEEPSEEK_V2,
-        DEEPSEEK_V2._replace(model_type="deepseek_vl_v2", text_config="language_config"),
-        Architecture(model_type="minicpm", routers=("mlp.gate",), renormalize=True),  # its MoE variant
-    )
-}
+        choices={"score_func": SIGMOID_OR_SOFTMAX},
+    ),
+    MINIMAX_M2._replace(
+        model_type="laguna",
+        routers=("mlp.gate",),
+        routing=MINIMAX_M2.routing._replace(scale=Key("moe_routed_scaling_factor", 1.0)),
+        choices={"moe_router_logit_softcapping": {0.0: {}}, "moe_apply_router_weight_on_input": {False: {}}},
+    ),
+    Architecture(
+        "lfm2_moe",
+        routers=("feed_forward.gate",),
+        routing=SIGMOID._replace(epsilon=1e-6, num_groups=1, topk_groups=1, bias=None),
+        choices={"use_expert_bias": {True: {"bias": "selection"}, False: {}}},
+    ),
+    BAILING,
+    BAILING._replace(model_type="bailing_moe_v2"),
+    GPT_OSS,
+    LLAMA4,
+    LLAMA4._replace(model_type="llama4", text_config="text_config"),
+)
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({family.model_type: family for family in _FAMILIES})

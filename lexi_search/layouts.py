@@ -5,11 +5,31 @@ from typing import NamedTuple
 
 from lexi_search.architectures import Architecture
 from lexi_search.errors import InputError
-from lexi_search.formats import Tensors
+from lexi_search.schemes import Plain
+from lexi_search.tensors import Tensors
 
-# Names of an expert's (gate, up, down) matrices where each expert has its own, and (gate_up, down) where all share two.
-PER_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-FUSED = ("gate_up_proj", "down_proj")
+# Names of an expert's (gate, up, down), or (up, down) where it has no gate, below `experts.N.` of the block; the first
+# that are there count.
+PER_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
+# Names of (gate_up, down) below the block, where all experts share two tensors; what stands behind those of the biases.
+FUSED = (
+    ("experts.gate_up_proj", "experts.down_proj"),
+    ("input_linear.weight", "output_linear.weight"),
+    ("experts.fc1.weight", "experts.fc2.weight"),
+)
+FUSED_BIAS = "_bias"
+# Names of the bias per expert, of the selection or the logits, below the block.
+BIASES = (
+    "gate.e_score_correction_bias",
+    "e_score_correction_bias",
+    "moe_statics.e_score_correction_bias",
+    "experts.e_score_correction_bias",
+    "expert_bias",
+    "gate.expert_bias",
+    "router.bias",
+)
+# Parts of a checkpoint with decoder layers of their own: prediction of further tokens, speech.
+LEFT_OUT = re.compile(r"(.*\.)?(mtp|talker)\.")
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -28,7 +48,7 @@ class ExpertTensors(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """Names of one MoE layer's tensors: router [E, H], bias of the selection [E] or None, experts."""
+    """Names of one MoE layer's tensors: router [E, H], bias of the selection or the logits or None, experts."""
 
     router: str
     bias: str | None
@@ -42,7 +62,7 @@ def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) 
     found: dict[str, set[int]] = {}
     for match in filter(None, map(router_name.fullmatch, tensors)):
         prefix, layer, module = match.groups()
-        if int(layer) < num_layers:
+        if int(layer) < num_layers and not LEFT_OUT.match(prefix):
             found.setdefault(f"{prefix}layers.{{}}.{module}.weight", set()).add(int(layer))
     if not found:
         wanted = " or ".join(f"layers.N.{module}.weight" for module in architecture.routers)
@@ -54,36 +74,63 @@ def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) 
 
 
 def locate_tensors(
-    tensors: Tensors, router: str, num_experts: int, hidden_size: int, has_bias: bool
+    tensors: Tensors,
+    router: str,
+    num_experts: int,
+    hidden_size: int,
+    *,
+    has_bias: bool = False,
+    interleaved: bool = False,
 ) -> LayerTensors:
     """Find and check the tensors of the layer whose router is called `router`; InputError names what does not fit."""
     _require_shape(tensors, router, (num_experts, hidden_size))
-    bias = router.removesuffix("weight") + "e_score_correction_bias" if has_bias else None
-    if bias:
-        _require_shape(tensors, bias, (num_experts,))
-    stem = router.removesuffix("gate.weight") + "experts."
-    fused = (stem + FUSED[0], stem + FUSED[1])
-    if fused[0] in tensors or fused[1] in tensors:
-        return LayerTensors(router, bias, _check_fused(tensors, fused, num_experts, hidden_size))
-    names = next((names for names in PER_EXPERT if f"{stem}0.{names[0]}.weight" in tensors), PER_EXPERT[0])
-    gate, up, down = names
-    separate = tuple(
-        (f"{stem}{e}.{gate}.weight", f"{stem}{e}.{up}.weight", f"{stem}{e}.{down}.weight") for e in range(num_experts)
-    )
+    if tensors[router].scheme != Plain():
+        raise InputError(f"{tensors[router].file}: router {router} is quantised; only plain routers are supported")
+    block = re.match(r"(.*\.)?layers\.\d+\.[^.]+\.", router).group()
+    bias = _find_bias(tensors, block, num_experts) if has_bias else None
+    fused = next((names for names in FUSED if any(block + name in tensors for name in names)), None)
+    if fused:
+        experts = _check_fused(tensors, (block + fused[0], block + fused[1]), num_experts, hidden_size, interleaved)
+    else:
+        experts = _check_separate(tensors, block + "experts.", num_experts, hidden_size)
+    return LayerTensors(router, bias, experts)
+
+
+def _find_bias(tensors: Tensors, block: str, num_experts: int) -> str:
+    """The bias per expert, stored [E] or [1, E]."""
+    name = next((block + name for name in BIASES if block + name in tensors), block + BIASES[0])
+    one_row = name in tensors and len(tensors[name].shape) == 2
+    _require_shape(tensors, name, (1, num_experts) if one_row else (num_experts,))
+    return name
+
+
+def _check_separate(tensors: Tensors, stem: str, num_experts: int, hidden_size: int) -> ExpertTensors:
+    parts = next((parts for parts in PER_EXPERT if f"{stem}0.{parts[0]}.weight" in tensors), PER_EXPERT[0])
+    if biased := next((part for part in parts if f"{stem}0.{part}.bias" in tensors), None):
+        raise InputError(f"{tensors.folder}: {stem}0.{biased} has a bias, which is known of fused experts only")
+    separate = tuple(tuple(f"{stem}{e}.{part}.weight" for part in parts) for e in range(num_experts))
     width = _require_shape(tensors, separate[0][0], (None, hidden_size))[0]
-    for expert in separate:
-        for name, shape in zip(expert, ((width, hidden_size), (width, hidden_size), (hidden_size, width)), strict=True):
-            _require_shape(tensors, name, shape)
-    return LayerTensors(router, bias, ExpertTensors(separate=separate))
+    for *inputs, down in separate:
+        for name in inputs:
+            _require_shape(tensors, name, (width, hidden_size))
+        _require_shape(tensors, down, (hidden_size, width))
+    return ExpertTensors(separate=separate)
 
 
-def _check_fused(tensors: Tensors, names: tuple[str, str], num_experts: int, hidden_size: int) -> ExpertTensors:
+def _check_fused(
+    tensors: Tensors, names: tuple[str, str], num_experts: int, hidden_size: int, interleaved: bool
+) -> ExpertTensors:
     """Tell the orientation from both shapes: one alone is ambiguous where gate and up are as wide as the model."""
     gate_up, down = (_require_shape(tensors, name, (num_experts, None, None))[1:] for name in names)
     for transposed in (False, True):
         (double, inner), (outer, width) = (gate_up[::-1], down[::-1]) if transposed else (gate_up, down)
         if inner == outer == hidden_size and double == 2 * width:
-            return ExpertTensors(fused=names, transposed=transposed)
+            biases = tuple(name + FUSED_BIAS for name in names)
+            if not any(bias in tensors for bias in biases):
+                return ExpertTensors(fused=names, transposed=transposed, interleaved=interleaved)
+            for bias, extent in zip(biases, (double, hidden_size), strict=True):
+                _require_shape(tensors, bias, (num_experts, extent))
+            return ExpertTensors(fused=names + biases, transposed=transposed, interleaved=interleaved)
     shapes = f"{names[0]} {list(gate_up)} and {names[1]} {list(down)}"
     raise InputError(f"{tensors[names[0]].file}: {shapes} per expert do not fit hidden_size {hidden_size}")
 

@@ -1,15 +1,16 @@
 """One checkpoint described: its family, numbers, routing rule, and which tensors make up each MoE layer."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lexi_search.architectures import ARCHITECTURES, Activation, Architecture, Routing, Selection
+from lexi_search.architectures import ARCHITECTURES, Activation, Architecture, Key, Routing
 from lexi_search.artifacts import DTYPES, ModelIdentity
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
-from lexi_search.formats import Tensors
 from lexi_search.layouts import LayerTensors, find_routers, locate_tensors
+from lexi_search.tensors import Tensors
 
 
 class Model(NamedTuple):
@@ -20,6 +21,12 @@ class Model(NamedTuple):
     activation: Activation
     routing: Routing
     tensors: Mapping[int, LayerTensors]  # decoder-layer index -> tensors, ascending
+    max_k: int | None = None  # the largest k to look at, where that is not the model's own
+
+    @property
+    def top_k(self) -> int:
+        """The largest k that is looked at, whose output is the one that others are compared with."""
+        return self.max_k or self.identity.top_k
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -40,47 +47,79 @@ class _Config(NamedTuple):
         return key
 
     def read_count(self, *aliases: str) -> int:
+        """A whole number of at least 1, or a list of one such number for every layer that are all equal."""
         key = self.find_key(aliases)
         value = self.values[key]
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if type(value) is list:
+            raise InputError(f"{self.place}: {key} differs between layers; known is one value for all of them")
         if type(value) is not int or value < 1:
             raise InputError(f"{self.place}: {key} is {value!r}, expected a whole number of at least 1")
         return value
 
-    def resolve(self, value: Any, default: Any) -> Any:
-        """A string in an `Architecture` names a key; anything else is the value itself."""
-        return self.values.get(value, default) if isinstance(value, str) else value
+    def count_layers(self) -> int:
+        key = self.find_key(("num_hidden_layers", "layers_block_type"))  # the second has an entry for every layer
+        return len(self.values[key]) if isinstance(self.values[key], list) else self.read_count(key)
 
-    def read_choice(self, key: str, known: Mapping[str, Any] | tuple[str, ...], default: str) -> str:
-        value = self.values.get(key) or default
-        if value not in known:
-            raise InputError(f"{self.place}: {key} {value!r} is not known; known are {', '.join(known)}")
+    def resolve(self, value: Any) -> Any:
+        """What a `Key` stands for here, of its default's type; anything else is the value itself."""
+        if not isinstance(value, Key):
+            return value
+        found = self.values.get(value.name)
+        if found is None:
+            return value.default
+        if isinstance(value.default, float) and type(found) is int:
+            found = float(found)
+        if type(found) is not type(value.default) or (isinstance(found, float) and not math.isfinite(found)):
+            raise InputError(f"{self.place}: {value.name} is {found!r}, expected a value like {value.default!r}")
+        return found
+
+    def read_choice(self, key: str, known: Mapping[Any, Any]) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            return next(iter(known))
+        if not any(type(value) is type(choice) and value == choice for choice in known):
+            raise InputError(f"{self.place}: {key} {value!r} is not known; known are {', '.join(map(str, known))}")
         return value
 
 
-def describe(checkpoint: Checkpoint) -> Model:
+def describe(checkpoint: Checkpoint, *, max_k: int | None = None) -> Model:
     """Describe a checkpoint from its config and headers; of the data only the routers are read, to hash them.
 
     MoE layers are those that have a router tensor and an index below `num_hidden_layers`: checkpoints may carry extra
-    prediction layers past it.
+    prediction layers past it. `max_k` is the largest k to look at, where that is more than the model's own.
 
     Raises:
-        InputError: unknown family, missing config key, k = 1, quantised weights, tensors missing or of wrong shape.
+        InputError: unknown family, missing config key, k = 1 without `max_k`, `max_k` below the model's own k or above
+            what there is to choose from, quantised weights, tensors missing or of wrong shape.
     """
     architecture = _find_architecture(checkpoint)
     config = _open_config(checkpoint, architecture)
     num_experts, top_k_key = config.read_count(*architecture.num_experts), config.find_key(architecture.top_k)
-    top_k, num_layers = config.read_count(top_k_key), config.read_count("num_hidden_layers")
+    top_k, num_layers = config.read_count(top_k_key), config.count_layers()
     hidden_size = config.read_count("hidden_size")
-    if top_k == 1:
-        raise InputError(f"{config.place}: {top_k_key} is 1: each token runs one expert, none can be saved")
     if top_k > num_experts:
         raise InputError(f"{config.place}: {top_k_key} is {top_k}, but there are only {num_experts} experts")
-    selection = architecture.selections[config.read_choice("topk_method", architecture.selections, "greedy")]
-    routing = _read_routing(config, architecture, selection, num_experts, top_k)
+    if max_k is None and top_k == 1:
+        raise InputError(
+            f"{config.place}: {top_k_key} is 1: each token runs one expert, none can be saved; "
+            "--max-k 2 profiles the layers with more than their own"
+        )
+    if max_k is not None and not max(top_k, 2) <= max_k <= num_experts:
+        raise InputError(f"{config.place}: max_k {max_k} is not between {max(top_k, 2)} and {num_experts}, the experts")
+    routing = _read_routing(config, architecture, num_experts, max_k or top_k)
     stored = Tensors(checkpoint)
     pattern, layers = find_routers(stored, architecture, num_layers)
     tensors = {
-        layer: locate_tensors(stored, pattern.format(layer), num_experts, hidden_size, selection.bias)
+        layer: locate_tensors(
+            stored,
+            pattern.format(layer),
+            num_experts,
+            hidden_size,
+            has_bias=routing.bias is not None,
+            interleaved=architecture.interleaved,
+        )
         for layer in layers
     }
     identity = ModelIdentity(
@@ -93,8 +132,8 @@ def describe(checkpoint: Checkpoint) -> Model:
         top_k_key=".".join(filter(None, (architecture.text_config, top_k_key))),
         router_sha256=_hash_routers(checkpoint, pattern, layers),
     )
-    activation = Activation(str(config.values.get("hidden_act", "silu")))
-    return Model(identity, hidden_size, activation, routing, tensors)
+    activation = Activation(*map(config.resolve, architecture.activation))
+    return Model(identity, hidden_size, activation, routing, tensors, max_k)
 
 
 def find_dtype(checkpoint: Checkpoint, model: Model) -> str:
@@ -114,31 +153,25 @@ def _find_architecture(checkpoint: Checkpoint) -> Architecture:
 
 
 def _open_config(checkpoint: Checkpoint, architecture: Architecture) -> _Config:
-    place, key = str(checkpoint.folder / "config.json"), architecture.text_config
-    values = checkpoint.config.get(key) if key else checkpoint.config
-    if not isinstance(values, dict):
-        raise InputError(f"{place}: {key} is missing or not an object")
-    if "quantization_config" in checkpoint.config or "quantization_config" in values:
-        raise InputError(f"{place}: the weights are quantised; give the checkpoint in bf16, fp16 or fp32")
-    return _Config(values, f"{place}, {key}" if key else place)
+    place, path, values = str(checkpoint.folder / "config.json"), architecture.text_config, checkpoint.config
+    for key in path.split(".") if path else ():
+        values = values.get(key)
+        if not isinstance(values, dict):
+            raise InputError(f"{place}: {path} is missing or not an object")
+    return _Config(values, f"{place}, {path}" if path else place)
 
 
-def _read_routing(
-    config: _Config, architecture: Architecture, selection: Selection, num_experts: int, top_k: int
-) -> Routing:
-    routing = Routing(
-        scoring=config.read_choice("scoring_func", ("softmax", "sigmoid"), "softmax"),
-        renormalize=bool(config.resolve(architecture.renormalize, False)),
-        scale=float(config.resolve(architecture.scale, 1.0)),
-    )
-    if selection.group_score is None:
-        return routing
-    num_groups, topk_groups = config.read_count("n_group"), config.read_count("topk_group")
-    if num_experts % num_groups or topk_groups > num_groups:
+def _read_routing(config: _Config, architecture: Architecture, num_experts: int, top_k: int) -> Routing:
+    chosen = {}
+    for key, known in architecture.choices.items():
+        chosen |= known[config.read_choice(key, known)]
+    routing = Routing(*map(config.resolve, architecture.routing._replace(**chosen)))
+    num_groups, topk_groups = routing.num_groups, routing.topk_groups
+    if min(num_groups, topk_groups) < 1 or num_experts % num_groups or topk_groups > num_groups:
         raise InputError(f"{config.place}: n_group {num_groups}, topk_group {topk_groups} do not part {num_experts}")
     if topk_groups * (num_experts // num_groups) < top_k:
         raise InputError(f"{config.place}: topk_group {topk_groups} leaves fewer than {top_k} experts to choose from")
-    return routing._replace(num_groups=num_groups, topk_groups=topk_groups, group_score=selection.group_score)
+    return routing
 
 
 def _hash_routers(checkpoint: Checkpoint, pattern: str, layers: tuple[int, ...]) -> str:

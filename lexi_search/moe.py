@@ -6,15 +6,36 @@ y_j. Distances between outputs are read off the tokens' K x K Gram matrices G, |
 every Y_k and cancel.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lexi_search.architectures import Routing
-from lexi_search.ffn import find_precision
-from lexi_search.routing import mixing_weights
+from lexi_search.architectures import Activation, Routing
+from lexi_search.experts import expert_outputs
+from lexi_search.ffn import ExpertWeights, find_precision
+from lexi_search.routing import Choice, mixing_weights
+
+
+def compute_outputs(
+    x: Float[Array, "tokens hidden"],
+    choice: Choice,
+    weights: Sequence[ExpertWeights],
+    *,
+    routing: Routing,
+    activation: Activation,
+) -> Float[Array, "tokens K hidden"]:
+    """The output of each token's K chosen experts, in `x`'s element type; none of them depends on k.
+
+    Where scores scale the experts' inputs, every (token, rank) is a row of its own.
+    """
+    if not routing.scales_input:
+        return expert_outputs(x, choice.experts, weights, activation=activation)
+    rows = (x.astype(jnp.float32)[:, None, :] * choice.scores[:, :, None]).astype(x.dtype).reshape(-1, x.shape[1])
+    outputs = expert_outputs(rows, choice.experts.reshape(-1, 1), weights, activation=activation)
+    return outputs.reshape(*choice.experts.shape, -1)
 
 
 @partial(jax.jit, static_argnames="routing")

@@ -29,10 +29,17 @@ def route(
     routing: Routing,
     top_k: int,
 ) -> Choice:
-    """Choose the `top_k` experts of every token, best first; logits and scores are float32 whatever `x` is."""
+    """Choose the `top_k` experts of every token, best first; logits and scores are float32 whatever `x` is.
+
+    `bias`, also as [1, experts], is what the routing's `bias` says it is, or None.
+    """
     logits = _multiply_exactly(x, router)
+    if routing.bias == "logits":
+        logits = logits + bias.astype(jnp.float32).reshape(1, -1)
+    if routing.scoring == "sparsemixer":
+        return _choose_in_turn(logits, routing.jitter, top_k)
     scores = jax.nn.softmax(logits, axis=-1) if routing.scoring == "softmax" else jax.nn.sigmoid(logits)
-    keys = scores if bias is None else scores + bias.astype(jnp.float32)[None, :]
+    keys = scores + bias.astype(jnp.float32).reshape(1, -1) if routing.bias == "selection" else scores
     if routing.num_groups > 1:
         keys = _keep_best_groups(keys, routing)
     _, experts = jax.lax.top_k(keys, top_k)
@@ -58,11 +65,26 @@ def _keep_best_groups(keys: Float[Array, "tokens experts"], routing: Routing) ->
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(keys.shape)
 
 
+def _choose_in_turn(logits: Float[Array, "tokens experts"], jitter: float, top_k: int) -> Choice:
+    """SparseMixer without its randomness (arXiv 2409.12136): each expert's score is its share among those left over
+    whose distance to the best logit is at most 2 * `jitter`, relative to the larger of the two."""
+    left, experts, scores = logits, [], []
+    for _ in range(top_k):
+        best, chosen = left.max(axis=-1, keepdims=True), left.argmax(axis=-1)
+        far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
+        shares = jax.nn.softmax(jnp.where(far, -jnp.inf, left), axis=-1)
+        experts.append(chosen)
+        scores.append(jnp.take_along_axis(shares, chosen[:, None], axis=-1)[:, 0])
+        left = jnp.where(jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.bool_), -jnp.inf, left)
+    return Choice(jnp.stack(experts, axis=1), jnp.stack(scores, axis=1))
+
+
 def mixing_weights(
     scores: Float[Array, "tokens K"], k: Int[Array, ""], *, routing: Routing
 ) -> Float[Array, "tokens K"]:
     """The weights c_k that mix the K expert outputs into the layer's output at `k` <= K; `k` may be traced."""
-    kept = jnp.where(jnp.arange(scores.shape[-1])[None, :] < k, scores, 0.0)
+    weights = jnp.ones_like(scores) if routing.scales_input else scores
+    kept = jnp.where(jnp.arange(scores.shape[-1])[None, :] < k, weights, 0.0)
     if routing.renormalize:
-        kept = kept / (kept.sum(axis=-1, keepdims=True) + 1e-20)  # sigmoid scores may all underflow; DeepSeek's guard
+        kept = kept / jnp.maximum(kept.sum(axis=-1, keepdims=True) + routing.epsilon, routing.norm_min)
     return kept * jnp.float32(routing.scale)

@@ -9,15 +9,30 @@ def erf_gelu(x):
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-ACTIVATIONS = {"silu": lambda x: x / (1 + np.exp(-x)), "gelu": erf_gelu, "relu": lambda x: np.maximum(x, 0)}
+def silu(x, alpha=1.0):
+    return x / (1 + np.exp(-alpha * x))
+
+
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu": erf_gelu,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+def softmax(x):
+    powers = np.exp(x - x.max())
+    return powers / powers.sum()
 
 
 def choose(x, router, bias, routing, top_k):
     """One token: (expert indices, best first; scores of all experts)."""
-    logits = router @ x
-    scores = np.exp(logits - logits.max())
-    scores = scores / scores.sum() if routing.scoring == "softmax" else 1 / (1 + np.exp(-logits))
-    keys = scores if bias is None else scores + bias
+    logits = router @ x + (bias if routing.bias == "logits" else 0)
+    if routing.scoring == "sparsemixer":
+        return choose_in_turn(logits, routing.jitter, top_k)
+    scores = softmax(logits) if routing.scoring == "softmax" else 1 / (1 + np.exp(-logits))
+    keys = scores + bias if routing.bias == "selection" else scores
     if routing.num_groups > 1:
         groups = keys.reshape(routing.num_groups, -1)
         judged = [sorted(group)[-1] if routing.group_score == "max" else sum(sorted(group)[-2:]) for group in groups]
@@ -26,14 +41,43 @@ def choose(x, router, bias, routing, top_k):
     return np.argsort(-keys, kind="stable")[:top_k], scores
 
 
+def choose_in_turn(logits, jitter, top_k):
+    scores, chosen = np.zeros(len(logits)), []
+    for _ in range(top_k):
+        best = max((e for e in range(len(logits)) if e not in chosen), key=lambda e: logits[e])
+        near = [
+            e
+            for e in range(len(logits))
+            if e not in chosen and (logits[best] - logits[e]) / max(abs(logits[e]), logits[best]) <= 2 * jitter
+        ]
+        scores[best] = 1 / sum(math.exp(logits[e] - logits[best]) for e in near)
+        chosen.append(best)
+    return chosen, scores
+
+
+def run_expert(x, expert, activation):
+    """One row through one expert: (gate or None, up, down), or these and their three biases."""
+    gate, up, down, gate_bias, up_bias, down_bias = (*expert, 0, 0, 0)[:6]
+    function = ACTIVATIONS[activation.name]
+    lifted = up @ x + up_bias
+    if gate is None:
+        return down @ function(lifted) + down_bias
+    gated = gate @ x + gate_bias
+    if activation.limit is not None:
+        gated, lifted = np.minimum(gated, activation.limit), np.clip(lifted, -activation.limit, activation.limit)
+    gated = silu(gated, activation.alpha) if activation.alpha != 1 else function(gated)
+    return down @ (gated * (lifted + activation.up_offset)) + down_bias
+
+
 def moe_output(x, router, bias, experts, routing, activation, k):
-    """Outputs of one layer at top-k, [tokens, hidden] float64; `experts` is a list of (gate, up, down)."""
+    """Outputs of one layer at top-k, [tokens, hidden] float64."""
     output = np.zeros(x.shape)
     for t, token in enumerate(x):
         chosen, scores = choose(token, router, bias, routing, k)
-        total = sum(scores[e] for e in chosen) if routing.renormalize else 1.0
+        total = max(sum(scores[e] for e in chosen) + routing.epsilon, routing.norm_min) if routing.renormalize else 1
         for e in chosen:
-            gate, up, down = experts[e]
-            hidden = ACTIVATIONS[activation](gate @ token) * (up @ token)
-            output[t] += routing.scale * scores[e] / total * (down @ hidden)
+            if routing.scales_input:
+                output[t] += routing.scale * run_expert(scores[e] * token, experts[e], activation)
+            else:
+                output[t] += routing.scale * scores[e] / total * run_expert(token, experts[e], activation)
     return output

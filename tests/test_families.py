@@ -9,37 +9,39 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from lexi_search.architectures import ARCHITECTURES
+from lexi_search.architectures import ARCHITECTURES, Routing
 from lexi_search.checkpoint import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.experts import expert_outputs
 from lexi_search.models import describe, find_dtype
+from lexi_search.moe import compute_outputs as compute_outputs_of_experts
 from lexi_search.moe import mix
 from lexi_search.routing import route
 from lexi_search.weights import stream_layers
 
-MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny.FAMILIES' name is not the config's
+MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
+MAX_K = {"llama4": 4, "llama4_text": 4}  # where the model's own k is 1
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 
 def test_every_registered_family_is_tested():
-    assert {MODEL_TYPES.get(family, family) for family in tiny.FAMILIES} == set(ARCHITECTURES)
+    assert {MODEL_TYPES.get(family, family) for family in tiny.ALL_FAMILIES} == set(ARCHITECTURES)
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+@pytest.fixture(scope="module", params=tiny.ALL_FAMILIES)
 def family(request, tmp_path_factory):
     folder = tiny.make_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
     return request.param, folder, tiny.build_reference(request.param)
 
 
-def compute_outputs(folder, layer, x):
+def compute_outputs(folder, layer, x, max_k=None):
     """Our output of one layer at every k, [k][tokens, hidden]."""
     checkpoint = open_checkpoint(folder)
-    model = describe(checkpoint)
+    model = describe(checkpoint, max_k=max_k)
     [(_, weights)] = stream_layers(checkpoint, model, [layer])
-    tokens, top_k = jnp.asarray(x.numpy()), model.identity.top_k
-    choice = route(tokens, weights.router, weights.bias, routing=model.routing, top_k=top_k)
-    outputs = expert_outputs(tokens, choice.experts, weights.experts, activation=model.activation)
-    return [mix(outputs, choice.scores, jnp.int32(k), routing=model.routing) for k in range(1, top_k + 1)]
+    tokens, routing = jnp.asarray(x.numpy()), model.routing
+    choice = route(tokens, weights.router, weights.bias, routing=routing, top_k=model.top_k)
+    outputs = compute_outputs_of_experts(tokens, choice, weights.experts, routing=routing, activation=model.activation)
+    return [mix(outputs, choice.scores, jnp.int32(k), routing=routing) for k in range(1, model.top_k + 1)]
 
 
 def compute_reference(block, x, k):
@@ -47,34 +49,42 @@ def compute_reference(block, x, k):
     for module in block.modules():
         if hasattr(module, "top_k"):
             module.top_k = k
+    for name in SHARED:
+        if getattr(block, name, None) is not None:
+            getattr(block, name).forward = torch.zeros_like
     with torch.no_grad():
-        output = block(x[None])[0]
-        if hasattr(block, "shared_expert"):
-            output -= torch.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
-        if hasattr(block, "shared_experts"):
-            output -= block.shared_experts(x)
-    return output.numpy()
+        output = block(x[None])
+    return (output[0] if isinstance(output, tuple) else output).reshape(x.shape).numpy()
+
+
+def compute_phimoe(block, x, k):
+    """transformers' router knows k = 2 only; what it would do at k = 1 is to stop after its first choice."""
+    with torch.no_grad():
+        _, weights, chosen = block.router(x)
+        return block.experts(x, chosen[:, :k], weights[:, :k]).numpy()
 
 
 def test_description(family):
     name, folder, model = family
-    described = describe(open_checkpoint(folder))
-    config = model.config
-    num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    identity = described.identity
+    described = describe(open_checkpoint(folder), max_k=MAX_K.get(name))
+    identity, config = described.identity, model.config.get_text_config()
     assert identity.model_type == MODEL_TYPES.get(name, name)
-    assert identity.num_experts == (num_experts or config.n_routed_experts)
-    assert (identity.top_k, identity.num_hidden_layers) == (config.num_experts_per_tok, config.num_hidden_layers)
+    assert identity.num_experts == (8 if name in ("mixtral", "minicpm") else 12 if name == "qwen2_moe" else 16)
+    assert identity.top_k == {"phimoe": 2, "llama4": 1, "llama4_text": 1}.get(name, 4)
+    assert identity.num_hidden_layers == config.num_hidden_layers
     assert described.layers == tuple(tiny.find_moe_blocks(model))
-    assert identity.top_k_key == ("language_config." if name == "deepseek_vl2" else "") + "num_experts_per_tok"
+    stored = json.loads((folder / "config.json").read_text())
+    for key in identity.top_k_key.split("."):
+        stored = stored[key]
+    assert stored in (identity.top_k, [identity.top_k] * config.num_hidden_layers)
 
 
 def test_every_layer_at_every_k_equals_transformers(family):
     name, folder, model = family
-    x = torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(50, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(1))
     for layer, block in tiny.find_moe_blocks(model).items():
-        for k, ours in enumerate(compute_outputs(folder, layer, x), 1):
-            theirs = compute_reference(block, x, k)
+        for k, ours in enumerate(compute_outputs(folder, layer, x, MAX_K.get(name)), 1):
+            theirs = (compute_phimoe if name == "phimoe" else compute_reference)(block, x, k)
             assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs), (name, layer, k)
 
 
@@ -112,14 +122,17 @@ def sorted_keys(tensors, stem, options):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_fused_layouts_are_the_same_model(family, transposed, tmp_path):
-    _, folder, model = family
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next", "deepseek_v3"])
+def test_fused_layouts_are_the_same_model(name, transposed, tmp_path):
+    folder = tiny.make_checkpoint(name, tmp_path / "separate")
     tensors = load_file(folder / "model.safetensors")
-    save_file(fuse(tensors, transposed=transposed), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    x = torch.randn(20, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
-    layer = describe(open_checkpoint(tmp_path)).layers[-1]
-    for separate, together in zip(compute_outputs(folder, layer, x), compute_outputs(tmp_path, layer, x), strict=True):
+    (tmp_path / "fused").mkdir()
+    save_file(fuse(tensors, transposed=transposed), tmp_path / "fused/model.safetensors")
+    (tmp_path / "fused/config.json").write_bytes((folder / "config.json").read_bytes())
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))
+    for separate, together in zip(
+        compute_outputs(folder, 1, x), compute_outputs(tmp_path / "fused", 1, x), strict=True
+    ):
         np.testing.assert_array_equal(separate, together)
 
 
@@ -148,7 +161,7 @@ def test_selection_bias_is_read(tmp_path):
     save_file(tensors | bias, tmp_path / "model.safetensors")
     model = describe(open_checkpoint(tmp_path))
     assert model.tensors[1].bias == "language.model.layers.1.mlp.gate.e_score_correction_bias"
-    assert model.routing == (("sigmoid", False, 1.0, 4, 2, "top2"))
+    assert model.routing == Routing("sigmoid", num_groups=4, topk_groups=2, group_score="top2", bias="selection")
 
 
 def test_prediction_layers_past_the_last_are_left_out(tmp_path):
@@ -156,6 +169,46 @@ def test_prediction_layers_past_the_last_are_left_out(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     assert describe(open_checkpoint(tmp_path)).layers == (0, 1)
+
+
+@pytest.mark.parametrize("prefix", ["mtp.", "model.mtp.", "talker.model."])
+def test_parts_with_layers_of_their_own_are_left_out(prefix, tmp_path):
+    tiny.make_checkpoint("qwen3_next", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    more = {f"{prefix}layers.0.mlp.gate.weight": torch.zeros(16, 64)}
+    save_file(tensors | more, tmp_path / "model.safetensors")
+    assert describe(open_checkpoint(tmp_path)).identity.router == "model.layers.{}.mlp.gate.weight"
+
+
+def rewrite_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_single_expert_is_refused_unless_more_are_asked_for(tmp_path):
+    tiny.make_checkpoint("llama4_text", tmp_path)
+    with pytest.raises(InputError, match="num_experts_per_tok is 1.*; --max-k 2 profiles"):
+        describe(open_checkpoint(tmp_path))
+    for wrong in (1, 17):
+        with pytest.raises(InputError, match=f"max_k {wrong} is not between 2 and 16"):
+            describe(open_checkpoint(tmp_path), max_k=wrong)
+    model = describe(open_checkpoint(tmp_path), max_k=3)
+    assert (model.identity.top_k, model.top_k) == (1, 3)
+
+
+def test_max_k_is_not_below_the_models_own(tmp_path):
+    tiny.make_checkpoint("deepseek_v3", tmp_path)
+    with pytest.raises(InputError, match="max_k 3 is not between 4 and 16"):
+        describe(open_checkpoint(tmp_path), max_k=3)
+    with pytest.raises(InputError, match="topk_group 2 leaves fewer than 9"):
+        describe(open_checkpoint(tmp_path), max_k=9)
+
+
+def test_what_a_family_does_not_compute_that_way_is_refused(tmp_path):
+    tiny.make_checkpoint("nemotron_h", tmp_path)
+    rewrite_config(tmp_path, moe_latent_size=32)
+    with pytest.raises(InputError, match="moe_latent_size 32 is not known; known are None"):
+        describe(open_checkpoint(tmp_path))
 
 
 def drop(suffix):
@@ -169,20 +222,29 @@ def replace(suffix, change):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"model_type": "gpt9"}, None, "model_type 'gpt9' is not known; known are deepseek_v2, .*qwen3_moe"),
+        ({"model_type": "gpt9"}, None, "model_type 'gpt9' is not known; known are afmoe, .*qwen3_moe"),
+        ({"model_type": "longcat_flash"}, None, "model_type 'longcat_flash' is not known"),  # experts that are nothing
+        ({"norm_topk_prob": "yes"}, None, "norm_topk_prob is 'yes', expected a value like False"),
+        ({"num_experts_per_tok": [4, 2, 4]}, None, "num_experts_per_tok differs between layers"),
+        ({"num_experts_per_tok": [4.0, 4]}, None, r"num_experts_per_tok is 4.0, expected a whole number"),
         ({"num_experts": None}, None, "num_experts or num_local_experts is missing"),
         ({"num_experts": 8}, None, r"has shape \[16, 64\], expected \[8, 64\]"),
         ({"num_experts_per_tok": 1}, None, "num_experts_per_tok is 1: each token runs one expert"),
         ({"num_experts_per_tok": 17}, None, "only 16 experts"),
         ({"num_hidden_layers": "3"}, None, "num_hidden_layers is '3'"),
         ({"hidden_size": 32}, None, r"expected \[16, 32\]"),
-        ({"quantization_config": {"quant_method": "fp8"}}, None, "quantised"),
+        (
+            {"quantization_config": {"quant_method": "hqq"}},
+            None,
+            "quant_method 'hqq' is not supported; supported are awq, ",
+        ),
         ({"topk_method": "magic"}, None, "topk_method 'magic' is not known"),
         ({"scoring_func": "cosine"}, None, "scoring_func 'cosine' is not known"),
         ({}, drop("gate.weight"), "no router tensor"),
         ({}, drop("layers.1.mlp.experts.3.up_proj.weight"), "layers.1.mlp.experts.3.up_proj.weight is missing"),
         ({}, replace("experts.3.up_proj.weight", lambda t: t[:5]), r"has shape \[5, 64\], expected \[32, 64\]"),
         ({}, replace("experts.3.up_proj.weight", lambda t: t.to(torch.int8)), "is int8; known are"),
+        ({}, lambda t: t | {"model.layers.0.mlp.experts.0.up_proj.bias": torch.zeros(32)}, "up_proj has a bias"),
         ({}, lambda t: t | {"teacher.layers.0.mlp.gate.weight": torch.zeros(16, 64)}, "routers under several names"),
     ],
 )

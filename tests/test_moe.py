@@ -11,52 +11,90 @@ from hypothesis import strategies as st
 from lexi_search.architectures import Activation, Routing
 from lexi_search.experts import CHUNK_SIZES, MAX_PADDING, cut_into_chunks, expert_outputs
 from lexi_search.ffn import ACTIVATIONS, ExpertWeights
-from lexi_search.moe import mix, squared_distances
+from lexi_search.moe import compute_outputs, mix, squared_distances
 from lexi_search.routing import mixing_weights, route
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, TOKENS = 8, 24, 12, 4, 40
 
 ROUTINGS = [
     Routing(
-        scoring=scoring, renormalize=renormalize, scale=scale, num_groups=groups, topk_groups=kept, group_score=score
+        scoring=scoring,
+        renormalize=renormalize,
+        scale=scale,
+        num_groups=groups,
+        topk_groups=kept,
+        group_score=score,
+        bias=bias,
     )
     for scoring in ("softmax", "sigmoid")
-    for renormalize in (False, True)
-    for scale in (1.0, 2.5)
+    for renormalize, scale in ((False, 1.0), (True, 2.5))
     for groups, kept, score in ((1, 1, "max"), (4, 2, "max"), (4, 2, "top2"))
+    for bias in (None, "selection")
+] + [
+    Routing(renormalize=True, bias="logits"),
+    Routing(renormalize=True, epsilon=0.0, norm_min=0.3, bias="selection"),
+    Routing(scoring="sigmoid", renormalize=True, epsilon=0.1),
+    Routing(scoring="sigmoid", scales_input=True),
+    Routing(scoring="sparsemixer", jitter=0.01),
+    Routing(scoring="sparsemixer", jitter=0.2),
 ]
+EXPERTS_OF = {
+    "gated": (Activation(), "gate up down"),
+    "gelu": (Activation("gelu"), "gate up down"),
+    "relu": (Activation("relu"), "gate up down"),
+    "clamped": (Activation(limit=0.5), "gate up down"),
+    "clamped, shifted, biased": (
+        Activation(alpha=1.702, limit=0.7, up_offset=1.0),
+        "gate up down gate_bias up_bias down_bias",
+    ),
+    "ungated": (Activation("relu2"), "up down"),
+}
+SHAPES = {
+    "gate": (WIDTH, HIDDEN),
+    "up": (WIDTH, HIDDEN),
+    "down": (HIDDEN, WIDTH),
+    "gate_bias": (WIDTH,),
+    "up_bias": (WIDTH,),
+    "down_bias": (HIDDEN,),
+}
 
 
-def make_layer(seed=0):
+def make_layer(seed=0, parts="gate up down"):
     draw = np.random.default_rng(seed)
     router = draw.normal(size=(EXPERTS, HIDDEN)) / 2
     bias = draw.normal(size=EXPERTS) / 4
     experts = [
-        tuple(draw.normal(size=shape) / 3 for shape in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+        tuple(draw.normal(size=shape) / 3 if part in parts.split() else None for part, shape in SHAPES.items())
         for _ in range(EXPERTS)
     ]
-    return router, bias, experts, draw.normal(size=(TOKENS, HIDDEN))
+    return (
+        router,
+        bias,
+        [tuple(expert[: 6 if "_bias" in parts else 3]) for expert in experts],
+        draw.normal(size=(TOKENS, HIDDEN)),
+    )
 
 
 def as_weights(experts, dtype=jnp.float32):
-    return tuple(ExpertWeights(*(jnp.asarray(matrix, dtype) for matrix in expert)) for expert in experts)
+    return tuple(
+        ExpertWeights(*(None if part is None else jnp.asarray(part, dtype) for part in expert)) for expert in experts
+    )
 
 
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_every_k_from_one_pass_equals_the_loop(routing, biased):
+def test_every_k_from_one_pass_equals_the_loop(routing):
     router, bias, experts, x = make_layer()
-    bias = bias if biased else None
+    inputs, activation = jnp.asarray(x, jnp.float32), Activation()
     choice = route(
-        jnp.asarray(x, jnp.float32),
+        inputs,
         jnp.asarray(router, jnp.float32),
-        jnp.asarray(bias, jnp.float32) if biased else None,
+        jnp.asarray(bias, jnp.float32) if routing.bias else None,
         routing=routing,
         top_k=TOP_K,
     )
-    outputs = expert_outputs(jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation=Activation())
+    outputs = compute_outputs(inputs, choice, as_weights(experts), routing=routing, activation=activation)
     distances = squared_distances(outputs, choice.scores, routing=routing)
-    expected = [reference.moe_output(x, router, bias, experts, routing, "silu", k) for k in range(1, TOP_K + 1)]
+    expected = [reference.moe_output(x, router, bias, experts, routing, activation, k) for k in range(1, TOP_K + 1)]
     for k in range(1, TOP_K + 1):
         mixed = mix(outputs, choice.scores, jnp.int32(k), routing=routing)
         assert relative_error(mixed, expected[k - 1]) < 4e-7
@@ -68,15 +106,15 @@ def test_every_k_from_one_pass_equals_the_loop(routing, biased):
     assert not distances[:, -1].any()
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
-def test_activations(activation):
-    router, _, experts, x = make_layer(1)
-    choice = route(jnp.asarray(x, jnp.float32), jnp.asarray(router, jnp.float32), None, routing=Routing(), top_k=TOP_K)
-    outputs = expert_outputs(
-        jnp.asarray(x, jnp.float32), choice.experts, as_weights(experts), activation=Activation(activation)
-    )
-    expected = reference.moe_output(x, router, None, experts, Routing(), activation, TOP_K)
-    assert relative_error(mix(outputs, choice.scores, jnp.int32(TOP_K), routing=Routing()), expected) < 1e-6
+@pytest.mark.parametrize("kind", EXPERTS_OF)
+def test_experts(kind):
+    activation, parts = EXPERTS_OF[kind]
+    router, _, experts, x = make_layer(1, parts)
+    inputs, routing = jnp.asarray(x, jnp.float32), Routing()
+    choice = route(inputs, jnp.asarray(router, jnp.float32), None, routing=routing, top_k=TOP_K)
+    outputs = compute_outputs(inputs, choice, as_weights(experts), routing=routing, activation=activation)
+    expected = reference.moe_output(x, router, None, experts, routing, activation, TOP_K)
+    assert relative_error(mix(outputs, choice.scores, jnp.int32(TOP_K), routing=routing), expected) < 4e-7
 
 
 def test_activation_names_are_those_of_transformers():

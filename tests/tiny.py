@@ -1,6 +1,7 @@
 """Tiny random checkpoints of every family, in the layout that the hub's own have; one common source for all tests."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,14 +85,158 @@ FAMILIES = {
     "minicpm": ("Mixtral", MIXTRAL),
 }
 
+PLAIN = COMMON | dict(num_hidden_layers=2, head_dim=32, intermediate_size=32, num_experts_per_tok=4)
+QWEN = PLAIN | dict(
+    num_experts=16,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    linear_num_value_heads=2,
+    linear_num_key_heads=2,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+)
+LOCAL = PLAIN | dict(num_local_experts=16)
+GLM = PLAIN | dict(
+    moe_intermediate_size=32,
+    n_routed_experts=16,
+    n_shared_experts=1,
+    first_k_dense_replace=0,
+    n_group=4,
+    topk_group=2,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+)
+MLA = GLM | dict(kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32)
+INDEXED = MLA | dict(index_n_heads=2, index_head_dim=32, index_topk=8)
+GRANITE = LOCAL | dict(
+    shared_intermediate_size=32, layer_types=["attention"] * 2, mamba_n_heads=2, mamba_d_head=64, mamba_n_groups=1
+)
+ARIA = LOCAL | dict(moe_num_experts=16, moe_topk=4, moe_num_shared_experts=1)
+LLAMA4 = LOCAL | dict(num_experts_per_tok=1, intermediate_size_mlp=64, moe_layers=[1], interleave_moe_layer_step=2)
+VISION = dict(
+    depth=1,
+    num_hidden_layers=1,
+    hidden_size=32,
+    embed_dim=32,
+    intermediate_size=32,
+    num_heads=2,
+    num_attention_heads=2,
+    out_hidden_size=64,
+    patch_size=14,
+    image_size=28,
+    deepstack_visual_indexes=[0],
+    num_position_embeddings=16,
+    projector_hidden_size=64,
+)
+LLAMA4_VISION = VISION | dict(
+    vision_output_dim=64, pixel_shuffle_ratio=0.5, projector_input_dim=64, projector_output_dim=64
+)
+
+
+def with_vision(text, vision=VISION, **more):
+    return dict(text_config=text, vision_config=vision, **more)
+
+
+# The families that are only described and computed, not served in the tests: the names of the config and of the model,
+# where they are not those of one `ForCausalLM`, and the settings.
+ALL_FAMILIES = FAMILIES | {
+    "flex_olmo": ("FlexOlmo", PLAIN | dict(num_experts=16)),
+    "qwen3_next": ("Qwen3Next", QWEN),
+    "qwen3_5_moe": ("Qwen3_5Moe ForConditionalGeneration", with_vision(QWEN)),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText Qwen3_5MoeForCausalLM", QWEN),
+    "qwen3_vl_moe": ("Qwen3VLMoe ForConditionalGeneration", with_vision(QWEN)),
+    "qwen3_omni_moe": ("Qwen3Moe", QWEN),
+    "qwen4_exp": ("Qwen4Exp ForConditionalGeneration", with_vision(QWEN)),
+    "mellum": ("Mellum", QWEN),
+    "minimax": ("MiniMax", LOCAL),
+    "granitemoe": ("GraniteMoe", LOCAL),
+    "granitemoeshared": ("GraniteMoeShared", GRANITE),
+    "granitemoehybrid": ("GraniteMoeHybrid", GRANITE),
+    "granitemoe_swa": ("GraniteMoeSWA", LOCAL),
+    "phimoe": ("Phimoe", LOCAL | dict(num_experts_per_tok=2, router_jitter_noise=0.1)),
+    "jamba": (
+        "Jamba",
+        PLAIN
+        | dict(
+            num_experts=16, attn_layer_period=1, attn_layer_offset=0, expert_layer_period=2, use_mamba_kernels=False
+        ),
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", PLAIN | dict(num_experts=16, moe_topk=[4, 4])),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        PLAIN | dict(moe_intermediate_size=32, moe_num_experts=16, moe_k=4, moe_norm_min=0.4, moe_layer_start_index=0),
+    ),
+    "aria": (
+        "Aria ForConditionalGeneration",
+        with_vision(ARIA | dict(model_type="aria_text"), VISION | dict(model_type="idefics3_vision")),
+    ),
+    "cohere2_moe": ("Cohere2Moe", PLAIN | dict(num_experts=16, num_shared_experts=1, first_k_dense_replace=0)),
+    "deepseek_v3": ("DeepseekV3", MLA),
+    "deepseek_v32": ("DeepseekV32", INDEXED),
+    "kimi_k2": ("DeepseekV3", MLA | dict(n_group=1, topk_group=1)),
+    "kimi_k25": ("Kimi_K25 ForConditionalGeneration", with_vision(MLA | dict(n_group=1, topk_group=1))),
+    "kimi_vl": ("DeepseekV3", MLA | dict(n_group=1, topk_group=1)),
+    "kimi_linear": ("KimiLinear", MLA | dict(num_experts=16, num_expert_group=4, linear_num_heads=2)),
+    "glm4_moe": ("Glm4Moe", GLM | dict(n_group=1, topk_group=1)),
+    "glm4_moe_lite": ("Glm4MoeLite", MLA),
+    "glm_moe_dsa": ("GlmMoeDsa", INDEXED),
+    "glm4v_moe": ("Glm4vMoe ForConditionalGeneration", with_vision(GLM)),
+    "dots1": ("Dots1", GLM | dict(norm_topk_prob=False)),
+    "exaone_moe": (
+        "ExaoneMoe",
+        GLM | dict(num_experts=16, num_shared_experts=1, mlp_layer_types=["sparse"] * 2),
+    ),
+    "solar_open": ("SolarOpen", GLM),
+    "mimo_v2_flash": ("MiMoV2Flash", GLM),
+    "hy_v4": ("HYV4", GLM | dict(swiglu_limit=0.5)),
+    "mistral4": ("Mistral4", MLA),
+    "nemotron_h": (
+        "NemotronH",
+        MLA
+        | dict(
+            num_hidden_layers=3,
+            hybrid_override_pattern="*EE",
+            moe_shared_expert_intermediate_size=32,
+            mamba_num_heads=2,
+            mamba_head_dim=32,
+            n_groups=1,
+        ),
+    ),
+    "minimax_m2": ("MiniMaxM2", LOCAL),
+    "minimax_m3_vl": (
+        "MiniMaxM3VL MiniMaxM3SparseForConditionalGeneration",
+        with_vision(LOCAL | dict(shared_intermediate_size=32, swiglu_limit=0.5)),
+    ),
+    "hy_v3": ("HYV3", QWEN | dict(num_local_experts=16, num_shared_experts=1, first_k_dense_replace=0)),
+    "afmoe": ("Afmoe", QWEN | dict(num_dense_layers=0, route_scale=1.5)),
+    "laguna": ("Laguna", QWEN | dict(moe_routed_scaling_factor=1.5)),
+    "lfm2_moe": ("Lfm2Moe", QWEN | dict(num_dense_layers=0, layer_types=["full_attention"] * 2)),
+    "bailing_moe": ("Qwen3Moe", QWEN | dict(norm_topk_prob=True)),
+    "bailing_moe_v2": ("Glm4Moe", GLM),
+    "gpt_oss": ("GptOss", LOCAL | dict(swiglu_limit=0.5)),
+    "llama4": ("Llama4 ForConditionalGeneration", with_vision(LLAMA4, LLAMA4_VISION)),
+    "llama4_text": ("Llama4Text Llama4ForCausalLM", LLAMA4),
+}
+ROUTERS = (
+    "mlp.gate.weight",
+    "feed_forward.gate.weight",
+    "mixer.gate.weight",
+    "router.weight",
+    "router.gate.weight",
+    "gate.wg.weight",
+)
+BIASES = ("e_score_correction_bias", "expert_bias", "router.bias")
+
 
 def build_reference(family: str, *, seed: int = 0, **changes):
     """The family's tiny model as transformers builds it, float32, in evaluation mode, with routers that prefer."""
-    name, settings = FAMILIES[family]
+    name, settings = ALL_FAMILIES[family]
+    name, _, model_name = name.partition(" ")
     config = getattr(transformers, f"{name}Config")(**(settings | changes))
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model_name = model_name or "ForCausalLM"
+    model = getattr(transformers, name + model_name if model_name.startswith("For") else model_name)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in model.named_parameters():
@@ -99,8 +244,11 @@ def build_reference(family: str, *, seed: int = 0, **changes):
                 value.ndim > 1
             ):  # a fan-in scale: at transformers' 0.02 the experts' outputs would vanish beside the residual
                 value.normal_(0.0, value.shape[-1] ** -0.5, generator=generator)
-            if key.endswith("mlp.gate.weight"):
+            if key.endswith(ROUTERS):
                 value.mul_(2.0)
+        for key, value in (*model.named_parameters(), *model.named_buffers()):
+            if key.endswith(BIASES):
+                value.uniform_(0.0, 0.3, generator=generator)
     return model
 
 
@@ -108,17 +256,21 @@ def make_checkpoint(family: str, folder: Path, *, seed: int = 0, shard_size: str
     """Write the family's tiny checkpoint into `folder`, as on the hub: `config.json` and safetensors shards."""
     model = build_reference(family, seed=seed, **changes)
     model.save_pretrained(folder, max_shard_size=shard_size)
-    if family == "deepseek_vl2":
-        _rewrite(folder, _rename_to_vl2, _vl2_config)
+    if family in REWRITES:
+        _rewrite(folder, *REWRITES[family])
     if family == "minicpm":
-        _rewrite(folder, _rename_to_minicpm, _minicpm_config)
         (folder / "configuration_minicpm.py").write_text(MINICPM_CONFIGURATION)
     return folder
 
 
 def find_moe_blocks(model) -> dict[int, torch.nn.Module]:
-    """Decoder-layer index -> MoE block (the module that holds a router called `gate`)."""
-    return {i: layer.mlp for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")}
+    """Decoder-layer index -> MoE block (the module that holds a router and experts)."""
+    named = ((re.fullmatch(r"(.*\.)?layers\.(\d+)\.\w+", name), module) for name, module in model.named_modules())
+    return {
+        int(match[2]): module
+        for match, module in named
+        if match and hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router"))
+    }
 
 
 def read_config(folder: Path) -> SimpleNamespace:
@@ -130,10 +282,6 @@ def _rewrite(folder, rename, reconfigure):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(reconfigure(config), indent=2))
-
-
-def _rename_to_vl2(key):
-    return f"language.{key}"
 
 
 def _vl2_config(config):
@@ -158,10 +306,6 @@ def _vl2_config(config):
     }
 
 
-def _rename_to_minicpm(key):
-    return key.replace(".block_sparse_moe.", ".mlp.")
-
-
 def _minicpm_config(config):
     config = {k: v for k, v in config.items() if k not in ("num_local_experts", "rope_parameters")}
     return config | {
@@ -177,6 +321,40 @@ def _minicpm_config(config):
         "dim_model_base": config["hidden_size"],
     }
 
+
+def _nest(model_type, *path):
+    """A config that keeps this one under `path`."""
+
+    def reconfigure(config):
+        for key in reversed(path):
+            config = {key: config}
+        return {"model_type": model_type} | config
+
+    return reconfigure
+
+
+def _retype(model_type, **more):
+    return lambda config: config | {"model_type": model_type} | more
+
+
+# What makes a family's checkpoint of the one that transformers wrote: new tensor names, a new config.
+REWRITES = {
+    "deepseek_vl2": (lambda key: f"language.{key}", _vl2_config),
+    "minicpm": (lambda key: key.replace(".block_sparse_moe.", ".mlp."), _minicpm_config),
+    "qwen3_omni_moe": (
+        lambda key: f"thinker.{key}",
+        _nest("qwen3_omni_moe", "thinker_config", "text_config"),
+    ),
+    "kimi_k2": (str, _retype("kimi_k2", topk_method="noaux_tc", scoring_func="sigmoid")),
+    # transformers 5.19 writes the vision tower's word for layers into the language model's names.
+    "kimi_k25": (lambda key: key.replace("language_model.model.blocks.", "language_model.model.layers."), dict),
+    "kimi_vl": (lambda key: f"language_model.{key}", _nest("kimi_vl", "text_config")),
+    "bailing_moe": (str, _retype("bailing_moe")),
+    "bailing_moe_v2": (
+        lambda key: key.replace("e_score_correction_bias", "expert_bias"),
+        _retype("bailing_moe_v2", num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True),
+    ),
+}
 
 MINICPM_CONFIGURATION = """from transformers.configuration_utils import PretrainedConfig
 
