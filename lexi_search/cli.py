@@ -4,6 +4,7 @@ import click
 
 from lexi_search import __version__
 from lexi_search.commands.export import export
+from lexi_search.commands.merge import merge_profiles
 from lexi_search.commands.profile import profile
 from lexi_search.commands.search import search
 from lexi_search.commands.show import plot, show
@@ -22,5 +23,5 @@ def main() -> None:
     """
 
 
-for command in (profile, search, show, plot, export):
+for command in (profile, merge_profiles, search, show, plot, export):
     main.add_command(command)

@@ -1,6 +1,7 @@
 """What the commands share: how bad input is refused, what is printed, how options are read."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,12 @@ class Refusal(click.ClickException):
     """Bad input: one line on stderr and, as for a wrong option, exit code 2."""
 
     exit_code = 2
+
+
+class Interruption(click.ClickException):
+    """Ctrl-C after which there is something to say: one line on stderr and the exit code of shells."""
+
+    exit_code = 130
 
 
 class Commands(click.Group):
@@ -42,14 +49,14 @@ normalised_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
+def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
     """`0:15` (both ends included), `3`, `0,2,5` or a mix of them, as ascending layer indices."""
     try:
         ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
     except ValueError:
         ends = []
     if not ends or any(len(part) > 2 or part[0] < 0 or part[-1] < part[0] for part in ends):
-        raise InputError(f"--layers {text!r} is not understood; write 0:15 (both ends included), 3, or 0,2,5")
+        raise InputError(f"{option} {text!r} is not understood; write 0:15 (both ends included), 3, or 0,2,5")
     return tuple(sorted({layer for part in ends for layer in range(part[0], part[-1] + 1)}))
 
 
@@ -112,3 +119,28 @@ def prepare_environment() -> None:
         return  # a cache that cannot be had only costs time
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def explain_lost_process() -> None:
+    """Before JAX is imported: where it ends this process because another died, have that said in one line.
+
+    JAX does so in C++, with a stack trace and an abort that Python never hears of. So a child process passes on what is
+    written to stderr up to there. Python's own stderr stays what it was, such as a terminal.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the same story, told step by step before the end
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.close(writing)
+        with open(reading, "rb") as lines:
+            for line in lines:
+                if b"JAX distributed service detected fatal errors" in line:
+                    os.write(2, b"Error: another process was lost; what is finished is kept, start all again\n")
+                    break
+                os.write(2, line)
+            lines.read()
+        os._exit(0)
+    os.close(reading)
+    sys.stderr = open(os.dup(2), "w", buffering=1)
+    os.dup2(writing, 2)
+    os.close(writing)

@@ -1,5 +1,6 @@
 """Stage 1 (LExI section 3.1, Algorithm 1): stream a checkpoint layer by layer into the loss of each layer at each k."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from lexi_search.measuring import measure_layer
 from lexi_search.models import Model
 from lexi_search.moments import summarise
 from lexi_search.weights import stream_layers
+
+SAMPLES, SAMPLE_BYTES = 1024, 4096
 
 
 def profile_layers(
@@ -41,3 +44,24 @@ def profile_layers(
             remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
             raise InputError(f"{checkpoint.folder}: the output of layer {layer} overflows in {settings.dtype}{remedy}")
         yield layer, summarise(moments)
+
+
+def sample_weights(checkpoint: Checkpoint) -> str:
+    """Hex SHA-256 over the name, type and shape of every tensor and some bytes from the middle of `SAMPLES` of them.
+
+    It tells apart checkpoints with the same routers, such as a fine-tuned or a quantised one, in a moment: hashing
+    every byte would take as long as profiling.
+    """
+    digest, names = hashlib.sha256(), sorted(checkpoint.entries)
+    for name in names:
+        entry = checkpoint.entries[name]
+        digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+    for name in names[:: -(-len(names) // SAMPLES)]:
+        file, _, _, start, size = checkpoint.entries[name]
+        try:
+            with open(file, "rb", buffering=0) as stored:
+                stored.seek(start + max(size - SAMPLE_BYTES, 0) // 2)
+                digest.update(stored.read(min(size, SAMPLE_BYTES)))
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()

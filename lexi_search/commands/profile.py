@@ -1,11 +1,17 @@
 """`lexi-search profile`."""
 
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+
 import click
 
 from lexi_search import __version__
-from lexi_search.artifacts import DTYPES, Profile, ProfileSettings, write_profile
-from lexi_search.console import make_progress, parse_layers, prepare_environment
+from lexi_search.artifacts import DTYPES, LayerLoss, Profile, ProfileSettings, write_profile
+from lexi_search.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
 from lexi_search.files import check_writable
+from lexi_search.merging import Header
+from lexi_search.partials import Partials, keep_partials
 
 
 @click.command()
@@ -23,6 +29,11 @@ from lexi_search.files import check_writable
     default="auto",
     help="Element type of the input; auto: the weights'.",
 )
+@click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
+@click.option("--distributed", is_flag=True, help="One of several processes of Slurm, MPI or Kubernetes.")
+@click.option("--coordinator", help="HOST:PORT where process 0 listens, for several processes started by hand.")
+@click.option("--num-processes", type=click.IntRange(1), help="How many processes there are.")
+@click.option("--process-id", type=click.IntRange(0), help="Which of them this is, from 0.")
 def profile(
     weights: str,
     output: str,
@@ -33,32 +44,82 @@ def profile(
     samples: int,
     seed: int,
     dtype: str,
+    restart: bool,
+    distributed: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
 ) -> None:
     """Measure how much each layer of WEIGHTS loses at each k.
 
-    WEIGHTS is a folder with config.json and safetensors shards, or a hub id. Reads one layer at a time.
+    WEIGHTS is a folder with config.json and safetensors shards, or a hub id. Reads one layer at a time. Finished layers
+    are kept in OUTPUT.partial until all are: cut short, the same command goes on from there.
+
+    Several processes, on one host or many, share out the layers: start all with the same arguments, on their own GPUs
+    each (CUDA_VISIBLE_DEVICES). Process 0 writes OUTPUT.
     """
-    check_writable(output)
+    place = (coordinator, num_processes, process_id)
+    together = distributed or place != (None, None, None)
+    if together:
+        explain_lost_process()
+    else:
+        check_writable(output)
     wanted = parse_layers(layers) if layers else None
     prepare_environment()
     from lexi_search.checkpoint import open_checkpoint
+    from lexi_search.distribution import Group, agree, estimate_costs, gather, join, spread
     from lexi_search.models import describe, find_dtype
-    from lexi_search.profiling import profile_layers
+    from lexi_search.profiling import profile_layers, sample_weights
 
-    checkpoint = open_checkpoint(weights)
-    model = describe(checkpoint)
-    settings = ProfileSettings(
-        input="paper",
-        seed=seed,
-        batch=batch,
-        length=length,
-        dtype=find_dtype(checkpoint, model) if dtype == "auto" else dtype,
-        relative_error=relative_error,
-        max_samples=samples,
-    )
-    chosen = wanted or model.layers
-    with make_progress() as progress:
-        measured = profile_layers(checkpoint, model, layers=chosen, settings=settings)
-        losses = dict(progress.track(measured, total=len(chosen), description="layers"))
-    write_profile(output, Profile(model.identity, settings, losses, {"lexi_search": __version__}))
+    with ExitStack() as stack:
+        group = stack.enter_context(join(*place)) if together else Group()
+        checkpoint = open_checkpoint(weights)
+        model = describe(checkpoint)
+        settings = ProfileSettings(
+            input="paper",
+            seed=seed,
+            batch=batch,
+            length=length,
+            dtype=find_dtype(checkpoint, model) if dtype == "auto" else dtype,
+            relative_error=relative_error,
+            max_samples=samples,
+        )
+        made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}
+        header, chosen, partials = Header(model.identity, settings, made_by), wanted or model.layers, None
+        if group.index == 0:
+            check_writable(output)
+            partials = stack.enter_context(keep_partials(output, header, restart=restart))
+            _tell_what_is_there(partials, chosen)
+        missing = agree(group, header, [layer for layer in chosen if not partials or layer not in partials.layers])
+        own = spread(estimate_costs(checkpoint, model, missing), group.size)[group.index]
+        measured = profile_layers(checkpoint, model, layers=own, settings=settings)
+        results = gather(group, measured, missing)
+        if partials is None:
+            deque(results, maxlen=0)
+            return
+        _keep(results, partials, chosen)
+        losses = {layer: partials.layers[layer] for layer in chosen}
+        write_profile(output, Profile(model.identity, settings, losses, made_by))
+        partials.clear()
     click.echo(output)
+
+
+def _tell_what_is_there(partials: Partials, chosen: tuple[int, ...]) -> None:
+    finished = len(partials.layers.keys() & set(chosen))
+    if finished or partials.damaged:
+        damaged = f"; files that are damaged there, and measured again: {partials.damaged}" if partials.damaged else ""
+        click.echo(f"{finished} of {len(chosen)} layers are finished in {partials.folder}{damaged}", err=True)
+
+
+def _keep(results: Iterator[tuple[int, LayerLoss]], partials: Partials, chosen: tuple[int, ...]) -> None:
+    try:
+        with make_progress() as progress:
+            task = progress.add_task("layers", total=len(chosen), completed=len(partials.layers))
+            for layer, loss in results:
+                partials.add(layer, loss)
+                progress.advance(task)
+    except KeyboardInterrupt:
+        if not partials.layers:
+            raise
+        kept = f"{len(partials.layers)} of {len(chosen)} layers are kept in {partials.folder}"
+        raise Interruption(f"interrupted; {kept}, and the same command goes on from there") from None

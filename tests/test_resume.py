@@ -1,0 +1,246 @@
+"""A profile cut short goes on where it was, and nothing of that shows in its bytes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from synthetic import make_profile
+
+import lexi_search
+from lexi_search import artifacts, partials
+from lexi_search.cli import main
+from lexi_search.errors import InputError
+from lexi_search.merging import read_header
+from lexi_search.partials import Partials, keep_partials
+
+FAST = ["--batch", "2", "--length", "32", "--relative-error", "0.2"]
+STORE = Path("profile.json.partial")
+# Ends in the n-th call of a function that writes, either before or after it.
+DIE = """
+import os, signal
+from lexi_search import files, partials
+from lexi_search.cli import main
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def add_and_die(self, layer, loss, add=partials.Partials.add):
+    add(self, layer, loss)
+    die()
+"""
+IN_THE_WRITE = DIE + "files.os.replace = die\nmain()"
+AFTER_A_LAYER = DIE + "partials.Partials.add = add_and_die\nmain()"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.make_checkpoint("olmoe", tmp_path_factory.mktemp("checkpoint") / "olmoe")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, checkpoint):
+    """The bytes of the whole profile, made in one go."""
+    path = tmp_path_factory.mktemp("unbroken") / "profile.json"
+    done = CliRunner().invoke(main, ["profile", str(checkpoint), *FAST, "-o", str(path)], catch_exceptions=False)
+    assert (done.exit_code, done.stderr) == (0, "")
+    return path.read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["profile", *map(str, arguments)], catch_exceptions=False)
+
+
+def interrupt_after(monkeypatch, layers, error=KeyboardInterrupt):
+    """Stop as Ctrl-C does, after so many layers."""
+    add = Partials.add
+
+    def add_and_stop(self, layer, loss):
+        add(self, layer, loss)
+        if len(self.layers) == layers:
+            raise error
+
+    monkeypatch.setattr(Partials, "add", add_and_stop)
+
+
+@pytest.fixture
+def cut_short(folder, checkpoint):
+    """A run that has finished layers 0 and 1 of 3."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 2)
+        done = run(checkpoint, *FAST)
+    assert done.exit_code == 130
+    assert done.stderr == (
+        f"Error: interrupted; 2 of 3 layers are kept in {folder / STORE}, and the same command goes on from there\n"
+    )
+    assert [path.name.partition("-")[0] for path in sorted(STORE.glob("*.json"))] == ["0", "1"]
+    assert not Path("profile.json").exists()
+    return folder
+
+
+def test_killed_in_every_layer_in_turn(folder, checkpoint, unbroken):
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(lexi_search.__file__).parent.parent),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    }
+
+    def start(code):
+        command = [sys.executable, "-c", code, "profile", str(checkpoint), *FAST]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    for finished, code in ((0, IN_THE_WRITE), (1, AFTER_A_LAYER), (2, AFTER_A_LAYER), (3, AFTER_A_LAYER)):
+        assert start(code).returncode == -signal.SIGKILL
+        assert len(list(STORE.glob("*.json"))) == finished
+        assert not Path("profile.json").exists()
+    last = start(DIE + "main()")
+    assert (last.returncode, last.stdout) == (0, "profile.json\n")
+    assert last.stderr == f"3 of 3 layers are finished in {folder / STORE}\n"
+    assert Path("profile.json").read_bytes() == unbroken
+    assert sorted(os.listdir()) == ["cache", "profile.json"]
+
+
+def test_only_what_is_missing_is_measured(cut_short, checkpoint, unbroken, monkeypatch):
+    measured, add = [], Partials.add
+    monkeypatch.setattr(Partials, "add", lambda self, layer, loss: (measured.append(layer), add(self, layer, loss)))
+    done = run(checkpoint, *FAST)
+    assert (done.exit_code, done.stdout, measured) == (0, "profile.json\n", [2])
+    assert Path("profile.json").read_bytes() == unbroken
+    assert os.listdir() == ["profile.json"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--seed", "1"], "whose settings.seed is 0, not 1 as now"),
+        (["--samples", "4096"], "whose settings.max_samples is 1048576, not 4096 as now"),
+        (["--dtype", "bfloat16"], "whose settings.dtype is float32, not bfloat16 as now"),
+    ],
+)
+def test_other_settings_are_refused(cut_short, checkpoint, options, words):
+    done = run(checkpoint, *FAST, *options)
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert words in done.stderr and "throw them away with --restart" in done.stderr
+    assert len(list(STORE.glob("*.json"))) == 2  # still there for who wants them
+
+
+@pytest.mark.parametrize("part, words", [("experts", "made_by.weights_sample"), ("mlp.gate", "model.router_sha256")])
+def test_other_weights_are_refused(cut_short, checkpoint, part, words):
+    other = Path(shutil.copytree(checkpoint, cut_short / "other"))
+    tensors = load_file(other / "model.safetensors")
+    changed = {name: value * (1.5 if part in name else 1) for name, value in tensors.items()}
+    save_file(changed, other / "model.safetensors", {"format": "pt"})
+    done = run(other, *FAST)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
+
+
+def test_restart_throws_away(cut_short, checkpoint):
+    done = run(checkpoint, *FAST, "--seed", "1", "--restart")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert artifacts.read_profile("profile.json").settings.seed == 1
+    assert os.listdir() == ["profile.json"]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: data.replace(b"1", b"2"), lambda data: b""])
+def test_damaged_layers_are_measured_again(cut_short, checkpoint, unbroken, damage):
+    path = sorted(STORE.glob("*.json"))[0]
+    path.write_bytes(damage(path.read_bytes()))
+    done = run(checkpoint, *FAST)
+    assert done.exit_code == 0
+    assert "1 of 3 layers are finished" in done.stderr and "measured again: 1" in done.stderr
+    assert Path("profile.json").read_bytes() == unbroken
+    assert os.listdir() == ["profile.json"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_changed_byte_goes_unnoticed(tmp_path, data):
+    profile = make_profile(1)
+    with keep_partials(tmp_path / "p", read_header(profile), restart=True) as kept:
+        kept.add(0, profile.layers[0])
+        (path,) = kept.folder.glob("*.json")
+        original = path.read_bytes()
+    assert partials._read(path).layers == profile.layers
+    place = data.draw(st.integers(0, len(original) - 1))
+    other = data.draw(st.integers(0, 255).filter(lambda byte: byte != original[place]))
+    path.write_bytes(original[:place] + bytes([other]) + original[place + 1 :])
+    assert partials._read(path) is None
+
+
+def test_two_runs_on_one_output_do_not_meet(folder, checkpoint, unbroken):
+    header = read_header(make_profile())
+    with keep_partials("profile.json", header):
+        done = run(checkpoint, *FAST)
+        assert done.exit_code == 2
+        assert done.stderr == (
+            "Error: another run is writing profile.json; wait for it to end, or name another file with -o\n"
+        )
+        assert run(checkpoint, *FAST, "-o", "other.json").exit_code == 0
+        assert STORE.is_dir()
+    assert os.listdir() == ["other.json"]
+    assert Path("other.json").read_bytes() == unbroken
+
+
+def test_the_lock_of_a_run_that_just_ended_is_none(folder):
+    """Opened while its holder lived, locked after that removed it: whoever has it is alone with a file of no name."""
+    header = read_header(make_profile())
+    with pytest.MonkeyPatch.context() as patch:
+        real = partials.fcntl.flock
+        patch.setattr(partials.fcntl, "flock", lambda lock, how: (os.unlink("p.partial/lock"), real(lock, how)))
+        with pytest.raises(InputError, match="another run is writing p; wait"), keep_partials("p", header):
+            pass
+
+
+def test_interrupted_before_the_first_layer_leaves_nothing(folder, checkpoint, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partials, "add", stop)
+    done = run(checkpoint, *FAST)
+    assert (done.exit_code, done.stderr.strip()) == (1, "Aborted!")
+    assert os.listdir() == []
+
+
+def test_a_later_layer_that_is_refused_keeps_the_earlier(folder, checkpoint, unbroken):
+    spoiled = Path(shutil.copytree(checkpoint, folder / "spoiled"))
+    tensors = load_file(spoiled / "model.safetensors")
+    name = sorted(name for name in tensors if "layers.1." in name and "experts" in name)[-1]
+    for value in (float("nan"), float("inf")):
+        damaged = tensors[name].copy()
+        damaged[0, 0] = value  # where no sample is taken
+        save_file(tensors | {name: damaged}, spoiled / "model.safetensors", {"format": "pt"})
+        done = run(spoiled, *FAST)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"tensor {name} holds NaN or Inf" in done.stderr
+        assert [path.name.partition("-")[0] for path in STORE.glob("*.json")] == ["0"]
+    assert run(checkpoint, *FAST).exit_code == 0
+    assert Path("profile.json").read_bytes() == unbroken
+
+
+def test_a_folder_that_cannot_be_used_is_refused(folder, checkpoint):
+    STORE.write_text("a file")
+    done = run(checkpoint, *FAST)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"cannot use {folder / STORE}: File exists" in done.stderr
+    assert STORE.read_text() == "a file"
+
+
+def test_what_others_put_into_the_folder_stays(folder, checkpoint, unbroken):
+    STORE.mkdir()
+    (STORE / "notes.txt").write_text("mine")
+    assert run(checkpoint, *FAST).exit_code == 0
+    assert Path("profile.json").read_bytes() == unbroken
+    assert os.listdir(STORE) == ["notes.txt"]
