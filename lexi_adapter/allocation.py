@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 FORMAT = "lexi-allocation"
 KEY = "lexi_allocation"  # of the document in config.json, --hf-overrides and --additional-config
 VERSION = 1
+FIXED_TOP_K = {"phimoe": 2}  # model types whose routing function, vLLM's and transformers', knows one top-k
 
 
 class AllocationError(Exception):
@@ -81,6 +82,15 @@ def to_document(allocation: Allocation) -> dict[str, Any]:
     body["top_k"] = {str(layer): k for layer, k in sorted(allocation.top_k.items())}
     body["model"]["moe_layers"] = list(allocation.model.moe_layers)
     return {"format": FORMAT, "version": VERSION, **body}
+
+
+def check_reducible(allocation: Allocation) -> None:
+    """Raise AllocationError for another top-k than the one that the model type's routing function knows."""
+    only = FIXED_TOP_K.get(allocation.model.model_type)
+    if only is not None and set(allocation.top_k.values()) != {only}:
+        raise AllocationError(
+            f"the routing of {allocation.model.model_type} knows top-k {only} only; run the model as it is"
+        )
 
 
 def describe_run(allocation: Allocation, top_k: Mapping[int, int]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity, read_allocation
+from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity, check_reducible, read_allocation
 from lexi_adapter.checkpoint import REMEDY, check_layers, check_routers, compare, has_weights
 from lexi_adapter.transformers_gates import check_compensable, compensate_router, restore_router
 
@@ -46,6 +46,7 @@ def apply(
         AllocationError: the allocation is not valid, or not for this model, or the family routes in an unknown way.
     """
     allocation = read_allocation(allocation)
+    check_reducible(allocation)
     identity, place = allocation.model, type(model).__name__
     _check_config(identity, model.config, place)
     routers = _find_routers(model, identity)
@@ -78,7 +79,8 @@ def _check_config(identity: ModelIdentity, config: Any, place: str) -> None:
 def _read(config: Any, name: str) -> Any:
     # Reading a per-layer value from the config itself is an error, or a warning, in transformers 5.
     name = getattr(config, "attribute_map", {}).get(name, name)
-    return vars(config).get(name, getattr(type(config), name, None))
+    default = getattr(type(config), name, None)
+    return getattr(config, name) if isinstance(default, property) else vars(config).get(name, default)
 
 
 def _find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, str]:

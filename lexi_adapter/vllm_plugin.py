@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import KEY, Allocation, AllocationError, read_allocation, to_document
+from lexi_adapter.allocation import KEY, Allocation, AllocationError, check_reducible, read_allocation, to_document
 from lexi_adapter.checkpoint import check_config, check_folder, compare, find_output_layer, has_weights, read_config
 from lexi_adapter.vllm_build import hook, hook_build
 from lexi_adapter.vllm_names import NEVER_TIED, check_version, describe_supported
 
 ALIAS = "Lexi"  # what exported folders put before their architecture, so that a vLLM without this plugin stops
-FIXED_TOP_K = {"phimoe": 2}  # model types whose routing function in vLLM knows one top-k
 # Load formats that do not read the folder's safetensors as a checkpoint.
 WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
 
@@ -134,7 +133,7 @@ def prepare(vllm_config: Any) -> None:
     import vllm
 
     check_version(vllm.__version__)
-    check_servable(allocation)
+    check_reducible(allocation)
     check_settings(vllm_config)
     check_model(allocation, vllm_config)
     hook_build()
@@ -165,14 +164,6 @@ def _agree(allocations: Mapping[str, Allocation]) -> Allocation | None:
     if not all(first.asks_the_same_as(other) for other in others):
         raise AllocationError(f"{' and '.join(allocations)} hold different allocations; give one")
     return first
-
-
-def check_servable(allocation: Allocation) -> None:
-    """Refuse an allocation that vLLM cannot serve whatever its settings are."""
-    model_type = allocation.model.model_type
-    only = FIXED_TOP_K.get(model_type)
-    if only is not None and set(allocation.top_k.values()) != {only}:
-        raise AllocationError(f"vLLM's routing of {model_type} knows top-k {only} only; serve the model as it is")
 
 
 def check_settings(vllm_config: Any) -> None:
