@@ -1,4 +1,4 @@
-"""A tiny random model of every mixture-of-experts family of the installed transformers, for tests that span them all."""
+"""A tiny random model of every mixture-of-experts family of the installed transformers."""
 
 import torch
 import transformers
