@@ -22,9 +22,15 @@ _MODULE_OF = {
     "open_checkpoint": "checkpoint",
     "describe": "models",
     "profile_layers": "profiling",
+    "CostTable": "artifacts",
+    "read_cost_table": "artifacts",
+    "Constraints": "problems",
+    "pose": "problems",
     "search": "evolution",
     "solve": "exact",
+    "weigh": "costs",
     "allocate": "allocations",
+    "find_front": "fronts",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -4,6 +4,7 @@ import click
 
 from lexi_search import __version__
 from lexi_search.commands.export import export
+from lexi_search.commands.front import front
 from lexi_search.commands.merge import merge_profiles
 from lexi_search.commands.profile import profile
 from lexi_search.commands.search import search
@@ -19,9 +20,10 @@ def main() -> None:
     \b
     lexi-search profile WEIGHTS                   how much each layer loses at each k
     lexi-search search profile.json --budget 80   the best k per layer, 80 in sum
+    lexi-search front profile.json --knee         every trade of cost against loss, and one of them
     lexi-search export allocation.json --to vllm --model WEIGHTS -o FOLDER
     """
 
 
-for command in (profile, merge_profiles, search, show, plot, export):
+for command in (profile, merge_profiles, search, front, show, plot, export):
     main.add_command(command)

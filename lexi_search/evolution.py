@@ -1,7 +1,7 @@
 """Evolutionary search for the top-k of every layer: LExI (arXiv 2509.02753), stage 2, algorithm 2.
 
-A population of allocations is evolved for each budget: tournament, uniform crossover per layer, balanced ±1 mutation,
-projection back on to the budget, elitism. Every individual meets its budget and bounds in every generation.
+A population of allocations is evolved for each budget: tournament, uniform crossover per unit, balanced ±1 mutation,
+repair, elitism. Every individual of every generation keeps its budget, bounds, groups and allowed values.
 
 What the paper leaves open is chosen so that the population stays varied, since a population of near copies stops short
 of the optimum (`examples/benchmarks/search_gap.py` measures each choice):
@@ -9,7 +9,8 @@ of the optimum (`examples/benchmarks/search_gap.py` measures each choice):
 - Elitism holds at every place: a child is born to each member and takes that parent's place unless it is worse. So the
   best is never lost, and good allocations that differ from it live on to be crossed.
 - No copies: a child that equals a member already there is dropped.
-- The projection spends its steps on one layer after another, each up to its bound.
+- The repair spends its steps on one unit after another, each up to its bound.
+- The best uniform k of a budget, where there is one, is in the first population: the result is never worse.
 """
 
 from collections.abc import Callable
@@ -20,13 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from jaxtyping import Array, Float, Float32, Float64, Int, Int32, Key, Real, UInt
+from jaxtyping import Array, Float, Float32, Float64, Int, Int32, Key, UInt
 
-from lexi_search.budgets import allocation_loss, pose
 from lexi_search.errors import InputError
+from lexi_search.problems import Problem, drop_dominated, find_uniform, sum_over_layers
 
 # Members of a last population, at most, that are compared in float64.
 FINALISTS = 16
+# Costs become whole numbers whose largest sum is below this: their sums are exact, in float32 too.
+COST_STEPS = 2**23
 
 Fitness = Callable[[Float[Array, "layers ks"], Int[Array, "population layers"]], Float[Array, " population"]]
 
@@ -41,85 +44,134 @@ class Evolved(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One budget's problem on the device."""
+    """One budget's problem on the device, in levels of units; `top` is each unit's last level.
 
-    losses: Float[Array, "layers ks"]
+    `budget` and `costs` are whole steps, counted from the cheapest levels on. `uniform` is an allocation for the first
+    population, or negative. `losses`, `ks` and `unit_of` are for a fitness that wants the k of layers.
+    """
+
     budget: Int[Array, ""]
-    min_k: Int[Array, ""]
-    max_k: Int[Array, ""]
+    uniform: Int[Array, " units"]
+    costs: Int[Array, "units levels"]
+    top: Int[Array, " units"]
+    unit_losses: Float[Array, "units levels"]
+    losses: Float[Array, "layers ks"]
+    ks: Int[Array, "units levels"]
+    unit_of: Int[Array, " layers"]
 
 
 class Settings(NamedTuple):
-    """What is fixed at compile time. `mutation_rate` is the share of children that mutate."""
+    """What is fixed at compile time. `mutation_rate` is the share of children that mutate.
+
+    With `unit_steps` a level costs one step more than the one below it, and budgets are met exactly. Without a
+    `fitness` the loss summed over layers is minimised.
+    """
 
     population: int
     generations: int
     mutation_rate: float
     tournament: int
-    fitness: Fitness
+    unit_steps: bool
+    fitness: Fitness | None
 
 
 class State(NamedTuple):
-    """A population and its fitness, lower is fitter."""
+    """A population, as levels of units, and its fitness, lower is fitter."""
 
-    top_k: Int[Array, "population layers"]
+    levels: Int[Array, "population units"]
     fitness: Float[Array, " population"]
 
 
-def additive_loss(
-    losses: Float[Array, "layers ks"], population: Int[Array, "population layers"]
-) -> Float[Array, " population"]:
-    """The paper's fitness: the loss of each layer at its k, summed over layers.
+def judge(levels: Int[Array, "population units"], task: Task, settings: Settings) -> Float[Array, " population"]:
+    """The fitness: by default the paper's, the loss of each layer at its k, summed."""
+    if settings.fitness is not None:
+        return settings.fitness(task.losses, read_top_k(levels, task))
+    return add_over_units(task.unit_losses, levels)
 
-    Added layer after layer, because the order of a library sum may change with the shape of a batch, and a budget's
+
+def read_top_k(levels: Int[Array, "population units"], task: Task) -> Int[Array, "population layers"]:
+    """The k of every layer."""
+    ks = jax.vmap(lambda row, level: row[level], (0, 1), 1)(task.ks, levels)
+    return ks[:, task.unit_of]
+
+
+def add_over_units(
+    table: Float[Array, "units levels"], levels: Int[Array, "population units"]
+) -> Float[Array, " population"]:
+    """Sum over units of what `table` has at each one's level.
+
+    Added unit after unit, because the order of a library sum may change with the shape of a batch, and a budget's
     result must not change with the company it is searched in.
     """
 
-    def add(total, layer):
-        row, k = layer
-        return total + row[k - 1], None
+    def add(total, unit):
+        row, level = unit
+        return total + row[level], None
 
-    total, _ = lax.scan(add, jnp.zeros(len(population), losses.dtype), (losses, population.T))
+    total, _ = lax.scan(add, jnp.zeros(len(levels), table.dtype), (table, levels.T))
     return total
 
 
-def project(
-    top_k: Int[Array, "population layers"],
-    first: Int[Array, " population"],
-    budget: Int[Array, ""],
-    min_k: Int[Array, ""],
-    max_k: Int[Array, ""],
-) -> Int[Array, "population layers"]:
-    """Move each allocation on to the budget by ±1 steps, spent layer by layer from `first` on and round to it again.
+def repair(
+    levels: Int[Array, "population units"], first: Int[Array, " population"], task: Task, *, unit_steps: bool
+) -> Int[Array, "population units"]:
+    """Bring each allocation to its budget, spending what is over or left unit by unit from `first` on and round again.
 
-    Each layer takes what is still missing, up to its bound: missing minus the room of the layers visited before it,
-    clipped to 0..room. So steps sum to what is missing whenever the room suffices, which it does for every budget
-    within layers * min_k .. layers * max_k. Steps in a row on one layer, not one here and one there: where a loss falls
-    most at its last step, the good allocations have most layers at a bound.
+    Each unit takes what is still to be spent, up to its bound: the whole minus the room of the units visited before
+    it, clipped to 0..room. In a row on one unit, not one step here and one there: where a loss falls most at its last
+    step, the good allocations have most units at a bound.
+
+    With `unit_steps` the budget is met exactly, wherever it lies within what the bounds allow. Without, what is over
+    goes first, then what is left is spent as far as the steps of the costs fit in.
     """
-    missing = budget - top_k.sum(axis=1, keepdims=True)
-    room = jnp.where(missing > 0, max_k - top_k, top_k - min_k)
+    if unit_steps:
+        missing = task.budget - levels.sum(axis=1, keepdims=True)
+        room = jnp.where(missing > 0, task.top[None, :] - levels, levels)
+        return levels + jnp.sign(missing) * _share_out(jnp.abs(missing), room, first)
+
+    cost = _look_up(task.costs, levels)
+    over = jnp.maximum(cost.sum(axis=1, keepdims=True) - task.budget, 0)
+    levels = _find_levels(task, cost - _share_out(over, cost, first))
+    cost = _look_up(task.costs, levels)
+    left = task.budget - cost.sum(axis=1, keepdims=True)
+    room = task.costs[:, -1][None, :] - cost
+    return _find_levels(task, cost + _share_out(left, room, first))
+
+
+def _share_out(
+    whole: Int[Array, "population 1"], room: Int[Array, "population units"], first: Int[Array, " population"]
+) -> Int[Array, "population units"]:
+    """What each unit takes of `whole`, unit by unit from `first` on and round to it again, each up to its room."""
     # A running sum as a product: several times faster than cumsum, and exact, for these are small integers.
-    earlier = jnp.triu(jnp.ones((top_k.shape[1],) * 2, jnp.float32), 1)
+    earlier = jnp.triu(jnp.ones((room.shape[1],) * 2, jnp.float32), 1)
     before = jnp.matmul(room.astype(jnp.float32), earlier, precision="highest").astype(jnp.int32)
-    whole = room.sum(axis=1, keepdims=True)
     visited = before - jnp.take_along_axis(before, first[:, None], axis=1)
-    visited = jnp.where(visited < 0, visited + whole, visited)
-    return top_k + jnp.sign(missing) * jnp.clip(jnp.abs(missing) - visited, 0, room)
+    visited = jnp.where(visited < 0, visited + room.sum(axis=1, keepdims=True), visited)
+    return jnp.clip(whole - visited, 0, room)
+
+
+def _look_up(table: Int[Array, "units levels"], levels: Int[Array, "population units"]):
+    return jax.vmap(lambda row, level: row[level], (0, 1), 1)(table, levels)
+
+
+def _find_levels(task: Task, cost: Int[Array, "population units"]) -> Int[Array, "population units"]:
+    """The last level of each unit that costs no more than this."""
+    return (task.costs[None, :, 1:] <= cost[:, :, None]).sum(axis=2, dtype=jnp.int32).clip(0, task.top[None, :])
 
 
 def start(key: Key[Array, ""], task: Task, settings: Settings) -> State:
-    """A random population on the budget: every k uniform within its bounds, then projected."""
-    layers = task.losses.shape[0]
-    draw = random.uniform(key, (settings.population, layers + 1))
-    top_k = task.min_k + _pick(draw[:, 1:], task.max_k - task.min_k + 1)
-    top_k = project(top_k, _pick(draw[:, 0], layers), task.budget, task.min_k, task.max_k)
-    return State(top_k, settings.fitness(task.losses, top_k))
+    """A random population: every level uniform within its bounds, then repaired; the uniform k comes first."""
+    units = task.top.shape[0]
+    draw = random.uniform(key, (settings.population, units + 1))
+    levels = _pick(draw[:, 1:], task.top[None, :] + 1)
+    levels = repair(levels, _pick(draw[:, 0], units), task, unit_steps=settings.unit_steps)
+    levels = levels.at[0].set(jnp.where(task.uniform[0] < 0, levels[0], task.uniform))
+    return State(levels, judge(levels, task, settings))
 
 
 def step(key: Key[Array, ""], state: State, task: Task, settings: Settings) -> State:
     """One generation: a child for every member, whose place it takes unless it is worse or a copy of any member."""
-    population, layers = state.top_k.shape
+    population, units = state.levels.shape
     draw_key, coin_key = random.split(key)
     draw = random.uniform(draw_key, (4 + settings.tournament, population))
 
@@ -127,40 +179,40 @@ def step(key: Key[Array, ""], state: State, task: Task, settings: Settings) -> S
     for rival in _pick(draw[5:], population):
         mate = jnp.where(state.fitness[rival] < state.fitness[mate], rival, mate)
 
-    # Uniform crossover: one random bit a layer, 32 from each word.
-    words = random.bits(coin_key, (population, -(-layers // 32)))
-    place = jnp.arange(layers, dtype=jnp.uint32) % 32
-    from_mate = (jnp.repeat(words, 32, axis=1)[:, :layers] >> place[None, :]) & 1
-    child = jnp.where(from_mate == 1, state.top_k[mate], state.top_k)
+    # Uniform crossover: one random bit a unit, 32 from each word.
+    words = random.bits(coin_key, (population, -(-units // 32)))
+    place = jnp.arange(units, dtype=jnp.uint32) % 32
+    from_mate = (jnp.repeat(words, 32, axis=1)[:, :units] >> place[None, :]) & 1
+    child = jnp.where(from_mate == 1, state.levels[mate], state.levels)
 
-    # Balanced mutation: one expert from donor to receiver, where both bounds allow it.
-    donor, receiver = _pick(draw[0], layers)[:, None], _pick(draw[1], layers)[:, None]
+    # Balanced mutation: one level from donor to receiver, where both bounds allow it.
+    donor, receiver = _pick(draw[0], units)[:, None], _pick(draw[1], units)[:, None]
     moves = (
-        (jnp.take_along_axis(child, donor, axis=1) > task.min_k)
-        & (jnp.take_along_axis(child, receiver, axis=1) < task.max_k)
+        (jnp.take_along_axis(child, donor, axis=1) > 0)
+        & (jnp.take_along_axis(child, receiver, axis=1) < task.top[receiver])
         & (draw[2] < settings.mutation_rate)[:, None]
     )
-    layer = jnp.arange(layers)[None, :]
-    change = (layer == receiver).astype(jnp.int32) - (layer == donor).astype(jnp.int32)
+    unit = jnp.arange(units)[None, :]
+    change = (unit == receiver).astype(jnp.int32) - (unit == donor).astype(jnp.int32)
     child = child + jnp.where(moves, change, 0)
 
-    child = project(child, _pick(draw[3], layers), task.budget, task.min_k, task.max_k)
-    fitness = settings.fitness(task.losses, child)
-    mark, marks = _fingerprint(child), _fingerprint(state.top_k)
+    child = repair(child, _pick(draw[3], units), task, unit_steps=settings.unit_steps)
+    fitness = judge(child, task, settings)
+    mark, marks = _fingerprint(child), _fingerprint(state.levels)
     is_copy = (mark[:, None] == marks[None, :]).any(axis=1)
     born = (fitness <= state.fitness) & ~is_copy
-    return State(jnp.where(born[:, None], child, state.top_k), jnp.where(born, fitness, state.fitness))
+    return State(jnp.where(born[:, None], child, state.levels), jnp.where(born, fitness, state.fitness))
 
 
-def _pick(draw: Float[Array, "..."], count: int | Int[Array, ""]) -> Int[Array, "..."]:
+def _pick(draw: Float[Array, "..."], count: int | Int[Array, "..."]) -> Int[Array, "..."]:
     """Uniform draws in [0, 1) as uniform integers in 0 .. count - 1."""
     return jnp.floor(draw * jnp.asarray(count, jnp.float32)).astype(jnp.int32)
 
 
-def _fingerprint(top_k: Int[Array, "population layers"]) -> UInt[Array, " population"]:
+def _fingerprint(levels: Int[Array, "population units"]) -> UInt[Array, " population"]:
     """A 32-bit mark of each allocation: equal for equal ones, and for others with probability 2^-32."""
-    weights = np.random.default_rng(0).integers(2**32, size=top_k.shape[1], dtype=np.uint32)
-    return (top_k.astype(jnp.uint32) * weights[None, :]).sum(axis=1)
+    weights = np.random.default_rng(0).integers(2**32, size=levels.shape[1], dtype=np.uint32)
+    return (levels.astype(jnp.uint32) * weights[None, :]).sum(axis=1)
 
 
 def _evolve(key: Key[Array, ""], task: Task, settings: Settings):
@@ -173,66 +225,98 @@ def _evolve(key: Key[Array, ""], task: Task, settings: Settings):
 
     state, history = lax.scan(generation, start(start_key, task, settings), jnp.arange(settings.generations))
     fittest = lax.top_k(-state.fitness, min(FINALISTS, settings.population))[1]
-    return State(state.top_k[fittest], state.fitness[fittest]), *history
+    return State(state.levels[fittest], state.fitness[fittest]), *history
 
 
 @partial(jax.jit, static_argnames=("settings", "restarts"))
-def _evolve_all(seed, losses, budgets, min_k, max_k, *, settings: Settings, restarts: int):
+def _evolve_all(seed, tasks: Task, *, settings: Settings, restarts: int):
     """`_evolve` for all budgets x restarts at once. A key depends on seed, budget and restart and on nothing else."""
 
-    def evolve(budget, restart):
-        key = random.fold_in(random.fold_in(random.key(seed), budget), restart)
-        return _evolve(key, Task(losses, budget, min_k, max_k), settings)
+    def evolve(task, restart):
+        key = random.fold_in(random.fold_in(random.key(seed), task.budget), restart)
+        return _evolve(key, task, settings)
 
+    shared = Task(0, 0, *[None] * 6)  # budgets and uniform allocations differ, the rest is one for all
     over_restarts = jax.vmap(evolve, (None, 0))
-    finalists, best, mean = jax.vmap(over_restarts, (0, None))(budgets, jnp.arange(restarts))
+    finalists, best, mean = jax.vmap(over_restarts, (shared, None))(tasks, jnp.arange(restarts))
     return finalists, best.min(axis=1), mean.mean(axis=1)
 
 
+def make_tasks(problem: Problem) -> Task:
+    """The problem as the device has it: a row of `budget` and `uniform` for every budget, the rest shared."""
+    base = problem.unit_costs[:, :1]
+    extra, left = problem.unit_costs - base, problem.budgets - base.sum()
+    scale = 1.0
+    if not (problem.unit_costs == np.floor(problem.unit_costs)).all() or extra[:, -1].sum() >= COST_STEPS:
+        scale = (COST_STEPS - len(base)) / (extra[:, -1].sum() or 1.0)
+    # Costs are rounded up and budgets down, so that no allocation exceeds its budget.
+    costs = np.ceil(extra * scale * (1 - 1e-15))
+    budgets = np.clip(np.floor(left * scale), 0, costs[:, -1].sum())
+
+    uniform = find_uniform(problem)
+    is_k = problem.ks[None] == uniform[:, None, None]
+    levels = np.where(is_k.any(axis=2).all(axis=1, keepdims=True), is_k.argmax(axis=2), -1)
+    fits = (costs[np.arange(len(costs)), levels].sum(axis=1) <= budgets)[:, None]
+    return Task(
+        budget=budgets.astype(np.int32),
+        uniform=np.where(fits, levels, -1).astype(np.int32),
+        costs=costs.astype(np.int32),
+        top=(problem.num_levels - 1).astype(np.int32),
+        unit_losses=problem.unit_losses.astype(np.float32),
+        losses=problem.losses.astype(np.float32),
+        ks=problem.ks.astype(np.int32),
+        unit_of=problem.unit_of.astype(np.int32),
+    )
+
+
 def _choose(
-    losses: Float64[np.ndarray, "layers ks"], finalists: State
+    problem: Problem, finalists: State, *, is_sum: bool
 ) -> tuple[Int32[np.ndarray, "budgets layers"], Float64[np.ndarray, " budgets"]]:
     """The fittest allocation of each budget and its loss, from finalists [budgets, restarts, finalists].
 
-    The fitness is float32: those within its rounding of the fittest are told apart by their loss in float64.
+    The fitness is float32: those within its rounding of the fittest are told apart by their loss in float64. Where
+    that is the fitness, the uniform k takes part whether or not whole steps of cost had room for it.
     """
-    layers = losses.shape[0]
-    top_k = finalists.top_k.reshape(len(finalists.top_k), -1, layers)
+    levels = finalists.levels.reshape(len(finalists.levels), -1, finalists.levels.shape[-1])
+    top_k = problem.ks[np.arange(len(problem.ks)), levels][..., problem.unit_of].astype(np.int32)
     fitness = finalists.fitness.reshape(len(top_k), -1)
     least = fitness.min(axis=1, keepdims=True)
-    level = fitness <= least + layers * np.finfo(np.float32).eps * np.abs(least)
-    loss = allocation_loss(losses, top_k)
-    row, chosen = np.arange(len(top_k)), np.where(level, loss, np.inf).argmin(axis=1)
-    return top_k[row, chosen], loss[row, chosen]
+    level = fitness <= least + len(problem.losses) * np.finfo(np.float32).eps * np.abs(least)
+    loss = np.where(level, sum_over_layers(problem.losses, top_k), np.inf)
+    row, chosen = np.arange(len(top_k)), loss.argmin(axis=1)
+    top_k, loss = top_k[row, chosen], loss[row, chosen]
+    uniform = find_uniform(problem)
+    if is_sum and uniform.any():
+        same = np.repeat(np.maximum(uniform, 1)[:, None], top_k.shape[1], axis=1)
+        uniform_loss = sum_over_layers(problem.losses, same)
+        better = (uniform > 0) & (uniform_loss < loss)
+        top_k, loss = np.where(better[:, None], same, top_k), np.where(better, uniform_loss, loss)
+    return top_k.astype(np.int32), loss
 
 
 def search(
-    losses: Real[np.ndarray, "layers ks"],
-    budgets: Int[np.ndarray, " budgets"],
+    problem: Problem,
     *,
-    min_k: int = 1,
-    max_k: int | None = None,
     population: int = 512,
     generations: int = 400,
     mutation_rate: float = 0.25,
     tournament: int = 2,
     restarts: int = 1,
     seed: int = 0,
-    fitness: Fitness = additive_loss,
+    fitness: Fitness | None = None,
 ) -> Evolved:
-    """Evolve an allocation for every budget, all in one compiled call, on whatever device JAX uses.
+    """Evolve an allocation for every budget of `problem`, all in one compiled call, on whatever device JAX uses.
 
-    `losses[l, k - 1]` is the loss of layer l with k experts; each returned row has sum == budget and
-    min_k <= k <= max_k (default: the table's last k). `restarts` populations of `population` members are evolved for
-    each budget over `generations`; a mate is the fittest of `tournament` random members; a share `mutation_rate` of
-    the children mutates. A budget's result depends on `seed` and that budget, not on the others in the call.
+    `restarts` populations of `population` members are evolved for each budget over `generations`; a mate is the
+    fittest of `tournament` random members; a share `mutation_rate` of the children mutates. A budget's result depends
+    on `seed` and that budget, not on the others in the call.
 
-    `fitness(losses, population) -> [population]`, lower is fitter, is traced once and sees the table in float32; by
-    default the paper's sum over layers. `loss` is the table's sum in float64 whatever the fitness.
+    `fitness(losses, top_k) -> [population]`, lower is fitter, is traced once and sees the loss table in float32
+    [layers, ks] and allocations [population, layers]; infinity bars an allocation. By default the paper's sum over
+    layers. `loss` is the table's sum in float64 whatever the fitness.
 
-    Raises InputError as `budgets.pose`, and for a setting out of range or a fitness that is NaN.
+    Raises InputError for a setting out of range or a fitness that is NaN.
     """
-    problem = pose(losses, budgets, min_k=min_k, max_k=max_k)
     counts = {"population": population, "generations": generations, "tournament": tournament, "restarts": restarts}
     for name, count in counts.items():
         if count < 1:
@@ -241,18 +325,13 @@ def search(
         raise InputError(f"mutation_rate={mutation_rate} must be within 0..1")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed={seed} must be within 0..{2**32 - 1}")
+    if fitness is None:
+        problem = drop_dominated(problem)
 
+    settings = Settings(population, generations, mutation_rate, tournament, problem.sums_to_budget, fitness)
     finalists, best, mean = jax.device_get(
-        _evolve_all(
-            np.uint32(seed),
-            problem.losses.astype(np.float32),
-            problem.budgets.astype(np.int32),
-            np.int32(problem.min_k),
-            np.int32(problem.max_k),
-            settings=Settings(population, generations, mutation_rate, tournament, fitness),
-            restarts=restarts,
-        )
+        _evolve_all(np.uint32(seed), make_tasks(problem), settings=settings, restarts=restarts)
     )
     if np.isnan(best).any():
         raise InputError("the fitness is NaN for some allocation; it must order every allocation within the bounds")
-    return Evolved(*_choose(problem.losses, finalists), best, mean)
+    return Evolved(*_choose(problem, finalists, is_sum=fitness is None), best, mean)

@@ -1,55 +1,121 @@
-"""The true optimum of stage 2 for every budget at once: a dynamic programme over layers."""
+"""The true optimum of stage 2 for every budget at once: a dynamic programme over layers, or the Pareto front.
 
+Where the k must sum to the budget, one programme in JAX solves all budgets of a table, or of many tables together. With
+costs, groups or allowed values the front of cost and loss (`frontiers`) holds every optimum.
+"""
+
+from functools import partial
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64, Int, Int32, Real
+from jax import lax
+from jaxtyping import Array, Float, Float64, Int, Int32
 
-from lexi_search.budgets import allocation_loss, pose
+from lexi_search.frontiers import read_top_k, trace
+from lexi_search.problems import Problem, sum_over_layers
+
+# Real costs become whole steps of this share of the largest sum where many tables are solved together.
+COST_STEPS = 2**14
 
 
 class Optimum(NamedTuple):
-    """Row i belongs to `budgets[i]`; losses are in the unit of the table."""
+    """Row i belongs to `budgets[i]`; losses are in the unit of the table. `error`: see `frontiers.Frontier`."""
 
     top_k: Int32[np.ndarray, "budgets layers"]
     loss: Float64[np.ndarray, " budgets"]
+    error: float = 0.0
 
 
-def solve(
-    losses: Real[np.ndarray, "layers ks"],
-    budgets: Int[np.ndarray, " budgets"],
-    *,
-    min_k: int = 1,
-    max_k: int | None = None,
-) -> Optimum:
-    """Allocations of least summed loss, one per budget, with sum == budget and min_k <= k <= max_k.
+def solve(problem: Problem) -> Optimum:
+    """Allocations of least summed loss, one per budget of `problem`.
 
     Exact in float64, not merely close: rounded addition keeps order, so the programme's minimum is the minimum over
-    all allocations of the sum taken from the first layer to the last (`budgets.allocation_loss`). Where several k of a
-    layer tie, the smallest is taken, decided from the last layer back to the first. Time and memory grow with
-    layers^2 x (max_k - min_k)^2 and layers^2 x (max_k - min_k), whatever the budgets. Raises InputError as
-    `budgets.pose`.
+    all allocations of the sum taken from the first layer to the last (`problems.sum_over_layers`). Where several k of
+    a layer tie, the smallest is taken, decided from the last layer back to the first. Time and memory grow with
+    layers^2 x levels^2 and layers^2 x levels, whatever the budgets; with costs, with the points of the front.
     """
-    problem = pose(losses, budgets, min_k=min_k, max_k=max_k)
-    table = problem.losses[:, problem.min_k - 1 : problem.max_k]
-    layers, choices = table.shape
-    extras = layers * (choices - 1) + 1  # experts above min_k, summed over layers: 0 .. extras - 1
+    if problem.sums_to_budget:
+        top_k = solve_many(problem, problem.losses[None])[0]
+        return Optimum(top_k, sum_over_layers(problem.losses, top_k))
+    frontier = trace(problem)
+    points = np.searchsorted(frontier.cost, problem.budgets, side="right") - 1
+    top_k = read_top_k(frontier, problem, points)
+    return Optimum(top_k, sum_over_layers(problem.losses, top_k), frontier.error)
 
-    best = np.full(extras, np.inf)  # best[e]: least loss of the layers so far with e extra experts in sum
-    best[0] = 0.0
-    choice = np.empty((layers, extras), np.int64)
-    for layer in range(layers):
-        padded = np.concatenate([np.full(choices - 1, np.inf), best])
-        # Row c is `best` moved up by c: the layers before had c experts fewer.
-        before = np.lib.stride_tricks.sliding_window_view(padded, extras)[::-1]
-        total = before + table[layer][:, None]
-        choice[layer] = total.argmin(axis=0)
-        best = total.min(axis=0)
 
-    left = problem.budgets - layers * problem.min_k
-    top_k = np.empty((len(left), layers), np.int32)
-    for layer in reversed(range(layers)):
-        extra = choice[layer, left]
-        top_k[:, layer] = problem.min_k + extra
-        left = left - extra
-    return Optimum(top_k, allocation_loss(problem.losses, top_k))
+def solve_many(
+    problem: Problem, tables: Float64[np.ndarray, "tables layers ks"]
+) -> Int32[np.ndarray, "tables budgets layers"]:
+    """The best allocation of each table at each budget of `problem`, all in one compiled call on JAX's device.
+
+    Exact where the k sum to the budget. Otherwise costs are rounded up to `COST_STEPS` steps of the largest sum: an
+    allocation never exceeds its budget, and is the best of one that is at most units / COST_STEPS of that sum smaller.
+    """
+    if problem.sums_to_budget:
+        costs = np.broadcast_to(np.arange(problem.ks.shape[1]), problem.ks.shape)
+        steps = int((problem.num_levels - 1).sum())
+        budgets = problem.budgets.astype(np.int64) - int(problem.ks[:, 0].sum())
+    else:
+        # What the cheapest levels cost is spent anyway; only what is above them needs steps.
+        extra = problem.unit_costs - problem.unit_costs[:, :1]
+        scale = COST_STEPS / (extra[:, -1].sum() or 1.0)
+        costs, steps = np.ceil(extra * scale).astype(np.int64), COST_STEPS
+        left = problem.budgets - problem.unit_costs[:, 0].sum()
+        budgets = np.clip(np.floor(left * scale), 0, steps).astype(np.int64)
+    with jax.enable_x64(True):
+        levels = _solve_many(
+            jnp.asarray(_sum_units(problem, tables)),
+            jnp.asarray(costs, jnp.int64),
+            jnp.asarray(budgets),
+            steps=steps,
+            exactly=problem.sums_to_budget,
+        )
+    units = np.arange(len(problem.ks))
+    return problem.ks[units, np.asarray(levels)][..., problem.unit_of].astype(np.int32)
+
+
+def _sum_units(
+    problem: Problem, tables: Float64[np.ndarray, "tables layers ks"]
+) -> Float64[np.ndarray, "tables units levels"]:
+    """Each table's losses by unit and level; infinite past a unit's last level."""
+    layers = np.arange(len(problem.losses))
+    chosen = tables[:, layers[:, None], problem.ks[problem.unit_of] - 1]
+    summed = np.zeros((len(tables), *problem.ks.shape))
+    np.add.at(summed, (slice(None), problem.unit_of), chosen)
+    return np.where(np.arange(problem.ks.shape[1]) < problem.num_levels[:, None], summed, np.inf)
+
+
+@partial(jax.jit, static_argnames=("steps", "exactly"))
+def _solve_many(
+    losses: Float[Array, "tables units levels"],
+    costs: Int[Array, "units levels"],
+    budgets: Int[Array, " budgets"],
+    *,
+    steps: int,
+    exactly: bool,
+) -> Int[Array, "tables budgets units"]:
+    """The level of each unit, by a programme over spent = 0..steps."""
+
+    def solve_one(table):
+        def add_unit(best, unit):
+            row, cost = unit
+            before = jax.vmap(lambda c: lax.dynamic_slice(jnp.concatenate([never, best]), (steps - c,), best.shape))
+            total = before(cost) + row[:, None]
+            return total.min(axis=0), total.argmin(axis=0)
+
+        # best[e]: least loss of the units so far for a cost of e, or of at most e.
+        never = jnp.full(steps, jnp.inf)
+        nothing = jnp.concatenate([jnp.zeros(1), never]) if exactly else jnp.zeros(steps + 1)
+        _, choice = lax.scan(add_unit, nothing, (table, costs))
+
+        def step_back(left, unit):
+            choice, cost = unit
+            level = choice[left]
+            return left - cost[level], level
+
+        _, levels = lax.scan(step_back, budgets, (choice, costs), reverse=True)
+        return levels.T
+
+    return jax.vmap(solve_one)(losses)

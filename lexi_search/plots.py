@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import matplotlib
+import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lexi_search.artifacts import Allocation, Profile
 from lexi_search.errors import InputError
+from lexi_search.fronts import Front, Point
 
 FORMATS = ("png", "svg")
 STEP_COLOURS = ("#ffffff", "#ff7f11", "#ff4d9d", "#7fd8ff", "#ff2c2c", "#d0b3ff")
@@ -32,7 +34,7 @@ def draw_heatmap(
         if allocation.model != profile.model:
             raise InputError(f"allocation {name} is for another model than the profile")
     rows = profile.losses(loss, normalised=normalised)
-    layers, top_k = sorted(profile.layers), profile.model.top_k
+    layers, top_k = sorted(profile.layers), profile.max_k
     figure = Figure(figsize=(2.6 + 0.2 * max(len(layers), 18), 1.6 + 0.3 * max(top_k, 6)), layout="constrained")
     axes = figure.add_subplot()
     extent = (-0.5, len(layers) - 0.5, 0.5, top_k + 0.5)
@@ -51,6 +53,38 @@ def draw_heatmap(
         spine.set_visible(False)
     _draw_steps(axes, allocations, layers)
     return figure
+
+
+def draw_front(front: Front, chosen: Point | None = None, *, title: str) -> Figure:
+    """Loss over cost (time, or the sum of k) of a front's points, beside every uniform k and the chosen point."""
+    timed = front.points[0].ms is not None
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+
+    def place(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+        return [p.ms if timed else p.budget for p in points], [p.loss for p in points]
+
+    axes.step(*place(front.points), where="post", color="#3b528b", linewidth=1.4, label="front")
+    axes.plot(*place(front.uniform), "o", color="#5ec962", label="the same k in every layer")
+    if chosen is not None:
+        axes.plot(*place([chosen]), "*", color="#ff7f11", markersize=13, label="chosen")
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("milliseconds" if timed else "active experts per token, summed over layers")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    if timed:
+        base = front.points[0].ms * front.points[0].speedup
+        upper = axes.secondary_xaxis("top", functions=(lambda ms: _invert(base, ms), lambda s: _invert(base, s)))
+        upper.set_xlabel("speed-up")
+    axes.grid(alpha=0.25)
+    for side in ("right", "top"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _invert(base: float, values: np.ndarray) -> np.ndarray:
+    return base / np.maximum(values, 1e-9)
 
 
 def render(figure: Figure, file_format: str) -> bytes:

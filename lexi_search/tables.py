@@ -7,7 +7,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lexi_search.allocations import Found
 from lexi_search.artifacts import Allocation, Profile
+from lexi_search.fronts import Front, Point, thin
 
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
@@ -15,7 +17,7 @@ def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> Render
     scale = ", relative to the largest" if normalised else ""
     title = f"{profile.model.model_type}: {loss} loss of each layer at each k{scale}"
     table = _table()
-    for name in ("layer", *(f"k={k}" for k in range(1, profile.model.top_k + 1)), "samples", "error %"):
+    for name in ("layer", *(f"k={k}" for k in range(1, profile.max_k + 1)), "samples", "error %"):
         table.add_column(name, justify="right")
     rows = profile.losses(loss, normalised=normalised)
     for (layer, measured), row in zip(sorted(profile.layers.items()), rows, strict=True):
@@ -27,8 +29,8 @@ def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> Render
 
 
 def tabulate_allocation(allocation: Allocation) -> RenderableType:
-    """One row per MoE layer: its k, in figures and as a bar out of the model's own k."""
-    full = allocation.model.top_k
+    """One row per MoE layer: its k, in figures and as a bar out of the model's own k, or of `max_k`."""
+    full = allocation.max_k or allocation.model.top_k
     title = (
         f"{allocation.model.model_type}: budget {allocation.budget}, {_average(allocation)} experts per layer, "
         f"loss {allocation.loss:.6g}, optimum {allocation.optimal_loss:.6g}"
@@ -42,24 +44,70 @@ def tabulate_allocation(allocation: Allocation) -> RenderableType:
     return _entitle(title, table)
 
 
-def tabulate_search(allocations: Sequence[Allocation], uniform_losses: Sequence[float | None]) -> RenderableType:
-    """One row per budget; the loss of a uniform k is blank where the budget is no multiple of the layers."""
-    title = f"{allocations[0].model.model_type}: {len(allocations[0].top_k)} MoE layers"
+def tabulate_search(found: Sequence[Found]) -> RenderableType:
+    """One row per budget; columns that no row fills are left out."""
+    first = found[0].allocation
+    title = f"{first.model.model_type}: {len(first.top_k)} MoE layers"
+    columns = {
+        "budget": lambda f: str(f.allocation.budget),
+        "average k": lambda f: _average(f.allocation),
+        "ms": lambda f: "" if f.ms is None else f"{f.ms:.6g}",
+        "speed-up": lambda f: "" if f.speedup is None else f"{f.speedup:.3f}",
+        "loss": lambda f: f"{f.allocation.loss:.6g}",
+        "optimum": lambda f: f"{f.allocation.optimal_loss:.6g}",
+        "gap %": lambda f: "" if f.allocation.gap is None else f"{100 * f.allocation.gap:.3g}",
+        "uniform": lambda f: "" if f.uniform is None else f"{f.uniform.loss:.6g} at {f.uniform.k}",
+        "sure %": lambda f: "" if f.share is None else f"{100 * sum(f.share) / len(f.share):.0f}",
+        "k per layer": lambda f: " ".join(str(k) for _, k in sorted(f.allocation.top_k.items())),
+    }
     table = _table()
-    for name in ("budget", "average k", "loss", "optimum", "gap %", "uniform"):
+    cells = {name: [cell(row) for row in found] for name, cell in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    for name in cells:
+        last = name == "k per layer"
+        table.add_column(name, justify="left" if last else "right", overflow="fold" if last else "ellipsis")
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    return _entitle(title, table)
+
+
+def tabulate_front(front: Front, chosen: Point | None = None, *, rows: int = 24) -> RenderableType:
+    """Some of the front's points, evenly spread, the chosen one among them and marked."""
+    shown = sorted({*thin(front.points, rows), *([chosen] if chosen else [])}, key=front.points.index)
+    timed = front.points[0].ms is not None
+    table = _table()
+    for name in ("budget", *(("ms", "speed-up") if timed else ()), "loss"):
         table.add_column(name, justify="right")
     table.add_column("k per layer", overflow="fold")
-    for allocation, uniform in zip(allocations, uniform_losses, strict=True):
-        table.add_row(
-            str(allocation.budget),
-            _average(allocation),
-            f"{allocation.loss:.6g}",
-            f"{allocation.optimal_loss:.6g}",
-            "" if allocation.gap is None else f"{100 * allocation.gap:.3g}",
-            "" if uniform is None else f"{uniform:.6g}",
-            " ".join(str(k) for _, k in sorted(allocation.top_k.items())),
-        )
-    return _entitle(title, table)
+    for point in shown:
+        times = (f"{point.ms:.6g}", f"{point.speedup:.3f}") if timed else ()
+        top_k = " ".join(map(str, point.top_k))
+        style = "bold" if point == chosen else None
+        table.add_row(str(point.budget), *times, f"{point.loss:.6g}", top_k, style=style)
+    within = f", losses within {100 * front.error:.2g} % of the least" if front.error else ""
+    return _entitle(f"{len(front.points)} Pareto points, {len(shown)} of them{within}", table)
+
+
+def summarise_found(found: Found) -> dict[str, Any]:
+    """What the table of a search says of one allocation, and how sure each layer's k is."""
+    summary = summarise(found.allocation)
+    if found.ms is not None:
+        summary |= {"ms": found.ms, "speedup": found.speedup}
+    if found.share is not None:
+        layers = map(str, sorted(found.allocation.top_k))
+        summary |= {"share": dict(zip(layers, found.share, strict=True)), "regret": found.regret}
+    uniform = found.uniform
+    return summary | {"uniform_k": uniform and uniform.k, "uniform_loss": uniform and uniform.loss}
+
+
+def list_points(points: Sequence[Point], layers: Sequence[int]) -> list[dict[str, Any]]:
+    """A front's points as JSON objects; `layers` are the decoder layers of their k."""
+    rows = []
+    for point in points:
+        times = {} if point.ms is None else {"ms": point.ms, "speedup": point.speedup}
+        top_k = dict(zip(map(str, layers), point.top_k, strict=True))
+        rows.append({"budget": point.budget, "loss": point.loss, **times, "top_k": top_k})
+    return rows
 
 
 def summarise(allocation: Allocation) -> dict[str, Any]:

@@ -3,7 +3,16 @@
 import random
 from typing import Any
 
-from lexi_search.artifacts import Allocation, LayerLoss, ModelIdentity, Profile, ProfileSettings
+from lexi_search.artifacts import (
+    Allocation,
+    CostTable,
+    LayerLoss,
+    ModelIdentity,
+    ModelShape,
+    Profile,
+    ProfileSettings,
+    StepTime,
+)
 
 SETTINGS = ProfileSettings(
     input="paper", seed=0, batch=2, length=8, dtype="float32", relative_error=0.01, max_samples=1000
@@ -44,3 +53,19 @@ def make_allocation(
     identity = make_identity(layers, top_k, **changes)
     chosen = {layer: 1 + index % top_k for index, layer in enumerate(identity.moe_layers)}
     return Allocation(identity, chosen, sum(chosen.values()), 1.5, 1.25, {"lexi_search": "0.1.0"}, gate_exponent)
+
+
+def make_cost_table(layers: int = 4, top_k: int = 4, **changes: Any) -> CostTable:
+    """Steps of 16 and 4096 tokens: concave in k, and linear; every layer a little different."""
+    identity, draw = make_identity(layers, top_k, **changes), random.Random(1)
+    names = ("model_type", "num_hidden_layers", "num_experts", "top_k", "moe_layers")
+    steps = {}
+    for tokens, power in ((16, 0.5), (4096, 1.0)):
+        factors = {layer: draw.uniform(0.9, 1.1) for layer in identity.moe_layers}
+        times = {
+            layer: tuple(tokens**0.5 * factor * k**power for k in range(1, top_k + 1))
+            for layer, factor in factors.items()
+        }
+        steps[tokens] = StepTime(float(tokens) ** 0.5, times)
+    shape = ModelShape(**{name: getattr(identity, name) for name in names})
+    return CostTable(shape, "a device", steps, {"lexi_adapter": "0.1.0"})

@@ -8,7 +8,7 @@ import stat
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import make_allocation, make_identity, make_profile
+from synthetic import make_allocation, make_cost_table, make_identity, make_profile
 
 from lexi_search import artifacts, files
 from lexi_search.artifacts import Allocation, LayerLoss, ModelIdentity, Profile, ProfileSettings
@@ -168,9 +168,9 @@ BROKEN_ALLOCATIONS = [
     (["top_k", "1"], 0, "top_k of layer 1 is 0, expected between 1 and the model's own 4"),
     (["top_k", "1"], 5, "top_k of layer 1 is 5, expected between 1 and the model's own 4"),
     (["top_k", "1"], True, "top_k.1 is not an integer: True"),
-    (["top_k", "01"], 1, "key '01' of top_k is not a layer index"),
-    (["top_k", "-1"], 1, "key '-1' of top_k is not a layer index"),
-    (["top_k", "1" * 5000], 1, "key '1+ of top_k is not a layer index"),
+    (["top_k", "01"], 1, "key '01' of top_k is not a whole number"),
+    (["top_k", "-1"], 1, "key '-1' of top_k is not a whole number"),
+    (["top_k", "1" * 5000], 1, "key '1+ of top_k is not a whole number"),
     (["top_k"], [1, 2, 3, 4], "top_k is not an object"),
     (["loss"], -1.0, "loss is -1.0, a finite number of at least 0 expected"),
     (["loss"], "1", "loss is not a number: '1'"),
@@ -206,12 +206,12 @@ BROKEN_PROFILES = [
     (["version"], 99, "its format version is 99, lexi-search 0.1.0 reads 1; make the file again"),
     (["layers"], {}, "the profile has no layers"),
     (["layers", "8"], {}, "missing layers.8.frobenius, layers.8.frobenius_stderr, layers.8.iterations"),
-    (["layers", "x"], {}, "key 'x' of layers is not a layer index"),
+    (["layers", "x"], {}, "key 'x' of layers is not a whole number"),
     (["layers", "1", "rms"], [1.0, 0.5, 0.0], "layers.1: rms has 3 entries, frobenius has 4"),
     (["layers", "1", "rms", 0], float("nan"), "NaN is not a finite number"),
     (["layers", "1", "rms", 0], float("inf"), "Infinity is not a finite number"),
     (["layers", "1", "frobenius", 2], -0.25, "layers.1: frobenius at k = 3 is -0.25"),
-    (["layers", "1", "frobenius", 3], 0.25, "layers.1: frobenius at the model's own k is 0.25, 0 expected"),
+    (["layers", "1", "frobenius", 3], 0.25, "layers.1: frobenius at the last k is 0.25, 0 expected"),
     (["layers", "1", "frobenius"], [], "layers.1: frobenius has 0 entries"),
     (["layers", "1", "iterations"], 0, "layers.1: iterations is 0, at least 1 expected"),
     (["layers", "1", "samples"], 47, r"layer 1 has 47 samples, not iterations \* batch \* length = 48"),
@@ -234,8 +234,34 @@ def test_profile_of_fewer_k_than_the_model_is_refused(tmp_path):
     document = artifacts.to_document(make_profile())
     for name in ("frobenius", "frobenius_stderr", "rms", "rms_stderr"):
         document["layers"]["2"][name] = [1.0, 0.0]
-    message = "layer 2 has losses for 2 values of k, the model has 4"
+    message = "layer 2 has losses for 2 values of k, 4 expected"
     assert_refused(artifacts.read_profile, tmp_path, json.dumps(document), message)
+
+
+BROKEN_COSTS = [
+    (["steps"], {}, "the cost table has no steps"),
+    (["steps", "x"], {}, "key 'x' of steps is not a whole number"),
+    (["steps", "16", "other_ms"], -1.0, "steps.16: other_ms is -1.0, a finite number of at least 0 expected"),
+    (["steps", "16", "layers", "0"], [1.0, 2.0], "the step of 16 tokens has 2 times for layer 0, the model's k is 4"),
+    (["steps", "16", "layers", "0", 1], 0.0, "the time of layer 0 at k = 2 is 0"),
+    (["steps", "16", "layers", "0", 1], "1", r"steps.16.layers.0\[1\] is not a number"),
+    (["steps", "16", "layers", "9"], [1.0] * 4, "the step of 16 tokens has layers"),
+    (["model", "top_k"], 5, "the model's k is 5"),
+    (["device"], 3, "device is not a string: 3"),
+]
+
+
+def test_cost_table_comes_back_as_it_was(tmp_path):
+    table = make_cost_table()
+    (tmp_path / "cost").write_bytes(artifacts.to_bytes(table))
+    assert artifacts.read_cost_table(tmp_path / "cost") == table
+
+
+@pytest.mark.parametrize("path, value, message", BROKEN_COSTS)
+def test_broken_cost_table_is_refused(tmp_path, path, value, message):
+    document = artifacts.to_document(make_cost_table())
+    change(document, path, value)
+    assert_refused(artifacts.read_cost_table, tmp_path, json.dumps(document), message)
 
 
 @pytest.mark.parametrize(

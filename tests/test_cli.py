@@ -1,6 +1,5 @@
 """`lexi-search` as users meet it: what it prints and writes, what it refuses, and that it leaves nothing behind."""
 
-import inspect
 import json
 import os
 import pty
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from click.testing import CliRunner
+from command_line import refuse, run, succeed, write
 from safetensors.numpy import load_file, save_file
 from synthetic import make_allocation, make_profile
 
@@ -39,34 +38,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     return tmp_path
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
-
-
-def succeed(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    return result.stdout
-
-
-def refuse(*arguments):
-    """The one line that the command refuses with."""
-    before = sorted(Path.cwd().rglob("*"))
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    assert sorted(Path.cwd().rglob("*")) == before
-    return result.stderr.removeprefix("Error: ").rstrip("\n")
-
-
-def write(path, artifact):
-    path.write_bytes(artifacts.to_bytes(artifact))
-    return path
 
 
 # --- profile
@@ -203,115 +174,6 @@ def test_output_is_checked_before_the_long_computation(folder, monkeypatch):
 def test_a_read_only_file_system_is_refused(folder, checkpoint):
     """/sys/kernel is one that even root cannot write to."""
     assert "cannot write /sys/kernel/profile.json: " in refuse("profile", checkpoint, "-o", "/sys/kernel/profile.json")
-
-
-# --- search
-
-
-def sum_losses(table, allocation):
-    return sum(row[allocation.top_k[layer] - 1] for layer, row in enumerate(table))
-
-
-def test_search_one_budget_writes_a_file(folder):
-    profile = make_profile()
-    output = succeed("search", write(folder / "profile.json", profile), "--budget", 9)
-    allocation = artifacts.read_allocation("allocation.json")
-    assert allocation.budget == 9
-    assert allocation.model == profile.model
-    assert allocation.made_by["profile_sha256"] == artifacts.sha256(profile)
-    assert allocation.loss == pytest.approx(
-        sum(profile.losses("frobenius")[i][allocation.top_k[i] - 1] for i in range(4))
-    )
-    header, row, last = output.splitlines()[1:]
-    assert header.split() == ["budget", "average", "k", "loss", "optimum", "gap", "%", "uniform", "k", "per", "layer"]
-    figures = [f"{allocation.loss:.6g}", f"{allocation.optimal_loss:.6g}", "0"]
-    assert row.split() == ["9", "2.25", *figures, *map(str, allocation.top_k.values())]
-    assert last == "allocation.json"
-
-
-def test_search_many_budgets_writes_a_folder(folder):
-    output = succeed("search", write(folder / "p", make_profile()), "--budgets", "4:16:4", "--budget", "7", "--json")
-    rows = json.loads(output)
-    assert [row["budget"] for row in rows] == [4, 7, 8, 12, 16]
-    assert sorted(os.listdir("allocations")) == sorted(f"allocation-{b}.json" for b in (4, 7, 8, 12, 16))
-    for row in rows:
-        allocation = artifacts.read_allocation(row["file"])
-        assert row["top_k"] == {str(layer): k for layer, k in allocation.top_k.items()}
-        assert (row["loss"], row["optimal_loss"]) == (allocation.loss, allocation.optimal_loss)
-        assert row["average_k"] == row["budget"] / 4
-        assert row["gap"] == 0
-    table = make_profile().losses("frobenius")
-    uniform = {k * 4: pytest.approx(sum(row[k - 1] for row in table)) for k in (1, 2, 3, 4)}
-    assert {row["budget"]: row["uniform_loss"] for row in rows} == uniform | {7: None}
-
-
-def test_search_of_a_range_with_one_budget_still_writes_a_folder(folder):
-    succeed("search", write(folder / "p", make_profile()), "--budgets", "8:8:1", "-o", "out")
-    assert os.listdir("out") == ["allocation-8.json"]
-
-
-def test_search_has_the_same_bytes_with_the_same_seed(folder):
-    write(folder / "p", make_profile(12, 8))
-    for name in "ab":
-        succeed("search", "p", "--budget", "40", "-o", name, "--seed", "3")
-    assert Path("a").read_bytes() == Path("b").read_bytes()
-
-
-def test_search_keeps_to_bounds_and_losses(folder):
-    profile = make_profile(6, 4)
-    write(folder / "p", profile)
-    succeed("search", "p", "--budget", "15", "--min-k", "2", "--max-k", "3", "--loss", "squared")
-    allocation = artifacts.read_allocation("allocation.json")
-    assert set(allocation.top_k.values()) == {2, 3}
-    assert allocation.made_by["loss"] == "squared"
-    assert allocation.loss == pytest.approx(sum_losses(profile.losses("squared"), allocation))
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ([], "no budget given; add --budget B or --budgets START:STOP:STEP"),
-        (["--budget", "3"], "budget 3 is outside 4..16"),
-        (["--budget", "17"], "budget 17 is outside 4..16"),
-        (["--budget", "8", "--budget", "99"], "budget 99 is outside 4..16"),
-        (["--budgets", "4:20:4"], "budget 20 is outside 4..16"),
-        (["--budget", "6", "--min-k", "2"], "budget 6 is outside 8..16"),
-        (["--budget", "14", "--max-k", "3"], "budget 14 is outside 4..12"),
-        (["--budget", "8", "--max-k", "5"], "max_k=5 must be an integer in 1..4"),
-        (["--budget", "8", "--min-k", "0"], "min_k=0 must be an integer in 1..4"),
-        (["--budgets", "8:4:1"], "--budgets '8:4:1' is not understood; write START:STOP:STEP, such as 64:128:8"),
-        (["--budgets", "8"], "--budgets '8' is not understood"),
-        (["--budgets", "4:8:0"], "--budgets '4:8:0' is not understood"),
-        (["--budget", "8", "-o", "absent/a.json"], "cannot write absent/a.json: No such file or directory"),
-        (["--budget", "8", "-o", "."], "cannot write .: not a regular file"),
-        (["--budgets", "8:9:1", "-o", "absent/out"], "cannot write absent/out: No such file or directory"),
-        (["--budgets", "8:9:1", "-o", "p"], "cannot write p: not a folder; choose another name"),
-        (["--budgets", "8:9:1", "-o", "/proc/1"], "cannot write /proc/1/file: "),
-    ],
-)
-def test_search_refuses(folder, options, message):
-    write(folder / "p", make_profile())
-    assert message in refuse("search", "p", *options)
-
-
-def test_search_refuses_other_files(folder):
-    write(folder / "a", make_allocation())
-    assert "expected 'lexi-profile'" in refuse("search", "a", "--budget", "8")
-    assert "cannot read absent: No such file or directory" in refuse("search", "absent", "--budget", "8")
-    document = artifacts.to_document(make_profile()) | {"version": 2}
-    (folder / "p").write_text(json.dumps(document))
-    assert "its format version is 2, lexi-search 0.1.0 reads 1; make the file again" in refuse(
-        "search", "p", "--budget", 8
-    )
-
-
-def test_search_defaults_are_the_librarys():
-    from lexi_search.evolution import search
-
-    defaults = {name: parameter.default for name, parameter in inspect.signature(search).parameters.items()}
-    for option in main.commands["search"].params:
-        if option.name in ("min_k", "population", "generations", "mutation_rate", "seed"):
-            assert option.default == defaults[option.name], option.name
 
 
 # --- show, plot, export

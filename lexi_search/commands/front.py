@@ -1,0 +1,142 @@
+"""`lexi-search front`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lexi_search.artifacts import Profile, read_profile, sha256, write_allocation
+from lexi_search.commands.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
+from lexi_search.console import loss_option, prepare_environment, print_table
+from lexi_search.errors import InputError
+from lexi_search.files import check_writable, write_atomically
+
+if TYPE_CHECKING:
+    from lexi_search.costs import Cost
+    from lexi_search.fronts import Front, Point
+
+
+@click.command()
+@click.argument("profile")
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    default=("front.json",),
+    help="File to write, .json, .csv, .png or .svg; repeatable.",
+)
+@loss_option
+@add_options(COSTS)
+@add_options(CONSTRAINTS)
+@click.option("--target-speedup", type=float, help="Choose the least loss at this speed-up; needs --cost.")
+@click.option("--target-ms", type=float, help="Choose the least loss in this time; needs --cost.")
+@click.option("--max-loss", help="Choose the cheapest that loses at most this, or this share of the front's most: 20%.")
+@click.option("--knee", is_flag=True, help="Choose where the front turns.")
+@click.option("--allocation", default="allocation.json", help="File for the chosen allocation.")
+@click.option("--points", type=click.IntRange(2), help="Write at most this many points, evenly spread.  [default: all]")
+def front(
+    profile: str,
+    outputs: tuple[str, ...],
+    loss: str,
+    cost_file: str | None,
+    mix: str | None,
+    target_speedup: float | None,
+    target_ms: float | None,
+    max_loss: str | None,
+    knee: bool,
+    allocation: str,
+    points: int | None,
+    **options: Any,
+) -> None:
+    """Every trade of cost against loss that PROFILE offers, each one proven best.
+
+    Cost is the time of --cost or, without it, the sum of k. One option may choose a point; its allocation is written.
+    """
+    wishes = [target_speedup is not None, target_ms is not None, max_loss is not None, knee]
+    if sum(wishes) > 1:
+        raise InputError("choose by one of --target-speedup, --target-ms, --max-loss and --knee")
+    for name in (*outputs, *([allocation] if any(wishes) else [])):
+        check_writable(name)
+    if unknown := [name for name in outputs if find_form(name) not in ("json", "csv", "png", "svg")]:
+        raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png or .svg")
+    measured = read_profile(profile)
+    prepare_environment()
+    from lexi_search import fronts
+    from lexi_search.tables import tabulate_front
+
+    cost, constraints = read_cost(measured, cost_file, mix), make_constraints(measured, **options)
+    found = fronts.find_front(measured, cost=cost, constraints=constraints, loss=loss)
+    chosen = None
+    if knee:
+        chosen = fronts.find_knee(found)
+    elif max_loss is not None:
+        chosen = fronts.find_fastest_within(found, parse_loss(max_loss, found))
+    elif any(wishes):
+        chosen = fronts.find_best_within(found, ms=target_ms, speedup=target_speedup)
+    shown = fronts.thin(found.points, points) if points else found.points
+    for name in outputs:
+        write_atomically(name, format_front(name, measured, found, shown, chosen, loss=loss, cost=cost))
+    print_table(tabulate_front(found, chosen))
+    for name in outputs:
+        click.echo(name)
+    if chosen is not None:
+        from lexi_search.allocations import describe_cost, describe_origin, make_allocation
+
+        origin = describe_origin(measured, constraints, loss=loss, method="exact")
+        paid = {} if cost is None else {"cost": describe_cost(cost, chosen.ms)}
+        best = chosen.loss / (1 + found.error)
+        made = make_allocation(measured, chosen.top_k, loss=chosen.loss, optimal_loss=best, made_by=origin | paid)
+        write_allocation(allocation, made)
+        click.echo(allocation)
+
+
+def find_form(name: str) -> str:
+    """What to write, told by the file's suffix."""
+    return Path(name).suffix.lstrip(".").lower()
+
+
+def parse_loss(text: str, front: "Front") -> float:
+    """A loss, or with % a share of the largest on the front."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InputError(f"--max-loss {text!r} is not understood; write a loss such as 12.5, or a share such as 20%")
+    return value / 100 * front.points[0].loss if text.endswith("%") else value
+
+
+def format_front(
+    name: str,
+    profile: Profile,
+    front: "Front",
+    points: "Sequence[Point]",
+    chosen: "Point | None",
+    *,
+    loss: str,
+    cost: "Cost | None",
+) -> bytes:
+    """The bytes of an output file: all `points` as JSON or CSV, or a drawing of the front."""
+    from lexi_search.tables import list_points
+
+    form, layers = find_form(name), profile.model.moe_layers
+    if form in ("png", "svg"):
+        from lexi_search.plots import draw_front, render
+
+        return render(draw_front(front, chosen, title=f"{profile.model.model_type}: {loss} loss"), form)
+    rows = list_points(points, layers)
+    if form == "csv":
+        head = [key for key in rows[0] if key != "top_k"] + [f"top_k_{layer}" for layer in layers]
+        lines = [[*(value for key, value in row.items() if key != "top_k"), *row["top_k"].values()] for row in rows]
+        return "".join(",".join(map(str, line)) + "\n" for line in [head, *lines]).encode()
+    origin = {"format": "lexi-front", "version": 1, "profile_sha256": sha256(profile), "loss": loss}
+    if cost is not None:
+        mix = {str(tokens): count for tokens, count in cost.mix.items()}
+        origin["cost"] = {"table_sha256": cost.table_sha256, "mix": mix, "base_ms": cost.base_ms}
+    # One point a line: a front may have ten thousand of them.
+    head = json.dumps(origin | {"error": front.error}, sort_keys=True)
+    lines = ",\n ".join(json.dumps(row) for row in rows)
+    return f'{head[:-1]}, "points": [\n {lines}\n]}}\n'.encode()

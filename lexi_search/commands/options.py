@@ -1,0 +1,129 @@
+"""Options that the searches share: what an allocation must look like, and what it may cost."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lexi_search.artifacts import Profile, read_cost_table
+from lexi_search.console import parse_layers
+from lexi_search.errors import InputError
+
+if TYPE_CHECKING:
+    from lexi_search.costs import Cost
+    from lexi_search.problems import Constraints
+
+CONSTRAINTS = (
+    click.option("--min-k", default=1, help="Smallest k of a layer."),
+    click.option("--max-k", type=int, help="Largest k of a layer.  [default: the model's own]"),
+    click.option("--allowed-k", help="Only these values of k, such as 1,2,4,8.  [default: all]"),
+    click.option("--bounds", multiple=True, help="LAYERS=LOW:HIGH, such as 0:3=4:8: other bounds for some layers."),
+    click.option("--protect", help="LAYERS that keep the model's own k, such as 0,31."),
+    click.option("--group", "groups", multiple=True, help="LAYERS that must have equal k, such as 0:7; repeatable."),
+    click.option("--group-size", type=click.IntRange(1), help="Equal k in every run of this many MoE layers."),
+)
+COSTS = (
+    click.option("--cost", "cost_file", help="Cost table that `lexi-adapter latency` wrote: measured time for k."),
+    click.option(
+        "--mix",
+        help="Steps of the cost table by tokens, and how many: 16:1024,16384:1 for 1024 decode steps of 16 tokens and "
+        "a prefill of 16384.  [default: the table's only step]",
+    ),
+)
+
+
+def add_options(options: Sequence[Callable]) -> Callable:
+    """A decorator that adds each of `options` to a command, in order."""
+
+    def add(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def make_constraints(
+    profile: Profile,
+    *,
+    min_k: int,
+    max_k: int | None,
+    allowed_k: str | None,
+    bounds: Sequence[str],
+    protect: str | None,
+    groups: Sequence[str],
+    group_size: int | None,
+) -> "Constraints":
+    """What the options say, by the rows of the profile's table."""
+    from lexi_search.problems import Constraints
+
+    layers, own = profile.model.moe_layers, profile.model.top_k
+    low, high = [min_k] * len(layers), [profile.max_k if max_k is None else max_k] * len(layers)
+    for text in bounds:
+        where, _, ends = text.partition("=")
+        try:
+            least, most = map(int, ends.split(":"))
+        except ValueError:
+            raise InputError(f"--bounds {text!r} is not understood; write LAYERS=LOW:HIGH, such as 0:3=4:8") from None
+        for row in find_rows(where, layers, "--bounds"):
+            low[row], high[row] = least, most
+    for row in find_rows(protect, layers, "--protect") if protect else ():
+        low[row] = high[row] = own
+    if groups and group_size:
+        raise InputError("--group and --group-size say the same thing twice; give one")
+    rows = range(len(layers))
+    together = [tuple(rows[i : i + group_size]) for i in rows[::group_size]] if group_size else []
+    together += [find_rows(text, layers, "--group") for text in groups]
+    same_everywhere = not bounds and not protect
+    return Constraints(
+        min_k=min_k if same_everywhere else tuple(low),
+        max_k=max_k if same_everywhere else tuple(high),
+        allowed_k=parse_values(allowed_k) if allowed_k else None,
+        groups=tuple(together),
+    )
+
+
+def find_rows(text: str, layers: Sequence[int], option: str) -> tuple[int, ...]:
+    """The rows of the table that `text` names by decoder layer; a range means the MoE layers in it."""
+    named = set(parse_layers(text, option))
+    rows = tuple(row for row, layer in enumerate(layers) if layer in named)
+    alone = {int(part) for part in text.split(",") if ":" not in part}
+    if not rows or alone - set(layers):
+        known = ", ".join(map(str, layers))
+        raise InputError(f"{option} {text!r} names a layer that is no MoE layer; those are {known}")
+    return rows
+
+
+def read_cost(profile: Profile, cost_file: str | None, mix: str | None) -> "Cost | None":
+    """The cost that the options name, checked against the profile's model; None without --cost."""
+    if cost_file is None:
+        if mix:
+            raise InputError("--mix needs --cost, the table whose steps it mixes")
+        return None
+    from lexi_search.costs import weigh
+
+    table = read_cost_table(cost_file)
+    try:
+        return weigh(table, profile.model, mix=parse_mix(mix) if mix else None)
+    except InputError as error:
+        raise InputError(f"{cost_file}: {error}") from error
+
+
+def parse_values(text: str) -> tuple[int, ...]:
+    """1,2,4,8 as ascending integers."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise InputError(f"--allowed-k {text!r} is not understood; write 1,2,4,8") from None
+
+
+def parse_mix(text: str) -> dict[int, float]:
+    """16:1024,16384:1 as {16: 1024.0, 16384: 1.0}; a count that is left out is 1."""
+    mix: dict[int, Any] = {}
+    try:
+        for part in text.split(","):
+            tokens, _, count = part.partition(":")
+            mix[int(tokens)] = mix.get(int(tokens), 0.0) + (float(count) if count else 1.0)
+    except ValueError:
+        raise InputError(f"--mix {text!r} is not understood; write TOKENS:STEPS, such as 16:1024,16384:1") from None
+    return mix

@@ -1,0 +1,62 @@
+"""A measured cost table, weighted for the steps that a user runs: the milliseconds that an allocation is paid in.
+
+Time is concave in k at small batches, where few experts are hit twice, and linear at large ones: equal budgets of
+experts are not equal speeds.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from lexi_search.artifacts import CostTable, ModelIdentity, sha256
+from lexi_search.errors import InputError
+
+
+class Cost(NamedTuple):
+    """Milliseconds of a mix of engine steps: of each MoE layer at k = 1, 2, ..., and of everything else.
+
+    `mix` says how many steps of how many tokens that is, `table_sha256` where the times come from.
+    """
+
+    ms: Float64[np.ndarray, "layers ks"]
+    other_ms: float
+    mix: Mapping[int, float]
+    table_sha256: str
+
+    @property
+    def base_ms(self) -> float:
+        """The time with the model's own k in every layer."""
+        return self.time(np.full(len(self.ms), self.ms.shape[1]))
+
+    def time(self, top_k: np.ndarray) -> float:
+        """The time under an allocation, [layers]."""
+        return float(self.other_ms + self.ms[np.arange(len(self.ms)), np.asarray(top_k) - 1].sum())
+
+
+def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | None = None) -> Cost:
+    """The cost of `mix`, which maps tokens in a step to how many such steps there are.
+
+    Without a mix, the table's only step. Raises InputError for a table of another model, a step that the table lacks,
+    and a missing mix where there is a choice.
+    """
+    for name in ("model_type", "num_hidden_layers", "num_experts", "top_k", "moe_layers"):
+        found, expected = getattr(table.model, name), getattr(model, name)
+        if found != expected:
+            raise InputError(f"the cost table has {name} {found!r}, the profile {expected!r}: not the same model")
+    known = ", ".join(map(str, sorted(table.steps)))
+    if mix is None:
+        if len(table.steps) > 1:
+            raise InputError(f"the cost table has steps of {known} tokens; say by --mix which and how many you run")
+        mix = {next(iter(table.steps)): 1.0}
+    if missing := sorted(set(mix) - set(table.steps)):
+        raise InputError(f"the cost table has no step of {missing[0]} tokens; it has {known}")
+    if not mix or not all(np.isfinite(count) and count >= 0 for count in mix.values()) or not any(mix.values()):
+        raise InputError("a mix needs a positive number of steps")
+    ms = sum(
+        count * np.array([times for _, times in sorted(table.steps[tokens].layers.items())], np.float64)
+        for tokens, count in sorted(mix.items())
+    )
+    other = sum(count * table.steps[tokens].other_ms for tokens, count in sorted(mix.items()))
+    return Cost(ms, float(other), dict(sorted(mix.items())), sha256(table))

@@ -1,0 +1,81 @@
+"""Every allocation worth having under real costs: the Pareto front of cost and loss, exact, unit by unit.
+
+An allocation of the first u units that costs no less and loses no less than another can be part of no best one. What is
+left after each unit stays small: some ten thousand points for 61 layers with 8 levels. Where it would not, points are
+merged and the error that this makes is stated.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int, Int64
+
+from lexi_search.problems import Problem
+
+MAX_POINTS = 2**18
+
+
+class Frontier(NamedTuple):
+    """Points in order of cost, each loss below the one before; how each came about, unit by unit, for `read_top_k`.
+
+    `error` bounds how far a loss may be above the least of its cost, relative to it; 0 where nothing was merged.
+    """
+
+    cost: Float64[np.ndarray, " points"]
+    loss: Float64[np.ndarray, " points"]
+    parents: tuple[Int64[np.ndarray, " points"], ...]
+    levels: tuple[Int64[np.ndarray, " points"], ...]
+    error: float
+
+
+def trace(problem: Problem, *, max_points: int = MAX_POINTS) -> Frontier:
+    """The Pareto front of a problem whatever its budgets, keeping at most `max_points` points after each unit."""
+    cost, loss, growth = np.zeros(1), np.zeros(1), 1.0
+    parents, levels = [], []
+    for unit_losses, unit_costs, count in zip(
+        problem.unit_losses, problem.unit_costs, problem.num_levels, strict=True
+    ):
+        all_costs = (cost[:, None] + unit_costs[:count]).ravel()
+        all_losses = (loss[:, None] + unit_losses[:count]).ravel()
+        order = np.lexsort((all_losses, all_costs))
+        least_before = np.minimum.accumulate(np.concatenate([[np.inf], all_losses[order][:-1]]))
+        kept = order[all_losses[order] < least_before]
+        kept, factor = _merge(kept, all_losses[kept], max_points)
+        growth *= factor
+        cost, loss = all_costs[kept], all_losses[kept]
+        parent, level = np.divmod(kept, count)
+        parents.append(parent)
+        levels.append(level)
+    return Frontier(cost, loss, tuple(parents), tuple(levels), growth - 1)
+
+
+def read_top_k(
+    frontier: Frontier, problem: Problem, points: Int[np.ndarray, " chosen"]
+) -> Int[np.ndarray, "chosen layers"]:
+    """The allocations of some of the front's points."""
+    at, columns = np.asarray(points), []
+    for parent, level, ks in zip(
+        reversed(frontier.parents), reversed(frontier.levels), problem.ks[::-1], strict=True
+    ):
+        columns.append(ks[level[at]])
+        at = parent[at]
+    return np.stack(columns[::-1], axis=1)[:, problem.unit_of].astype(np.int32)
+
+
+def _merge(kept: np.ndarray, losses: np.ndarray, max_points: int) -> tuple[np.ndarray, float]:
+    """Of points whose losses lie within a factor of each other keep the cheapest; the smallest factor that will do.
+
+    Whatever is built on a dropped point can be built on the kept one, at no more cost and at most `factor` the loss.
+    """
+    factor = 1.0
+    step = 1e-9
+    while len(kept) > max_points:
+        factor = 1 + step
+        bucket = np.full(len(losses), -np.inf)  # a loss of 0 is merged with nothing else
+        np.log(losses, where=losses > 0, out=bucket)
+        bucket = np.floor(bucket / np.log1p(step))
+        first = np.concatenate([[True], bucket[1:] != bucket[:-1]])
+        if first.sum() <= max_points:
+            return kept[first], factor
+        step *= 2
+    return kept, factor

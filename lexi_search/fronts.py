@@ -1,0 +1,109 @@
+"""Every trade of cost against loss that a profile offers, and ways to choose one of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int
+
+from lexi_search.allocations import pose_profile
+from lexi_search.artifacts import Profile
+from lexi_search.costs import Cost
+from lexi_search.errors import InputError
+from lexi_search.frontiers import read_top_k, trace
+from lexi_search.problems import CAP_TOLERANCE, Constraints, sum_over_layers
+
+
+class Point(NamedTuple):
+    """One allocation that none beats in both cost and loss. `ms` and `speedup` are None without a measured cost."""
+
+    budget: int
+    loss: float
+    ms: float | None
+    speedup: float | None
+    top_k: tuple[int, ...]
+
+
+class Front(NamedTuple):
+    """Points from the cheapest to the one with least loss; losses may be off by the relative `error` (see `trace`).
+
+    `uniform` are the allocations of the same k in every layer, k = 1, 2, ..., whatever the constraints.
+    """
+
+    points: tuple[Point, ...]
+    uniform: tuple[Point, ...]
+    error: float
+
+
+def find_front(
+    profile: Profile,
+    *,
+    cost: Cost | None = None,
+    constraints: Constraints | None = None,
+    loss: str = "frobenius",
+) -> Front:
+    """All Pareto points of cost and loss: cost is milliseconds or, without `cost`, the sum of k."""
+    problem = pose_profile(profile, None, cost=cost, constraints=constraints, loss=loss)
+    frontier = trace(problem)
+    on_front = read_top_k(frontier, problem, np.arange(len(frontier.cost)))
+    layers, last_k = problem.losses.shape
+    same = np.tile(np.arange(1, last_k + 1)[:, None], layers)
+    points = _make_points(on_front, problem.losses, cost)
+    return Front(points, _make_points(same, problem.losses, cost), frontier.error)
+
+
+def _make_points(
+    top_k: Int[np.ndarray, "points layers"], losses: Float64[np.ndarray, "layers ks"], cost: Cost | None
+) -> tuple[Point, ...]:
+    points = []
+    for row, loss in zip(top_k, sum_over_layers(losses, top_k), strict=True):
+        ms = None if cost is None else cost.time(row)
+        speedup = None if cost is None else cost.base_ms / ms
+        points.append(Point(int(row.sum()), float(loss), ms, speedup, tuple(row.tolist())))
+    return tuple(points)
+
+
+def find_fastest_within(front: Front, max_loss: float) -> Point:
+    """The cheapest point that loses at most `max_loss`; InputError where every point loses more."""
+    for point in front.points:
+        if point.loss <= max_loss:
+            return point
+    raise InputError(f"every allocation loses more than {max_loss:g}; the least is {front.points[-1].loss:g}")
+
+
+def find_best_within(front: Front, *, ms: float | None = None, speedup: float | None = None) -> Point:
+    """The point of least loss that takes at most `ms`, or is at least `speedup` times as fast as the model's own k.
+
+    Raises InputError without a measured cost, or where no point is that fast.
+    """
+    if front.points[0].ms is None:
+        raise InputError("a time or a speed-up needs measured costs; give --cost, which lexi-adapter latency writes")
+    limit = front.points[0].ms * front.points[0].speedup / speedup if ms is None else ms
+    fast = [point for point in front.points if point.ms <= limit * (1 + CAP_TOLERANCE)]
+    if not fast:
+        quickest = front.points[0]
+        raise InputError(
+            f"no allocation is that fast; the fastest takes {quickest.ms:g} ms, a speed-up of {quickest.speedup:.3f}"
+        )
+    return fast[-1]
+
+
+def find_knee(front: Front) -> Point:
+    """The point furthest below the straight line between the front's ends, cost and loss each scaled to 0..1.
+
+    Where the curve turns: before it a little cost saves much loss, after it much cost saves little. The cheapest point
+    where the front has no such bend.
+    """
+    cost = np.array([point.budget if point.ms is None else point.ms for point in front.points], np.float64)
+    loss = np.array([point.loss for point in front.points])
+    if len(cost) < 3:
+        return front.points[0]
+    below = (cost[-1] - cost) / (cost[-1] - cost[0]) - (loss - loss[-1]) / (loss[0] - loss[-1])
+    return front.points[int(below.argmax())]
+
+
+def thin(points: Sequence[Point], count: int) -> tuple[Point, ...]:
+    """At most `count` of the points, evenly spread over their order, both ends kept."""
+    if len(points) <= count:
+        return tuple(points)
+    return tuple(points[i] for i in np.unique(np.linspace(0, len(points) - 1, count).round().astype(int)))

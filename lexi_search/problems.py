@@ -1,0 +1,215 @@
+"""The allocation problem that both searches solve, checked once.
+
+Choose one top-k per layer so that the summed loss is smallest (LExI, arXiv 2509.02753, stage 2) and
+
+- without costs, the k sum to the budget, as in the paper; where groups or allowed values leave gaps between the sums
+  that can be had, they sum to at most the budget;
+- with costs, such as measured milliseconds, the summed cost is at most the budget.
+
+Layers that must share their k are one *unit*; the k that a unit may take are its *levels*, in order of cost. Everything
+here is host-side NumPy; nothing knows a model.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int, Int64, Real
+
+from lexi_search.errors import InputError
+
+# A cap that was computed from the cost of an allocation must still admit it.
+CAP_TOLERANCE = 1e-12
+
+
+class Constraints(NamedTuple):
+    """What an allocation must look like besides its budget. Layers are counted by their row in the loss table.
+
+    Bounds are one for all layers or one for each; `max_k` is by default the table's last k. A layer whose bounds are
+    equal keeps that k whatever `allowed_k` says. Layers of one of `groups` have the same k; a layer is in one at most.
+    """
+
+    min_k: int | Sequence[int] = 1
+    max_k: int | Sequence[int] | None = None
+    allowed_k: tuple[int, ...] | None = None
+    groups: tuple[tuple[int, ...], ...] = ()
+
+
+class Problem(NamedTuple):
+    """A checked problem. `losses[l, k - 1]` is what layer l loses with k experts, in any unit that adds over layers.
+
+    Unit u takes k = `ks[u, j]` at its level j < `num_levels[u]`; its costs rise with j. Entries past the last level
+    repeat it. If `sums_to_budget`, every unit is a layer, its levels are consecutive k, and the k must sum to the
+    budget exactly; else costs sum to at most `budgets`.
+    """
+
+    losses: Float64[np.ndarray, "layers ks"]
+    costs: Float64[np.ndarray, "layers ks"]
+    budgets: Float64[np.ndarray, " budgets"]
+    unit_of: Int64[np.ndarray, " layers"]
+    ks: Int64[np.ndarray, "units levels"]
+    num_levels: Int64[np.ndarray, " units"]
+    unit_losses: Float64[np.ndarray, "units levels"]
+    unit_costs: Float64[np.ndarray, "units levels"]
+    sums_to_budget: bool
+
+
+def pose(
+    losses: Real[np.ndarray, "layers ks"],
+    budgets: Real[np.ndarray, " budgets"] | None,
+    *,
+    costs: Real[np.ndarray, "layers ks"] | None = None,
+    constraints: Constraints | None = None,
+) -> Problem:
+    """Check a loss table, budgets, costs and constraints, and return them as a `Problem`.
+
+    Without budgets (None) the problem is that of the whole front, `frontiers.trace`.
+    A table need not fall as k grows, nor be convex: a fewer k that loses less is taken where the constraints allow it.
+
+    Raises InputError: a loss or cost that is NaN, infinite or negative, by layer and k; tables of different shapes;
+    constraints that contradict each other or name a layer or k that is not there; a budget that no allocation meets.
+    """
+    losses = _check_table(losses, "loss")
+    layers, last_k = losses.shape
+    in_experts = costs is None
+    costs = np.tile(np.arange(1.0, last_k + 1), (layers, 1)) if costs is None else _check_table(costs, "cost")
+    if costs.shape != losses.shape:
+        raise InputError(f"costs are {costs.shape[0]} x {costs.shape[1]}, losses {layers} x {last_k}; they must agree")
+    constraints = constraints or Constraints()
+    allowed = _find_allowed(constraints, layers, last_k)
+    unit_of = _find_units(constraints.groups, layers)
+    units = [_make_unit(losses, costs, allowed, np.flatnonzero(unit_of == unit)) for unit in range(unit_of.max() + 1)]
+    width = max(len(ks) for ks, _, _ in units)
+    ks, unit_losses, unit_costs = (
+        np.stack([np.pad(unit[i], (0, width - len(unit[i])), mode="edge") for unit in units]) for i in range(3)
+    )
+    num_levels = np.array([len(unit[0]) for unit in units])
+    consecutive = all((np.diff(ks) == 1).all() for ks, _, _ in units)
+    sums_to_budget = in_experts and len(units) == layers and consecutive
+    budgets = np.empty(0) if budgets is None else _check_budgets(budgets, unit_costs, in_experts=in_experts)
+    return Problem(losses, costs, budgets, unit_of, ks, num_levels, unit_losses, unit_costs, sums_to_budget)
+
+
+def drop_dominated(problem: Problem) -> Problem:
+    """The same optimum from fewer levels: those go that cost no less and lose no less than another of their unit.
+
+    Only for a fitness that adds over layers. A problem whose k must sum to the budget stays as it is.
+    """
+    if problem.sums_to_budget:
+        return problem
+    kept = []
+    for losses, count in zip(problem.unit_losses, problem.num_levels, strict=True):
+        least_before = np.minimum.accumulate(np.concatenate([[np.inf], losses[: count - 1]]))
+        kept.append(np.flatnonzero(losses[:count] < least_before))
+    width = max(map(len, kept))
+    level = np.stack([np.pad(levels, (0, width - len(levels)), mode="edge") for levels in kept])
+    ks, losses, costs = (
+        np.take_along_axis(values, level, axis=1)
+        for values in (problem.ks, problem.unit_losses, problem.unit_costs)
+    )
+    return problem._replace(
+        ks=ks, unit_losses=losses, unit_costs=costs, num_levels=np.array([len(levels) for levels in kept])
+    )
+
+
+def find_uniform(problem: Problem) -> Int64[np.ndarray, " budgets"]:
+    """The k which, the same in every layer, meets each budget and loses least; 0 where there is none."""
+    best, least = np.zeros(len(problem.budgets), np.int64), np.full(len(problem.budgets), np.inf)
+    levels = np.arange(problem.ks.shape[1]) < problem.num_levels[:, None]
+    for k in range(1, problem.losses.shape[1] + 1):
+        if not ((problem.ks == k) & levels).any(axis=1).all():
+            continue
+        top_k = np.full(len(problem.losses), k)
+        cost, loss = sum_over_layers(problem.costs, top_k), sum_over_layers(problem.losses, top_k)
+        fits = (cost == problem.budgets) if problem.sums_to_budget else (cost <= problem.budgets)
+        best, least = np.where(fits & (loss < least), k, best), np.where(fits & (loss < least), loss, least)
+    return best
+
+
+def sum_over_layers(
+    table: Float64[np.ndarray, "layers ks"], top_k: Int[np.ndarray, "*batch layers"]
+) -> Float64[np.ndarray, "*batch"]:
+    """Loss or cost of allocations: the sum over layers, added in float64 from the first layer to the last.
+
+    The order is part of the result: the dynamic programme adds in the same one, so that equal allocations have equal
+    losses to the last bit and a gap is never negative.
+    """
+    chosen = table[np.arange(table.shape[0]), np.asarray(top_k) - 1]
+    return np.cumsum(chosen, axis=-1)[..., -1]
+
+
+def _check_table(table: Real[np.ndarray, "layers ks"], what: str) -> Float64[np.ndarray, "layers ks"]:
+    table = np.array(table, np.float64)
+    if table.ndim != 2 or 0 in table.shape:
+        shape = f"not of shape {table.shape}"
+        raise InputError(f"the {what} of each layer at each k must be a table with at least one of each, {shape}")
+    wrong = np.argwhere(~np.isfinite(table) | (table < 0))
+    if len(wrong):
+        layer, column = wrong[0]
+        value = table[layer, column]
+        raise InputError(f"{what} of layer {layer} at k={column + 1} is {value}; it must be finite and at least 0")
+    return table
+
+
+def _find_allowed(constraints: Constraints, layers: int, last_k: int) -> Bool[np.ndarray, "layers ks"]:
+    """Which k each layer may take."""
+    ends = {"min_k": constraints.min_k, "max_k": last_k if constraints.max_k is None else constraints.max_k}
+    bounds = {}
+    for name, bound in ends.items():
+        values = np.asarray(bound)
+        if not np.issubdtype(values.dtype, np.integer) or values.ndim > 1 or values.size not in (1, layers):
+            raise InputError(f"{name}={bound} must be an integer or one for each of the {layers} layers")
+        if ((values < 1) | (values > last_k)).any():
+            raise InputError(f"{name}={bound} must be an integer in 1..{last_k}, the k that the losses cover")
+        bounds[name] = np.broadcast_to(values, layers)
+    low, high = bounds["min_k"], bounds["max_k"]
+    if (crossed := np.flatnonzero(low > high)).size:
+        layer = crossed[0]
+        raise InputError(f"min_k={low[layer]} is above max_k={high[layer]} in layer {layer}")
+    k = np.arange(1, last_k + 1)
+    within = (low[:, None] <= k) & (k <= high[:, None])
+    if constraints.allowed_k is None:
+        return within
+    if wrong := [value for value in constraints.allowed_k if not 1 <= value <= last_k]:
+        raise InputError(f"allowed_k has {wrong[0]}; the losses cover k in 1..{last_k}")
+    return within & (np.isin(k, constraints.allowed_k) | (low == high)[:, None])
+
+
+def _find_units(groups: Sequence[Sequence[int]], layers: int) -> Int64[np.ndarray, " layers"]:
+    """The unit of each layer, numbered in order of their first layers."""
+    leader = np.arange(layers)
+    for group in groups:
+        for layer in group:
+            if not 0 <= layer < layers:
+                raise InputError(f"group {list(group)} has layer {layer}; the table has {layers} layers")
+            if leader[layer] != layer or (layer != min(group) and (leader == layer).sum() > 1):
+                raise InputError(f"layer {layer} is in two groups; put them together")
+            leader[layer] = min(group)
+    return np.unique(leader, return_inverse=True)[1].reshape(-1)
+
+
+def _make_unit(losses, costs, allowed, members) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k, losses and costs of one unit's levels, cheapest first."""
+    ks = np.flatnonzero(allowed[members].all(axis=0)) + 1
+    if not ks.size:
+        raise InputError(f"no k is left for layers {members.tolist()}: their bounds and allowed values exclude all")
+    loss, cost = (table[members][:, ks - 1].sum(axis=0) for table in (losses, costs))
+    order = np.lexsort((loss, cost))
+    return ks[order], loss[order], cost[order]
+
+
+def _check_budgets(budgets, unit_costs, *, in_experts: bool) -> Float64[np.ndarray, " budgets"]:
+    budgets = np.asarray(budgets)
+    kind, name = (np.integer, "integers") if in_experts else (np.number, "numbers")
+    if budgets.ndim != 1 or not len(budgets) or not np.issubdtype(budgets.dtype, kind):
+        raise InputError(f"budgets must be a non-empty list of {name}")
+    budgets = budgets.astype(np.float64)
+    least, most = unit_costs[:, 0].sum(), unit_costs[:, -1].sum()
+    if not np.isfinite(budgets).all():
+        raise InputError("budgets must be finite")
+    if not in_experts:
+        budgets = budgets * (1 + CAP_TOLERANCE)
+    for budget in budgets[(budgets < least) | (in_experts & (budgets > most))]:
+        reach = f"outside {least:g}..{most:g}, what" if in_experts else f"below {least:g}, the least that"
+        raise InputError(f"budget {budget:g} is {reach} the layers and constraints allow")
+    return budgets

@@ -1,0 +1,71 @@
+"""The Pareto front against everything there is; what merging points costs; and the ways to choose from it."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lexi_search.errors import InputError
+from lexi_search.frontiers import read_top_k, trace
+from lexi_search.fronts import Front, Point, find_best_within, find_fastest_within, find_knee, thin
+from lexi_search.problems import pose, sum_over_layers
+
+VALUES = st.floats(0, 100) | st.sampled_from([0.0, 1.0, 2.0])
+TABLES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=4).flatmap(
+    lambda shape: st.tuples(hnp.arrays(np.float64, shape, elements=VALUES), hnp.arrays(np.float64, shape, elements=VALUES))
+)
+
+
+@given(tables=TABLES)
+def test_no_point_is_dominated_and_none_is_missing(tables):
+    losses, costs = tables
+    problem = pose(losses, None, costs=costs)
+    front = trace(problem)
+    top_k = read_top_k(front, problem, np.arange(len(front.cost)))
+    np.testing.assert_array_equal(front.cost, sum_over_layers(costs, top_k))
+    np.testing.assert_array_equal(front.loss, sum_over_layers(losses, top_k))
+    assert (np.diff(front.cost) > 0).all() and (np.diff(front.loss) < 0).all() and front.error == 0
+    everything = np.array(list(itertools.product(range(1, losses.shape[1] + 1), repeat=losses.shape[0])))
+    for cost, loss in zip(sum_over_layers(costs, everything), sum_over_layers(losses, everything), strict=True):
+        assert ((front.cost <= cost) & (front.loss <= loss)).any()
+
+
+@pytest.mark.parametrize("max_points", [20, 100, 400])
+def test_merged_points_lose_no_more_than_stated(max_points):
+    draw = np.random.default_rng(0)
+    losses, costs = -np.sort(-draw.random((16, 8)), axis=1), np.sort(draw.random((16, 8)), axis=1)
+    losses[:, -1] = 0
+    problem = pose(losses, None, costs=costs)
+    whole, merged = trace(problem), trace(problem, max_points=max_points)
+    assert len(merged.cost) <= max_points < len(whole.cost) and whole.error == 0 < merged.error
+    for cost, loss in zip(whole.cost, whole.loss, strict=True):
+        assert merged.loss[merged.cost <= cost].min() <= loss * (1 + merged.error)
+    top_k = read_top_k(merged, problem, np.arange(len(merged.cost)))
+    np.testing.assert_allclose(sum_over_layers(losses, top_k), merged.loss, atol=1e-15)
+    np.testing.assert_allclose(sum_over_layers(costs, top_k), merged.cost)
+
+
+def make_front(costs, losses, *, timed=True):
+    points = [
+        Point(i, loss, cost if timed else None, costs[-1] / cost if timed else None, (i,))
+        for i, (cost, loss) in enumerate(zip(costs, losses, strict=True), 1)
+    ]
+    return Front(tuple(points), (), 0.0)
+
+
+def test_choices():
+    front = make_front([1.0, 2.0, 4.0, 8.0], [10.0, 3.0, 2.0, 0.0])
+    assert find_fastest_within(front, 3.0).ms == 2 and find_fastest_within(front, 2.9).ms == 4
+    assert find_best_within(front, ms=4.0).ms == 4 and find_best_within(front, ms=3.9).ms == 2
+    assert find_best_within(front, speedup=2.0).ms == 4 and find_best_within(front, speedup=2.1).ms == 2
+    assert find_knee(front).ms == 2
+    assert find_knee(make_front([1.0, 8.0], [10.0, 0.0])).ms == 1
+    assert find_knee(make_front([1.0, 2.0, 3.0], [5.0, 4.9, 0.0])).ms == 1  # no bend towards the origin
+    assert [point.ms for point in thin(front.points, 2)] == [1, 8] and thin(front.points, 9) == front.points
+    with pytest.raises(InputError, match="no allocation is that fast; the fastest takes 1 ms, a speed-up of 8.000"):
+        find_best_within(front, ms=0.5)
+    with pytest.raises(InputError, match="needs measured costs"):
+        find_best_within(make_front([1, 2], [1, 0], timed=False), speedup=1.5)

@@ -1,0 +1,88 @@
+"""How sure an allocation is said to be, against plain loops over resampled tables, and the weighing of measured costs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from synthetic import make_cost_table, make_identity, make_profile
+
+from lexi_search.artifacts import sha256
+from lexi_search.costs import weigh
+from lexi_search.errors import InputError
+from lexi_search.exact import solve
+from lexi_search.problems import pose, sum_over_layers
+from lexi_search.uncertainty import judge, resample
+
+
+def test_shares_and_regret_are_those_of_a_loop():
+    draw = np.random.default_rng(0)
+    losses = -np.sort(-draw.random((6, 4)), axis=1)
+    errors = np.full((6, 4), 0.05)
+    problem = pose(losses, np.array([9, 14, 20]))
+    top_k = solve(problem).top_k
+    sure = judge(problem, errors, top_k, resamples=50, seed=3)
+    counts, regrets = np.zeros((3, 6)), np.zeros(3)
+    tables = resample(losses, errors, count=50, seed=3)
+    for table in tables:
+        for row, budget in enumerate((9, 14, 20)):
+            best = solve(pose(table, np.array([budget]))).top_k[0]
+            counts[row] += best == top_k[row]
+            regrets[row] += sum_over_layers(table, top_k[row]) / sum_over_layers(table, best) - 1
+    np.testing.assert_array_equal(sure.share, counts / 50)
+    np.testing.assert_allclose(sure.regret, regrets / 50)
+    assert (sure.share < 1).any() and (sure.regret > 0).all()
+
+
+def test_resamples_have_the_stated_spread_and_are_losses():
+    losses, errors = np.array([[1.0, 0.01, 0.0]]), np.array([[0.1, 0.02, 0.0]])
+    tables = resample(losses, errors, count=20000, seed=0)
+    assert tables.min() == 0 and (tables[..., 2] == 0).all()
+    assert tables[..., 0].mean() == pytest.approx(1, abs=0.005) and tables[..., 0].std() == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_profile_without_errors_is_sure():
+    problem = pose(-np.sort(-np.random.default_rng(1).random((8, 4)), axis=1), np.arange(8, 33))
+    sure = judge(problem, np.zeros((8, 4)), solve(problem).top_k, resamples=3)
+    assert (sure.share == 1).all() and (sure.regret == 0).all()
+
+
+def test_profiles_state_the_errors_of_every_loss():
+    profile = make_profile(2, 3)
+    for kind, losses, errors in (
+        ("frobenius", "frobenius", "frobenius_stderr"),
+        ("rms", "rms", "rms_stderr"),
+    ):
+        assert profile.errors(kind) == tuple(getattr(profile.layers[i], errors) for i in (0, 1))
+        assert profile.losses(kind) == tuple(getattr(profile.layers[i], losses) for i in (0, 1))
+    step = 1e-6  # the error of a square is that of its root times the slope there
+    for row, layer in zip(profile.errors("squared"), profile.layers.values(), strict=True):
+        slopes = [((rms + step) ** 2 - (rms - step) ** 2) / (2 * step) for rms in layer.rms]
+        np.testing.assert_allclose(row, np.multiply(slopes, layer.rms_stderr), rtol=1e-6)
+    with pytest.raises(InputError, match="loss kind 'x' is unknown"):
+        profile.errors("x")
+
+
+def test_costs_are_weighed_as_a_loop_does():
+    table, model = make_cost_table(3, 4), make_identity(3, 4)
+    cost = weigh(table, model, mix={16: 10, 4096: 0.5})
+    top_k = [1, 4, 2]
+    ms = sum(
+        count * (table.steps[tokens].other_ms + sum(table.steps[tokens].layers[i][k - 1] for i, k in enumerate(top_k)))
+        for tokens, count in ((16, 10), (4096, 0.5))
+    )
+    assert cost.time(np.array(top_k)) == pytest.approx(ms)
+    assert cost.base_ms == cost.time(np.array([4, 4, 4])) and cost.table_sha256 == sha256(table)
+    alone = dataclasses.replace(table, steps={16: table.steps[16]})
+    assert weigh(alone, model).mix == {16: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 9}, "num_experts 8, the profile 9"),
+        ({"model_type": "mixtral"}, "model_type 'olmoe', the profile 'mixtral'"),
+    ],
+)
+def test_costs_of_another_model_are_refused(change, message):
+    with pytest.raises(InputError, match=f"the cost table has {message}: not the same model"):
+        weigh(make_cost_table(), make_identity(**change), mix={16: 1})
