@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -105,7 +105,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         InputError: no such folder or id, no or unreadable config, no shards, a damaged or truncated shard.
     """
     folder = find_folder(source, ["config.json", INDEX, "*.safetensors"])
-    config = read_json_object(folder / "config.json")
+    config = read_json_object(folder / "config.json", finite=False)
     return Checkpoint(folder, config, _read_entries(folder))
 
 
@@ -126,8 +126,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     try:
-        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
-        header.pop("__metadata__", None)
+        header = _parse_header(raw)
         entries = {name: _parse_entry(file, name, item, 8 + length) for name, item in header.items()}
     except InputError:
         raise
@@ -142,6 +141,17 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         state = "truncated" if position > total else "longer than its header says"
         raise InputError(f"{file}: {state} ({position} bytes expected, {total} found); download it again")
     return entries
+
+
+def _parse_header(raw: bytes) -> dict[str, Any]:
+    """The header's JSON without its metadata; ValueError or the like where JSON proper would not allow it."""
+    header = json.loads(raw.decode(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+    metadata = header.pop("__metadata__", {})
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("__metadata__ holds what is not text")
+    if b"\\u" in raw:
+        json.dumps([header, metadata], ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    return header
 
 
 def _parse_entry(file: Path, name: str, item: dict[str, Any], base: int) -> TensorEntry:
@@ -181,9 +191,17 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
 def _find_shard(folder: Path, shard: str) -> Path:
     if Path(shard).name != shard:
         raise InputError(f"{folder / INDEX}: shard {shard!r} is not a plain file name")
-    if not (folder / shard).is_file():
+    try:
+        found = (folder / shard).is_file()
+    except OSError as error:
+        raise InputError(f"{folder / INDEX}: shard {shard[:80]!r} cannot be found ({error.strerror})") from error
+    if not found:
         raise InputError(f"{folder / shard}: no such shard; {INDEX} names it, so the download is incomplete")
     return folder / shard
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -47,7 +47,11 @@ class Format(NamedTuple):
 def _describe_scaled(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
     """Scales of blocks where the config gives their size, of groups of a row, of a row, or of the whole."""
     rows, columns = _require_rank(shapes["weight"], 2)
-    options = [storage.block] if storage.block else [(rows, columns), (1, columns), (1, storage.group_size)]
+    options = [(rows, columns), (1, columns)]
+    if storage.block:
+        options = [storage.block]
+    elif storage.group_size > 0 and columns % storage.group_size == 0:
+        options = [(1, storage.group_size)]
     for block in options:
         if shapes["scale"] in _list_grids((rows, columns), block):
             _require(shapes, "zero", shapes["scale"])
@@ -57,8 +61,6 @@ def _describe_scaled(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[in
 
 def _list_grids(shape: tuple[int, int], block: tuple[int, int]) -> list[tuple[int, ...]]:
     """The shapes that one number per block may be stored in: [down, across], or less where there is but one across."""
-    if min(block) < 1:
-        return []
     down, across = (math.ceil(extent / size) for extent, size in zip(shape, block, strict=True))
     return [(down, across)] + [(down,)] * (across == 1) + [()] * (down == across == 1)
 
@@ -69,9 +71,9 @@ def _describe_packed(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[in
     rows, words = _require_rank(shapes["weight"], 2)
     groups = _require_rank(shapes["scale"], 2)[1]
     # The last word may be filled up; where groups are given, they tell how far.
-    columns = words * per_word if storage.group_size == -1 else min(groups * storage.group_size, words * per_word)
-    group_size = columns if storage.group_size == -1 else storage.group_size
-    _require(shapes, "scale", (rows, math.ceil(columns / group_size)))
+    columns = words * per_word if storage.group_size == -1 else groups * storage.group_size
+    group_size = columns // groups
+    _require(shapes, "scale", (rows, columns // group_size))
     _require(shapes, "weight", (rows, math.ceil(columns / per_word)))
     _require(shapes, "zero", (math.ceil(rows / per_word), groups))
     _require(shapes, "group", (columns,))
@@ -103,9 +105,10 @@ def _describe_awq(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, 
 
 def _check_groups(storage: Storage, shapes: Shapes, rows: int, columns: int) -> int:
     group_size = columns if storage.group_size == -1 else storage.group_size
-    groups = math.ceil(columns / group_size) if group_size else 0
-    _require(shapes, "scale", (groups, rows))
-    _require(shapes, "zero", (groups, math.ceil(rows * storage.bits / 32)))
+    if columns % group_size:
+        raise Misfit
+    _require(shapes, "scale", (columns // group_size, rows))
+    _require(shapes, "zero", (columns // group_size, math.ceil(rows * storage.bits / 32)))
     return group_size
 
 
@@ -120,9 +123,10 @@ def _describe_mxfp4(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int
 def _describe_fp4(storage: Storage, shapes: Shapes, divide: bool = False) -> tuple[Scheme, tuple[int, int]]:
     """Two numbers to a byte along the inputs, [out, in / 2], and the scales of groups, [out, in / group_size]."""
     rows, half = _require_rank(shapes["weight"], 2)
-    _require(shapes, "scale", (rows, math.ceil(2 * half / storage.group_size)))
-    if "global_scale" in shapes and math.prod(shapes["global_scale"]) != 1:
+    groups = 2 * half // storage.group_size
+    if groups * storage.group_size != 2 * half or math.prod(shapes.get("global_scale", ())) != 1:
         raise Misfit
+    _require(shapes, "scale", (rows, groups))
     return Fp4(storage.group_size, divide=divide), (rows, 2 * half)
 
 
@@ -164,7 +168,7 @@ FORMATS: Mapping[str, Format] = {
             "scale": Part(("_scale",), FLOATS),
             "zero": Part(("_zero_point",), WORDS, required=False),
             "group": Part(("_g_idx",), WORDS, required=False),
-            "shape": Part(("_shape",), ("int64", "int32"), required=False),
+            "shape": Part(("_shape",), ("int64", "int32")),
         },
         describe=_describe_packed,
     ),

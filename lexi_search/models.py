@@ -60,7 +60,9 @@ class _Config(NamedTuple):
 
     def count_layers(self) -> int:
         key = self.find_key(("num_hidden_layers", "layers_block_type"))  # the second has an entry for every layer
-        return len(self.values[key]) if isinstance(self.values[key], list) else self.read_count(key)
+        if key == "layers_block_type" and isinstance(self.values[key], list):
+            return len(self.values[key])
+        return self.read_count(key)
 
     def resolve(self, value: Any) -> Any:
         """What a `Key` stands for here, of its default's type; anything else is the value itself."""

@@ -21,13 +21,15 @@ class Storage(NamedTuple):
     """How the weights of a group of modules are stored: a key of `formats.FORMATS`, and what shapes do not tell.
 
     `group_size` inputs share a scale, -1: all of a row. `block` is (rows, columns) that share one, None: not by blocks.
-    `targets` are the modules it holds for, by name or pattern; none: for all.
+    `needs` are roles of parts that other weights of the format may lack. `targets` are the modules it holds for, by
+    name or pattern; none: for all.
     """
 
     format: str
     bits: int = 8
     group_size: int = -1
     block: tuple[int, int] | None = None
+    needs: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
 
 
@@ -132,7 +134,8 @@ def _read_gptq(settings: _Settings) -> list[Storage]:
     format = settings.read_choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     if any(not name.startswith("-:") for name in settings.read("dynamic", dict, {})):
         raise InputError(f"{settings.place}: dynamic gives modules settings of their own, which is not supported")
-    return [Storage(format, settings.read_choice("bits", (4, 8)), settings.read_group_size())]
+    needs = ("group",) if settings.read("desc_act", bool, False) else ()
+    return [Storage(format, settings.read_choice("bits", (4, 8)), settings.read_group_size(), needs=needs)]
 
 
 def _read_awq(settings: _Settings) -> list[Storage]:
@@ -166,8 +169,11 @@ def _read_group(settings: _Settings, group: _Settings) -> Storage:
     weights = group.read_object("weights")
     bits = weights.read_choice("num_bits", COMPRESSED_BITS[COMPRESSED_FORMATS[format]])
     targets = tuple(name for name in group.read_names("targets") if not re.fullmatch("[A-Z][A-Za-z0-9]*", name))
+    needs = ("zero",) if not weights.read("symmetric", bool, True) else ()
+    order = weights.read_choice("actorder", (None, "weight", "static", "group", "dynamic"))
+    needs += ("group",) if order in ("group", "dynamic") else ()
     block = weights.read_block("block_structure")
-    return Storage(COMPRESSED_FORMATS[format], bits, weights.read_group_size(), block, targets)
+    return Storage(COMPRESSED_FORMATS[format], bits, weights.read_group_size(), block, needs, targets)
 
 
 METHODS: Mapping[str, Callable[[_Settings], list[Storage]]] = {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
-from lexi_search.checkpoint import Checkpoint
+from lexi_search.checkpoint import Checkpoint, TensorEntry
 from lexi_search.errors import InputError
 from lexi_search.formats import FORMATS, Format, Misfit
 from lexi_search.quantisation import Quantisation, Storage, read_quantisation
@@ -48,7 +48,7 @@ class Tensors(Mapping[str, StoredTensor]):
     def __getitem__(self, name: str) -> StoredTensor:
         if self._quantisation is not None:
             storage = self._quantisation.find_storage(name.removesuffix(".weight"))
-            parts = _find_parts(self._entries, FORMATS[storage.format], name)
+            parts = _find_parts(self._entries, storage, name)
             if parts:
                 return self._describe(name, parts, storage, self._quantisation)
         entry = self._entries[name]
@@ -90,12 +90,13 @@ class Tensors(Mapping[str, StoredTensor]):
         return StoredTensor(file, np.dtype(quantisation.dtype), (*axes, *shape), scheme, parts)
 
 
-def _find_parts(entries: Mapping[str, object], format: Format, name: str) -> dict[str, str] | None:
+def _find_parts(entries: Mapping[str, TensorEntry], storage: Storage, name: str) -> dict[str, str] | None:
     """The parts that are there, role -> name, of a tensor that is quantised; None if it is not.
 
     Raises:
         InputError: a part without which the others are of no use is missing.
     """
+    format = FORMATS[storage.format]
     if not name.endswith(format.base):
         return None
     stem = name.removesuffix(format.base)
@@ -108,7 +109,7 @@ def _find_parts(entries: Mapping[str, object], format: Format, name: str) -> dic
     if parts["weight"] != name and name in entries:
         raise InputError(f"{entries[name].file}: both {name} and {parts['weight']} are there; which one counts?")
     for role, part in format.parts.items():
-        if part.required and parts[role] is None:
+        if (part.required or role in storage.needs) and parts[role] is None:
             wanted = " or ".join(stem + ending for ending in part.endings)
             raise InputError(f"{entries[parts['weight']].file}: {wanted} is missing beside {parts['weight']}")
     return {role: part for role, part in parts.items() if part is not None}
