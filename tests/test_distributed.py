@@ -1,5 +1,6 @@
 """Several processes over loopback: the same bytes as one, and one clear line when one of them is gone."""
 
+import json
 import os
 import shutil
 import signal
@@ -170,3 +171,14 @@ def test_the_cost_of_a_layer_is_its_bytes(checkpoint):
     costs = estimate_costs(opened, model, [0, 2])
     assert costs.keys() == {0, 2}
     assert costs[2] == sum(opened[name].nbytes for name in opened if name.startswith("model.layers.2."))
+
+
+def test_the_scaling_benchmark_runs(tmp_path):
+    script = Path(lexi_search.__file__).parent.parent / "examples" / "benchmarks" / "profile_scaling.py"
+    options = ["--model", "tiny", "--gpus", "1", "--gpus", "2", "--tokens", "4096", "-o", "scaling.json"]
+    command = [sys.executable, str(script), *options]
+    subprocess.run(command, check=True, cwd=tmp_path, env=make_environment(), capture_output=True, timeout=120)
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert [(row["gpus"], row["layers"], row["balance"]) for row in rows] == [(1, 6, 1.0), (2, 6, 1.0)]
+    assert all(row["tokens_per_s"] == 6 * 4096 / row["seconds"] for row in rows)
+    assert rows[1]["efficiency"] == rows[1]["tokens_per_s"] / 2 / rows[0]["tokens_per_s"]
