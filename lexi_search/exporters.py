@@ -107,7 +107,7 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
 
 def read_config(model: str) -> dict[str, Any]:
     """The parsed config.json of a folder or, fetched, of a hub id."""
-    return read_json_object(find_folder(model, ["config.json"]) / "config.json")
+    return read_json_object(find_folder(model, ["config.json"]) / "config.json", finite=False)
 
 
 def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force: bool = False) -> None:
@@ -121,7 +121,7 @@ def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force
     source, target = Path(os.path.abspath(model)), Path(os.path.realpath(folder))
     if not source.is_dir():
         raise InputError(f"{model}: no such folder; links need the model on this machine, so download it first")
-    changed = merge(read_json_object(source / "config.json"), overrides)
+    changed = merge(read_json_object(source / "config.json", finite=False), overrides)
     _check_target(target, Path(os.path.realpath(model)), force)
     building = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
     try:
@@ -175,7 +175,7 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
 
 def _is_export(folder: Path) -> bool:
     try:
-        return "lexi_allocation" in read_json_object(folder / "config.json")
+        return "lexi_allocation" in read_json_object(folder / "config.json", finite=False)
     except InputError:
         return False
 

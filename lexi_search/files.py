@@ -18,11 +18,14 @@ def json_bytes(document: Any) -> bytes:
     return (json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object, and refuse what Python's parser lets through: repeated keys, NaN, infinities."""
+def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
+    """Read a JSON object; refuse what Python's parser lets through: repeated keys and, if `finite`, NaN and infinities.
+
+    A model's config.json is read with `finite` off: that of Nemotron-H holds Infinity, where nobody here looks.
+    """
+    checks = {"parse_constant": _not_finite, "parse_float": _finite} if finite else {}
     try:
-        text = Path(path).read_bytes().decode()
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite)
+        document = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=_unique, **checks)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except InputError as error:

@@ -2,9 +2,11 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -86,6 +88,29 @@ def test_every_layer_at_every_k_equals_transformers(family):
         for k, ours in enumerate(compute_outputs(folder, layer, x, MAX_K.get(name)), 1):
             theirs = (compute_phimoe if name == "phimoe" else compute_reference)(block, x, k)
             assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs), (name, layer, k)
+
+
+def test_every_k_equals_the_loop_in_float64(family):
+    name, folder, _ = family
+    checkpoint = open_checkpoint(folder)
+    described = describe(checkpoint, max_k=MAX_K.get(name))
+    layer = described.layers[-1]
+    [(_, weights)] = stream_layers(checkpoint, described, [layer])
+    x = torch.randn(50, described.hidden_size, generator=torch.Generator().manual_seed(4))
+    router, bias, experts = jax.tree.map(
+        lambda part: np.asarray(part, np.float64), (weights.router, weights.bias, tuple(weights.experts))
+    )
+    for k, ours in enumerate(compute_outputs(folder, layer, x, MAX_K.get(name)), 1):
+        loop = reference.moe_output(
+            x.double().numpy(),
+            router,
+            None if bias is None else bias.reshape(-1),
+            [tuple(0 if i > 2 and part is None else part for i, part in enumerate(expert)) for expert in experts],
+            described.routing,
+            described.activation,
+            k,
+        )
+        assert np.linalg.norm(ours - loop) < 4e-7 * np.linalg.norm(loop), (name, k)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -202,6 +227,17 @@ def test_max_k_is_not_below_the_models_own(tmp_path):
         describe(open_checkpoint(tmp_path), max_k=3)
     with pytest.raises(InputError, match="topk_group 2 leaves fewer than 9"):
         describe(open_checkpoint(tmp_path), max_k=9)
+
+
+def test_a_config_may_hold_infinity(tmp_path):
+    """As those of Nemotron-H on the hub do, which is no JSON; what is read must still be finite."""
+    tiny.make_checkpoint("nemotron_h", tmp_path)
+    rewrite_config(tmp_path, time_step_limit=[0.0, float("inf")])
+    assert "Infinity]" in (tmp_path / "config.json").read_text().replace("\n", "").replace(" ", "")
+    assert describe(open_checkpoint(tmp_path)).routing.scale == 1.5
+    rewrite_config(tmp_path, routed_scaling_factor=float("inf"))
+    with pytest.raises(InputError, match="routed_scaling_factor is inf, expected a value like 1.0"):
+        describe(open_checkpoint(tmp_path))
 
 
 def test_what_a_family_does_not_compute_that_way_is_refused(tmp_path):
