@@ -29,6 +29,7 @@ from lexi_search.partials import Partials, keep_partials
     default="auto",
     help="Element type of the input; auto: the weights'.",
 )
+@click.option("--max-k", type=int, help="Look at more experts per token than the model's own k, up to this many.")
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
 @click.option("--distributed", is_flag=True, help="One of several processes of Slurm, MPI or Kubernetes.")
 @click.option("--coordinator", help="HOST:PORT where process 0 listens, for several processes started by hand.")
@@ -44,6 +45,7 @@ def profile(
     samples: int,
     seed: int,
     dtype: str,
+    max_k: int | None,
     restart: bool,
     distributed: bool,
     coordinator: str | None,
@@ -74,7 +76,7 @@ def profile(
     with ExitStack() as stack:
         group = stack.enter_context(join(*place)) if together else Group()
         checkpoint = open_checkpoint(weights)
-        model = describe(checkpoint)
+        model = describe(checkpoint, max_k=max_k)
         settings = ProfileSettings(
             input="paper",
             seed=seed,
@@ -83,6 +85,7 @@ def profile(
             dtype=find_dtype(checkpoint, model) if dtype == "auto" else dtype,
             relative_error=relative_error,
             max_samples=samples,
+            max_k=max_k,
         )
         made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}
         header, chosen, partials = Header(model.identity, settings, made_by), wanted or model.layers, None
