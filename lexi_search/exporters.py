@@ -99,7 +99,10 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
         (top_k, section, model.top_k),
     ):
         found = place.get(name) if isinstance(place, Mapping) else None
-        if found != expected:
+        if isinstance(found, list) and found and all(item == found[0] for item in found):
+            found = found[0]  # one for each layer, as Hunyuan's moe_topk
+        counted_otherwise = name == "num_hidden_layers" and isinstance(place, Mapping) and "layers_block_type" in place
+        if found != expected and not counted_otherwise:
             raise InputError(f"the allocation is for {name} {expected!r}, the config has {found!r}: not the same model")
     if "lexi_allocation" in config or "per_layer_config" in section:
         raise InputError("the config already has values per layer; export from the model's original folder")

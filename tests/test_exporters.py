@@ -125,6 +125,16 @@ def test_config_without_the_nested_part_is_refused():
             exporters.check_config(model, config)
 
 
+def test_config_may_have_a_value_for_each_layer():
+    model = make_allocation().model
+    exporters.check_config(model, CONFIG | {"num_experts_per_tok": [4] * 4})
+    exporters.check_config(
+        model, {k: v for k, v in CONFIG.items() if k != "num_hidden_layers"} | {"layers_block_type": []}
+    )
+    with pytest.raises(InputError, match=r"num_experts_per_tok 4, the config has \[4, 2\]"):
+        exporters.check_config(model, CONFIG | {"num_experts_per_tok": [4, 2]})
+
+
 def test_merge_goes_into_objects_and_keeps_the_base():
     base = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
     assert exporters.merge(base, {"b": {"d": {"f": 4}, "c": {}}, "g": 5}) == {

@@ -240,6 +240,14 @@ def test_a_config_may_hold_infinity(tmp_path):
         describe(open_checkpoint(tmp_path))
 
 
+def test_one_number_for_every_layer_may_be_a_list(tmp_path):
+    """As moe_topk in Hunyuan-A13B; numbers that differ are refused (below), since a model has one k of its own."""
+    tiny.make_checkpoint("hunyuan_v1_moe", tmp_path)
+    before = describe(open_checkpoint(tmp_path))
+    rewrite_config(tmp_path, moe_topk=[4, 4], num_experts=[16, 16])
+    assert describe(open_checkpoint(tmp_path)) == before
+
+
 def test_what_a_family_does_not_compute_that_way_is_refused(tmp_path):
     tiny.make_checkpoint("nemotron_h", tmp_path)
     rewrite_config(tmp_path, moe_latent_size=32)
