@@ -106,7 +106,8 @@ def _find_bias(tensors: Tensors, block: str, num_experts: int) -> str:
 
 def _check_separate(tensors: Tensors, stem: str, num_experts: int, hidden_size: int) -> ExpertTensors:
     # By all experts, as the first may have lost one: a missing gate must not look like an expert without any.
-    known = (parts for parts in PER_EXPERT if any(f"{stem}{e}.{parts[0]}.weight" in tensors for e in range(num_experts)))
+    stems = [f"{stem}{e}." for e in range(num_experts)]
+    known = (parts for parts in PER_EXPERT if any(f"{own}{parts[0]}.weight" in tensors for own in stems))
     parts = next(known, PER_EXPERT[0])
     if biased := next((part for part in parts if f"{stem}0.{part}.bias" in tensors), None):
         raise InputError(f"{tensors.folder}: {stem}0.{biased} has a bias, which is known of fused experts only")

@@ -26,7 +26,7 @@ class Plain:
     """The values themselves, of any rank; part `weight`."""
 
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> Array:
-        return parts["weight"].reshape(shape)
+        return parts["weight"]
 
 
 @dataclass(frozen=True)

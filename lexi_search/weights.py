@@ -206,7 +206,10 @@ def _make_expert(parts: tuple[Parts, ...], *, recipes: tuple[_Recipe, ...]) -> E
     for stored, recipe in zip(parts, recipes, strict=True):
         values = dequantise(stored, recipe.scheme, recipe.shape, recipe.dtype)
         values, count = values.T if recipe.transposed else values, len(recipe.fields)
-        rows = [values[i::count] for i in range(count)] if recipe.interleaved else jnp.split(values, count)
+        if count == 1:
+            rows = [values]
+        else:
+            rows = [values[i::count] for i in range(count)] if recipe.interleaved else jnp.split(values, count)
         made |= zip(recipe.fields, rows, strict=True)
     return ExpertWeights(**made)
 
