@@ -115,6 +115,9 @@ DEEPSEEK_V2 = Architecture(
     },
 )
 DEEPSEEK_V3 = Architecture("deepseek_v3", num_experts=ROUTED, routing=SIGMOID, choices=BIASED)
+CLAMPED = DEEPSEEK_V3._replace(
+    model_type="hy_v4", activation=Activation(Key("hidden_act", "silu"), limit=Key("swiglu_limit", 10.0))
+)
 GPT_OSS = Architecture(
     "gpt_oss",
     routers=("mlp.router",),
@@ -226,10 +229,8 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="exaone_moe", num_experts=("num_experts",)),
     DEEPSEEK_V3._replace(model_type="solar_open"),
     DEEPSEEK_V3._replace(model_type="mimo_v2_flash"),
-    DEEPSEEK_V3._replace(
-        model_type="hy_v4",
-        activation=Activation(Key("hidden_act", "silu"), limit=Key("swiglu_limit", 10.0)),
-    ),
+    CLAMPED,
+    CLAMPED._replace(model_type="glm5_next", text_config="text_config"),
     DEEPSEEK_V3._replace(
         model_type="mistral4",
         routing=SIGMOID._replace(scoring="softmax", bias=None),

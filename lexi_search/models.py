@@ -71,7 +71,7 @@ class _Config(NamedTuple):
         found = self.values.get(value.name)
         if found is None:
             return value.default
-        if isinstance(value.default, float) and type(found) is int:
+        if isinstance(value.default, float) and type(found) is int and abs(found) < 2**53:
             found = float(found)
         if type(found) is not type(value.default) or (isinstance(found, float) and not math.isfinite(found)):
             raise InputError(f"{self.place}: {value.name} is {found!r}, expected a value like {value.default!r}")
@@ -81,7 +81,7 @@ class _Config(NamedTuple):
         value = self.values.get(key)
         if value is None:
             return next(iter(known))
-        if not any(type(value) is type(choice) and value == choice for choice in known):
+        if not any(isinstance(value, bool) == isinstance(choice, bool) and value == choice for choice in known):
             raise InputError(f"{self.place}: {key} {value!r} is not known; known are {', '.join(map(str, known))}")
         return value
 
@@ -169,7 +169,8 @@ def _read_routing(config: _Config, architecture: Architecture, num_experts: int,
         chosen |= known[config.read_choice(key, known)]
     routing = Routing(*map(config.resolve, architecture.routing._replace(**chosen)))
     num_groups, topk_groups = routing.num_groups, routing.topk_groups
-    if min(num_groups, topk_groups) < 1 or num_experts % num_groups or topk_groups > num_groups:
+    judges = 2 if num_groups > 1 and routing.group_score == "top2" else 1  # experts that a group needs at least
+    if not 1 <= topk_groups <= num_groups or num_experts % num_groups or num_experts // num_groups < judges:
         raise InputError(f"{config.place}: n_group {num_groups}, topk_group {topk_groups} do not part {num_experts}")
     if topk_groups * (num_experts // num_groups) < top_k:
         raise InputError(f"{config.place}: topk_group {topk_groups} leaves fewer than {top_k} experts to choose from")

@@ -84,7 +84,9 @@ def test_description(family):
 def test_every_layer_at_every_k_equals_transformers(family):
     name, folder, model = family
     x = torch.randn(50, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(1))
-    for layer, block in tiny.find_moe_blocks(model).items():
+    blocks = tiny.find_moe_blocks(model)
+    assert blocks
+    for layer, block in blocks.items():
         for k, ours in enumerate(compute_outputs(folder, layer, x, MAX_K.get(name)), 1):
             theirs = (compute_phimoe if name == "phimoe" else compute_reference)(block, x, k)
             assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs), (name, layer, k)
@@ -235,9 +237,10 @@ def test_a_config_may_hold_infinity(tmp_path):
     rewrite_config(tmp_path, time_step_limit=[0.0, float("inf")])
     assert "Infinity]" in (tmp_path / "config.json").read_text().replace("\n", "").replace(" ", "")
     assert describe(open_checkpoint(tmp_path)).routing.scale == 1.5
-    rewrite_config(tmp_path, routed_scaling_factor=float("inf"))
-    with pytest.raises(InputError, match="routed_scaling_factor is inf, expected a value like 1.0"):
-        describe(open_checkpoint(tmp_path))
+    for wrong in (float("inf"), 10**400, "1.5", True):
+        rewrite_config(tmp_path, routed_scaling_factor=wrong)
+        with pytest.raises(InputError, match="routed_scaling_factor is .*, expected a value like 1.0"):
+            describe(open_checkpoint(tmp_path))
 
 
 def test_one_number_for_every_layer_may_be_a_list(tmp_path):
@@ -309,10 +312,12 @@ def test_refuses(config, tensors, message, tmp_path):
     [
         ({"n_group": 3}, "n_group 3, topk_group 2 do not part 16"),
         ({"n_group": 8, "topk_group": 1}, "topk_group 1 leaves fewer than 4"),
+        ({"n_group": 16, "topk_group": 8}, "n_group 16, topk_group 8 do not part 16"),  # judged by its best two
+        ({"n_group": 0}, "n_group 0, topk_group 2 do not part 16"),
     ],
 )
 def test_refuses_groups_that_do_not_fit(config, message, tmp_path):
-    tiny.make_checkpoint("deepseek_v2", tmp_path)
+    tiny.make_checkpoint("deepseek_v3", tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text()) | config
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=message):

@@ -189,6 +189,21 @@ ALL_FAMILIES = FAMILIES | {
     "solar_open": ("SolarOpen", GLM),
     "mimo_v2_flash": ("MiMoV2Flash", GLM),
     "hy_v4": ("HYV4", GLM | dict(swiglu_limit=0.5)),
+    "glm5_next": (
+        "Glm5Next ForConditionalGeneration",
+        with_vision(
+            INDEXED
+            | dict(
+                qk_rope_head_dim=0,
+                index_kpool=1,
+                linear_num_heads=2,
+                linear_head_dim=16,
+                swiglu_limit=0.5,
+                mlp_layer_types=["dense", "sparse"],
+            ),
+            VISION | dict(projection_intermediate_size=32),
+        ),
+    ),
     "mistral4": ("Mistral4", MLA),
     "nemotron_h": (
         "NemotronH",
