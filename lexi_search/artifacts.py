@@ -63,7 +63,8 @@ class ProfileSettings:
     """How a profile was measured: `batch` sequences of `length` tokens per iteration, drawn as `input` says.
 
     Iterations stop when every relative standard error is at most `relative_error`, or at `max_samples` tokens. Losses
-    are relative to the output at `max_k`; where it is None, as in most files, at the model's own k.
+    are relative to the output at `max_k`; where it is None, as in most files, at the model's own k. With
+    `control_variate`, so many times as many tokens went through the router alone, to correct the means.
     """
 
     input: str
@@ -74,6 +75,7 @@ class ProfileSettings:
     relative_error: float
     max_samples: int
     max_k: int | None = None
+    control_variate: int | None = None
 
     def __post_init__(self) -> None:
         require(self.input, "input is empty")
@@ -82,6 +84,8 @@ class ProfileSettings:
         for name in ("batch", "length", "max_samples"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, at least 1 expected")
         require_loss(self.relative_error, "relative_error")
+        if self.control_variate is not None:
+            require(self.control_variate >= 1, f"control_variate is {self.control_variate}, at least 1 expected")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lexi_search.artifacts import ProfileSettings
+from lexi_search.controls import OTHERS, sum_controls
 from lexi_search.experts import expert_outputs
 from lexi_search.models import Model
 from lexi_search.moe import squared_distances
-from lexi_search.moments import Moments, accumulate, relative_errors
-from lexi_search.routing import route
+from lexi_search.moments import Moments, accumulate, begin, relative_errors
+from lexi_search.routing import Choice, route
 from lexi_search.weights import LayerWeights
 
 MIN_ITERATIONS = 2  # one draw may look surer than it is
@@ -27,18 +28,43 @@ def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: Pro
     Iterations are computed several at a time and counted one by one, so that how many share a pass through the device
     decides nothing but the speed. Not finite where an output overflows.
     """
-    zero = np.zeros(model.identity.top_k)
-    moments = Moments(0, 0, zero, zero, zero)
+    moments = begin(model.top_k, settings.control_variate)
     limit = settings.max_samples // (settings.batch * settings.length)
     while moments.iterations < limit:
         first = moments.iterations
-        x = draw(model, layer, first, min(_plan_pass(model, moments, settings), limit - first), settings)
-        sums = _sum_iterations(measure_tokens(x, model, weights), size=settings.batch * settings.length)
-        for squares, fourths in np.asarray(sums, np.float64):
-            moments = accumulate(moments, settings.batch * settings.length, squares, fourths)
+        count = min(_plan_pass(model, moments, settings), limit - first)
+        x = draw(model, layer, first, count, settings)
+        distances = measure_tokens(x, model, weights)
+        sums = _sum_iterations(distances, size=settings.batch * settings.length)
+        if settings.control_variate:
+            controls = _sum_controls(x, distances, model, weights, layer, first, count, settings)
+            sums = jnp.concatenate([sums, controls], axis=1)
+        for squares, fourths, *controls in np.asarray(sums, np.float64):
+            moments = accumulate(moments, settings.batch * settings.length, squares, fourths, *controls)
             if not np.isfinite(squares).all() or _is_known(moments, settings):
                 return moments
     return moments
+
+
+def _sum_controls(
+    x: Float[Array, "tokens hidden"],
+    distances: Float[Array, "tokens K"],
+    model: Model,
+    weights: LayerWeights,
+    layer: int,
+    first: int,
+    count: int,
+    settings: ProfileSettings,
+) -> Float[Array, "iterations 4 K"]:
+    """The sums of `moments.Controls` over each iteration; its other tokens are a part of their own of the draws."""
+    ratio, traits = settings.control_variate, {"routing": model.routing, "size": settings.batch * settings.length}
+    measured = sum_controls(_route(x, model, weights).scores, distances, **traits)
+    others = []
+    for part in range(ratio):
+        unmeasured = draw(model, OTHERS + layer, first * ratio + part * count, count, settings)
+        others.append(sum_controls(_route(unmeasured, model, weights).scores, distances, **traits)[:, :1])
+    mean = jnp.concatenate(others).reshape(count, ratio, -1).mean(axis=1, keepdims=True)
+    return jnp.concatenate([measured, mean], axis=1)
 
 
 def draw(model: Model, layer: int, first: int, count: int, settings: ProfileSettings) -> Float[Array, "tokens hidden"]:
@@ -62,9 +88,13 @@ def _draw(
 
 def measure_tokens(x: Float[Array, "tokens hidden"], model: Model, weights: LayerWeights) -> Float[Array, "tokens K"]:
     """||y_k - y_base||^2 of every token of `x` for k = 1..K, float32."""
-    choice = route(x, weights.router, weights.bias, routing=model.routing, top_k=model.identity.top_k)
+    choice = _route(x, model, weights)
     outputs = expert_outputs(x, choice.experts, weights.experts, activation=model.activation)
     return squared_distances(outputs, choice.scores, routing=model.routing)
+
+
+def _route(x: Float[Array, "tokens hidden"], model: Model, weights: LayerWeights) -> Choice:
+    return route(x, weights.router, weights.bias, routing=model.routing, top_k=model.top_k)
 
 
 @partial(jax.jit, static_argnames="size")
@@ -82,7 +112,7 @@ def _plan_pass(model: Model, moments: Moments, settings: ProfileSettings) -> int
     memory = jax.local_devices()[0].memory_stats()
     space = PASS_SHARE * memory["bytes_limit"] if memory else PASS_BYTES
     row = model.hidden_size * jnp.dtype(settings.dtype).itemsize
-    full = max(int(space // (model.identity.top_k * row * settings.batch * settings.length)), 1)
+    full = max(int(space // (model.top_k * row * settings.batch * settings.length)), 1)
     few = min(MIN_ITERATIONS, full)
     if moments.iterations == 0:
         return few

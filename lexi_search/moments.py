@@ -7,6 +7,20 @@ import numpy as np
 from lexi_search.artifacts import LayerLoss
 
 
+class Controls(NamedTuple):
+    """Sums over tokens of the control variate c, which the router alone decides, for k = 1..K; float64.
+
+    Over the measured tokens: `sums` of c, `squares` of c^2, `products` of c d. Over `ratio` times as many others, which
+    went through the router only: `others` of c, divided by `ratio`.
+    """
+
+    ratio: int
+    sums: np.ndarray
+    squares: np.ndarray
+    products: np.ndarray
+    others: np.ndarray
+
+
 class Moments(NamedTuple):
     """Sums over what was drawn so far, for k = 1..K, with d = ||y_k - y_base||^2 of one token; float64.
 
@@ -18,42 +32,78 @@ class Moments(NamedTuple):
     frobenius: np.ndarray
     squares: np.ndarray
     fourths: np.ndarray
+    controls: Controls | None = None
+
+
+def begin(top_k: int, ratio: int | None = None) -> Moments:
+    """Nothing measured yet; with `ratio`, a control variate over so many times as many tokens."""
+    zero = np.zeros(top_k)
+    return Moments(0, 0, zero, zero, zero, Controls(ratio, zero, zero, zero, zero) if ratio else None)
 
 
 def summarise(moments: Moments) -> LayerLoss:
     """Means with their standard errors, which all come from the spread of d over tokens, drawn independently.
 
     Over the few iterations that reach 1 %, the spread of the norms themselves would be a poor estimate. By the delta
-    method se(sqrt(m)) = se(m) / (2 sqrt(m)); a norm over n tokens is sqrt(n) times a root mean square.
+    method se(sqrt(m)) = se(m) / (2 sqrt(m)); a norm over n tokens is sqrt(n) times a root mean square. What a control
+    variate corrects of the one, it corrects of the other in the same proportion.
     """
-    rms = np.sqrt(moments.squares / moments.samples)
-    rms_stderr = rms * relative_errors(moments)
-    frobenius = moments.frobenius / moments.iterations
+    mean, _ = estimate(moments)
+    plain, rms, errors = moments.squares / moments.samples, np.sqrt(mean), relative_errors(moments)
+    correction = np.sqrt(np.divide(mean, plain, where=plain > 0, out=np.ones_like(mean)))
+    frobenius = moments.frobenius / moments.iterations * correction
     return LayerLoss(
         iterations=moments.iterations,
         samples=moments.samples,
         frobenius=tuple(frobenius.tolist()),
-        frobenius_stderr=tuple((frobenius * relative_errors(moments)).tolist()),
+        frobenius_stderr=tuple((frobenius * errors).tolist()),
         rms=tuple(rms.tolist()),
-        rms_stderr=tuple(rms_stderr.tolist()),
+        rms_stderr=tuple((rms * errors).tolist()),
     )
 
 
 def relative_errors(moments: Moments) -> np.ndarray:
     """Relative standard error of the root mean square for k = 1..K, [K] float64; zero where the loss itself is zero."""
-    mean = moments.squares / moments.samples
-    variance = np.maximum(moments.fourths / moments.samples - mean * mean, 0.0)
-    positive = mean > 0
-    spread = np.sqrt(variance / moments.samples, where=positive, out=np.zeros_like(mean))
-    return np.divide(spread, 2 * mean, where=positive, out=np.zeros_like(mean))
+    mean, variance = estimate(moments)
+    return np.divide(np.sqrt(variance), 2 * mean, where=mean > 0, out=np.zeros_like(mean))
 
 
-def accumulate(moments: Moments, samples: int, squares: np.ndarray, fourths: np.ndarray) -> Moments:
-    """The sums with one more iteration of `samples` tokens, whose sums of d and d^2 are given, [K] float64."""
+def estimate(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of d and the variance of that mean, each [K] float64.
+
+    A control variate c takes off what the measured tokens' c happened to be above the mean of c over all n + N tokens,
+    times the slope b = cov(c, d) / var(c) (two-phase sampling: Cochran, Sampling Techniques, chapter 12). What is left
+    is var(d) (1 - r^2) / n + var(d) r^2 / (n + N), with r the correlation. b comes from the same n tokens, which biases
+    the mean by a share of the order of 1/n.
+    """
+    n = moments.samples
+    mean = moments.squares / n
+    variance = np.maximum(moments.fourths / n - mean * mean, 0.0)
+    if moments.controls is None:
+        return mean, variance / n
+    ratio, sums, squares, products, others = moments.controls
+    spread = np.maximum(squares / n - (sums / n) ** 2, 0.0)
+    slope = np.divide(products / n - sums / n * mean, spread, where=spread > 0, out=np.zeros_like(mean))
+    corrected = mean - slope * (sums - others) / n * ratio / (1 + ratio)
+    slope = np.where(corrected > 0, slope, 0.0)  # too few tokens to correct anything
+    explained = np.minimum(slope * slope * spread, variance)
+    left = (variance - explained) / n + explained / (n * (1 + ratio))
+    return np.where(corrected > 0, corrected, mean), left
+
+
+def accumulate(
+    moments: Moments, samples: int, squares: np.ndarray, fourths: np.ndarray, *controls: np.ndarray
+) -> Moments:
+    """The sums with one more iteration of `samples` tokens, whose sums of d and d^2 are given, [K] float64.
+
+    With a control variate also those of `Controls`, in its order.
+    """
+    known = moments.controls
     return Moments(
         iterations=moments.iterations + 1,
         samples=moments.samples + samples,
         frobenius=moments.frobenius + np.sqrt(squares),
         squares=moments.squares + squares,
         fourths=moments.fourths + fourths,
+        controls=known and Controls(known.ratio, *(a + b for a, b in zip(known[1:], controls, strict=True))),
     )

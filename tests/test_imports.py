@@ -32,6 +32,7 @@ LINE = [
     "moe",
     "weights",
     "moments",
+    "controls",
     "measuring",
     "profiling",
     "distribution",

@@ -22,6 +22,12 @@ from lexi_search.partials import Partials, keep_partials
 @click.option("--length", default=512, help="Tokens per sequence.")
 @click.option("--relative-error", default=0.01, help="Stop a layer when every k is known this well.")
 @click.option("--samples", default=2**20, help="Stop a layer before it takes more tokens than this.")
+@click.option(
+    "--control-variate",
+    type=click.IntRange(1),
+    metavar="RATIO",
+    help="Send RATIO times as many tokens through the router alone, to need fewer in all.  [default: off]",
+)
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the random input.")
 @click.option(
     "--dtype",
@@ -43,6 +49,7 @@ def profile(
     length: int,
     relative_error: float,
     samples: int,
+    control_variate: int | None,
     seed: int,
     dtype: str,
     max_k: int | None,
@@ -85,6 +92,7 @@ def profile(
             dtype=find_dtype(checkpoint, model) if dtype == "auto" else dtype,
             relative_error=relative_error,
             max_samples=samples,
+            control_variate=control_variate,
             max_k=max_k,
         )
         made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}
