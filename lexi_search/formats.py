@@ -45,9 +45,9 @@ class Format(NamedTuple):
 
 
 def _describe_scaled(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
-    """Scales of blocks where the config gives their size, of groups of a row, of a row, or of the whole."""
+    """Scales of blocks or of groups of a row if the config gives their size; else of a row, a column, or the whole."""
     rows, columns = _require_rank(shapes["weight"], 2)
-    options = [(rows, columns), (1, columns)]
+    options = [(rows, columns), (1, columns), (rows, 1)]
     if storage.block:
         options = [storage.block]
     elif storage.group_size > 0 and columns % storage.group_size == 0:

@@ -44,13 +44,10 @@ class Quantisation(NamedTuple):
     def is_ignored(self, module: str) -> bool:
         return any(_matches(pattern, module) for pattern in self.ignored)
 
-    def find_storage(self, module: str) -> Storage:
-        """The storage that names `module`, or else the one for all that are not named."""
-        named = [s for s in self.storages if any(_matches(target, module) for target in s.targets)]
-        found = named or [s for s in self.storages if not s.targets]
-        if len(found) != 1:
-            raise InputError(f"{self.place}: {len(found)} groups of settings hold for {module}, expected one")
-        return found[0]
+    def find_storages(self, module: str) -> tuple[Storage, ...]:
+        """Those that name `module`, or else those for all that are not named; a plain module may have any or none."""
+        named = tuple(s for s in self.storages if any(_matches(target, module) for target in s.targets))
+        return named or tuple(s for s in self.storages if not s.targets)
 
 
 class _Settings(NamedTuple):

@@ -118,8 +118,12 @@ Scheme = Plain | Scaled | Fp4 | PackedIntegers
 
 
 def dequantise(parts: Parts, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> Array:
-    """The values of one tensor from its parts, `shape`, in type `dtype`; not finite where the parts are damaged."""
-    return scheme.decode(parts, shape).astype(dtype)
+    """The values of one tensor from its parts, of shape `shape`; not finite where the parts are damaged.
+
+    In type `dtype`, to which plain values must have been cut down before, if at all: their type is left alone.
+    """
+    values = scheme.decode(parts, shape)
+    return values if scheme == Plain() else values.astype(dtype)
 
 
 def _spread(grid: Num[Array, "..."], block: tuple[int, int], shape: tuple[int, ...]) -> Num[Array, "rows columns"]:

@@ -46,11 +46,14 @@ class Tensors(Mapping[str, StoredTensor]):
         self._quantisation = read_quantisation(checkpoint.config, checkpoint.folder)
 
     def __getitem__(self, name: str) -> StoredTensor:
-        if self._quantisation is not None:
-            storage = self._quantisation.find_storage(name.removesuffix(".weight"))
-            parts = _find_parts(self._entries, storage, name)
-            if parts:
-                return self._describe(name, parts, storage, self._quantisation)
+        quantisation, found = self._quantisation, []
+        if quantisation is not None:
+            storages = quantisation.find_storages(name.removesuffix(".weight"))
+            found = [(storage, parts) for storage in storages if (parts := _find_parts(self._entries, storage, name))]
+            if len(found) > 1:
+                raise InputError(f"{quantisation.place}: several groups of settings hold for {name}; which one counts?")
+        if found:
+            return self._describe(name, *found[0], quantisation)
         entry = self._entries[name]
         return StoredTensor(entry.file, entry.dtype, entry.shape, Plain(), {"weight": name})
 
@@ -68,7 +71,7 @@ class Tensors(Mapping[str, StoredTensor]):
         return tuple(dict.fromkeys(_name_logically(name, formats) for name in self._entries))
 
     def _describe(
-        self, name: str, parts: Mapping[str, str], storage: Storage, quantisation: Quantisation
+        self, name: str, storage: Storage, parts: Mapping[str, str], quantisation: Quantisation
     ) -> StoredTensor:
         format, entries = FORMATS[storage.format], {role: self._entries[part] for role, part in parts.items()}
         file = entries["weight"].file

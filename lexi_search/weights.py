@@ -117,12 +117,17 @@ class _Experts(Sequence[ExpertWeights]):
     def load(self, experts: Collection[int]) -> None:
         """Bring experts to the device and look at them."""
         pieces = {expert: self._pieces[expert] for expert in experts}
-        for expert, parts in self._reader.load(pieces).items():
-            plain = all(piece.recipe.scheme == Plain() for piece in pieces[expert])
-            self._loaded[expert] = self._make(expert, parts) if plain else parts
+        parts = self._reader.load(pieces)
+        for expert, group in pieces.items():  # one by one, lest all be there twice
+            plain = all(piece.recipe.scheme == Plain() for piece in group)
+            self._loaded[expert] = self._make(expert, parts.pop(expert)) if plain else parts.pop(expert)
 
     def _make(self, expert: int, parts: tuple[Parts, ...]) -> ExpertWeights:
-        return _make_expert(parts, recipes=tuple(piece.recipe for piece in self._pieces[expert]))
+        recipes = tuple(piece.recipe for piece in self._pieces[expert])
+        if all(recipe == _Recipe(recipe.fields[:1], Plain(), recipe.shape, recipe.dtype) for recipe in recipes):
+            made = {recipe.fields[0]: own["weight"] for recipe, own in zip(recipes, parts, strict=True)}
+            return ExpertWeights(**{"gate": None} | made)  # as they are: a compiled function would copy them
+        return _make_expert(parts, recipes=recipes)
 
 
 class _Reader:

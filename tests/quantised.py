@@ -201,6 +201,9 @@ CASES = {
     ),
     "fp8 tensor": Case({"quant_method": "fp8"}, scaled_fp8, WHOLE | dict(ending="_scale", shape=())),
     "fbgemm fp8": Case({"quant_method": "fbgemm_fp8"}, scaled_fp8, ROW | dict(ending="_scale")),
+    "fbgemm fp8 columns": Case(
+        {"quant_method": "fbgemm_fp8"}, scaled_fp8, dict(block=lambda out, into: (out, 1), ending="_scale")
+    ),
     "modelopt fp8": Case(
         {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "*mlp.gate"]},
         scaled_fp8,

@@ -222,6 +222,20 @@ def test_groups_of_modules_may_differ(tmp_path):
     np.testing.assert_array_equal(read(checkpoint, NAME.replace("gate", "down")), down.values)
 
 
+def test_refuses_two_settings_for_one_weight(tmp_path):
+    tensors, config = (
+        CASES["compressed int4"](np.random.default_rng(6), NAME, 16, 64).tensors,
+        CASES["compressed int4"].config,
+    )
+    [group] = config["config_groups"].values()
+    checkpoint = write(
+        tmp_path, tensors | {"lm_head.weight": torch.ones(2)}, config | {"config_groups": {"a": group, "b": group}}
+    )
+    assert Tensors(checkpoint)["lm_head.weight"].scheme == Plain()
+    with pytest.raises(InputError, match="several groups of settings hold for"):
+        Tensors(checkpoint)[NAME]
+
+
 def change(case, **settings):
     return lambda tensors: (CASES[case].config | settings, tensors)
 

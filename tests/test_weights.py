@@ -1,6 +1,5 @@
 """How weights travel: what is read when, what stays on the device, and that none of it changes a value."""
 
-import gc
 import json
 import threading
 
@@ -124,7 +123,6 @@ def test_no_thread_outlives_the_stream(opened):
 
 
 def count_device_bytes():
-    gc.collect()
     return sum(array.nbytes for array in jax.live_arrays())
 
 
@@ -154,3 +152,12 @@ def test_quantised_weights_stay_packed_on_the_device(folder, tmp_path):
     packed = count_device_bytes() - before
     matrices = sum(part.nbytes for expert in weights.experts for part in expert[:3])
     assert 0 < packed < matrices / 4
+
+
+def test_float64_is_cut_down(folder, tmp_path):
+    tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    checkpoint = open_checkpoint(tmp_path)
+    [(_, weights)] = stream_layers(checkpoint, describe(checkpoint), [0])
+    assert weights.experts[0].up.dtype == np.float32
