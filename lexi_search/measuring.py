@@ -1,5 +1,7 @@
 """Draws iterations of Stage 1's input and measures them on one layer until its losses are known well enough."""
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -8,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lexi_search.artifacts import ProfileSettings
+from lexi_search.blocks import StackedExperts, stack_experts
 from lexi_search.controls import OTHERS, sum_controls
-from lexi_search.experts import expert_outputs
+from lexi_search.grouped import can_group, measure_stacked
 from lexi_search.models import Model
-from lexi_search.moe import squared_distances
+from lexi_search.moe import compute_outputs, squared_distances
 from lexi_search.moments import Moments, accumulate, begin, relative_errors
 from lexi_search.routing import Choice, route
 from lexi_search.weights import LayerWeights
@@ -20,30 +23,71 @@ MIN_ITERATIONS = 2  # one draw may look surer than it is
 # Expert outputs of one pass: a GPU wants many rows per expert, a CPU is fastest within its cache. A share of the
 # memory, which also holds two layers, the inputs, and copies while products are tuned; or bytes where it is not told.
 PASS_SHARE, PASS_BYTES = 1 / 12, 64 << 20
+PASSES_AHEAD = 2  # on each device: it goes on while the last one's sums travel
 
 
 def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: ProfileSettings) -> Moments:
     """Draw and measure iterations until every k is known to `relative_error` or the next would exceed `max_samples`.
 
-    Iterations are computed several at a time and counted one by one, so that how many share a pass through the device
-    decides nothing but the speed. Not finite where an output overflows.
+    Iterations are computed several at a time, in passes that local devices take in turn, and counted one by one in
+    their order. What a pass holds does not depend on the number of devices, so that it decides nothing but the speed.
+    Not finite where an output overflows.
     """
-    moments = begin(model.top_k, settings.control_variate)
     limit = settings.max_samples // (settings.batch * settings.length)
-    while moments.iterations < limit:
-        first = moments.iterations
-        count = min(_plan_pass(model, moments, settings), limit - first)
+    few, full = _size_passes(model, settings)
+    devices = jax.local_devices()
+    replicas = {0: _prepare(model, weights, devices[0], settings)}
+    first = min(few, limit)
+    sums = _measure_pass(model, replicas[0], layer, 0, first, settings, device=devices[0])
+    moments, finished = _count(begin(model.top_k, settings.control_variate), sums, settings)
+    size = few if _estimate_missing(moments, settings) <= few else full
+    waiting, running = deque(enumerate(range(first, limit, size))), deque[Future]()
+    with ThreadPoolExecutor(max_workers=len(devices)) as pool:
+        while not finished and (waiting or running):
+            # Ahead, but not of what is likely to be needed.
+            needed = max(1, -(-_estimate_missing(moments, settings) // size))
+            while waiting and len(running) < min(needed, PASSES_AHEAD * len(devices)):
+                number, start = waiting.popleft()
+                place = number % len(devices)
+                if place not in replicas:
+                    replicas[place] = _prepare(model, weights, devices[place], settings)
+                work = model, replicas[place], layer, start, min(size, limit - start), settings
+                running.append(pool.submit(_measure_pass, *work, device=devices[place]))
+            moments, finished = _count(moments, running.popleft().result(), settings)
+    return moments
+
+
+def _prepare(model: Model, weights: LayerWeights, device: jax.Device, settings: ProfileSettings) -> LayerWeights:
+    """The weights on one device: stacked if it multiplies all experts at once."""
+    experts = weights.experts
+    traits = {"activation": model.activation, "routing": model.routing, "dtype": settings.dtype}
+    if can_group(experts, device, top_k=model.top_k, **traits):
+        experts = stack_experts(experts, dtype=settings.dtype)
+    if device in weights.router.devices():
+        return weights._replace(experts=experts)
+    copied = experts if isinstance(experts, StackedExperts) else tuple(experts)
+    return jax.device_put(LayerWeights(weights.router, weights.bias, copied), device)
+
+
+def _measure_pass(
+    model: Model,
+    weights: LayerWeights,
+    layer: int,
+    first: int,
+    count: int,
+    settings: ProfileSettings,
+    *,
+    device: jax.Device,
+) -> Float[Array, "iterations sums K"]:
+    """For each iteration the sums that `moments.accumulate` takes."""
+    with jax.default_device(device):
         x = draw(model, layer, first, count, settings)
         distances = measure_tokens(x, model, weights)
         sums = _sum_iterations(distances, size=settings.batch * settings.length)
         if settings.control_variate:
             controls = _sum_controls(x, distances, model, weights, layer, first, count, settings)
             sums = jnp.concatenate([sums, controls], axis=1)
-        for squares, fourths, *controls in np.asarray(sums, np.float64):
-            moments = accumulate(moments, settings.batch * settings.length, squares, fourths, *controls)
-            if not np.isfinite(squares).all() or _is_known(moments, settings):
-                return moments
-    return moments
+        return sums
 
 
 def _sum_controls(
@@ -89,7 +133,9 @@ def _draw(
 def measure_tokens(x: Float[Array, "tokens hidden"], model: Model, weights: LayerWeights) -> Float[Array, "tokens K"]:
     """||y_k - y_base||^2 of every token of `x` for k = 1..K, float32."""
     choice = _route(x, model, weights)
-    outputs = expert_outputs(x, choice.experts, weights.experts, activation=model.activation)
+    if isinstance(weights.experts, StackedExperts):
+        return measure_stacked(x, choice, weights.experts, routing=model.routing)
+    outputs = compute_outputs(x, choice, weights.experts, routing=model.routing, activation=model.activation)
     return squared_distances(outputs, choice.scores, routing=model.routing)
 
 
@@ -104,20 +150,30 @@ def _sum_iterations(distances: Float[Array, "tokens K"], *, size: int) -> Float[
     return jnp.stack([drawn.sum(axis=1), (drawn * drawn).sum(axis=1)], axis=1)
 
 
-def _plan_pass(model: Model, moments: Moments, settings: ProfileSettings) -> int:
-    """How many iterations to compute together: few at first, then all that fit if many are still needed.
+def _count(
+    moments: Moments, sums: Float[Array, "iterations sums K"], settings: ProfileSettings
+) -> tuple[Moments, bool]:
+    """The moments with a pass's iterations, one by one, and whether one of them was the last: known, or overflown."""
+    for squares, fourths, *controls in np.asarray(sums, np.float64):
+        moments = accumulate(moments, settings.batch * settings.length, squares, fourths, *controls)
+        if not np.isfinite(squares).all() or _is_known(moments, settings):
+            return moments, True
+    return moments, False
 
-    Only two sizes, because each is compiled.
-    """
+
+def _size_passes(model: Model, settings: ProfileSettings) -> tuple[int, int]:
+    """Iterations of the first pass and of a full one; only two sizes, because each is compiled."""
     memory = jax.local_devices()[0].memory_stats()
     space = PASS_SHARE * memory["bytes_limit"] if memory else PASS_BYTES
     row = model.hidden_size * jnp.dtype(settings.dtype).itemsize
     full = max(int(space // (model.top_k * row * settings.batch * settings.length)), 1)
-    few = min(MIN_ITERATIONS, full)
-    if moments.iterations == 0:
-        return few
-    missing = moments.iterations * (relative_errors(moments).max() / max(settings.relative_error, 1e-9)) ** 2
-    return full if missing - moments.iterations > few else few
+    return min(MIN_ITERATIONS, full), full
+
+
+def _estimate_missing(moments: Moments, settings: ProfileSettings) -> int:
+    """How many more iterations the relative error is likely to take."""
+    ratio = relative_errors(moments).max() / max(settings.relative_error, 1e-9)
+    return int(min(moments.iterations * max(ratio**2 - 1, 0), 1e9))
 
 
 def _is_known(moments: Moments, settings: ProfileSettings) -> bool:

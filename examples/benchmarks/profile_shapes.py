@@ -1,21 +1,29 @@
 """Stage 1 at the shapes of real models: how near the card's own matrix product does profiling come?
 
-    python examples/benchmarks/profile_shapes.py [--model mixtral-8x7b ...] [--tokens 262144] [-o shapes.json]
+    python examples/benchmarks/profile_shapes.py [--model mixtral-8x7b ...] [--tokens 1048576] [-o shapes.json]
 
 Weights of one layer are drawn on the device at a model's real shapes, in bfloat16; the norms of the router's rows are
 spread (log-normal, sigma 0.3), so that experts are loaded unevenly, as in trained models. Printed for each model:
 
 - max/mean load of the experts,
 - tokens per second, and TFLOP/s of the useful expert products (6 x tokens x k x hidden x width) end to end, that is
-  with drawing, routing, sorting and distances; and as a share of a plain 8192^3 bf16 product in the same process,
-- seconds that one layer takes for a relative standard error of 1 %, and that the whole model takes at one million
-  tokens a layer, both without reading weights, after compiling.
+  with drawing, routing, sorting, stacking and distances; and as a share of a plain 8192^3 bf16 product in the same
+  process,
+- seconds that the whole model takes for a relative standard error of 1 %, and at one million tokens a layer, both
+  without reading weights, after compiling,
+- the most device memory held so far (models are ordered by size).
+
+With --parts the file also holds where the time of one pass goes. The script fails if distances differ from a slow
+reference's, or if the rows that are multiplied, or their memory, are more than 1.2 times what the loads ask for, as
+they would be if a dense product stood in.
 """
 
+import dataclasses
 import json
 import platform
 import time
 from datetime import date
+from functools import partial
 
 import click
 import jax
@@ -24,23 +32,29 @@ import numpy as np
 
 from lexi_search.architectures import Activation, Routing
 from lexi_search.artifacts import ModelIdentity, ProfileSettings
+from lexi_search.blocks import BLOCK_ROWS, GATED_COLUMNS, lay_out, stack_experts
 from lexi_search.ffn import ExpertWeights
-from lexi_search.measuring import draw, measure_layer
+from lexi_search.grouped import can_group, measure_stacked
+from lexi_search.measuring import _size_passes, draw, measure_layer
 from lexi_search.models import Model
-from lexi_search.routing import route
+from lexi_search.moe import mixing_changes
+from lexi_search.routing import Choice, mixing_weights, route
 from lexi_search.weights import LayerWeights
 
+SIGMOID = Routing(scoring="sigmoid", renormalize=True, scale=2.5, num_groups=8, topk_groups=4, group_score="top2")
 # hidden, width, experts, k, MoE layers, routing
 SHAPES = {
-    "mixtral-8x7b": (4096, 14336, 8, 2, 32, Routing(renormalize=True)),
+    "deepseek-vl2-tiny": (1280, 896, 64, 6, 11, Routing()),
+    "minicpm-moe-8x2b": (2304, 5760, 8, 2, 40, Routing(renormalize=True)),
     "olmoe-1b-7b": (2048, 1024, 64, 8, 16, Routing()),
     "qwen1.5-moe-a2.7b": (2048, 1408, 60, 4, 24, Routing()),
     "deepseek-v2-lite": (2048, 1408, 64, 6, 26, Routing()),
-    "minicpm-moe-8x2b": (2304, 5760, 8, 2, 40, Routing(renormalize=True)),
-    "deepseek-vl2-tiny": (1280, 896, 64, 6, 11, Routing()),
     "qwen3-30b-a3b": (2048, 768, 128, 8, 48, Routing(renormalize=True)),
-    "deepseek-v3": (7168, 2048, 256, 8, 58, Routing("sigmoid", True, 2.5, 8, 4, "top2")),
+    "mixtral-8x7b": (4096, 14336, 8, 2, 32, Routing(renormalize=True)),
+    "deepseek-v3": (7168, 2048, 256, 8, 58, SIGMOID),
 }
+MOST = 1.2  # times the rows, or the bytes, that the loads ask for
+SLOW_TOKENS = 64  # that the slow reference measures
 
 
 def make_layer(name, seed=0):
@@ -61,77 +75,168 @@ def make_layer(name, seed=0):
         )
     )
     weights = LayerWeights(router, None, tuple(make_expert(key) for key in keys))
-    return Model(identity, hidden, Activation(), routing, {}), jax.block_until_ready(weights)
+    model = Model(identity=identity, hidden_size=hidden, activation=Activation(), routing=routing, tensors={})
+    return model, jax.block_until_ready(weights)
 
 
 def measure_ceiling(size=8192, repeats=20):
     """TFLOP/s of a plain bfloat16 matrix product."""
     a, b = (jax.random.normal(jax.random.key(i), (size, size)).astype(jnp.bfloat16) for i in range(2))
-    product = jax.jit(jnp.matmul)
-    product(a, b).block_until_ready()
+    return 2 * size**3 / measure_seconds(jax.jit(jnp.matmul), a, b, repeats=repeats)[1] / 1e12
+
+
+def measure_seconds(function, *args, repeats=1, **kwargs):
+    """What the function returns, and the seconds that it takes after compiling."""
+    jax.block_until_ready(function(*args, **kwargs))
     start = time.perf_counter()
     for _ in range(repeats):
-        c = product(a, b)
-    c.block_until_ready()
-    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
+        result = function(*args, **kwargs)
+    jax.block_until_ready(result)
+    return result, (time.perf_counter() - start) / repeats
 
 
-def run(name, tokens, ceiling):
+def run(name, tokens, ceiling, parts):
     hidden, width, experts, top_k, layers, _ = SHAPES[name]
     model, weights = make_layer(name)
-    settings = ProfileSettings("paper", 0, 4, 512, "bfloat16", 1e-9, tokens)
-    choice = route(
-        draw(model, 0, 0, 8, settings), weights.router, None, routing=model.routing, top_k=model.identity.top_k
-    )
+    settings = ProfileSettings("paper", 0, 4, 512, "bfloat16", 0.0, tokens)
+    few, full = _size_passes(model, settings)
+    passes = max(round((tokens / 2048 - few) / full), 0)  # whole ones, as only those need compiling
+    settings = dataclasses.replace(settings, max_samples=2048 * (few + passes * full))
+    one_percent = dataclasses.replace(settings, relative_error=0.01)
+    moments, seconds = measure_seconds(measure_layer, model, weights, 0, settings)
+    at_1_percent, seconds_at_1_percent = measure_seconds(measure_layer, model, weights, 0, one_percent)
+    flops = 6 * moments.samples * top_k * hidden * width
+    x = draw(model, 0, 0, few, settings)
+    choice = route(x, weights.router, None, routing=model.routing, top_k=top_k)
     loads = np.bincount(np.asarray(choice.experts).ravel(), minlength=experts)
-    measure_layer(model, weights, 0, settings)  # the same draws and so the same chunk sizes: everything is compiled
-    start = time.perf_counter()
-    measure_layer(model, weights, 0, settings)
-    seconds = time.perf_counter() - start
-    one_percent = ProfileSettings("paper", 0, 4, 512, "bfloat16", 0.01, tokens)
-    measure_layer(model, weights, 0, one_percent)
-    start = time.perf_counter()
-    moments = measure_layer(model, weights, 0, one_percent)
-    flops = 6 * tokens * top_k * hidden * width
-    return {
+    traits = {"top_k": top_k, "activation": model.activation, "routing": model.routing, "dtype": "bfloat16"}
+    grouped = can_group(weights.experts, jax.local_devices()[0], **traits)
+    row = {
         "model": name,
+        "tokens": moments.samples,
         "max_over_mean_load": float(loads.max() / loads.mean()),
-        "tokens_per_s": tokens / seconds,
+        "tokens_per_s": moments.samples / seconds,
         "tflops": flops / seconds / 1e12,
         "share_of_ceiling": flops / seconds / 1e12 / ceiling,
-        "layer_s_at_1_percent": time.perf_counter() - start,
-        "tokens_at_1_percent": moments.samples,
-        "model_s_at_1m_tokens": layers * seconds * 2**20 / tokens,
+        "model_s_at_1_percent": layers * seconds_at_1_percent,
+        "tokens_at_1_percent": at_1_percent.samples,
+        "model_s_at_1m_tokens": layers * seconds * 2**20 / moments.samples,
+        "one_launch_for_all_experts": grouped,
+    }
+    if grouped:
+        stack, stacking = measure_seconds(stack_experts, weights.experts, dtype="bfloat16")
+        row["checks"] = check(model, weights, stack, x, choice, full)
+        row |= {"stacking_ms": 1e3 * stacking}
+        if parts:
+            row["parts_of_a_pass"] = time_parts(model, weights, stack, full, settings, ceiling)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return row | {"peak_gb_so_far": memory.get("peak_bytes_in_use", 0) / 1e9}
+
+
+def check(model, weights, stack, x, choice, full):
+    """Fails where the products of all experts in one launch are wrong, or do more than the loads ask for."""
+    name, hidden, (num_experts, _, width) = model.identity.model_type, model.hidden_size, stack.down.shape
+    found = np.asarray(measure_stacked(x, choice, stack, routing=model.routing)[:SLOW_TOKENS, :-1])
+    few = Choice(choice.experts[:SLOW_TOKENS], choice.scores[:SLOW_TOKENS])
+    expected = np.asarray(measure_slowly(x[:SLOW_TOKENS], few, stack, routing=model.routing)[:, :-1])
+    difference = np.abs(found / expected - 1).max()
+    if not difference < 0.05:
+        raise click.ClickException(f"{name}: a token's distance differs by {difference:.1%} from the slow reference")
+    tokens = full * 2048
+    arguments = (
+        (x, *choice) if x.shape[0] == tokens else (jnp.tile(a, (-(-full // 2), 1))[:tokens] for a in (x, *choice))
+    )
+    x, *chosen = arguments
+    pairs = choice.experts.shape[1] * tokens
+    compiled = measure_stacked.lower(x, Choice(*chosen), stack, routing=model.routing).compile()
+    layout = jax.jit(lambda e: lay_out(e, num_experts=num_experts))(chosen[0])
+    ratios = {
+        "rows_over_asked": int(layout.num_blocks[0]) * BLOCK_ROWS / pairs,
+        "bytes_over_asked": compiled.memory_analysis().temp_size_in_bytes / (pairs * 2 * (2 * hidden + width)),
+    }
+    for what, ratio in ratios.items():
+        if ratio > MOST:
+            raise click.ClickException(
+                f"{name}: {what} is {ratio:.2f}, at most {MOST} expected: is it a dense product?"
+            )
+    return ratios | {"largest_relative_difference": float(difference)}
+
+
+@partial(jax.jit, static_argnames="routing")
+def measure_slowly(x, choice, stack, *, routing):
+    """The distances of a few tokens, one after another, each by its own experts' matrices, subtracted in float32."""
+
+    def measure(token):
+        x, experts, weights = token
+        both = jnp.einsum("kwh,h->kw", stack.gate_up[experts], x, preferred_element_type=jnp.float32)
+        gate, up = jnp.moveaxis(both.reshape(len(experts), -1, 2, GATED_COLUMNS), 2, 0)
+        hidden = (jax.nn.silu(gate) * up).reshape(len(experts), -1).astype(x.dtype)
+        y = jnp.einsum("khw,kw->kh", stack.down[experts], hidden, preferred_element_type=jnp.float32)
+        outputs = jnp.einsum("ij,jh->ih", weights, y, precision="highest")
+        return jnp.square(outputs - outputs[-1:]).sum(axis=1)
+
+    ks = jnp.arange(1, choice.scores.shape[1] + 1)
+    weights = jax.vmap(lambda k: mixing_weights(choice.scores, k, routing=routing), out_axes=1)(ks)
+    return jax.lax.map(measure, (x, choice.experts, weights))
+
+
+def time_parts(model, weights, stack, full, settings, ceiling):
+    """Milliseconds of each part of a full pass, one at a time, and what its products reach."""
+    from lexi_search.hopper import gram_distances, multiply_blocks, spread
+
+    time_it = partial(measure_seconds, repeats=5)
+    num_experts, hidden, width = stack.down.shape
+    x, drawing = time_it(draw, model, 0, 0, full, settings)
+    choice, routing = time_it(route, x, weights.router, None, routing=model.routing, top_k=model.identity.top_k)
+    layout, sorting = time_it(jax.jit(lambda e: lay_out(e, num_experts=num_experts)), choice.experts)
+    size = layout.block_experts.size * BLOCK_ROWS
+    rows, spreading = time_it(jax.jit(lambda x, p: spread(x, p, rows=size)), x, layout.places)
+    up = jax.jit(lambda x, w, *blocks: multiply_blocks(x, w, *blocks, gated=True))
+    inner, first = time_it(up, rows, stack.gate_up, *layout[1:])
+    down = jax.jit(lambda x, w, *blocks: multiply_blocks(x, w, *blocks, gated=False))
+    outputs, second = time_it(down, inner, stack.down, *layout[1:])
+    change = jax.jit(lambda s: mixing_changes(s, routing=model.routing))(choice.scores)
+    _, distances = time_it(jax.jit(gram_distances), outputs, layout.places, change)
+    parts = {"draw": drawing, "route": routing, "sort": sorting, "spread": spreading, "gate_up": first}
+    parts |= {"down": second, "distances": distances}
+    flops = 2 * choice.experts.size * hidden * width / 1e12
+    return {
+        "tokens": x.shape[0],
+        "milliseconds": {part: 1e3 * seconds for part, seconds in parts.items()},
+        "gate_up_share_of_ceiling": 2 * flops / first / ceiling,
+        "down_share_of_ceiling": flops / second / ceiling,
     }
 
 
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--model", "names", multiple=True, type=click.Choice(tuple(SHAPES)), help="[default: all]")
-@click.option("--tokens", default=2**18, show_default=True, help="Tokens to time, a multiple of 2048.")
+@click.option("--tokens", default=2**20, show_default=True, help="About so many tokens are timed: whole passes.")
+@click.option("--parts", is_flag=True, help="Also time the parts of a pass.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the numbers here as JSON.")
-def main(names, tokens, output):
+def main(names, tokens, parts, output):
     ceiling = measure_ceiling()
     device = jax.devices()[0].device_kind
     result = {
-        "command": f"python examples/benchmarks/profile_shapes.py --tokens {tokens}",
+        "command": f"python examples/benchmarks/profile_shapes.py --tokens {tokens}" + " --parts" * parts,
         "device": device,
         "host": platform.processor() or platform.machine(),
         "date": date.today().isoformat(),
         "jax": jax.__version__,
-        "tokens": tokens,
         "ceiling_tflops": ceiling,
         "rows": [],
     }
     click.echo(f"{device}, jax {jax.__version__}; plain 8192^3 bf16 product: {ceiling:.0f} TFLOP/s; {tokens} tokens")
     click.echo(
-        f"{'model':18} {'max/mean':>8} {'tokens/s':>10} {'TFLOP/s':>8} {'share':>6} {'1 % [s]':>8} {'1M tokens':>13}"
+        f"{'model':18} {'max/mean':>8} {'tokens/s':>10} {'TFLOP/s':>8} {'share':>6} {'1 % [s]':>8} "
+        f"{'1M tokens [s]':>13} {'peak [GB]':>9}"
     )
     for name in names or SHAPES:
-        row = run(name, tokens, ceiling)
+        row = run(name, tokens, ceiling, parts)
         result["rows"].append(row)
         click.echo(
             f"{name:18} {row['max_over_mean_load']:8.2f} {row['tokens_per_s']:10.0f} {row['tflops']:8.0f} "
-            f"{row['share_of_ceiling']:6.2f} {row['layer_s_at_1_percent']:8.3f} {row['model_s_at_1m_tokens']:13.1f}"
+            f"{row['share_of_ceiling']:6.2f} {row['model_s_at_1_percent']:8.2f} {row['model_s_at_1m_tokens']:13.1f} "
+            f"{row['peak_gb_so_far']:9.1f}"
         )
         if output:
             with open(output, "w") as file:

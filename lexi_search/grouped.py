@@ -1,0 +1,67 @@
+"""The distances of many tokens on a GPU that multiplies all experts in one launch.
+
+The same numbers as `experts` and `moe` give, up to rounding, for the commonest kind of expert: gated by SiLU, without
+biases. Every other kind, device and element type is computed there.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lexi_search.architectures import Activation, Routing
+from lexi_search.blocks import BLOCK_COLUMNS, BLOCK_ROWS, GATED_COLUMNS, GRAM_ROWS, StackedExperts, lay_out
+from lexi_search.ffn import ExpertWeights
+from lexi_search.moe import mixing_changes
+from lexi_search.routing import Choice
+
+ACTIVATIONS = (Activation("silu"), Activation("swish"))
+FIRST_JAX = (0, 11)  # whose Pallas the kernels are written for
+MEMORY_SHARE = 3 / 8  # of a device's memory for the stack of a layer's experts, which stand beside it
+
+
+def can_group(
+    experts: Sequence[ExpertWeights],
+    device: jax.Device,
+    *,
+    top_k: int,
+    activation: Activation,
+    routing: Routing,
+    dtype: str,
+) -> bool:
+    """Whether `measure_stacked` computes these experts, all of one kind, on `device`."""
+    if jax.__version_info__ < FIRST_JAX or dtype == "float32":
+        return False
+    if device.platform != "gpu" or device.compute_capability != "9.0":
+        return False
+    expert = experts[0]
+    if expert.gate is None or any(bias is not None for bias in expert[3:]) or routing.scales_input:
+        return False
+    if activation not in ACTIVATIONS or top_k > GRAM_ROWS:
+        return False
+    width, hidden = expert.up.shape
+    size = len(experts) * 3 * width * hidden * jnp.dtype(dtype).itemsize
+    fits = size <= MEMORY_SHARE * device.memory_stats()["bytes_limit"]
+    return fits and hidden % BLOCK_COLUMNS == 0 and width % GATED_COLUMNS == 0
+
+
+@partial(jax.jit, static_argnames=("routing", "interpret"))
+def measure_stacked(
+    x: Float[Array, "tokens hidden"],
+    choice: Choice,
+    experts: StackedExperts,
+    *,
+    routing: Routing,
+    interpret: Any = None,
+) -> Float[Array, "tokens K"]:
+    """||y_k - y_K||^2 of every token for k = 1..K, float32."""
+    from lexi_search.hopper import gram_distances, multiply_blocks, spread
+
+    layout = lay_out(choice.experts, num_experts=experts.down.shape[0])
+    rows = spread(x, layout.places, rows=layout.block_experts.size * BLOCK_ROWS, interpret=interpret)
+    hidden = multiply_blocks(rows, experts.gate_up, *layout[1:], gated=True, interpret=interpret)
+    outputs = multiply_blocks(hidden, experts.down, *layout[1:], gated=False, interpret=interpret)
+    return gram_distances(outputs, layout.places, mixing_changes(choice.scores, routing=routing), interpret=interpret)

@@ -1,0 +1,127 @@
+"""The product of all experts in one launch against the product of each: its kernels, interpreted on the CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lexi_search.architectures import Activation, Routing
+from lexi_search.blocks import BLOCK_ROWS, StackedExperts, lay_out, stack_experts
+from lexi_search.ffn import ExpertWeights
+from lexi_search.grouped import can_group, measure_stacked
+from lexi_search.moe import compute_outputs, squared_distances
+from lexi_search.routing import route
+
+EXPERTS, HIDDEN, WIDTH, TOP_K, TOKENS = 4, 256, 128, 3, 70
+
+
+def make_layer(dtype=jnp.bfloat16):
+    draw = np.random.default_rng(0)
+    shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
+    experts = tuple(
+        ExpertWeights(*(jnp.asarray(draw.normal(size=shape) / shape[1] ** 0.5, dtype) for shape in shapes))
+        for _ in range(EXPERTS)
+    )
+    router = jnp.asarray(draw.normal(size=(EXPERTS, HIDDEN)) / HIDDEN**0.5, dtype)
+    return router, experts, jnp.asarray(draw.normal(size=(TOKENS, HIDDEN)), dtype)
+
+
+def multiply_slowly(x, weights, block_experts, num_blocks, *, gated, interpret):
+    """`hopper.multiply_blocks`, block by block; the rows behind the last block hold NaN, as memory may."""
+    blocks = x.reshape(-1, BLOCK_ROWS, x.shape[1]).astype(jnp.float32)
+    product = jnp.einsum("bmk,bnk->bmn", blocks, weights[block_experts].astype(jnp.float32))
+    if gated:
+        gate, up = jnp.moveaxis(product.reshape(*product.shape[:2], -1, 2, 128), 3, 0)
+        product = (jax.nn.silu(gate) * up).reshape(*product.shape[:2], -1)
+    beyond = jnp.arange(block_experts.size) >= num_blocks[0]
+    return jnp.where(beyond[:, None, None], jnp.nan, product).reshape(x.shape[0], -1).astype(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_equals_the_experts_one_by_one(dtype, monkeypatch):
+    pytest.importorskip("absl", reason="Pallas' GPU side needs it")
+    from lexi_search import hopper
+
+    monkeypatch.setattr(hopper, "multiply_blocks", multiply_slowly)
+    router, experts, x = make_layer(dtype)
+    routing = Routing(renormalize=True)
+    choice = route(x, router, None, routing=routing, top_k=TOP_K)
+    outputs = compute_outputs(x, choice, experts, routing=routing, activation=Activation())
+    expected = squared_distances(outputs, choice.scores, routing=routing)
+    found = measure_stacked(x, choice, stack_experts(experts, dtype=dtype), routing=routing, interpret=True)
+    assert found.shape == (TOKENS, TOP_K) and not found[:, -1].any()
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+    np.testing.assert_allclose(found.sum(axis=0), expected.sum(axis=0), rtol=3e-3)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 waits forever")
+@pytest.mark.parametrize("gated", [False, True])
+def test_kernel_equals_the_blocks_one_by_one(gated):
+    pytest.importorskip("absl", reason="Pallas' GPU side needs it")
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+
+    from lexi_search.hopper import multiply_blocks
+
+    draw = np.random.default_rng(1)
+    x = jnp.asarray(draw.normal(size=(4 * BLOCK_ROWS, 320)), jnp.bfloat16)
+    weights = jnp.asarray(draw.normal(size=(3, 512, 320)) / 320**0.5, jnp.bfloat16)
+    blocks = jnp.array([0, 2, 2, 1], jnp.int32), jnp.array([3], jnp.int32)
+    found, expected = (
+        multiply(x, weights, *blocks, gated=gated, interpret=InterpretGPUParams())[: 3 * BLOCK_ROWS]
+        for multiply in (multiply_blocks, multiply_slowly)
+    )
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.02, atol=0.02)
+
+
+@given(st.lists(st.permutations(range(5)), min_size=150, max_size=150), st.sampled_from([1, 5]))
+def test_layout(tokens, top_k):
+    experts = np.array(tokens)[:, :top_k]
+    layout = jax.device_get(jax.jit(lay_out, static_argnames="num_experts")(jnp.asarray(experts), num_experts=5))
+    assert len(set(layout.places.ravel().tolist())) == experts.size  # every row has one owner
+    np.testing.assert_array_equal(layout.block_experts[layout.places // BLOCK_ROWS], experts)
+    loads = np.bincount(experts.ravel(), minlength=5)
+    assert layout.num_blocks == -(-loads // BLOCK_ROWS).sum()
+    assert layout.places.max() < layout.num_blocks * BLOCK_ROWS <= layout.block_experts.size * BLOCK_ROWS
+
+
+def test_stack_holds_every_expert():
+    _, experts, x = make_layer()
+    stack = stack_experts(experts, dtype="float32")
+    assert isinstance(stack, StackedExperts) and stack.down.dtype == jnp.float32
+    for number, expert in enumerate(experts):
+        np.testing.assert_array_equal(stack.gate_up[number, :128], expert.gate.astype(jnp.float32))
+        np.testing.assert_array_equal(stack.gate_up[number, 128:], expert.up.astype(jnp.float32))
+        np.testing.assert_array_equal(stack.down[number], expert.down.astype(jnp.float32))
+
+
+class Hopper:
+    platform, compute_capability = "gpu", "9.0"
+
+    def __init__(self, memory=1 << 30):
+        self.memory = memory
+
+    def memory_stats(self):
+        return {"bytes_limit": self.memory}
+
+
+def test_covers_what_it_computes(monkeypatch):
+    expert = make_layer()[1][0]
+    traits = {"top_k": 4, "activation": Activation("swish"), "routing": Routing(), "dtype": "bfloat16"}
+
+    def covers(expert=expert, num_experts=EXPERTS, device=None, **changes):
+        return can_group((expert,) * num_experts, device or Hopper(), **(traits | changes))
+
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert covers()
+    assert not covers(device=jax.local_devices()[0])
+    assert not covers(device=Hopper(memory=1 << 20)) and not covers(num_experts=1 << 12)
+    assert not covers(dtype="float32") and not covers(top_k=65) and not covers(activation=Activation("gelu"))
+    assert not covers(activation=Activation(limit=7.0)) and not covers(activation=Activation(up_offset=1.0))
+    assert not covers(routing=Routing(scales_input=True))
+    assert not covers(expert._replace(gate=None)) and not covers(expert._replace(down_bias=expert.down[:, 0]))
+    assert not covers(ExpertWeights(expert.gate[:96], expert.up[:96], expert.down[:, :96]))
+    assert not covers(ExpertWeights(expert.gate[:, :128], expert.up[:, :128], expert.down[:128]))
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert not covers()
