@@ -175,23 +175,25 @@ def test_profile_is_that_of_the_dequantised_checkpoint(case, tmp_path):
     assert profile(quantised) == profile(plain) and profile(plain)[2].dtype == dtype
 
 
-@pytest.mark.parametrize("format", ["gpt-oss", "fp8 blocks"])
-def test_profile_of_fused_experts(format, tmp_path):
-    """One tensor for all experts: gpt-oss' [experts, in, out], and FP8 blocks of [experts, out, in]."""
-    tiny.make_checkpoint("qwen3_moe", tmp_path, **SMALL)
+@pytest.mark.parametrize(("family", "format"), [("gpt_oss", "gpt-oss"), ("qwen3_moe", "fp8 blocks")])
+def test_profile_of_fused_experts(family, format, tmp_path):
+    """One tensor for all experts: gpt-oss' [experts, in, out], with biases, and FP8 blocks of [experts, out, in]."""
+    tiny.make_checkpoint(family, tmp_path, num_hidden_layers=1)
     config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "bfloat16"}
-    rng, stem = np.random.default_rng(5), "model.layers.0.mlp.experts."
-    routers = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if ".experts." not in n}
-    quantised, plain = dict(routers), dict(routers)
+    stored, rng = load_file(tmp_path / "model.safetensors"), np.random.default_rng(5)
+    kept = {n: t.bfloat16() for n, t in stored.items() if ".experts." not in n or n.endswith("_bias")}
+    quantised, plain = dict(kept), dict(kept)
     for name, shape in (("gate_up_proj", (64, 64)), ("down_proj", (64, 32))):
+        name = "model.layers.0.mlp.experts." + name
         make = gpt_oss if format == "gpt-oss" else CASES[format]
-        matrices = [make(rng, stem + name, *shape) for _ in range(4)]
+        matrices = [make(rng, name, *shape) for _ in range(config.get("num_local_experts") or config["num_experts"])]
         quantised |= {part: torch.stack([m.tensors[part] for m in matrices]) for part in matrices[0].tensors}
         values = torch.tensor(np.stack([m.values for m in matrices])).bfloat16()
-        plain[stem + name] = values.mT if format == "gpt-oss" else values
+        plain[name] = values.mT if format == "gpt-oss" else values
+        assert name not in stored or stored[name].shape == plain[name].shape  # as transformers has it
     (tmp_path / "plain").mkdir()
-    quantisation = {"quant_method": "mxfp4"} if format == "gpt-oss" else CASES[format].config
-    assert profile(write(tmp_path, quantised, quantisation, **config)) == profile(
+    settings = {"quant_method": "mxfp4"} if format == "gpt-oss" else CASES[format].config
+    assert profile(write(tmp_path, quantised, settings, **config)) == profile(
         write(tmp_path / "plain", plain, **config)
     )
 
