@@ -43,13 +43,7 @@ HOLDERS: Mapping[str, tuple[str, ...]] = {
 # Arguments of the factory that bring a routing of their own, with a top-k that the factory's does not decide ...
 OWN_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
 # ... except these functions, by qualified name: they choose as many experts as the factory's top-k says.
-OBEDIENT_ROUTING = frozenset(
-    {
-        "token_choice_with_bias",  # Cohere2-MoE
-        "Llama4MoE.custom_routing_function",
-        "InternS1ProMoeSparseMoeBlock._custom_routing_function",
-    }
-)
+OBEDIENT_ROUTING = frozenset({"token_choice_with_bias"})  # Cohere2-MoE
 
 # Router classes whose weights are the scores up to one factor a token, so that a gate exponent can be applied; and
 # whether their kernel on CUDA returns experts in the order of selection, so that the first k of K are those of top-k.

@@ -1,24 +1,43 @@
 """The OpenAI server end to end, as `examples/serve_demo.py` starts it and `make serve-demo` shows it."""
 
+import importlib.util
+import json
 import sys
+import urllib.request
 from pathlib import Path
 
 from engine import make_served, start
 from tiny import make_checkpoint
 
 DEMO = Path(__file__).parent.parent / "examples" / "serve_demo.py"
+ARGUMENTS = ["--prompt", "t3 t4 t5", "--tokens", "4"]
 
 
-def run_demo(folder):
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1"}
-    return start(sys.executable, str(DEMO), str(folder), "--prompt", "t3 t4 t5", "--tokens", "4", **environment)
+def load_demo():
+    specification = importlib.util.spec_from_file_location("serve_demo", DEMO)
+    demo = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(demo)
+    return demo
 
 
-def test_server_completes_and_shows_the_top_k_of_every_layer(tmp_path):
-    served = make_served(tmp_path)
-    done = run_demo(served.exported)
-    assert done.returncode == 0, done.stderr[-3000:]
-    title, head, *rows, blank, text = done.stdout.splitlines()
+def test_server_lists_its_model_completes_shows_the_top_k_of_every_layer_and_stops(tmp_path, monkeypatch, capsys):
+    served, demo, seen = make_served(tmp_path), load_demo(), {}
+
+    def list_models_and_complete(url, *arguments, complete=demo.complete):
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as response:
+            seen["models"] = [model["id"] for model in json.load(response)["data"]]
+        return complete(url, *arguments)
+
+    def stop(server, stop=demo.stop):
+        stop(server)
+        seen["running"] = server.poll() is None
+
+    monkeypatch.setattr(demo, "complete", list_models_and_complete)
+    monkeypatch.setattr(demo, "stop", stop)
+    monkeypatch.setattr(sys, "argv", [str(DEMO), str(served.exported), *ARGUMENTS])
+    demo.main()
+    assert seen == {"models": ["lexi"], "running": False}
+    title, head, *rows, blank, text = capsys.readouterr().out.splitlines()
     assert title == f"served {served.exported}: 6 of 12 active experts per token over 3 MoE layers"
     assert head.split() == ["layer", "top-k"]
     assert {int(layer): int(k) for layer, k in map(str.split, rows)} == served.allocation.top_k
@@ -31,6 +50,7 @@ def test_server_does_not_come_up_with_the_allocation_of_another_model(tmp_path):
     weights = served.exported / "model.safetensors"
     weights.unlink()
     weights.symlink_to(other / "model.safetensors")
-    done = run_demo(served.exported)
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = start(sys.executable, str(DEMO), str(served.exported), *ARGUMENTS, **environment)
     assert done.returncode == 1 and done.stdout == ""
     assert f"{served.exported} holds other router weights than the allocation was made for" in done.stderr

@@ -12,6 +12,8 @@ from tiny import FAMILIES, make_checkpoint
 from lexi_adapter.vllm_plugin import Document
 from lexi_search.artifacts import to_document, write_allocation
 
+CHUNKED = dict(max_num_batched_tokens=4, max_num_seqs=2, enable_chunked_prefill=True, enable_prefix_caching=True)
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
@@ -34,6 +36,7 @@ def ways(served):
         "moe draft model": make_job(served.exported, speculative_config=draft),
         "transformers backend": make_job(served.exported, model_impl="transformers"),
         "none": make_job(served.folder),
+        "chunked prefill, prefix caching": make_job(served.exported, **CHUNKED),
         "gate exponent that changes nothing": job_with(served, document | {"gate_exponent": 0.0}),
         "full k in every layer": job_with(served, to_document(allocate(served.folder, (4,)))),
     }
@@ -63,10 +66,11 @@ def test_every_way_in_gives_the_same(served, ways, way):
     assert results[way] == results["exported folder"]
 
 
-def test_the_transformers_backend_runs_the_same(ways):
-    backend, native = (ways[0][name] for name in ("transformers backend", "exported folder"))
-    assert (backend["top_k"], backend["tokens"]) == (native["top_k"], native["tokens"])
-    assert measure_distance(backend, native) < 1e-3
+@pytest.mark.parametrize("name", ["transformers backend", "chunked prefill, prefix caching"])
+def test_other_ways_to_run_it_come_to_the_same(ways, name):
+    other, native = ways[0][name], ways[0]["exported folder"]
+    assert (other.get("top_k"), other.get("tokens")) == (native["top_k"], native["tokens"]), other
+    assert measure_distance(other, native) < 1e-3
 
 
 def test_log_states_the_allocation_once_an_engine(ways):
@@ -109,10 +113,25 @@ def test_without_the_plugin_vllm_stops(without_plugin, place):
     assert "Lexi" in message or "Heterogeneous" in message, without_plugin[place]
 
 
+def test_where_the_plugin_cannot_be_imported_vllm_stops(served):
+    """vLLM only logs that and goes on, so the name of the architecture has to stop it."""
+    broken = served.root / "broken" / "lexi_adapter"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").touch()
+    (broken / "vllm_plugin.py").write_text("raise ImportError('something is missing')")
+    run = run_engines(make_job(served.exported), PYTHONPATH=str(broken.parent))
+    assert "something is missing" in run.log
+    assert "LexiOlmoeForCausalLM" in run.results[0]["message"]
+
+
 def test_workers_of_their_own_run_the_same_or_stop_with_the_reason(served, ways):
     environment, options = two_workers()
+    path = served.root / "vanishing.json"  # the configuration carries its content to the workers
+    write_allocation(path, served.allocation)
+    vanishing = job_with(served, str(path), substitute="vanishing_file", **options)
     broken = make_job(served.exported, load_format="dummy", hf_overrides={"num_experts": 8})
-    run = run_engines(make_job(served.exported, **options), broken, **environment)
+    run = run_engines(vanishing, broken, **environment)
+    assert not path.exists()
     (parallel, failed), alone = run.results, ways[0]["exported folder"]
     assert (parallel.get("top_k"), parallel.get("tokens")) == (alone["top_k"], alone["tokens"]), parallel
     assert measure_distance(parallel, alone) < 1e-3

@@ -1,0 +1,90 @@
+"""The gate exponent in vLLM's routers as they are on CUDA, with stand-ins for the kernels; engines test the CPU's."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lexi_adapter import vllm_gates
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.gates import compensate
+from lexi_adapter.vllm_gates import compensate_layer
+from lexi_adapter.vllm_names import ROUTERS
+
+OWN, TOP_K, EXPONENT = 4, 2, 0.5
+LOGITS = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Router:
+    """A softmax router that renormalises; its kernel returns what it chose best first, or in some other order."""
+
+    scoring_func = "softmax"
+    best_first = True
+
+    def __init__(self):
+        self.top_k, self.widths = TOP_K, []
+
+    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        self.widths.append(self.top_k)
+        weights, ids = router_logits.softmax(-1).topk(self.top_k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return (weights, ids) if self.best_first else (weights.flip(-1), ids.flip(-1))
+
+
+def make_layer(name="FusedTopKRouter", **attributes):
+    """A built layer as vllm_gates sees it, whose router is a class of that name."""
+    experts = SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False), forward_monolithic=lambda **_: None)
+    return SimpleNamespace(router=type(name, (Router,), attributes)(), routed_experts=experts)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A platform that says it is CUDA, and compiles without generating code."""
+    platform = SimpleNamespace(is_cuda=lambda: True, simple_compile_backend="eager")
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    vllm_gates._fuse.cache_clear()
+    yield
+    vllm_gates._fuse.cache_clear()
+
+
+def expect():
+    """The weights of the definition, as experts x tokens."""
+    scores = LOGITS.softmax(-1)
+    base, ids = scores.topk(OWN)
+    base = base / base.sum(-1, keepdim=True)
+    return torch.zeros(5, 8).scatter(1, ids[:, :TOP_K], compensate(base, base[:, :TOP_K], EXPONENT))
+
+
+@pytest.mark.parametrize(("name", "best_first"), [(name, ordered) for name, ordered in ROUTERS.items()])
+def test_a_compensated_router_chooses_and_weighs_by_the_definition(cuda, name, best_first):
+    layer = make_layer(name, best_first=best_first)
+    compensate_layer(layer, "layer 0", TOP_K, OWN, EXPONENT)
+    weights, ids = layer.router._compute_routing(torch.zeros(5, 1), LOGITS, None, input_ids=None)
+    assert weights.shape == ids.shape == (5, TOP_K) and weights.is_contiguous() and ids.is_contiguous()
+    torch.testing.assert_close(torch.zeros(5, 8).scatter(1, ids, weights), expect())
+    assert layer.router.top_k == TOP_K  # as the kernels and buffers were sized for
+    assert layer.router.widths == ([OWN] if best_first else [OWN, TOP_K])  # one choice where the order is known
+
+
+def test_a_scoring_function_whose_kernel_was_not_read_is_not_taken_to_be_ordered(cuda):
+    layer = make_layer("FusedTopKBiasRouter", scoring_func="sqrtsoftplus", best_first=False)
+    compensate_layer(layer, "layer 0", TOP_K, OWN, EXPONENT)
+    weights, ids = layer.router._compute_routing(torch.zeros(5, 1), LOGITS, None)
+    torch.testing.assert_close(torch.zeros(5, 8).scatter(1, ids, weights), expect())
+
+
+def test_what_routes_by_itself_is_refused_at_once_or_when_it_runs(cuda):
+    for name, attributes, message in (
+        ("ZeroExpertRouter", {}, "layer 0: no gate exponent can be applied in a ZeroExpertRouter"),
+        ("GroupedTopKRouter", {"num_fused_shared_experts": 1}, "layer 0: .* where shared experts are routed"),
+    ):
+        with pytest.raises(AllocationError, match=message):
+            compensate_layer(make_layer(name, **attributes), "layer 0", TOP_K, OWN, EXPONENT)
+    layer = make_layer()
+    compensate_layer(layer, "layer 0", TOP_K, OWN, EXPONENT)
+    with pytest.raises(AllocationError, match="layer 0: the kernel of SimpleNamespace routes by itself"):
+        layer.routed_experts.forward_monolithic(x=None, router_logits=None)
+    layer.routed_experts.quant_method.is_monolithic = True
+    with pytest.raises(AllocationError, match="take another with --moe-backend triton"):
+        compensate_layer(layer, "layer 0", TOP_K, OWN, EXPONENT)
