@@ -48,9 +48,7 @@ def join(
         InputError: JAX finds no cluster and not all three are given, or the processes do not find together.
     """
     try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, LookupError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

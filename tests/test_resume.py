@@ -121,11 +121,19 @@ def test_only_what_is_missing_is_measured(cut_short, checkpoint, unbroken, monke
     assert os.listdir() == ["profile.json"]
 
 
+def test_layers_that_were_not_asked_for_are_not_written(cut_short, checkpoint, unbroken):
+    done = run(checkpoint, *FAST, "--layers", "1:2")
+    assert (done.exit_code, done.stderr) == (0, f"1 of 2 layers are finished in {cut_short / STORE}\n")
+    assert tuple(artifacts.read_profile("profile.json").layers) == (1, 2)
+    assert os.listdir() == ["profile.json"]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (["--seed", "1"], "whose settings.seed is 0, not 1 as now"),
         (["--samples", "4096"], "whose settings.max_samples is 1048576, not 4096 as now"),
+        (["--control-variate", "4"], "whose settings.control_variate is None, not 4 as now"),
         (["--dtype", "bfloat16"], "whose settings.dtype is float32, not bfloat16 as now"),
     ],
 )

@@ -116,21 +116,25 @@ def profile(
 
 
 def _tell_what_is_there(partials: Partials, chosen: tuple[int, ...]) -> None:
-    finished = len(partials.layers.keys() & set(chosen))
-    if finished or partials.damaged:
+    if partials.layers or partials.damaged:
         damaged = f"; files that are damaged there, and measured again: {partials.damaged}" if partials.damaged else ""
-        click.echo(f"{finished} of {len(chosen)} layers are finished in {partials.folder}{damaged}", err=True)
+        click.echo(f"{_count_finished(partials, chosen)} are finished in {partials.folder}{damaged}", err=True)
 
 
 def _keep(results: Iterator[tuple[int, LayerLoss]], partials: Partials, chosen: tuple[int, ...]) -> None:
     try:
         with make_progress() as progress:
-            task = progress.add_task("layers", total=len(chosen), completed=len(partials.layers))
+            finished = sum(layer in partials.layers for layer in chosen)
+            task = progress.add_task("layers", total=len(chosen), completed=finished)
             for layer, loss in results:
                 partials.add(layer, loss)
                 progress.advance(task)
     except KeyboardInterrupt:
         if not partials.layers:
             raise
-        kept = f"{len(partials.layers)} of {len(chosen)} layers are kept in {partials.folder}"
+        kept = f"{_count_finished(partials, chosen)} are kept in {partials.folder}"
         raise Interruption(f"interrupted; {kept}, and the same command goes on from there") from None
+
+
+def _count_finished(partials: Partials, chosen: tuple[int, ...]) -> str:
+    return f"{sum(layer in partials.layers for layer in chosen)} of {len(chosen)} layers"
