@@ -93,7 +93,8 @@ def _read_layer(reader: "_Reader", model: Model, needed: NeededExperts | None, l
     router = reader.load_plain(tensors.router)
     bias = reader.load_plain(tensors.bias).reshape(-1) if tensors.bias else None  # some store it [1, E]
     experts = _Experts(reader, _list_pieces(reader.tensors, tensors.experts))
-    experts.load(range(len(experts)) if needed is None else sorted(needed(layer, router, bias)))
+    wanted = range(len(experts)) if needed is None else sorted(needed(layer, router, bias))
+    experts.load(wanted, apply=reader.pool.map)
     return LayerWeights(router, bias, experts)
 
 
@@ -114,10 +115,10 @@ class _Experts(Sequence[ExpertWeights]):
         loaded = self._loaded[expert]
         return loaded if isinstance(loaded, ExpertWeights) else self._make(expert, loaded)
 
-    def load(self, experts: Collection[int]) -> None:
+    def load(self, experts: Collection[int], *, apply: Callable = map) -> None:
         """Bring experts to the device and look at them."""
         pieces = {expert: self._pieces[expert] for expert in experts}
-        parts = self._reader.load(pieces)
+        parts = self._reader.load(pieces, apply=apply)
         for expert, group in pieces.items():  # one by one, lest all be there twice
             plain = all(piece.recipe.scheme == Plain() for piece in group)
             self._loaded[expert] = self._make(expert, parts.pop(expert)) if plain else parts.pop(expert)
@@ -143,10 +144,13 @@ class _Reader:
         recipe = _describe_recipe(self.tensors, name, ("router",))
         return self.load({0: (_Piece(name, None, recipe),)})[0][0]["weight"]
 
-    def load(self, pieces: Mapping[int, tuple[_Piece, ...]]) -> dict[int, tuple[Parts, ...]]:
-        """The parts of every expert's tensors on the device; InputError names a tensor whose values are not finite."""
-        reading = {e: [self.pool.submit(self._read, piece) for piece in group] for e, group in pieces.items()}
-        parts = {expert: tuple(future.result() for future in futures) for expert, futures in reading.items()}
+    def load(self, pieces: Mapping[int, tuple[_Piece, ...]], *, apply: Callable = map) -> dict[int, tuple[Parts, ...]]:
+        """The parts of every expert's tensors on the device; InputError names a tensor whose values are not finite.
+
+        `apply` is `pool.map` for many at a time; a few are read here, not behind what the pool is busy with.
+        """
+        reading = {expert: apply(self._read, group) for expert, group in pieces.items()}
+        parts = {expert: tuple(results) for expert, results in reading.items()}
         # Looking at every flag waits for all of them.
         flags = jax.device_get([_all_finite(parts[e], recipes=tuple(p.recipe for p in pieces[e])) for e in pieces])
         for group, finite in zip(pieces.values(), flags, strict=True):

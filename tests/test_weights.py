@@ -82,6 +82,11 @@ def test_only_experts_that_are_needed_are_read(opened, reads):
             with pytest.raises(IndexError):
                 weights.experts[8]
     assert asked == [0, 1, 2]
+    del reads[:]
+    [(_, weights)] = stream_layers(checkpoint, model, [0], needed=lambda *_: [])
+    name = "model.layers.0.mlp.experts.7.up_proj.weight"
+    assert reads == ["model.layers.0.mlp.gate.weight"]  # and the stream is at its end
+    np.testing.assert_array_equal(weights.experts[7].up, checkpoint[name])
 
 
 def test_an_expert_that_nobody_asks_for_may_hold_anything(folder, tmp_path, reads):
