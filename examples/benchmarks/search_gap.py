@@ -28,6 +28,7 @@ import numpy as np
 from lexi_search.artifacts import LOSS_KINDS, read_profile
 from lexi_search.evolution import search
 from lexi_search.exact import solve
+from lexi_search.problems import pose
 
 LAYERS, KS = (12, 16, 24, 32, 61), (2, 4, 6, 8)
 KINDS = ("convex", "concave", "alike", "monotone", "noise")
@@ -80,10 +81,11 @@ def make_table(kind, layers=12, last_k=8, seed=0):
 
 def compare(kind, losses, budgets, compile_s):
     """One row of the first table."""
+    problem = pose(losses, budgets)
     start = time.perf_counter()
-    found = search(losses, budgets)
+    found = search(problem)
     run_s = time.perf_counter() - start
-    best = solve(losses, budgets).loss
+    best = solve(problem).loss
     excess = found.loss - best
     evaluations = len(budgets) * POPULATION * (GENERATIONS + 1)
     return {
@@ -110,7 +112,7 @@ def measure_gaps(profiles):
         budgets = np.arange(layers, layers * last_k + 1)
         if losses.shape not in compiled:
             start = time.perf_counter()
-            search(losses, budgets)
+            search(pose(losses, budgets))
             first_s = time.perf_counter() - start
             compiled[losses.shape] = first_s - compare(kind, losses, budgets, 0)["run_s"]
         yield compare(kind, losses, budgets, compiled[losses.shape])
@@ -183,7 +185,7 @@ def measure_variants():
     budgets = np.arange(layers, layers * last_k + 1)[20::40]
     for kind in ("convex", "concave", "monotone"):
         losses = make_table(kind, layers, last_k)
-        best = solve(losses, budgets).loss
+        best = solve(pose(losses, budgets)).loss
         for name, (repair, everywhere, drop_copies) in VARIANTS.items():
             start = time.perf_counter()
             options = {"repair": repair, "elitism_at_every_place": everywhere, "drop_copies": drop_copies}
