@@ -20,7 +20,7 @@ from lexi_search.routing import Choice
 
 ACTIVATIONS = (Activation("silu"), Activation("swish"))
 FIRST_JAX = (0, 11)  # whose Pallas the kernels are written for
-MEMORY_SHARE = 3 / 8  # of a device's memory for the stack of a layer's experts, which stand beside it
+MEMORY_SHARE = 3 / 4  # of a device's memory for the experts of a layer and their stack; the rest is for passes
 
 
 def can_group(
@@ -43,8 +43,8 @@ def can_group(
     if activation not in ACTIVATIONS or top_k > GRAM_ROWS:
         return False
     width, hidden = expert.up.shape
-    size = len(experts) * 3 * width * hidden * jnp.dtype(dtype).itemsize
-    fits = size <= MEMORY_SHARE * device.memory_stats()["bytes_limit"]
+    size = sum(matrix.size * (matrix.dtype.itemsize + jnp.dtype(dtype).itemsize) for matrix in expert[:3])
+    fits = len(experts) * size <= MEMORY_SHARE * device.memory_stats()["bytes_limit"]
     return fits and hidden % BLOCK_COLUMNS == 0 and width % GATED_COLUMNS == 0
 
 
