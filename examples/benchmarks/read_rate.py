@@ -1,6 +1,6 @@
 """Bytes per second from disk into device memory, beside a plain sequential read of the same files.
 
-    python examples/benchmarks/read_rate.py FOLDER [--size 8] [--layers 8] [--experts 64] [--format bf16] [--repeats 3]
+    python examples/benchmarks/read_rate.py FOLDER [--size 8] [--layers 8] [--experts 64] [--format bf16] [--readers 8]
 
 FOLDER is made, and holds a synthetic checkpoint of `--size` GB afterwards: `--layers` MoE layers of `--experts` experts
 in shards of a layer each, bf16 or FP8 in blocks of 128 x 128. Make it on the disk that is to be measured. Both readings
@@ -25,9 +25,9 @@ import click
 import jax
 import numpy as np
 
+from lexi_search import weights
 from lexi_search.checkpoint import INDEX, open_checkpoint
 from lexi_search.models import describe
-from lexi_search.weights import READERS, stream_layers
 
 HIDDEN, BLOCK = 2048, 128
 PLAIN_BYTES = 16 << 20
@@ -87,7 +87,7 @@ def read_plainly(files):
 
 
 def stream(checkpoint, model):
-    for _ in stream_layers(checkpoint, model, model.layers):
+    for _ in weights.stream_layers(checkpoint, model, model.layers):
         pass
 
 
@@ -117,8 +117,10 @@ def peak_memory():
 @click.option("--experts", default=64)
 @click.option("--format", type=click.Choice(("bf16", "fp8")), default="bf16")
 @click.option("--repeats", default=3)
+@click.option("--readers", default=weights.READERS, help="Threads that read.")
 @click.option("-o", "--output", type=click.Path(path_type=Path))
-def main(folder, size, layers, experts, format, repeats, output):
+def main(folder, size, layers, experts, format, repeats, readers, output):
+    weights.READERS = readers
     make_checkpoint(folder, size, layers, experts, format)
     checkpoint = open_checkpoint(folder)
     model = describe(checkpoint)
@@ -149,7 +151,7 @@ def main(folder, size, layers, experts, format, repeats, output):
         device = jax.devices()[0]
         result = {
             "command": f"python examples/benchmarks/read_rate.py FOLDER --size {size:g} --layers {layers} "
-            f"--experts {experts} --format {format} --repeats {repeats}",
+            f"--experts {experts} --format {format} --repeats {repeats} --readers {readers}",
             "date": str(date.today()),
             "device": device.device_kind,
             "cpu_count": os.cpu_count(),
@@ -157,7 +159,6 @@ def main(folder, size, layers, experts, format, repeats, output):
             "jax": jax.__version__,
             "bytes": total,
             "bytes_per_layer": layer_bytes,
-            "readers": READERS,
             "first_stream_seconds": stream_once,
             "seconds": seconds,
             "gigabytes_per_second": rates,
