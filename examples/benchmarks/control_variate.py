@@ -11,14 +11,11 @@ The error is the spread of the results over the seeds. Printed for each k:
 - fewer: the square of their ratio, so many times fewer tokens give the same error; and the same as the standard errors
   claim it, which come from one run each;
 - last row: the worst k without over the worst k with, which is what stops a profile.
-
-Seconds are those of all repeats, after compiling.
 """
 
 import dataclasses
 import json
 import platform
-import time
 from datetime import date
 from pathlib import Path
 
@@ -59,22 +56,19 @@ def _insert(layer, made):
 
 
 def repeat(model, weights, layer, settings, repeats):
-    """Losses [repeats, K - 1], their claimed relative errors, and the seconds it took."""
-    measure_layer(model, weights, layer, settings)  # compiles
-    start = time.perf_counter()
+    """Losses [repeats, K - 1] and their claimed relative errors."""
     runs = [
         measure_layer(model, weights, layer, dataclasses.replace(settings, seed=seed)) for seed in range(1, repeats + 1)
     ]
-    seconds = time.perf_counter() - start
     losses = np.array([summarise(moments).rms[:-1] for moments in runs])
-    return losses, np.array([relative_errors(moments)[:-1] for moments in runs]), seconds
+    return losses, np.array([relative_errors(moments)[:-1] for moments in runs])
 
 
 def compare(name, model, weights, layer, settings, ratio, repeats):
     row = {"name": name}
     for kind, control in (("plain", None), ("with", ratio)):
         chosen = dataclasses.replace(settings, control_variate=control)
-        losses, claimed, row[f"{kind}_s"] = repeat(model, weights, layer, chosen, repeats)
+        losses, claimed = repeat(model, weights, layer, chosen, repeats)
         row[kind] = (losses.std(axis=0, ddof=1) / losses.mean(axis=0)).tolist()
         row[f"{kind}_claimed"] = np.sqrt((claimed**2).mean(axis=0)).tolist()
     for claimed in ("", "_claimed"):
@@ -100,7 +94,7 @@ def main(ratio, tokens, repeats, output):
         "jax": jax.__version__,
         "rows": [],
     }
-    click.echo(f"{'layer':32}     k  plain %   with %  fewer  claimed  plain s  with s")
+    click.echo(f"{'layer':32}     k  plain %   with %  fewer  claimed")
     for name, model, layer, weights in list_layers():
         row = compare(name, model, weights, layer, settings, ratio, repeats)
         result["rows"].append(row)
@@ -110,7 +104,7 @@ def main(ratio, tokens, repeats, output):
         plain, controlled = max(row["plain"]), max(row["with"])
         click.echo(
             f"{name:32} worst {100 * plain:8.2f} {100 * controlled:8.2f} {row['worst_fewer']:6.2f} "
-            f"{row['worst_fewer_claimed']:8.2f} {row['plain_s']:8.1f} {row['with_s']:7.1f}"
+            f"{row['worst_fewer_claimed']:8.2f}"
         )
         if output:
             Path(output).write_text(json.dumps(result, indent=1) + "\n")
