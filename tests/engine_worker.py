@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from unittest import mock
 
@@ -92,6 +93,35 @@ def simulated_routing():
     return mock.patch.dict(os.environ, VLLM_MOE_ROUTING_SIMULATION_STRATEGY="uniform_random")
 
 
+def corrupted_layer():
+    """A vLLM that gives one layer's kernels another top-k than its router, once all are built."""
+    from vllm.model_executor.models.olmoe import OlmoeForCausalLM
+
+    build = OlmoeForCausalLM.__init__
+
+    @wraps(build)  # vLLM looks at the signature
+    def build_and_corrupt(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.model.layers[1].mlp.experts.moe_config.experts_per_token = 4
+
+    return mock.patch.object(OlmoeForCausalLM, "__init__", build_and_corrupt)
+
+
+def vanishing_file():
+    """An allocation's file that is gone as soon as the first process has read it."""
+    from lexi_adapter import vllm_plugin
+
+    read = vllm_plugin.read_allocation
+
+    def read_and_remove(source):
+        allocation = read(source)
+        if isinstance(source, str):
+            os.unlink(source)
+        return allocation
+
+    return mock.patch.object(vllm_plugin, "read_allocation", read_and_remove)
+
+
 SUBSTITUTES = {
     "minicpm": torch_moe_kernels,
     "deepseek_vl2": no_vision_tower,
@@ -101,6 +131,8 @@ SUBSTITUTES = {
     "external_routing": external_routing,
     "monolithic_kernel": monolithic_kernel,
     "simulated_routing": simulated_routing,
+    "corrupted_layer": corrupted_layer,
+    "vanishing_file": vanishing_file,
 }
 
 
