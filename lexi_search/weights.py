@@ -3,6 +3,7 @@
 What travels is what is stored: quantised weights stay packed on the device, and become matrices when they are used.
 """
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from lexi_search.blocks import MEMORY_SHARE
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.ffn import ExpertWeights
@@ -68,24 +70,41 @@ def stream_layers(
     """Yield (decoder-layer index, weights on the default device) for each of `layers`.
 
     While the caller works on one layer, the next is read and sent to the device, `READERS` tensors at a time; so two
-    layers are on the device, as stored. `needed`, called in another thread, may name the experts of a layer that are to
+    layers are on the device, as stored, unless they leave no room for the caller's own copy of one. `needed`, called in another thread, may name the experts of a layer that are to
     be read ahead. The others are read when they are asked for, and never if nobody asks: it decides only the speed.
 
     Raises:
         InputError: a shard that cannot be read; NaN or Inf in a router, a bias or an expert that is read, by name.
     """
     reader = _Reader(checkpoint)
+    overlap = _can_overlap(reader, model, layers)
     with ThreadPoolExecutor(max_workers=1) as ahead, reader.pool:
         start = partial(ahead.submit, _read_layer, reader, model, needed)
         try:
             reading = start(layers[0]) if layers else None
             for place, layer in enumerate(layers):
                 weights = reading.result()
-                reading = start(layers[place + 1]) if place + 1 < len(layers) else None
+                following = partial(start, layers[place + 1]) if place + 1 < len(layers) else lambda: None
+                if overlap:
+                    reading = following()
                 yield layer, weights
                 del weights  # else it would still be on the device while the layer after the next arrives
+                if not overlap:
+                    reading = following()
         finally:
             reader.pool.shutdown(cancel_futures=True)
+
+
+def _can_overlap(reader: "_Reader", model: Model, layers: Sequence[int]) -> bool:
+    """Whether two layers as stored, and one more as 16-bit matrices, take at most `MEMORY_SHARE` of the device."""
+    memory = jax.local_devices()[0].memory_stats()
+    sizes = [0]
+    for layer in layers if memory else ():
+        pieces = [piece for expert in _list_pieces(reader.tensors, model.tensors[layer].experts) for piece in expert]
+        names = {part for piece in pieces for part in reader.tensors[piece.name].parts.values()}
+        stored = sum(reader.count_bytes(name) for name in names)
+        sizes.append(2 * stored + 2 * sum(math.prod(piece.recipe.shape) for piece in pieces))
+    return memory is None or max(sizes) <= MEMORY_SHARE * memory["bytes_limit"]
 
 
 def _read_layer(reader: "_Reader", model: Model, needed: NeededExperts | None, layer: int) -> LayerWeights:
@@ -139,6 +158,9 @@ class _Reader:
         self.pool = ThreadPoolExecutor(max_workers=READERS)
         self._checkpoint = checkpoint
         self._buffers = threading.local()
+
+    def count_bytes(self, part: str) -> int:
+        return self._checkpoint.entries[part].size
 
     def load_plain(self, name: str) -> Array:
         recipe = _describe_recipe(self.tensors, name, ("router",))
