@@ -69,7 +69,7 @@ def test_profile_of_some_layers_has_what_the_whole_has(folder, checkpoint):
     message = refuse("search", "part", "--budget", "6")
     assert message == (
         "the profile lacks 1 of the model's 3 MoE layers, the first is 0; an allocation needs them all, "
-        "so profile without --layers"
+        "so profile without --layers, or merge the parts"
     )
 
 
