@@ -15,6 +15,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 128, 256  # of one tile of a product
 GATED_COLUMNS = BLOCK_COLUMNS // 2
 GRAM_ROWS = 64  # of one Gram matrix, which spans several tokens
 COPIED_AT_ONCE = 8  # experts
+MEMORY_SHARE = 3 / 4  # of a device's memory for layers and a stack of experts; the rest is for passes
 
 
 class StackedExperts(NamedTuple):

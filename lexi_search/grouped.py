@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lexi_search.architectures import Activation, Routing
-from lexi_search.blocks import BLOCK_COLUMNS, BLOCK_ROWS, GATED_COLUMNS, GRAM_ROWS, StackedExperts, lay_out
+from lexi_search.blocks import BLOCK_COLUMNS, BLOCK_ROWS, GATED_COLUMNS, GRAM_ROWS, MEMORY_SHARE, StackedExperts, lay_out
 from lexi_search.ffn import ExpertWeights
 from lexi_search.moe import mixing_changes
 from lexi_search.routing import Choice
 
 ACTIVATIONS = (Activation("silu"), Activation("swish"))
 FIRST_JAX = (0, 11)  # whose Pallas the kernels are written for
-MEMORY_SHARE = 3 / 4  # of a device's memory for the experts of a layer and their stack; the rest is for passes
 
 
 def can_group(

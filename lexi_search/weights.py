@@ -70,8 +70,9 @@ def stream_layers(
     """Yield (decoder-layer index, weights on the default device) for each of `layers`.
 
     While the caller works on one layer, the next is read and sent to the device, `READERS` tensors at a time; so two
-    layers are on the device, as stored, unless they leave no room for the caller's own copy of one. `needed`, called in another thread, may name the experts of a layer that are to
-    be read ahead. The others are read when they are asked for, and never if nobody asks: it decides only the speed.
+    layers are on the device, as stored, unless they leave no room for the caller's own copy of one. `needed`, called in
+    another thread, may name the experts of a layer that are to be read ahead. The others are read when they are asked
+    for, and never if nobody asks: it decides only the speed.
 
     Raises:
         InputError: a shard that cannot be read; NaN or Inf in a router, a bias or an expert that is read, by name.
