@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lexi_search.architectures import Activation, Routing
-from lexi_search.blocks import BLOCK_COLUMNS, BLOCK_ROWS, GATED_COLUMNS, GRAM_ROWS, MEMORY_SHARE, StackedExperts, lay_out
+from lexi_search.blocks import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    GATED_COLUMNS,
+    GRAM_ROWS,
+    MEMORY_SHARE,
+    StackedExperts,
+    lay_out,
+)
 from lexi_search.ffn import ExpertWeights
 from lexi_search.moe import mixing_changes
 from lexi_search.routing import Choice
