@@ -190,9 +190,6 @@ def main(checkpoint, shapes, batch, length, iterations, seed, output):
     if not checkpoint and not shapes:
         raise click.UsageError("give a CHECKPOINT or a --shape")
     settings = ProfileSettings("paper", seed, batch, length, "float32", 0.0, iterations * batch * length)
-    rows = [compare(checkpoint, *profile_checkpoint(checkpoint, settings))] if checkpoint else []
-    for name in shapes:
-        rows.append(compare(name, *profile_shape(name, dataclasses.replace(settings, dtype="bfloat16"))))
     what = " ".join(([checkpoint] if checkpoint else []) + [f"--shape {name}" for name in shapes])
     result = {
         "command": f"python examples/benchmarks/profile_vs_reference.py {what} --iterations {iterations}",
@@ -201,11 +198,15 @@ def main(checkpoint, shapes, batch, length, iterations, seed, output):
         "date": date.today().isoformat(),
         "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "settings": dataclasses.asdict(settings) | {"dtype": "float32 for a checkpoint, bfloat16 for a shape"},
-        "rows": rows,
+        "rows": [],
     }
-    if output:
-        with open(output, "w") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
+    work = [(checkpoint, profile_checkpoint, settings)] if checkpoint else []
+    work += [(name, profile_shape, dataclasses.replace(settings, dtype="bfloat16")) for name in shapes]
+    for subject, profile, chosen in work:
+        result["rows"].append(compare(subject, *profile(subject, chosen)))
+        if output:
+            with open(output, "w") as file:
+                file.write(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
