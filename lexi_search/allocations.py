@@ -72,7 +72,7 @@ def allocate(
             raise InputError("the exact method minimises the summed loss only; use evolution for another fitness")
         found, histories = best, [None] * len(best.loss)
     else:
-        found = search(problem, fitness=fitness, seed=seed, **settings)
+        found = search(problem, fitness=fitness, optimum=best, seed=seed, **settings)
         histories = list(zip(found.best_history, found.mean_history, strict=True))
     uniform = find_uniform(problem)
     shares, regrets = [None] * len(found.loss), [None] * len(found.loss)

@@ -24,34 +24,43 @@ from jax import lax, random
 from jaxtyping import Array, Float, Float32, Float64, Int, Int32, Key, UInt
 
 from lexi_search.errors import InputError
+from lexi_search.exact import Optimum
 from lexi_search.problems import Problem, drop_dominated, find_uniform, sum_over_layers
 
 # Members of a last population, at most, that are compared in float64.
 FINALISTS = 16
 # Costs become whole numbers whose largest sum is below this: their sums are exact, in float32 too.
 COST_STEPS = 2**23
+# Budgets that are evolved at once on a CPU.
+BLOCK = 64
 
 Fitness = Callable[[Float[Array, "layers ks"], Int[Array, "population layers"]], Float[Array, " population"]]
 
 
 class Evolved(NamedTuple):
-    """Row i belongs to `budgets[i]`. Losses are in the unit of the table; the histories in that of the fitness."""
+    """Row i belongs to `budgets[i]`. Losses are in the unit of the table; the histories in that of the fitness.
+
+    `generations` is how many were run. Histories go on with the last of them where a budget was left early.
+    """
 
     top_k: Int32[np.ndarray, "budgets layers"]
     loss: Float64[np.ndarray, " budgets"]
     best_history: Float32[np.ndarray, "budgets generations"]
     mean_history: Float32[np.ndarray, "budgets generations"]
+    generations: Int32[np.ndarray, " budgets"]
 
 
 class Task(NamedTuple):
     """One budget's problem on the device, in levels of units; `top` is each unit's last level.
 
     `budget` and `costs` are whole steps, counted from the cheapest levels on. `uniform` is an allocation for the first
-    population, or negative. `losses`, `ks` and `unit_of` are for a fitness that wants the k of layers.
+    population, or negative. A population whose best fitness is at most `target` needs no more generations. `losses`,
+    `ks` and `unit_of` are for a fitness that wants the k of layers.
     """
 
     budget: Int[Array, ""]
     uniform: Int[Array, " units"]
+    target: Float[Array, ""]
     costs: Int[Array, "units levels"]
     top: Int[Array, " units"]
     unit_losses: Float[Array, "units levels"]
@@ -108,7 +117,9 @@ def add_over_units(
         row, level = unit
         return total + row[level], None
 
-    total, _ = lax.scan(add, jnp.zeros(len(levels), table.dtype), (table, levels.T))
+    # One kernel on a GPU, where launches are dear; on a CPU a loop compiles faster.
+    unroll = 1 if jax.default_backend() == "cpu" else len(table)
+    total, _ = lax.scan(add, jnp.zeros(len(levels), table.dtype), (table, levels.T), unroll=unroll)
     return total
 
 
@@ -215,35 +226,52 @@ def _fingerprint(levels: Int[Array, "population units"]) -> UInt[Array, " popula
     return (levels.astype(jnp.uint32) * weights[None, :]).sum(axis=1)
 
 
-def _evolve(key: Key[Array, ""], task: Task, settings: Settings):
-    """The fittest of one population in the end, as a State, and its best and mean fitness after each generation."""
-    start_key, steps_key = random.split(key)
+def _evolve(seed, task: Task, settings: Settings, restarts: int):
+    """One budget: the fittest of each restart's population in the end, and the history.
 
-    def generation(state, number):
-        state = step(random.fold_in(steps_key, number), state, task, settings)
-        return state, (state.fitness.min(), state.fitness.mean())
+    A key depends on seed, budget and restart and on nothing else. A population that has reached its target stays as it
+    is, so that a result does not depend on which others still go on.
+    """
 
-    state, history = lax.scan(generation, start(start_key, task, settings), jnp.arange(settings.generations))
-    fittest = lax.top_k(-state.fitness, min(FINALISTS, settings.population))[1]
-    return State(state.levels[fittest], state.fitness[fittest]), *history
+    def begin(restart):
+        key = random.fold_in(random.fold_in(random.key(seed), task.budget), restart)
+        start_key, steps_key = random.split(key)
+        return steps_key, start(start_key, task, settings)
+
+    keys, states = jax.vmap(begin)(jnp.arange(restarts))
+    history = jnp.full((2, settings.generations), jnp.inf)
+
+    def is_open(carry):
+        number, states, _ = carry
+        return (number < settings.generations) & ~(states.fitness.min() <= task.target)  # open where it is NaN
+
+    def generation(carry):
+        number, states, history = carry
+        states = jax.vmap(lambda key, state: step(random.fold_in(key, number), state, task, settings))(keys, states)
+        now = jnp.stack([states.fitness.min(), states.fitness.mean()])
+        return number + 1, states, history.at[:, number].set(now)
+
+    number, states, history = lax.while_loop(is_open, generation, (jnp.int32(0), states, history))
+    fittest = lax.top_k(-states.fitness, min(FINALISTS, settings.population))[1]
+    levels = jax.vmap(lambda levels, chosen: levels[chosen])(states.levels, fittest)
+    return State(levels, jnp.take_along_axis(states.fitness, fittest, axis=1)), *history, number
 
 
 @partial(jax.jit, static_argnames=("settings", "restarts"))
 def _evolve_all(seed, tasks: Task, *, settings: Settings, restarts: int):
-    """`_evolve` for all budgets x restarts at once. A key depends on seed, budget and restart and on nothing else."""
+    """`_evolve` for all budgets: blocks of them one after another, those of a block at once."""
+    own = ("budget", "uniform", "target")  # of each budget; the rest is one for all
 
-    def evolve(task, restart):
-        key = random.fold_in(random.fold_in(random.key(seed), task.budget), restart)
-        return _evolve(key, task, settings)
+    def evolve_block(block):
+        axes = Task(*[0 if name in own else None for name in Task._fields])
+        block_tasks = tasks._replace(**dict(zip(own, block, strict=True)))
+        return jax.vmap(lambda task: _evolve(seed, task, settings, restarts), (axes,))(block_tasks)
 
-    shared = Task(0, 0, *[None] * 6)  # budgets and uniform allocations differ, the rest is one for all
-    over_restarts = jax.vmap(evolve, (None, 0))
-    finalists, best, mean = jax.vmap(over_restarts, (shared, None))(tasks, jnp.arange(restarts))
-    return finalists, best.min(axis=1), mean.mean(axis=1)
+    return lax.map(evolve_block, tuple(getattr(tasks, name) for name in own))
 
 
-def make_tasks(problem: Problem) -> Task:
-    """The problem as the device has it: a row of `budget` and `uniform` for every budget, the rest shared."""
+def make_tasks(problem: Problem, targets: Float[np.ndarray, " budgets"] | None = None) -> Task:
+    """The problem as the device has it: a row of `budget`, `uniform` and `target` for every budget, the rest shared."""
     base = problem.unit_costs[:, :1]
     extra, left = problem.unit_costs - base, problem.budgets - base.sum()
     scale = 1.0
@@ -260,6 +288,7 @@ def make_tasks(problem: Problem) -> Task:
     return Task(
         budget=budgets.astype(np.int32),
         uniform=np.where(fits, levels, -1).astype(np.int32),
+        target=np.full(len(budgets), -np.inf, np.float32) if targets is None else targets,
         costs=costs.astype(np.int32),
         top=(problem.num_levels - 1).astype(np.int32),
         unit_losses=problem.unit_losses.astype(np.float32),
@@ -267,6 +296,30 @@ def make_tasks(problem: Problem) -> Task:
         ks=problem.ks.astype(np.int32),
         unit_of=problem.unit_of.astype(np.int32),
     )
+
+
+def find_targets(problem: Problem, optimum: Optimum) -> Float32[np.ndarray, " budgets"]:
+    """The fitness of the optimal allocations, rounded as the device rounds it: unit by unit, in float32."""
+    first = np.unique(problem.unit_of, return_index=True)[1]
+    is_k = problem.ks[None] == optimum.top_k[:, first, None]
+    losses = problem.unit_losses.astype(np.float32)[np.arange(len(first)), is_k.argmax(axis=2)]
+    return np.where(is_k.any(axis=2).all(axis=1), np.cumsum(losses, axis=1, dtype=np.float32)[:, -1], -np.inf)
+
+
+def _run(problem: Problem, tasks: Task, settings: Settings, *, restarts: int, seed: int) -> Evolved:
+    count = len(tasks.budget)
+    # A CPU is fastest on what fits its cache; a GPU wants everything at once. The last block is filled up.
+    block = min(count, BLOCK if jax.default_backend() == "cpu" else count)
+    order = np.minimum(np.arange(-(-count // block) * block), count - 1).reshape(-1, block)
+    rows = {name: getattr(tasks, name)[order] for name in ("budget", "uniform", "target")}
+    found = _evolve_all(np.uint32(seed), tasks._replace(**rows), settings=settings, restarts=restarts)
+    finalists, best, mean, ran = jax.tree.map(
+        lambda array: array.reshape(-1, *array.shape[2:])[:count], jax.device_get(found)
+    )
+    top_k, loss = _choose(problem, finalists, is_sum=settings.fitness is None)
+    last = np.minimum(np.arange(settings.generations), np.maximum(ran, 1)[:, None] - 1)
+    histories = (np.take_along_axis(history, last, axis=1) for history in (best, mean))
+    return Evolved(top_k, loss, *histories, ran)
 
 
 def _choose(
@@ -304,12 +357,14 @@ def search(
     restarts: int = 1,
     seed: int = 0,
     fitness: Fitness | None = None,
+    optimum: Optimum | None = None,
 ) -> Evolved:
     """Evolve an allocation for every budget of `problem`, all in one compiled call, on whatever device JAX uses.
 
     `restarts` populations of `population` members are evolved for each budget over `generations`; a mate is the
-    fittest of `tournament` random members; a share `mutation_rate` of the children mutates. A budget's result depends
-    on `seed` and that budget, not on the others in the call.
+    fittest of `tournament` random members; a share `mutation_rate` of the children mutates. Given the `optimum`, a
+    budget is left as soon as it is reached. A budget's result depends on `seed` and that budget, not on the others in
+    the call.
 
     `fitness(losses, top_k) -> [population]`, lower is fitter, is traced once and sees the loss table in float32
     [layers, ks] and allocations [population, layers]; infinity bars an allocation. By default the paper's sum over
@@ -328,10 +383,9 @@ def search(
     if fitness is None:
         problem = drop_dominated(problem)
 
+    targets = None if optimum is None or fitness is not None else find_targets(problem, optimum)
     settings = Settings(population, generations, mutation_rate, tournament, problem.sums_to_budget, fitness)
-    finalists, best, mean = jax.device_get(
-        _evolve_all(np.uint32(seed), make_tasks(problem), settings=settings, restarts=restarts)
-    )
-    if np.isnan(best).any():
+    found = _run(problem, make_tasks(problem, targets), settings, restarts=restarts, seed=seed)
+    if np.isnan(found.best_history[:, 0]).any():
         raise InputError("the fitness is NaN for some allocation; it must order every allocation within the bounds")
-    return Evolved(*_choose(problem, finalists, is_sum=fitness is None), best, mean)
+    return found

@@ -132,7 +132,7 @@ def test_search_defaults_are_the_librarys():
     for option in main.commands["search"].params:
         if option.name in ("population", "generations", "mutation_rate", "restarts", "seed"):
             assert option.default == defaults.pop(option.name), option.name
-    assert set(defaults) == {"problem", "tournament", "fitness"}
+    assert set(defaults) == {"problem", "tournament", "fitness", "optimum"}
 
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lexi_search import evolution
 from lexi_search.errors import InputError
 from lexi_search.evolution import Settings, make_tasks, read_top_k, repair, search, start, step
 from lexi_search.exact import solve
@@ -54,7 +55,9 @@ POSED = {
     "bounds of each layer": lambda: pose(
         make_random(5, 4), np.arange(9, 16), constraints=Constraints(min_k=(1, 2, 1, 4, 1), max_k=(4, 2, 3, 4, 2))
     ),
-    "allowed values": lambda: pose(make_random(6, 8), np.arange(6, 49), constraints=Constraints(allowed_k=(1, 2, 4, 8))),
+    "allowed values": lambda: pose(
+        make_random(6, 8), np.arange(6, 49), constraints=Constraints(allowed_k=(1, 2, 4, 8))
+    ),
     "groups": lambda: pose(make_random(7, 4), np.arange(7, 29), constraints=Constraints(groups=((0, 1, 5), (2, 3)))),
     "costs": lambda: pose(make_random(6, 4), np.linspace(6.5, 15, 9), costs=make_costs(6, 4)),
     "costs that fall": lambda: pose(make_random(6, 4), np.linspace(6.5, 15, 9), costs=make_costs(6, 4)[:, ::-1]),
@@ -75,7 +78,8 @@ def test_every_individual_of_every_generation_is_feasible(case):
     begin, advance = jax.jit(start, static_argnums=2), jax.jit(step, static_argnums=3)
     allowed = [set(ks[:count]) for ks, count in zip(problem.ks.tolist(), problem.num_levels, strict=True)]
     for row, budget in list(enumerate(problem.budgets))[:: len(problem.budgets) // 7 + 1]:
-        task = jax.tree.map(jnp.asarray, tasks._replace(budget=tasks.budget[row], uniform=tasks.uniform[row]))
+        own = {name: getattr(tasks, name)[row] for name in ("budget", "uniform", "target")}
+        task = jax.tree.map(jnp.asarray, tasks._replace(**own))
         state = begin(jax.random.key(row), task, settings)
         for generation in range(8):
             top_k = np.asarray(read_top_k(state.levels, task))
@@ -143,6 +147,30 @@ def test_a_budget_does_not_depend_on_its_company():
         alone = search(pose(table, np.array([budget])), **SMALL)
         np.testing.assert_array_equal(alone.top_k[0], together.top_k[index])
         np.testing.assert_array_equal(alone.best_history[0], together.best_history[index])
+
+
+@pytest.mark.parametrize("case", ["bounds", "groups", "costs"])
+def test_a_known_optimum_ends_the_search_where_it_is_reached(case):
+    problem = POSED[case]()
+    best = solve(problem)
+    whole, short = search(problem, **SMALL), search(problem, **SMALL, optimum=best)
+    assert (whole.generations == SMALL["generations"]).all()
+    assert (short.loss <= whole.loss * (1 + 1e-6)).all()
+    reached = short.loss <= best.loss * (1 + 1e-6)
+    assert reached.any() and (short.generations[~reached] == SMALL["generations"]).all()
+    for row, count in enumerate(short.generations):
+        np.testing.assert_array_equal(short.best_history[row, :count], whole.best_history[row, :count])
+        assert (short.best_history[row, count:] == short.best_history[row, max(count, 1) - 1]).all()
+        assert count == 0 or short.best_history[row, -1] < np.inf
+
+
+def test_more_budgets_than_a_block_are_searched_as_each_alone(monkeypatch):
+    table = make_random(5, 4)
+    together = search(pose(table, np.arange(5, 21)), **SMALL)
+    monkeypatch.setattr(evolution, "BLOCK", 3)
+    apart = search(pose(table, np.arange(5, 21)), **SMALL)
+    np.testing.assert_array_equal(together.top_k, apart.top_k)
+    np.testing.assert_array_equal(together.mean_history, apart.mean_history)
 
 
 def test_seed_decides():

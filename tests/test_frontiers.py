@@ -15,7 +15,7 @@ from lexi_search.problems import pose, sum_over_layers
 
 VALUES = st.floats(0, 100) | st.sampled_from([0.0, 1.0, 2.0])
 TABLES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=4).flatmap(
-    lambda shape: st.tuples(hnp.arrays(np.float64, shape, elements=VALUES), hnp.arrays(np.float64, shape, elements=VALUES))
+    lambda shape: st.tuples(*[hnp.arrays(np.float64, shape, elements=VALUES)] * 2)
 )
 
 

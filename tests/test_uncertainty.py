@@ -1,4 +1,4 @@
-"""How sure an allocation is said to be, against plain loops over resampled tables, and the weighing of measured costs."""
+"""How sure an allocation is said to be, against loops over resampled tables; and the weighing of measured costs."""
 
 import dataclasses
 

@@ -23,7 +23,7 @@ import time
 
 import click
 import numpy as np
-from search_gap import GENERATIONS, MUTATION_RATE, POPULATION, TOURNAMENT, describe_machine, make_table
+from search_gap import GENERATIONS, MUTATION_RATE, POPULATION, TOURNAMENT, describe_machine, make_table, show
 
 from lexi_search.evolution import search
 from lexi_search.exact import solve
@@ -219,7 +219,7 @@ def main(alone, count, all_layers, ks, output):
                     measured += [measure_competitor(name, losses, budgets[some], best[some]) for name in names]
                 for row in measured:
                     rows.append(table | row)
-                    click.echo("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
+                    click.echo("  ".join(f"{name} {show(value)}" for name, value in rows[-1].items()))
                 if output:
                     with open(output, "w") as file:
                         json.dump({"machine": machine, "rows": rows}, file, indent=1)
