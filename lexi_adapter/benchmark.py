@@ -5,9 +5,7 @@ input and output tokens over the end-to-end seconds. Engines that share the card
 so that what drifts meets all of them alike.
 """
 
-import hashlib
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,16 +15,19 @@ from lexi_adapter.engines import (
     Engine,
     answer_greedily,
     describe_engine,
+    draw_weights,
     make_options,
     start_engines,
-    switch_top_k,
+    switch_layers,
     time_run,
 )
-from lexi_adapter.variants import Variant
+from lexi_adapter.variants import RANDOM, Variant
 from lexi_adapter.workloads import Workload, parse_workload
 
 FORMAT, VERSION = "lexi-bench", 1
-WARM_UP_TOKENS = 16  # at most so many output tokens in the unmeasured runs before the first round
+# Before the first round: unmeasured runs, in which kernels compile, and answers that tell variants apart.
+WARM_UP_RUNS, WARM_UP_TOKENS = 2, 16  # at most so many output tokens
+ANSWERS = 2
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,16 @@ Seat = tuple[Variant, tuple[Variant, ...]]
 
 
 def assign(variants: Sequence[Variant], *, in_place: bool) -> tuple[Seat, ...]:
-    """An engine for every variant; with `in_place` those that change nothing but k share the engine of the first.
+    """An engine for every variant; with `in_place` those of the first one's weights share its engine.
 
     A gate exponent is built into the layers, so an allocation that has one keeps an engine of its own.
     """
     base = variants[0]
 
     def shares(variant: Variant) -> bool:
-        same = (variant.folder, variant.overrides, variant.environment) == (
-            base.folder,
-            base.overrides,
-            base.environment,
-        )
-        return same and (variant.allocation is None or variant.allocation.gate_exponent is None)
+        same = (variant.folder, variant.environment) == (base.folder, base.environment)
+        known = variant.kept or variant.overrides == base.overrides
+        return same and known and (variant.allocation is None or variant.allocation.gate_exponent is None)
 
     if not in_place:
         return tuple((variant, (variant,)) for variant in variants)
@@ -86,7 +84,7 @@ def measure(
     engine: Mapping[str, Any],
     report: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measure, and give `report` the document after every group of engines; returns the last one.
+    """Measure, and give `report` the document after every round; returns the last one.
 
     Args:
         together: engines on the card at once; None for all of them.
@@ -99,24 +97,28 @@ def measure(
     size = together or len(seats)
     runs: list[Run] = []
     facts: dict[str, dict[str, Any]] = {}
-    answers: dict[str, str] = {}
+    answers: dict[str, list[list[int]]] = {}
     document: dict[str, Any] = {}
     for group in (seats[first : first + size] for first in range(0, len(seats), size)):
         wanted = [(v.name, make_options(v, workloads, **engine), v.environment) for v, _ in group]
         with start_engines(wanted) as engines:
+            if engine["load_format"] == RANDOM:
+                for running in engines:
+                    running.call(draw_weights)
             seated = [chair for pair in zip(engines, group, strict=True) for chair in _seat(*pair)]
             for chair in seated:
                 facts[chair.variant.name] = chair.take()
                 short = [replace(w, output_length=min(w.output_length, WARM_UP_TOKENS)) for w in workloads]
-                for workload in short:
+                for _, workload in itertools.product(range(WARM_UP_RUNS), short):
                     chair.engine.call(time_run, workload, 0)
-                answers[chair.variant.name] = _digest(chair.engine.call(answer_greedily, short[0]))
-            for turn, workload, chair in itertools.product(range(rounds), workloads, seated):
-                chair.take()
-                seconds = chair.engine.call(time_run, workload, 1 + turn)
-                runs.append(Run(chair.variant.name, str(workload), turn, seconds))
-        document = make_document(variants, workloads, runs, facts, answers)
-        report(document)
+                answers[chair.variant.name] = chair.engine.call(answer_greedily, replace(short[0], batch=ANSWERS))
+            for turn in range(rounds):
+                for workload, chair in itertools.product(workloads, seated):
+                    chair.take()
+                    seconds = chair.engine.call(time_run, workload, 1 + turn)
+                    runs.append(Run(chair.variant.name, str(workload), turn, seconds))
+                document = make_document(variants, workloads, runs, facts, answers)
+                report(document)
     return document
 
 
@@ -131,7 +133,7 @@ class Seated:
     def take(self) -> dict[str, Any]:
         """Make the engine this variant's, and say what it is then."""
         if self.top_k is not None:
-            self.engine.call(switch_top_k, self.top_k)
+            self.engine.call(switch_layers, self.top_k, self.variant.kept)
         return self.engine.call(describe_engine)
 
 
@@ -167,11 +169,11 @@ def make_document(
     workloads: Sequence[Workload],
     runs: Sequence[Run],
     facts: Mapping[str, Mapping[str, Any]],
-    answers: Mapping[str, str],
+    answers: Mapping[str, list[list[int]]],
 ) -> dict[str, Any]:
-    """The JSON object of what was measured so far; "answer" tells variants apart that answer differently."""
+    """The JSON object of what was measured so far; "answers" are greedy tokens: the same model, the same tokens."""
     described = [
-        {"name": v.name, "overrides": dict(v.overrides), "engine": _to_json(facts[v.name]), "answer": answers[v.name]}
+        {"name": v.name, "overrides": dict(v.overrides), "engine": _to_json(facts[v.name]), "answers": answers[v.name]}
         for v in variants
         if v.name in facts
     ]
@@ -184,10 +186,6 @@ def make_document(
         "runs": [asdict(run) for run in runs],
         "summary": [asdict(line) for line in summarise(runs, variants[0].name)],
     }
-
-
-def _digest(tokens: list[list[int]]) -> str:
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def _to_json(facts: Mapping[str, Any]) -> dict[str, Any]:

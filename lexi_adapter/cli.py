@@ -153,7 +153,7 @@ def _read_engine_options(
 )
 @click.option("--seed", default=0, help="Of the made-up k.")
 @takes_engine_options
-@click.option("-o", "--output", default="bench.json", help="The results, as JSON; grows as engines finish.")
+@click.option("-o", "--output", default="bench.json", help="The results, as JSON; written after every round.")
 @click.option("--plot", help="And as bars, like the paper's figure 2: a .png, .svg or .pdf.")
 def bench(
     model: str,
@@ -178,11 +178,12 @@ def bench(
     from lexi_adapter import benchmark
     from lexi_adapter import workloads as known
     from lexi_adapter.files import check_writable, describe_call, write_atomically, write_json
-    from lexi_adapter.reports import draw_bench, tabulate_bench
+    from lexi_adapter.reports import draw_bench, find_format, tabulate_bench
     from lexi_adapter.variants import make_variants
 
     for path in (output, plot) if plot else (output,):
         check_writable(path)
+    file_format = find_format(plot) if plot else None
     chosen = [known.parse_workload(text) for text in workloads] or [
         known.BALANCED,
         known.PREFILL_HEAVY,
@@ -190,7 +191,7 @@ def bench(
     ]
     variants = make_variants(
         model,
-        read_config(Path(model)),
+        load_format=engine["load_format"],
         allocations={file: read_allocation(file) for file in files},
         shares=shares,
         dropped=dropped,
@@ -209,7 +210,7 @@ def bench(
         report=lambda document: write_json(output, {**document, "made_by": made_by}),
     )
     if plot:
-        write_atomically(plot, draw_bench(document, Path(plot).suffix[1:]))
+        write_atomically(plot, draw_bench(document, file_format))
     _print(tabulate_bench(document))
 
 
@@ -234,11 +235,11 @@ def latency(model: str, workloads: Sequence[str], rounds: int, checks: int, outp
     from lexi_adapter import latency as timing
     from lexi_adapter.files import check_writable, describe_call, write_json
     from lexi_adapter.reports import tabulate_checks, tabulate_latency
-    from lexi_adapter.variants import describe
+    from lexi_adapter.variants import describe_folder
     from lexi_adapter.workloads import parse_workload
 
     check_writable(output)
-    identity = describe(read_config(Path(model)))
+    identity = describe_folder(model, engine["load_format"])
     steps, compared, facts = timing.measure(
         model,
         identity,
@@ -299,13 +300,24 @@ def loads(
         raise AllocationError("give either --text or --tokens")
     found, facts = counting.measure(
         model,
-        json.loads(Path(tokens).read_text()) if tokens else _cut(model, text, prompts, length),
+        _read_tokens(tokens) if tokens else _cut(model, text, prompts, length),
         allocations={file: read_allocation(file) for file in files},
         dropped=dropped,
         engine=_read_engine_options(**engine),
     )
     write_json(output, counting.make_document(found, facts, describe_call()))
     _print(tabulate_loads(found))
+
+
+def _read_tokens(path: str) -> list[list[int]]:
+    try:
+        prompts = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise AllocationError(f"{path} is not JSON ({error})") from error
+    lists = isinstance(prompts, list) and prompts and all(isinstance(ids, list) and ids for ids in prompts)
+    if not lists or not all(type(token) is int for ids in prompts for token in ids):
+        raise AllocationError(f"{path} is not a list of prompts, each a list of token ids")
+    return prompts
 
 
 def _cut(model: str, path: str, prompts: int, length: int) -> list[list[int]]:

@@ -55,9 +55,13 @@ class Engine:
         self._connection.send((function, args))
         return self.wait()
 
-    def stop(self) -> None:
-        """Close it and wait until its memory is free."""
+    def hang_up(self) -> None:
+        """Let it end; `stop` waits for that."""
         self._connection.close()
+
+    def stop(self) -> None:
+        """Let it end and wait until its memory is free."""
+        self.hang_up()
         self._process.join(60)
         if self._process.is_alive():
             self._process.terminate()
@@ -72,6 +76,7 @@ def start_engines(engines: Sequence[tuple[str, Mapping[str, Any], Mapping[str, s
         for engine in engines:
             started.append(Engine(*engine))
             stack.callback(started[-1].stop)
+        stack.callback(lambda: [engine.hang_up() for engine in started])  # first, so that all end side by side
         for engine in started:
             engine.wait()
         yield started
@@ -156,10 +161,13 @@ def time_run(llm: Any, workload: Workload, seed: int) -> float:
 
 
 def answer_greedily(llm: Any, workload: Workload) -> list[list[int]]:
-    """The tokens of every answer to the workload's prompts; engines that are the same model answer the same."""
-    prompts = [{"prompt_token_ids": ids} for ids in _draw(llm, workload, 0)]
-    outputs = llm.generate(prompts, _sample(workload, temperature=0.0), use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    """The tokens of every answer to the workload's prompts; engines that are the same model answer the same.
+
+    One prompt at a time, so that what shares a step, and with it the rounding, is the same in every engine.
+    """
+    sampling = _sample(workload, temperature=0.0)
+    outputs = [llm.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False) for ids in _draw(llm, workload, 0)]
+    return [list(output.outputs[0].token_ids) for (output,) in outputs]
 
 
 def read_prompts(llm: Any, prompts: list[list[int]]) -> None:
@@ -179,9 +187,16 @@ def _sample(workload: Workload, **others: Any) -> Any:
     return SamplingParams(max_tokens=workload.output_length, ignore_eos=True, detokenize=False, **others)
 
 
-def switch_top_k(llm: Any, top_k: Mapping[int, int] | None) -> dict[int, int]:
+def switch_layers(
+    llm: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]] | None = None
+) -> dict[int, int]:
     """`vllm_live.switch` in every worker."""
-    return _merge(llm.collective_rpc(vllm_live.switch, args=(top_k,)))
+    return _merge(llm.collective_rpc(vllm_live.switch, args=(top_k, dict(kept or {}))))
+
+
+def draw_weights(llm: Any, seed: int = 0) -> None:
+    """`vllm_live.draw_weights` in every worker."""
+    llm.collective_rpc(vllm_live.draw_weights, args=(seed,))
 
 
 def describe_engine(llm: Any) -> dict[str, Any]:

@@ -16,8 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError, ModelIdentity
-from lexi_adapter.engines import Engine, describe_engine, make_options, start_engines, switch_top_k, time_run
-from lexi_adapter.variants import Variant, draw_top_k
+from lexi_adapter.engines import (
+    Engine,
+    describe_engine,
+    draw_weights,
+    make_options,
+    start_engines,
+    switch_layers,
+    time_run,
+)
+from lexi_adapter.variants import RANDOM, Variant, draw_top_k
 from lexi_adapter.workloads import Workload
 
 FORMAT, VERSION = "lexi-cost", 1
@@ -71,6 +79,8 @@ def measure(
     base = Variant("base", folder)
     with start_engines([("base", make_options(base, workloads, **engine), {})]) as (running,):
         facts = running.call(describe_engine)
+        if engine["load_format"] == RANDOM:
+            running.call(draw_weights)
         seconds = _time(running, [*states, *drawn], workloads, rounds, progress)
     steps = [step for workload in workloads for step in _divide(workload, seconds, len(states), len(model.moe_layers))]
     return steps, _compare(model, workloads, steps, seconds, len(states), drawn), facts
@@ -85,7 +95,7 @@ def _time(
 ) -> Seconds:
     found: dict[tuple[int, Workload], list[tuple[float, float]]] = {}
     for turn, (index, state) in itertools.product(range(rounds + 1), enumerate(states)):
-        engine.call(switch_top_k, state)
+        engine.call(switch_layers, state)
         for workload in workloads:
             first = engine.call(time_run, replace(workload, output_length=1), turn)
             if turn == 0:  # unmeasured: kernels compile on their first call

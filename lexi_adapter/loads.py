@@ -12,14 +12,15 @@ from typing import Any
 from lexi_adapter.allocation import Allocation, AllocationError
 from lexi_adapter.engines import (
     describe_engine,
+    draw_weights,
     make_options,
     read_expert_counts,
     read_prompts,
     start_engines,
-    switch_top_k,
+    switch_layers,
     watch_experts,
 )
-from lexi_adapter.variants import Variant
+from lexi_adapter.variants import RANDOM, Variant
 from lexi_adapter.workloads import Workload
 
 FORMAT, VERSION = "lexi-loads", 1
@@ -90,9 +91,11 @@ def measure(
     found: dict[str, dict[int, Load]] = {}
     with start_engines([("base", options, {})]) as (running,):
         facts = running.call(describe_engine)
+        if engine["load_format"] == RANDOM:
+            running.call(draw_weights)
 
         def count(top_k: Mapping[int, int], without: Mapping[int, list[int]]) -> Counts:
-            running.call(switch_top_k, dict(top_k))
+            running.call(switch_layers, dict(top_k))
             running.call(watch_experts, without)
             running.call(read_prompts, prompts)
             return running.call(read_expert_counts)

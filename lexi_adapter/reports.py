@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -35,12 +36,16 @@ def _find_line(document: Mapping[str, Any], variant: str, workload: str) -> Mapp
     return next(line for line in document["summary"] if (line["variant"], line["workload"]) == (variant, workload))
 
 
+def find_format(path: str) -> str:
+    """The format of a figure by its file's name. AllocationError for others than `FIGURE_FORMATS`."""
+    file_format = Path(path).suffix[1:]
+    if file_format not in FIGURE_FORMATS:
+        raise AllocationError(f"no figure as {path}; name a file that ends in one of {', '.join(FIGURE_FORMATS)}")
+    return file_format
+
+
 def draw_bench(document: Mapping[str, Any], file_format: str) -> bytes:
     """Bars of tokens per second, a panel for every workload: the paper's figure 2, with the spread of the rounds."""
-    if file_format not in FIGURE_FORMATS:
-        raise AllocationError(
-            f"no figure as {file_format!r}; name a file that ends in one of {', '.join(FIGURE_FORMATS)}"
-        )
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -5,15 +5,19 @@ narrowing them (intra-pruning) by config alone is for random weights (`--load-fo
 pruned checkpoint and name its folder.
 """
 
+import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
+from lexi_adapter.checkpoint import check_layers, find_routers, has_weights, read_config
 
 UNCHECKED = "0" * 64  # router_sha256 of an allocation for random weights: there are no bytes to compare
+RANDOM = "dummy"  # vLLM's load format without weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 TOP_K = "num_experts_per_tok"
+RENAMED = "num_local_experts"  # what transformers 5 writes where some families' public configs have `num_experts`
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Variant:
     """One thing to measure.
 
     `overrides` are vLLM's --hf-overrides; `allocation` goes in by --additional-config; `environment` is the process's.
+    `kept` says of a pruned variant how much of "experts" or of "width" is left: kept, of.
     """
 
     name: str
@@ -58,10 +64,11 @@ class Variant:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     allocation: Allocation | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def describe(config: Mapping[str, Any]) -> ModelIdentity:
-    """The model that config.json describes, without its weights: `router_sha256` is `UNCHECKED`.
+    """The model that config.json describes, of random weights: `router_sha256` is `UNCHECKED`.
 
     Raises:
         AllocationError: a family that is not in `FAMILIES`, or a config without the family's keys.
@@ -81,12 +88,33 @@ def describe(config: Mapping[str, Any]) -> ModelIdentity:
     )
 
 
+def describe_folder(folder: str, load_format: str) -> ModelIdentity:
+    """The model in a folder, with its routers' hash if its own weights are loaded.
+
+    Raises:
+        AllocationError: as `describe`, or the folder's files are not what its config.json says.
+    """
+    model = describe(read_config(Path(folder)))
+    if load_format == RANDOM or not has_weights(Path(folder)):
+        return model
+    routers = find_routers(model, Path(folder))
+    check_layers(set(routers), model, f"{folder}: router tensors {model.router!r}")
+    digest = hashlib.sha256()
+    for layer in model.moe_layers:
+        with routers[layer].path.open("rb") as file:
+            file.seek(routers[layer].offset)
+            digest.update(file.read(routers[layer].size))
+    return replace(model, router_sha256=digest.hexdigest())
+
+
 def _find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     name = config.get("model_type")
     family = FAMILIES.get(name)
     if family is None:
         raise AllocationError(f"model_type {name!r} is not one of {', '.join(FAMILIES)}; add it to variants.FAMILIES")
     text = config[family.text_config] if family.text_config else config
+    if family.num_experts not in text and RENAMED in text:
+        family = replace(family, num_experts=RENAMED)
     missing = [key for key in (family.num_experts, family.width, TOP_K, "num_hidden_layers") if key not in text]
     if missing:
         raise AllocationError(f"config.json of {name} has no {', '.join(missing)}; name them there")
@@ -139,28 +167,28 @@ def find_uniform(model: ModelIdentity, budget: int) -> int | None:
     return k if rest == 0 else None
 
 
-def drop_experts(config: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """--hf-overrides of inter-pruning: a share of every layer's experts is gone, k stays."""
+def drop_experts(name: str, folder: str, config: Mapping[str, Any], share: float) -> Variant:
+    """Inter-pruning: a share of every layer's experts is gone, k stays."""
     family, text = _find_family(config)
     kept = round(text[family.num_experts] * (1 - share))
     if kept < text[TOP_K]:
         raise AllocationError(f"dropping {share:.3g} of the experts leaves {kept}, fewer than k = {text[TOP_K]}")
-    return _nest(family, {family.num_experts: kept})
+    overrides = _nest(family, {family.num_experts: kept})
+    return Variant(name, folder, overrides, kept={"experts": (kept, text[family.num_experts])})
 
 
-def narrow_experts(config: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """--hf-overrides of intra-pruning: a share of every routed expert's inner width is gone.
+def narrow_experts(name: str, folder: str, config: Mapping[str, Any], share: float) -> Variant:
+    """Intra-pruning: a share of every routed expert's inner width is gone.
 
-    Where shared experts have the routed ones' width, their number grows so that together they stay as wide, or by less
-    than one expert wider.
+    Where shared experts have the routed ones' width, their number grows in the config so that together they stay as
+    wide, or by less than one expert wider.
     """
     family, text = _find_family(config)
     width = round(text[family.width] * (1 - share))
-    if not family.shared:
-        return _nest(family, {family.width: width})
-    return _nest(
-        family, {family.width: width, family.shared: math.ceil(text[family.shared] * text[family.width] / width)}
-    )
+    overrides = {family.width: width}
+    if family.shared:
+        overrides[family.shared] = math.ceil(text[family.shared] * text[family.width] / width)
+    return Variant(name, folder, _nest(family, overrides), kept={"width": (width, text[family.width])})
 
 
 def _nest(family: Family, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -169,8 +197,8 @@ def _nest(family: Family, overrides: dict[str, Any]) -> dict[str, Any]:
 
 def make_variants(
     folder: str,
-    config: Mapping[str, Any],
     *,
+    load_format: str,
     allocations: Mapping[str, Allocation],
     shares: Sequence[float] = (),
     dropped: Sequence[float] = (),
@@ -184,7 +212,12 @@ def make_variants(
     """
     variants = [Variant("base", folder)]
     variants += [Variant(name, folder, allocation=allocation) for name, allocation in allocations.items()]
-    model = describe(config) if shares or dropped or narrowed else None
+    if (dropped or narrowed) and load_format != RANDOM:
+        raise AllocationError(
+            f"a config alone prunes random weights only: add --load-format {RANDOM}, or name a folder"
+        )
+    config = read_config(Path(folder))
+    model = describe_folder(folder, load_format) if shares else None
     for share in shares:
         budget = share_of_budget(model, share)
         k, percent = find_uniform(model, budget), f"{100 * share:g} %"
@@ -194,8 +227,7 @@ def make_variants(
         if k is not None:
             uniform = dict.fromkeys(model.moe_layers, k)
             variants.append(Variant(f"uniform k = {k}, {percent}", folder, allocation=allocate(model, uniform)))
-    percents = (f"{100 * share:g} %" for share in (*dropped, *narrowed))
-    variants += [Variant(f"inter-pruned {next(percents)}", folder, drop_experts(config, share)) for share in dropped]
-    variants += [Variant(f"intra-pruned {next(percents)}", folder, narrow_experts(config, share)) for share in narrowed]
+    variants += [drop_experts(f"inter-pruned {100 * share:g} %", folder, config, share) for share in dropped]
+    variants += [narrow_experts(f"intra-pruned {100 * share:g} %", folder, config, share) for share in narrowed]
     variants += [Variant(name, name) for name in folders]
     return tuple(variants)

@@ -1,10 +1,13 @@
-"""A live vLLM worker: change the k of its layers, run without them, count which experts its tokens go to.
+"""A live vLLM worker: change its layers' k and experts, run without them, count which experts its tokens go to.
 
 For measuring only; an allocation that is served goes in by the plugin, before the model is built. Every function takes
-a worker first and is sent there by `LLM.collective_rpc`. On CUDA a MoE layer is opaque to torch.compile and reads its k
-when it is called, so a new k needs new CUDA graphs and nothing else; each k keeps its graphs, and going back is free.
+a worker first and is sent there by `LLM.collective_rpc`. On CUDA a MoE layer is opaque to torch.compile and finds its k
+and its weights when it is called, so new ones need new CUDA graphs and nothing else; each state keeps its graphs, and
+going back is free.
 """
 
+import math
+import zlib
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
@@ -15,29 +18,41 @@ from lexi_adapter.vllm_names import HOLDERS
 
 # What runs a layer once it is called, in every supported version; taken over to leave the layer out.
 FORWARD = "_forward_impl"
+# A layer's weights, [experts, ., .], with the axis of the experts' width; and where it holds their number.
+WEIGHTS: Mapping[str, int] = {"w13_weight": 1, "w2_weight": 2}
+NUMBERS = ("global_num_experts", "local_num_experts")
 # Where captured graphs are kept: an attribute of every graph wrapper, and one of the newer model runner's manager.
 WRAPPER_GRAPHS, MANAGER, MANAGER_GRAPHS = "concrete_cudagraph_entries", "cudagraph_manager", "graphs"
 
 
-def switch(worker: Any, top_k: Mapping[int, int] | None) -> dict[int, int]:
+def switch(worker: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]]) -> dict[int, int]:
     """Give this worker's MoE layers the k of `top_k`, or with None leave the layers out; returns their k now.
 
-    A layer that is left out gives zeros: what remains is the time of everything else.
+    A layer that is left out gives zeros: what remains is the time of everything else. `kept` says how many experts
+    remain ("experts": kept, of) and how much of their width ("width": kept, of). Pruned layers work on a part of the
+    same memory in the smaller shape: for random weights only, whose values are as good as any.
 
     Raises:
-        AllocationError: this model's k cannot change while it lives.
+        AllocationError: this model's layers cannot change while it lives.
     """
     layers = _find_layers(worker)
     _check_switchable(worker, layers)
-    before = _read_state(layers)
+    before = vars(worker).get("lexi_state") or _make_state(read_top_k(worker.get_model()), {})
     for layer, module in layers.items():
         vars(module).pop(FORWARD, None)
         if top_k is None:
             setattr(module, FORWARD, _leave_out)
         else:
             _set_top_k(module, top_k[layer])
-    _use_graphs(worker, before, _read_state(layers))
+        if kept or vars(module).get("lexi_whole"):
+            _prune(module, kept)
+    now = vars(worker)["lexi_state"] = _make_state(top_k, kept)
+    _use_graphs(worker, before, now)
     return read_top_k(worker.get_model())
+
+
+def _make_state(top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]]) -> Any:
+    return top_k and tuple(sorted(top_k.items())), tuple(sorted((name, tuple(parts)) for name, parts in kept.items()))
 
 
 def _find_layers(worker: Any) -> dict[int, Any]:
@@ -54,6 +69,12 @@ def _check_switchable(worker: Any, layers: Mapping[int, Any]) -> None:
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
+    for layer, module in layers.items():
+        routing = vars(getattr(module, "router", None) or module).get("_compute_routing")
+        if getattr(routing, "__module__", "").startswith("lexi_adapter") and routing.__module__ != __name__:
+            raise AllocationError(
+                f"layer {layer} was built with a gate exponent and keeps its k; start an engine for it"
+            )
     compiled = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
     opaque = current_platform.is_cuda_alike() and all(hasattr(layer, FORWARD) for layer in layers.values())
     if compiled and not opaque:
@@ -69,18 +90,52 @@ def _set_top_k(module: Any, top_k: int) -> None:
         setattr(attrgetter(parents)(module) if parents else module, name, top_k)
 
 
+def _prune(module: Any, kept: Mapping[str, tuple[int, int]]) -> None:
+    import torch
+
+    experts = module.routed_experts
+    if experts.expert_map is not None:
+        raise AllocationError(
+            "experts that are spread over several cards are not pruned in place; start engines for it"
+        )
+    whole = vars(module).setdefault("lexi_whole", {name: getattr(experts, name) for name in (*WEIGHTS, *NUMBERS)})
+    (left, of), (narrow, wide) = kept.get("experts", (1, 1)), kept.get("width", (1, 1))
+    number = whole["global_num_experts"] * left // of
+    for name, axis in WEIGHTS.items():
+        shape = list(whole[name].shape)
+        shape[0], shape[axis] = number, shape[axis] * narrow // wide
+        part = whole[name].data.flatten()[: math.prod(shape)].view(shape)
+        setattr(experts, name, torch.nn.Parameter(part, requires_grad=False))
+    for name in NUMBERS:
+        setattr(experts, name, number)
+    _set_routing(module.router, number=number if left != of else None)
+
+
+def _set_routing(router: Any, **changes: Any) -> None:
+    """Let a router choose among the first `number` experts, and not among those `dropped`; what is not named stays."""
+    asked = vars(router).setdefault("lexi_routing", {})
+    asked.update(changes)
+    vars(router).pop("_compute_routing", None)
+    if asked.get("number"):
+        router._compute_routing = _among(router._compute_routing, asked["number"])
+    if asked.get("dropped"):
+        router._compute_routing = _without(router._compute_routing, asked["dropped"])
+
+
+def _among(route: Any, number: int) -> Any:
+    # As many logits as there are experts left, by a view: copying the right ones would be time that pruning saves.
+    def routing(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = router_logits.shape[0]
+        return route(hidden_states, router_logits.flatten()[: tokens * number].view(tokens, number), *args, **kwargs)
+
+    return routing
+
+
 def _leave_out(hidden_states: Any, router_logits: Any, shared_experts_input: Any, *_: Any, **__: Any) -> Any:
     import torch
 
     routed = torch.zeros_like(hidden_states)
     return routed if shared_experts_input is None else (torch.zeros_like(shared_experts_input), routed)
-
-
-def _read_state(layers: Mapping[int, Any]) -> tuple[tuple[int, int | None], ...]:
-    return tuple(
-        (layer, None if FORWARD in vars(module) else attrgetter(_find_holders(module)[0])(module))
-        for layer, module in sorted(layers.items())
-    )
 
 
 def _use_graphs(worker: Any, before: Any, now: Any) -> None:
@@ -108,6 +163,23 @@ def _find_graph_owners(worker: Any) -> list[tuple[Any, str]]:
     return wrappers + ([(manager, MANAGER_GRAPHS)] if manager is not None else [])
 
 
+def draw_weights(worker: Any, seed: int) -> None:
+    """Random weights of a model that computes: normal, by fan-in; norms 1, biases 0. The same in every engine.
+
+    vLLM's own are within 0.001, where experts add nothing and every k gives the same answer. Experts get twice the
+    fan-in scale, so that their outputs outweigh the residual's.
+    """
+    import torch
+
+    for name, value in sorted(worker.get_model().named_parameters()):
+        if value.ndim < 2:
+            value.data.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            generator = torch.Generator(value.device).manual_seed(seed + zlib.crc32(name.encode()))
+            scale = 2.0 if value.ndim == 3 else 1.0  # experts' weights are stacked
+            value.data.normal_(0.0, scale * value.shape[-1] ** -0.5, generator=generator)
+
+
 def watch(worker: Any, dropped: Mapping[int, list[int]]) -> None:
     """Count from now on how many tokens go to each expert, after taking the experts of `dropped[layer]` away.
 
@@ -130,9 +202,7 @@ def watch(worker: Any, dropped: Mapping[int, list[int]]) -> None:
                 torch.bincount(ids.flatten().long(), minlength=experts)
             )
         )
-        vars(router).pop("_compute_routing", None)
-        if dropped.get(layer):
-            router._compute_routing = _without(router._compute_routing, dropped[layer])
+        _set_routing(router, dropped=dropped.get(layer))
 
 
 def _without(route: Any, experts: list[int]) -> Any:

@@ -1,0 +1,81 @@
+"""Throughput of the paper's six models with fewer active experts and with pruned ones: the README's serving table.
+
+    python examples/benchmarks/serving_models.py [--model NAME ...] [--tensor-parallel-size 4] [-o FOLDER]
+
+Runs `lexi-adapter bench` on the shapes in `configs/` with random weights, one model after the other, each within
+--limit seconds, and prints what all result files in FOLDER say as one table: tokens/s of the base, and the others'
+factors on it. All variants of a model are measured in one engine, in place, so that their runs are interleaved and the
+model has to fit only once; MiniCPM's k is compiled into its graph, so that each of its variants is started.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+SHAPES = Path(os.path.relpath(Path(__file__).parent / "configs"))  # as results name it
+BENCH = [sys.executable, "-c", "from lexi_adapter.cli import main; main()", "bench"]
+SHARES = (0.75, 0.5)
+PRUNED = (0.25, 0.5)
+OWN_CODE = {"deepseek-vl2-tiny", "minicpm-moe-8x2b"}  # configs with a configuration.py
+COMPILED_K = {"minicpm-moe-8x2b"}
+COLUMNS = (
+    *(f"{kind} {100 * share:g} %" for share in SHARES for kind in ("mixed", "uniform")),
+    *(f"{kind}-pruned {100 * share:g} %" for kind in ("inter", "intra") for share in PRUNED),
+)
+
+
+def make_command(name, output, *, workloads, rounds, together, others):
+    options = ["--load-format", "dummy", "--rounds", str(rounds), "-o", str(output), *others]
+    options += [word for workload in workloads for word in ("--workload", workload)]
+    options += [word for share in SHARES for word in ("--budget-share", str(share))]
+    options += [word for share in PRUNED for word in ("--drop-experts", str(share), "--narrow-experts", str(share))]
+    options += ["--together", str(together)] if name in COMPILED_K else ["--in-place"]
+    options += ["--engine", json.dumps({"trust_remote_code": True})] if name in OWN_CODE else []
+    return [*BENCH, str(SHAPES / name), *options]
+
+
+def find_column(variant):
+    """The table's column of a variant, by its name in the result file."""
+    kind, share = variant.split()[0], " ".join(variant.split()[-2:])
+    return f"{kind} {share}"
+
+
+def make_table(documents):
+    """Markdown: one row a model and workload."""
+    yield f"| model | batch x input x output | base [tokens/s] | {' | '.join(COLUMNS)} |"
+    yield f"|---|---|{'---|' * (1 + len(COLUMNS))}"
+    for document in documents:
+        for workload in document["workloads"]:
+            lines = [line for line in document["summary"] if line["workload"] == workload]
+            factors = {find_column(line["variant"]): f"{line['speedup']:.2f}" for line in lines[1:]}
+            cells = [Path(document["model"]).name, workload, f"{lines[0]['median']:,.0f}"]
+            yield f"| {' | '.join([*cells, *(factors.get(column, '') for column in COLUMNS)])} |"
+
+
+@click.command(help=__doc__.splitlines()[0])
+@click.option("--model", "names", multiple=True, help="[default: all in configs/]")
+@click.option("--workload", "workloads", multiple=True, default=("16x512x256", "16x1024x16"), show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--together", default=2, show_default=True, help="Engines on the card at once, where each is started.")
+@click.option("--limit", default=3600, show_default=True, help="Seconds for one model.")
+@click.option("-o", "--output", "folder", default=".", help="Result files go here, serving_bench_NAME.json.")
+@click.argument("others", nargs=-1, type=click.UNPROCESSED)
+def main(names, workloads, rounds, together, limit, folder, others):
+    settings = {"workloads": workloads, "rounds": rounds, "together": together, "others": others}
+    for name in names or sorted(path.parent.name for path in SHAPES.glob("*/config.json")):
+        command = make_command(name, Path(folder) / f"serving_bench_{name}.json", **settings)
+        try:
+            subprocess.run(command, timeout=limit, check=True)
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+            click.echo(f"{name}: {type(error).__name__}, going on with the next", err=True)
+    files = sorted(Path(folder).glob("serving_bench_*.json"))
+    for line in make_table(json.loads(path.read_text()) for path in files):
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main()

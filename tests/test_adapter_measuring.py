@@ -1,0 +1,215 @@
+"""The arithmetic of benchmarks, cost tables and loads, judged by loops; no engine runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lexi_adapter import benchmark, latency, loads, reports
+from lexi_adapter.allocation import AllocationError, ModelIdentity
+from lexi_adapter.cli import main
+from lexi_adapter.engines import make_options
+from lexi_adapter.variants import Variant, allocate
+from lexi_adapter.workloads import Workload
+
+MODEL = ModelIdentity("olmoe", 3, 8, 3, (0, 1, 2), "layers.{}.gate", "num_experts_per_tok", "0" * 64)
+WORKLOAD = Workload(4, 10, 6)
+seconds = st.floats(0.01, 100)
+
+
+def make_variants():
+    half = allocate(MODEL, {0: 1, 1: 2, 2: 1})
+    return (
+        Variant("base", "here"),
+        Variant("half", "here", allocation=half),
+        Variant("compensated", "here", allocation=replace(half, gate_exponent=0.5)),
+        Variant("pruned", "here", {"num_experts": 6}, kept={"experts": (6, 8)}),
+        Variant("elsewhere", "there"),
+        Variant("alone", "here", environment={"VLLM_PLUGINS": ""}),
+    )
+
+
+def test_every_variant_has_an_engine_and_in_place_those_of_the_same_weights_share_one():
+    variants = make_variants()
+    assert benchmark.assign(variants, in_place=False) == tuple((variant, (variant,)) for variant in variants)
+    (base, guests), *others = benchmark.assign(variants, in_place=True)
+    assert base.name == "base" and [variant.name for variant in guests] == ["base", "half", "pruned"]
+    assert [variant.name for variant, _ in others] == ["compensated", "elsewhere", "alone"]
+
+
+@given(st.lists(seconds, min_size=3, max_size=3), st.lists(seconds, min_size=3, max_size=3))
+def test_throughput_is_tokens_over_seconds(base, other):
+    runs = [
+        benchmark.Run(name, str(WORKLOAD), turn, times[turn])
+        for turn in range(3)
+        for name, times in (("base", base), ("other", other))
+    ]
+    first, second = benchmark.summarise(runs, "base")
+    for line, times in ((first, base), (second, other)):
+        rates = sorted(64 / time for time in times)
+        assert (line.lowest, line.median, line.highest) == tuple(rates)
+    assert second.speedup == second.median / first.median and first.speedup == 1
+
+
+@given(
+    st.floats(0.1, 10),
+    st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
+    st.floats(0.1, 10),
+    st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
+    st.lists(st.integers(1, 3), min_size=3, max_size=3),
+)
+def test_steps_give_back_what_runs_were_made_of(other_reading, reading, other_writing, writing, chosen):
+    def run(top_k):
+        """Seconds to the first and to the last token if layers cost what they cost; () leaves them out."""
+        first = other_reading + sum(reading[k - 1] for k in top_k)
+        step = other_writing + sum(writing[k - 1] for k in top_k)
+        return first, first + step * (WORKLOAD.output_length - 1)
+
+    found = {(k, WORKLOAD): run([k] * 3 if k else []) for k in range(4)}
+    steps = latency._divide(WORKLOAD, found, 4, 3)
+    assert [step.tokens for step in steps] == [40, 4]
+    for step, other, layer in zip(steps, (other_reading, other_writing), (reading, writing), strict=True):
+        assert step.other_ms == pytest.approx(1e3 * other)
+        assert step.layer_ms == pytest.approx([1e3 * value for value in layer])
+    top_k = dict(enumerate(chosen))
+    assert latency.predict(steps, WORKLOAD, top_k) == pytest.approx(run(chosen)[1])
+    measured = {**found, (4, WORKLOAD): run(chosen)}
+    (check,) = latency._compare(MODEL, [WORKLOAD], steps, measured, 4, [top_k])
+    assert check.measured_speedup == pytest.approx(run([3] * 3)[1] / run(chosen)[1])
+    assert check.error == pytest.approx(0, abs=1e-6)
+
+
+def test_a_step_that_layers_make_faster_is_refused():
+    found = {(k, WORKLOAD): (1.0, 2.0) for k in range(4)}
+    with pytest.raises(AllocationError, match="a step of 40 tokens got no slower with MoE layers"):
+        latency._divide(WORKLOAD, found, 4, 3)
+
+
+def test_the_cost_table_is_what_a_search_reads():
+    steps = [latency.Step(40, 1.5, (0.1, 0.2, 0.3)), latency.Step(4, 0.5, (0.01, 0.02, 0.03))]
+    facts = {"device": "a card", "dtype": "bfloat16", "top_k": {0: 3}}
+    check = latency.Check("4x10x6", {0: 1, 1: 1, 2: 1}, 1.2, 1.0)
+    document = latency.make_document(MODEL, steps, [check], facts, {"lexi_adapter": "0"})
+    assert json.loads(json.dumps(document)) == {
+        "format": "lexi-cost",
+        "version": 1,
+        "model": {
+            "model_type": "olmoe",
+            "num_hidden_layers": 3,
+            "num_experts": 8,
+            "top_k": 3,
+            "moe_layers": [0, 1, 2],
+        },
+        "device": "a card",
+        "steps": {
+            "40": {"other_ms": 1.5, "layers": {layer: [0.1, 0.2, 0.3] for layer in "012"}},
+            "4": {"other_ms": 0.5, "layers": {layer: [0.01, 0.02, 0.03] for layer in "012"}},
+        },
+        "made_by": {
+            "lexi_adapter": "0",
+            "engine": {"device": "a card", "dtype": "bfloat16"},
+            "checks": [
+                {
+                    "workload": "4x10x6",
+                    "top_k": {"0": 1, "1": 1, "2": 1},
+                    "predicted_speedup": 1.2,
+                    "measured_speedup": 1.0,
+                    "error": pytest.approx(0.2),
+                }
+            ],
+        },
+    }
+
+
+def test_steps_of_the_same_size_are_refused_before_an_engine_starts():
+    for workloads in ([Workload(4, 1, 6)], [WORKLOAD, replace(WORKLOAD, input_length=5)], [Workload(4, 10, 1)]):
+        with pytest.raises(AllocationError, match="each workload needs steps of its own size"):
+            latency.measure("", MODEL, workloads, rounds=1, checks=0, engine={}, progress=print)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_loads_are_those_that_a_loop_finds(steps):
+    kept = (0, 1, 3)
+    totals = {expert: 0 for expert in kept}
+    active = []
+    for step in steps:
+        for expert in kept:
+            totals[expert] += step[expert]
+        active.append(len([expert for expert in kept if step[expert] > 0]))
+    mean = sum(totals.values()) / 3
+    if mean == 0:
+        with pytest.raises(AllocationError, match="no token reached"):
+            loads.summarise(steps, dropped=(2,))
+        return
+    load = loads.summarise(steps, dropped=(2,))
+    assert load.experts == 3 and load.active == pytest.approx(sum(active) / len(active))
+    assert load.max_over_mean == pytest.approx(max(totals.values()) / mean)
+    assert load.idle == len([total for total in totals.values() if total == 0]) / 3
+    assert load.variation == pytest.approx((sum((t - mean) ** 2 for t in totals.values()) / 3) ** 0.5 / mean)
+
+
+def test_the_least_used_experts_are_dropped():
+    counts = {0: [[5, 1, 0, 2], [5, 0, 3, 2]], 1: [[1, 2, 3, 4]]}
+    assert loads.find_least_used(counts, 0.5, 2) == {0: [1, 2], 1: [0, 1]}
+    assert loads.find_least_used(counts, 0.0, 2) == {0: [], 1: []}
+    with pytest.raises(AllocationError, match="leaves fewer than k = 3"):
+        loads.find_least_used(counts, 0.5, 3)
+
+
+def make_document():
+    variants = make_variants()[:2]
+    runs = [benchmark.Run(v.name, str(w), t, 1.0 + t) for v in variants for w in (WORKLOAD,) for t in range(3)]
+    facts = {v.name: {"device": "a card", "top_k": {0: 3, 1: 2}} for v in variants}
+    return benchmark.make_document(variants, [WORKLOAD], runs, facts, {v.name: [[1]] for v in variants})
+
+
+@pytest.mark.parametrize("file_format, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_figure_is_drawn(file_format, start):
+    assert reports.draw_bench(make_document(), file_format).startswith(start)
+
+
+def test_other_figures_are_refused():
+    with pytest.raises(AllocationError, match="no figure as bench.gif"):
+        reports.find_format("bench.gif")
+
+
+def test_options_are_those_of_the_workloads_and_the_user_wins():
+    variant = make_variants()[1]
+    options = make_options(
+        variant,
+        [WORKLOAD, Workload(2, 100, 30)],
+        load_format="dummy",
+        parallel={"tensor_parallel_size": 4},
+        dtype="float32",
+        compilation_config={"mode": 0},
+    )
+    assert options["max_model_len"] == 131 and options["max_num_seqs"] == 4 and options["tensor_parallel_size"] == 4
+    assert options["num_gpu_blocks_override"] > 2 * 130 / 16
+    assert options["compilation_config"] == {"cudagraph_capture_sizes": [2, 4], "mode": 0}
+    assert options["dtype"] == "float32" and options["additional_config"]["lexi_allocation"]["budget"] == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["bench", "{}", "--workload", "4x4"], "is not BATCHxINPUTxOUTPUT"),
+        (["bench", "{}", "--drop-experts", "0.5"], "add --load-format dummy"),
+        (["bench", "{}", "--engine", "[]"], "--engine is not a JSON object"),
+        (["bench", "{}", "--engine", "{{"], "--engine is not JSON"),
+        (["bench", "{}", "--plot", "figure.gif"], "no figure as figure.gif"),
+        (["bench", "{}", "-o", "nowhere/bench.json"], "cannot write nowhere/bench.json"),
+        (["bench", "nowhere"], "cannot read nowhere/config.json"),
+        (["latency", "{}", "--workload", "4x1x4"], "each workload needs steps of its own size"),
+        (["loads", "{}"], "give either --text or --tokens"),
+        (["loads", "{}", "--tokens", "{}/config.json"], "is not a list of prompts"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_an_engine_starts(arguments, message, tmp_path):
+    config = {"model_type": "olmoe", "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    result = CliRunner().invoke(main, [argument.format(tmp_path) for argument in arguments])
+    assert result.exit_code == 2 and message in result.stderr
+    assert result.stderr.count("\n") == 1

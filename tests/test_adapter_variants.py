@@ -1,0 +1,171 @@
+"""What `lexi-adapter bench` compares, from config.json alone."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from engine import allocate as allocate_from_weights
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FAMILIES, make_checkpoint
+
+import lexi_adapter
+from lexi_adapter import variants
+from lexi_adapter.allocation import AllocationError, ModelIdentity, read_allocation, to_document
+from lexi_adapter.workloads import Workload, draw_prompts, parse_workload
+
+SHAPES = Path(lexi_adapter.__file__).parent.parent / "examples" / "benchmarks" / "configs"
+# Experts, k and MoE layers as the model cards have them; what remains of experts, width and shared experts at one half.
+PUBLIC = {
+    "olmoe-1b-7b": (64, 8, 16, {"num_experts": 32}, {"intermediate_size": 512}),
+    "qwen1.5-moe-a2.7b": (60, 4, 24, {"num_experts": 30}, {"moe_intermediate_size": 704}),
+    "deepseek-v2-lite": (
+        64,
+        6,
+        26,
+        {"n_routed_experts": 32},
+        {"moe_intermediate_size": 704, "n_shared_experts": 4},
+    ),
+    "deepseek-vl2-tiny": (
+        64,
+        6,
+        11,
+        {"n_routed_experts": 32},
+        {"moe_intermediate_size": 448, "n_shared_experts": 4},
+    ),
+    "minicpm-moe-8x2b": (8, 2, 40, {"num_experts": 4}, {"intermediate_size": 2880}),
+    "mixtral-8x7b": (8, 2, 32, {"num_local_experts": 4}, {"intermediate_size": 7168}),
+}
+
+
+def read_shape(name):
+    return json.loads((SHAPES / name / "config.json").read_text())
+
+
+def make_model(layers, top_k):
+    return ModelIdentity("olmoe", layers, 64, top_k, tuple(range(layers)), "layers.{}.gate", "k", "0" * 64)
+
+
+def test_every_shape_is_known():
+    assert {path.parent.name for path in SHAPES.glob("*/config.json")} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_shapes_and_what_pruning_leaves_of_them(name):
+    config = read_shape(name)
+    experts, top_k, layers, dropped, narrowed = PUBLIC[name]
+    model = variants.describe(config)
+    assert (model.num_experts, model.top_k, len(model.moe_layers)) == (experts, top_k, layers)
+    assert variants.drop_experts("a", "b", config, 0.5).overrides == dropped
+    assert variants.narrow_experts("a", "b", config, 0.5).overrides == narrowed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_describes_what_the_weights_do(family, tmp_path):
+    folder = make_checkpoint(family, tmp_path / family)
+    expected = asdict(allocate_from_weights(folder).model)
+    assert asdict(variants.describe_folder(str(folder), "auto")) == expected
+    assert asdict(variants.describe_folder(str(folder), "dummy")) == expected | {"router_sha256": "0" * 64}
+
+
+@given(st.integers(1, 20), st.integers(1, 8), st.floats(0, 1), st.integers(0, 99))
+def test_a_mixed_k_keeps_the_budget(layers, top_k, share, seed):
+    model = make_model(layers, top_k)
+    budget = layers + round(share * layers * (top_k - 1))
+    drawn = variants.draw_top_k(model, budget, seed=seed)
+    assert sum(drawn.values()) == budget and set(drawn.values()) <= set(range(1, top_k + 1))
+    assert drawn == variants.draw_top_k(model, budget, seed=seed)
+    assert read_allocation(to_document(variants.allocate(model, drawn))).top_k == drawn
+
+
+def test_a_mixed_k_is_mixed():
+    drawn = [variants.draw_top_k(make_model(16, 8), 64, seed=seed) for seed in range(20)]
+    assert all(len(set(top_k.values())) >= 4 for top_k in drawn)
+    assert len({tuple(top_k.values()) for top_k in drawn}) == 20
+
+
+def test_a_budget_out_of_reach_is_refused():
+    with pytest.raises(AllocationError, match="sums to 129"):
+        variants.draw_top_k(make_model(16, 8), 129, seed=0)
+
+
+def test_variants_have_one_name_each_and_the_base_comes_first():
+    made = variants.make_variants(
+        (folder := str(SHAPES / "qwen1.5-moe-a2.7b")),
+        load_format="dummy",
+        allocations={},
+        shares=(0.75, 0.5, 0.25),
+        dropped=(0.125, 0.25),
+        narrowed=(0.5,),
+        folders=("there",),
+    )
+    names = [variant.name for variant in made]
+    assert names == [
+        "base",
+        *("mixed k, 75 %", "uniform k = 3, 75 %"),
+        *("mixed k, 50 %", "uniform k = 2, 50 %"),
+        "uniform k = 1, 25 %",
+        *("inter-pruned 12.5 %", "inter-pruned 25 %", "intra-pruned 50 %"),
+        "there",
+    ]
+    assert made[0] == variants.Variant("base", folder) and made[-1] == variants.Variant("there", "there")
+    assert [variant.allocation.budget for variant in made[1:6]] == [72, 72, 48, 48, 24]
+
+
+def test_a_uniform_k_that_no_layer_can_have_is_left_out():
+    made = variants.make_variants(str(SHAPES / "mixtral-8x7b"), load_format="dummy", allocations={}, shares=(0.75, 0.5))
+    assert [variant.name for variant in made] == ["base", "mixed k, 75 %", "uniform k = 1, 50 %"]
+
+
+@given(st.floats(0, 0.85), st.sampled_from(sorted(PUBLIC)))
+def test_narrowing_never_narrows_what_is_shared(share, name):
+    config = read_shape(name)
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    changed = config | variants.narrow_experts("a", "b", config, share).overrides
+    found = changed.get("moe_intermediate_size", changed["intermediate_size"])
+    assert found == round(width * (1 - share))
+    if "n_shared_experts" in config:
+        shared = config["n_shared_experts"] * width
+        assert shared <= changed["n_shared_experts"] * found < shared + found
+
+
+def test_too_few_experts_and_unknown_families_are_refused():
+    with pytest.raises(AllocationError, match=r"leaves 6, fewer than k = 8"):
+        variants.drop_experts("a", "b", read_shape("olmoe-1b-7b"), 0.9)
+    with pytest.raises(AllocationError, match="'nonsense' is not one of olmoe"):
+        variants.describe({"model_type": "nonsense"})
+    with pytest.raises(AllocationError, match="has no intermediate_size"):
+        variants.describe({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1})
+
+
+def test_pruning_reaches_a_language_model_inside_another():
+    config = {"model_type": "deepseek_vl_v2", "language_config": read_shape("deepseek-vl2-tiny")}
+    pruned = variants.drop_experts("a", "b", config, 0.25)
+    assert pruned.overrides == {"language_config": {"n_routed_experts": 48}} and pruned.kept == {"experts": (48, 64)}
+    assert variants.describe(config).top_k_key == "language_config.num_experts_per_tok"
+
+
+@given(st.integers(1, 300), st.integers(1, 99999), st.integers(1, 99999))
+def test_workloads_read_what_they_print(batch, length, answer):
+    workload = Workload(batch, length, answer)
+    assert parse_workload(str(workload)) == workload
+    assert workload.tokens == batch * length + batch * answer
+
+
+@pytest.mark.parametrize("text", ["16x512", "0x1x1", "16x512x-1", "a", "16 x 512 x 1"])
+def test_other_texts_are_no_workload(text):
+    with pytest.raises(AllocationError, match="is not BATCHxINPUTxOUTPUT"):
+        parse_workload(text)
+
+
+def test_prompts_are_random_tokens_of_the_vocabulary():
+    prompts = draw_prompts(Workload(3, 50, 1), vocab_size=7, seed=1)
+    assert [len(prompt) for prompt in prompts] == [50] * 3
+    assert {token for prompt in prompts for token in prompt} == set(range(7))
+    assert prompts != draw_prompts(Workload(3, 50, 1), vocab_size=7, seed=2)
+
+
+def test_real_weights_are_not_pruned_by_a_config():
+    with pytest.raises(AllocationError, match="add --load-format dummy"):
+        variants.make_variants(str(SHAPES / "mixtral-8x7b"), load_format="auto", allocations={}, dropped=(0.5,))
