@@ -31,11 +31,13 @@ def expert_outputs(
     work.
     """
     pairs, loads = _sort_by_expert(experts, num_experts=len(weights))
+    loads = np.asarray(loads)
     result, start = jnp.zeros((experts.size, x.shape[1]), x.dtype), 0
-    for expert, load in zip(weights, np.asarray(loads).tolist(), strict=True):
-        for size, used in cut_into_chunks(load):
+    for expert in np.flatnonzero(loads).tolist():  # one that gets no token may not even have been read
+        own = weights[expert]
+        for size, used in cut_into_chunks(int(loads[expert])):
             result = _apply_expert(
-                result, x, pairs, np.int32(start), expert, size=size, top_k=experts.shape[1], activation=activation
+                result, x, pairs, np.int32(start), own, size=size, top_k=experts.shape[1], activation=activation
             )
             start += used
     return result.reshape(*experts.shape, -1)

@@ -30,6 +30,13 @@ ACTIVATIONS = (Activation("silu"), Activation("swish"))
 FIRST_JAX = (0, 11)  # whose Pallas the kernels are written for
 
 
+def has_kernels(device: jax.Device, dtype: str) -> bool:
+    """Whether there are kernels for `device` and inputs of this type, whatever the experts are."""
+    if jax.__version_info__ < FIRST_JAX or dtype == "float32":
+        return False
+    return device.platform == "gpu" and device.compute_capability == "9.0"
+
+
 def can_group(
     experts: Sequence[ExpertWeights],
     device: jax.Device,
@@ -40,9 +47,7 @@ def can_group(
     dtype: str,
 ) -> bool:
     """Whether `measure_stacked` computes these experts, all of one kind, on `device`."""
-    if jax.__version_info__ < FIRST_JAX or dtype == "float32":
-        return False
-    if device.platform != "gpu" or device.compute_capability != "9.0":
+    if not has_kernels(device, dtype):
         return False
     expert = experts[0]
     if expert.gate is None or any(bias is not None for bias in expert[3:]) or routing.scales_input:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from lexi_search.artifacts import ProfileSettings
 from lexi_search.blocks import StackedExperts, stack_experts
 from lexi_search.controls import OTHERS, sum_controls
-from lexi_search.grouped import can_group, measure_stacked
+from lexi_search.grouped import can_group, has_kernels, measure_stacked
 from lexi_search.models import Model
 from lexi_search.moe import compute_outputs, squared_distances
 from lexi_search.moments import Moments, accumulate, begin, relative_errors
@@ -55,6 +55,22 @@ def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: Pro
                 running.append(pool.submit(_measure_pass, *work, device=devices[place]))
             moments, finished = _count(moments, running.popleft().result(), settings)
     return moments
+
+
+def find_needed(
+    model: Model,
+    settings: ProfileSettings,
+    layer: int,
+    router: Float[Array, "experts hidden"],
+    bias: Float[Array, " experts"] | None,
+) -> list[int]:
+    """The experts that the first pass sends tokens to: what to read ahead of it. All, where all are stacked anyway."""
+    if has_kernels(jax.local_devices()[0], settings.dtype):
+        return list(range(len(router)))
+    count = min(_size_passes(model, settings)[0], settings.max_samples // (settings.batch * settings.length))
+    x = draw(model, layer, 0, count, settings)
+    chosen = route(x, router, bias, routing=model.routing, top_k=model.top_k).experts
+    return np.unique(np.asarray(chosen)).tolist()
 
 
 def _prepare(model: Model, weights: LayerWeights, device: jax.Device, settings: ProfileSettings) -> LayerWeights:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from lexi_search.artifacts import LayerLoss, ProfileSettings
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.ffn import ACTIVATIONS
-from lexi_search.measuring import measure_layer
+from lexi_search.measuring import find_needed, measure_layer
 from lexi_search.models import Model
 from lexi_search.moments import summarise
 from lexi_search.weights import stream_layers
@@ -23,7 +24,7 @@ def profile_layers(
     """Measure `layers` one after another, yielding (decoder-layer index, losses) as each is done.
 
     What a layer yields depends on its weights, its index and `settings`, not on which other layers are measured, or in
-    what order. The device holds the weights of one layer at a time, the host those of two.
+    what order. The device holds the weights of two layers at most, as stored; an expert that gets no token is not read.
 
     Raises:
         InputError: a layer that is no MoE layer, an activation that is not known, NaN or Inf in a weight or output,
@@ -38,7 +39,8 @@ def profile_layers(
     if settings.max_samples < settings.batch * settings.length:
         size = f"batch {settings.batch} x length {settings.length}"
         raise InputError(f"at most {settings.max_samples} samples allow no iteration of {size}; raise the cap")
-    for layer, weights in stream_layers(checkpoint, model, layers):
+    needed = partial(find_needed, model, settings)
+    for layer, weights in stream_layers(checkpoint, model, layers, needed=needed):
         moments = measure_layer(model, weights, layer, settings)
         if not np.isfinite(moments.squares).all():
             remedy = "" if settings.dtype == "float32" else "; try --dtype float32"

@@ -14,7 +14,7 @@ from test_families import compute_reference
 from lexi_search import measuring
 from lexi_search.architectures import Activation
 from lexi_search.artifacts import ProfileSettings
-from lexi_search.checkpoint import open_checkpoint
+from lexi_search.checkpoint import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.measuring import draw
 from lexi_search.models import describe
@@ -169,3 +169,20 @@ def test_summary_is_that_of_the_tokens(tokens):
     mean, spread = d.mean(axis=0)[:2], d.std(axis=0)[:2] / np.sqrt(len(d))
     positive = mean > 1e-6
     np.testing.assert_allclose(errors[:2][positive], spread[positive] / (2 * mean[positive]), rtol=1e-3, atol=1e-6)
+
+
+def test_experts_that_get_no_token_are_not_read(tmp_path, monkeypatch):
+    """A bias keeps expert 5 from ever being chosen: its weights may hold anything, and nobody looks."""
+    folder = tiny.make_checkpoint("deepseek_v3", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("e_score_correction_bias")]:
+        tensors[name][5] = -1e9
+    save_file(tensors, folder / "model.safetensors")
+    whole = run(folder)
+    for name in [name for name in tensors if ".experts.5." in name]:
+        tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, folder / "model.safetensors")
+    read, names = Checkpoint.read, set()
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name, *a, **k: names.add(name) or read(self, name, *a, **k))
+    assert run(folder) == whole
+    assert not [name for name in names if ".experts.5." in name] and [name for name in names if ".experts.4." in name]
