@@ -1,6 +1,6 @@
 """Throughput of the paper's six models with fewer active experts and with pruned ones: the README's serving table.
 
-    python examples/benchmarks/serving_models.py [--model NAME ...] [--tensor-parallel-size 4] [-o FOLDER]
+    python examples/benchmarks/serving_models.py [--model NAME ...] [-o FOLDER] [-- --tensor-parallel-size 4 ...]
 
 Runs `lexi-adapter bench` on the shapes in `configs/` with random weights, one model after the other, each within
 --limit seconds, and prints what all result files in FOLDER say as one table: tokens/s of the base, and the others'
