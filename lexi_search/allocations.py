@@ -9,8 +9,9 @@ from lexi_search import __version__
 from lexi_search.artifacts import Allocation, Profile, sha256
 from lexi_search.costs import Cost
 from lexi_search.errors import InputError
-from lexi_search.evolution import Fitness, search
+from lexi_search.evolution import search
 from lexi_search.exact import solve
+from lexi_search.populations import Fitness
 from lexi_search.problems import Constraints, Problem, find_uniform, pose, sum_over_layers
 from lexi_search.uncertainty import judge
 

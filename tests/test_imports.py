@@ -42,6 +42,7 @@ LINE = [
     "problems",
     "frontiers",
     "exact",
+    "populations",
     "evolution",
     "uncertainty",
     "costs",
