@@ -21,6 +21,7 @@ quickstart: $(SEARCH)/installed
 	$(SEARCH)/bin/lexi-search profile $(CHECKPOINT) -o $(OUT)/profile.json
 	$(SEARCH)/bin/lexi-search search $(OUT)/profile.json --budgets 16:64:8 -o $(OUT)/allocations
 	$(SEARCH)/bin/lexi-search plot $(OUT)/profile.json -o $(OUT)/heatmap.png
+	$(SEARCH)/bin/lexi-search front $(OUT)/profile.json -o $(OUT)/front.png -o $(OUT)/front.csv >$(OUT)/front.txt
 	$(SEARCH)/bin/lexi-search export $(OUT)/allocations/allocation-40.json --to vllm --model $(CHECKPOINT) \
 		-o $(OUT)/tiny-olmoe-40 --force
 

@@ -13,6 +13,8 @@ of the optimum (`examples/benchmarks/search_gap.py` measures each choice):
 - The best uniform k of a budget, where there is one, is in the first population: the result is never worse.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from jaxtyping import Float, Float32, Float64, Int32
+from jaxtyping import Float, Float32, Float64, Int, Int32
 
 from lexi_search.errors import InputError
 from lexi_search.exact import Optimum
@@ -31,8 +33,10 @@ from lexi_search.problems import Problem, drop_dominated, find_uniform, sum_over
 FINALISTS = 16
 # Costs become whole numbers whose largest sum is below this: their sums are exact, in float32 too.
 COST_STEPS = 2**23
-# Budgets that are evolved at once on a CPU.
-BLOCK = 64
+# Budgets that are evolved at once on one core of a CPU.
+BLOCK = 8
+# What each budget has of its own in a `Task`.
+OWN = ("budget", "uniform", "target")
 
 
 class Evolved(NamedTuple):
@@ -74,26 +78,29 @@ def _evolve(seed, task: Task, settings: Settings, restarts: int):
         return number + 1, states, history.at[:, number].set(now)
 
     number, states, history = lax.while_loop(is_open, generation, (jnp.int32(0), states, history))
+    last = jnp.stack([states.fitness.min(), states.fitness.mean()])
+    history = jnp.where(jnp.arange(settings.generations)[None, :] < number, history, last[:, None])
     fittest = lax.top_k(-states.fitness, min(FINALISTS, settings.population))[1]
     levels = jax.vmap(lambda levels, chosen: levels[chosen])(states.levels, fittest)
     return State(levels, jnp.take_along_axis(states.fitness, fittest, axis=1)), *history, number
 
 
 @partial(jax.jit, static_argnames=("settings", "restarts"))
-def _evolve_all(seed, tasks: Task, *, settings: Settings, restarts: int):
-    """`_evolve` for all budgets: blocks of them one after another, those of a block at once."""
-    own = ("budget", "uniform", "target")  # of each budget; the rest is one for all
-
-    def evolve_block(block):
-        axes = Task(*[0 if name in own else None for name in Task._fields])
-        block_tasks = tasks._replace(**dict(zip(own, block, strict=True)))
-        return jax.vmap(lambda task: _evolve(seed, task, settings, restarts), (axes,))(block_tasks)
-
-    return lax.map(evolve_block, tuple(getattr(tasks, name) for name in own))
+def _evolve_block(seed, tasks: Task, *, settings: Settings, restarts: int):
+    """`_evolve` for some budgets at once: those of `tasks`, whose other entries are one for all."""
+    axes = Task(*[0 if name in OWN else None for name in Task._fields])
+    return jax.vmap(lambda task: _evolve(seed, task, settings, restarts), (axes,))(tasks)
 
 
-def make_tasks(problem: Problem, targets: Float[np.ndarray, " budgets"] | None = None) -> Task:
-    """The problem as the device has it: a row of `budget`, `uniform` and `target` for every budget, the rest shared."""
+def make_tasks(
+    problem: Problem,
+    uniform: Int[np.ndarray, " budgets"],
+    targets: Float[np.ndarray, " budgets"] | None = None,
+) -> Task:
+    """The problem as the device has it: a row of `OWN` for every budget, the rest shared.
+
+    `uniform` is a k for the first population or 0. Where it is no level of a unit any more, what dominates it stands in.
+    """
     base = problem.unit_costs[:, :1]
     extra, left = problem.unit_costs - base, problem.budgets - base.sum()
     scale = 1.0
@@ -103,13 +110,15 @@ def make_tasks(problem: Problem, targets: Float[np.ndarray, " budgets"] | None =
     costs = np.ceil(extra * scale * (1 - 1e-15))
     budgets = np.clip(np.floor(left * scale), 0, costs[:, -1].sum())
 
-    uniform = find_uniform(problem)
-    is_k = problem.ks[None] == uniform[:, None, None]
-    levels = np.where(is_k.any(axis=2).all(axis=1, keepdims=True), is_k.argmax(axis=2), -1)
-    fits = (costs[np.arange(len(costs)), levels].sum(axis=1) <= budgets)[:, None]
+    own = problem.costs[:, np.maximum(uniform, 1) - 1]  # [layers, budgets], by unit:
+    own = np.stack([own[problem.unit_of == unit].sum(axis=0) for unit in range(len(costs))], axis=1)
+    exists = np.arange(problem.ks.shape[1]) < problem.num_levels[:, None]
+    levels = ((problem.unit_costs <= own[:, :, None]) & exists).sum(axis=2) - 1
+    fits = costs[np.arange(len(costs)), levels].sum(axis=1) <= budgets
+    levels = np.where(((uniform > 0) & fits & (levels >= 0).all(axis=1))[:, None], levels, -1)
     return Task(
         budget=budgets.astype(np.int32),
-        uniform=np.where(fits, levels, -1).astype(np.int32),
+        uniform=levels.astype(np.int32),
         target=np.full(len(budgets), -np.inf, np.float32) if targets is None else targets,
         costs=costs.astype(np.int32),
         top=(problem.num_levels - 1).astype(np.int32),
@@ -128,29 +137,31 @@ def find_targets(problem: Problem, optimum: Optimum) -> Float32[np.ndarray, " bu
     return np.where(is_k.any(axis=2).all(axis=1), np.cumsum(losses, axis=1, dtype=np.float32)[:, -1], -np.inf)
 
 
-def _run(problem: Problem, tasks: Task, settings: Settings, *, restarts: int, seed: int) -> Evolved:
+def _run(tasks: Task, settings: Settings, *, restarts: int, seed: int):
+    """`_evolve_block` over all budgets, in blocks."""
     count = len(tasks.budget)
-    # A CPU is fastest on what fits its cache; a GPU wants everything at once. The last block is filled up.
-    block = min(count, BLOCK if jax.default_backend() == "cpu" else count)
-    order = np.minimum(np.arange(-(-count // block) * block), count - 1).reshape(-1, block)
-    rows = {name: getattr(tasks, name)[order] for name in ("budget", "uniform", "target")}
-    found = _evolve_all(np.uint32(seed), tasks._replace(**rows), settings=settings, restarts=restarts)
-    finalists, best, mean, ran = jax.tree.map(
-        lambda array: array.reshape(-1, *array.shape[2:])[:count], jax.device_get(found)
-    )
-    top_k, loss = _choose(problem, finalists, is_sum=settings.fitness is None)
-    last = np.minimum(np.arange(settings.generations), np.maximum(ran, 1)[:, None] - 1)
-    histories = (np.take_along_axis(history, last, axis=1) for history in (best, mean))
-    return Evolved(top_k, loss, *histories, ran)
+    # On a CPU as many blocks at once as it has cores, and small: a block goes on until all of its budgets are done. A
+    # GPU wants everything at once. The last block is filled up.
+    on_cpu = jax.default_backend() == "cpu"
+    block = min(count, BLOCK) if on_cpu else count
+    rows = np.minimum(np.arange(-(-count // block) * block), count - 1).reshape(-1, block)
+
+    def run(row):
+        own = tasks._replace(**{name: getattr(tasks, name)[row] for name in OWN})
+        return jax.device_get(_evolve_block(np.uint32(seed), own, settings=settings, restarts=restarts))
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() if on_cpu else 1) as pool:
+        found = [run(rows[0]), *pool.map(run, rows[1:])]  # the first one compiles
+    return jax.tree.map(lambda *blocks: np.concatenate(blocks)[:count], *found)
 
 
 def _choose(
-    problem: Problem, finalists: State, *, is_sum: bool
+    problem: Problem, finalists: State, uniform: Int[np.ndarray, " budgets"]
 ) -> tuple[Int32[np.ndarray, "budgets layers"], Float64[np.ndarray, " budgets"]]:
     """The fittest allocation of each budget and its loss, from finalists [budgets, restarts, finalists].
 
     The fitness is float32: those within its rounding of the fittest are told apart by their loss in float64. Where
-    that is the fitness, the uniform k takes part whether or not whole steps of cost had room for it.
+    that is the fitness, the `uniform` k (or 0) takes part, whether or not whole steps of cost had room for it.
     """
     levels = finalists.levels.reshape(len(finalists.levels), -1, finalists.levels.shape[-1])
     top_k = problem.ks[np.arange(len(problem.ks)), levels][..., problem.unit_of].astype(np.int32)
@@ -160,13 +171,10 @@ def _choose(
     loss = np.where(level, sum_over_layers(problem.losses, top_k), np.inf)
     row, chosen = np.arange(len(top_k)), loss.argmin(axis=1)
     top_k, loss = top_k[row, chosen], loss[row, chosen]
-    uniform = find_uniform(problem)
-    if is_sum and uniform.any():
-        same = np.repeat(np.maximum(uniform, 1)[:, None], top_k.shape[1], axis=1)
-        uniform_loss = sum_over_layers(problem.losses, same)
-        better = (uniform > 0) & (uniform_loss < loss)
-        top_k, loss = np.where(better[:, None], same, top_k), np.where(better, uniform_loss, loss)
-    return top_k.astype(np.int32), loss
+    same = np.repeat(np.maximum(uniform, 1)[:, None], top_k.shape[1], axis=1)
+    uniform_loss = np.where(uniform > 0, sum_over_layers(problem.losses, same), np.inf)
+    better = uniform_loss < loss
+    return np.where(better[:, None], same, top_k).astype(np.int32), np.where(better, uniform_loss, loss)
 
 
 def search(
@@ -202,12 +210,14 @@ def search(
         raise InputError(f"mutation_rate={mutation_rate} must be within 0..1")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed={seed} must be within 0..{2**32 - 1}")
+    uniform = find_uniform(problem)
     if fitness is None:
         problem = drop_dominated(problem)
-
     targets = None if optimum is None or fitness is not None else find_targets(problem, optimum)
     settings = Settings(population, generations, mutation_rate, tournament, problem.sums_to_budget, fitness)
-    found = _run(problem, make_tasks(problem, targets), settings, restarts=restarts, seed=seed)
-    if np.isnan(found.best_history[:, 0]).any():
+    tasks = make_tasks(problem, uniform, targets)
+    finalists, best, mean, ran = _run(tasks, settings, restarts=restarts, seed=seed)
+    if np.isnan(best[:, 0]).any():
         raise InputError("the fitness is NaN for some allocation; it must order every allocation within the bounds")
-    return found
+    top_k, loss = _choose(problem, finalists, uniform if fitness is None else np.zeros_like(uniform))
+    return Evolved(top_k, loss, best, mean, ran)

@@ -1,7 +1,7 @@
 """The operators of the evolutionary search, on one population of one budget, in JAX.
 
-Individuals are levels of units (see `problems`). Every one that leaves `start` or `step` keeps its budget, bounds, groups
-and allowed values.
+Individuals are levels of units (see `problems`). Every one that leaves `start` or `step` keeps its budget, bounds,
+groups and allowed values.
 """
 
 from collections.abc import Callable

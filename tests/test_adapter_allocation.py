@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_imports import find_imports
 
 import lexi_adapter
 from lexi_adapter.allocation import Allocation, AllocationError, read_allocation, to_document
@@ -129,14 +129,23 @@ def test_two_allocations_ask_the_same_only_when_the_model_runs_the_same(one, oth
 
 LINE = [
     "allocation",
+    "files",
     "checkpoint",
     "gates",
     "vllm_names",
     "vllm_gates",
     "vllm_build",
     "vllm_plugin",
+    "vllm_live",
     "transformers_gates",
     "transformers_patch",
+    "workloads",
+    "variants",
+    "engines",
+    "benchmark",
+    "latency",
+    "loads",
+    "reports",
     "cli",
 ]
 
@@ -144,9 +153,13 @@ LINE = [
 @pytest.mark.parametrize("module", LINE)
 def test_imports_go_left_only(module):
     """Reading order, as in lexi_search: a module imports only those before it."""
-    source = Path(lexi_adapter.__file__).with_name(f"{module}.py").read_text()
-    imported = set(re.findall(r"^\s*from lexi_adapter\.(\w+) import", source, re.MULTILINE))
-    assert "import lexi_adapter" not in source and imported <= set(LINE[: LINE.index(module)])
+    names = find_imports(Path(lexi_adapter.__file__).with_name(f"{module}.py"))
+    imported = {name.split(".")[1] for name in names if name.startswith("lexi_adapter.")}
+    assert imported <= set(LINE[: LINE.index(module)])
+
+
+def test_every_module_has_its_place_in_the_line():
+    assert {path.stem for path in Path(lexi_adapter.__file__).parent.glob("*.py")} == {"__init__", *LINE}
 
 
 @pytest.mark.parametrize("module", ["lexi_adapter", "lexi_adapter.cli", "lexi_adapter.vllm_plugin"])

@@ -91,7 +91,11 @@ def start(tmp_path, cache):
                     text=True,
                 )
             )
-        outputs = [process.communicate(timeout=120) for process in processes]
+        try:
+            outputs = [process.communicate(timeout=240) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
         return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
     return run
