@@ -31,6 +31,10 @@ _MODULE_OF = {
     "weigh": "costs",
     "allocate": "allocations",
     "find_front": "fronts",
+    "find_best_within": "fronts",
+    "find_fastest_within": "fronts",
+    "find_knee": "fronts",
+    "merge": "merging",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

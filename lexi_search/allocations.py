@@ -127,8 +127,10 @@ def pose_profile(
     table = np.asarray(profile.losses(loss))
     if cost is None:
         return pose(table, None if budgets is None else np.asarray(budgets), constraints=constraints)
-    in_moe = None if budgets is None else np.asarray(budgets, np.float64) - cost.other_ms
-    return pose(table, in_moe, costs=cost.ms, constraints=constraints)
+    if cost.ms.shape != table.shape:
+        raise InputError(f"costs are measured up to k = {cost.ms.shape[1]}, losses up to {table.shape[1]} (--max-k)")
+    caps = None if budgets is None else np.asarray(budgets, np.float64)
+    return pose(table, caps, costs=cost.ms, fixed_cost=cost.other_ms, constraints=constraints)
 
 
 def make_uniform(problem: Problem, k: int) -> Uniform | None:

@@ -23,7 +23,7 @@ LOSS_KINDS = ("frobenius", "rms", "squared")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a file speaks of. Both files carry it, and whoever applies an allocation compares it.
+    """Which model a file speaks of. Profiles and allocations carry it, and whoever applies an allocation compares it.
 
     `moe_layers` are the decoder-layer indices that have a router, ascending. `top_k` is the model's own k. `router` is
     the name pattern of the router tensors with one {} for the layer, `top_k_key` the dotted path of k in config.json,

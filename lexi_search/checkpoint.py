@@ -7,7 +7,8 @@ length, a JSON header, then data, so tensors are read by offset, into a buffer t
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,6 +40,7 @@ DTYPES = {
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 
 
 class TensorEntry(NamedTuple):
@@ -179,6 +181,7 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder}: no safetensors shards; convert the checkpoint to safetensors first")
+    _check_numbers(files)
     entries: dict[str, TensorEntry] = {}
     for file in files:
         header = read_header(file)
@@ -186,6 +189,17 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
             raise InputError(f"{file}: tensor {twice[0]} is also in {entries[twice[0]].file.name}; add {INDEX}")
         entries |= header
     return entries
+
+
+def _check_numbers(files: Sequence[Path]) -> None:
+    """Refuse shards NAME-00001-of-00003 where not all of them are there: without an index nothing else would tell."""
+    names = {file.name for file in files}
+    for match in filter(None, map(NUMBERED.fullmatch, sorted(names))):
+        stem, total = match[1], match[2]
+        for number in range(1, int(total) + 1):
+            name = f"{stem}-{number:0{len(total)}}-of-{total}.safetensors"
+            if name not in names:
+                raise InputError(f"{files[0].parent / name}: no such shard, so the download is incomplete")
 
 
 def _find_shard(folder: Path, shard: str) -> Path:

@@ -46,6 +46,7 @@ loss_option = click.option(
 normalised_option = click.option(
     "--normalised/--absolute", default=True, help="Relative to the largest loss of the table, or as measured."
 )
+MOST = 10**6  # no model has as many layers or active experts
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -55,7 +56,7 @@ def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
         ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
     except ValueError:
         ends = []
-    if not ends or any(len(part) > 2 or part[0] < 0 or part[-1] < part[0] for part in ends):
+    if not ends or any(len(part) > 2 or not 0 <= part[0] <= part[-1] < MOST for part in ends):
         raise InputError(f"{option} {text!r} is not understood; write 0:15 (both ends included), 3, or 0,2,5")
     return tuple(sorted({layer for part in ends for layer in range(part[0], part[-1] + 1)}))
 
@@ -66,7 +67,7 @@ def parse_budgets(text: str) -> range:
         start, stop, step = map(int, text.split(":"))
     except ValueError:
         start, stop, step = 0, 0, 0
-    if step < 1 or stop < start:
+    if step < 1 or stop < start or max(abs(start), stop) >= MOST:
         raise InputError(f"--budgets {text!r} is not understood; write START:STOP:STEP, such as 64:128:8")
     return range(start, stop + 1, step)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float64
 
 from lexi_search.artifacts import CostTable, ModelIdentity, sha256
 from lexi_search.errors import InputError
+from lexi_search.problems import sum_over_layers
 
 
 class Cost(NamedTuple):
@@ -32,7 +33,7 @@ class Cost(NamedTuple):
 
     def time(self, top_k: np.ndarray) -> float:
         """The time under an allocation, [layers]."""
-        return float(self.other_ms + self.ms[np.arange(len(self.ms)), np.asarray(top_k) - 1].sum())
+        return float(self.other_ms + sum_over_layers(self.ms, np.asarray(top_k)))
 
 
 def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | None = None) -> Cost:

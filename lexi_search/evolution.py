@@ -99,7 +99,7 @@ def make_tasks(
 ) -> Task:
     """The problem as the device has it: a row of `OWN` for every budget, the rest shared.
 
-    `uniform` is a k for the first population or 0. Where it is no level of a unit any more, what dominates it stands in.
+    `uniform` is a k for the first population or 0; where it is no level of a unit any more, what dominates it comes in.
     """
     base = problem.unit_costs[:, :1]
     extra, left = problem.unit_costs - base, problem.budgets - base.sum()

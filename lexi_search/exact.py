@@ -18,6 +18,8 @@ from lexi_search.problems import Problem, sum_over_layers
 
 # Real costs become whole steps of this share of the largest sum where many tables are solved together.
 COST_STEPS = 2**14
+# Choices of tables that are solved at once, an int16 each.
+BLOCK_BYTES = 2**28
 
 
 class Optimum(NamedTuple):
@@ -48,32 +50,35 @@ def solve(problem: Problem) -> Optimum:
 def solve_many(
     problem: Problem, tables: Float64[np.ndarray, "tables layers ks"]
 ) -> Int32[np.ndarray, "tables budgets layers"]:
-    """The best allocation of each table at each budget of `problem`, all in one compiled call on JAX's device.
+    """The best allocation of each table at each budget of `problem`, in one compiled call on JAX's device.
 
-    Exact where the k sum to the budget. Otherwise costs are rounded up to `COST_STEPS` steps of the largest sum: an
-    allocation never exceeds its budget, and is the best of one that is at most units / COST_STEPS of that sum smaller.
+    Exact where costs are whole numbers, such as experts. Otherwise costs are rounded up to `COST_STEPS` steps of the
+    largest sum: an allocation never exceeds its budget, and is the best of one that is at most units / COST_STEPS of
+    that sum smaller.
     """
-    if problem.sums_to_budget:
-        costs = np.broadcast_to(np.arange(problem.ks.shape[1]), problem.ks.shape)
-        steps = int((problem.num_levels - 1).sum())
-        budgets = problem.budgets.astype(np.int64) - int(problem.ks[:, 0].sum())
-    else:
-        # What the cheapest levels cost is spent anyway; only what is above them needs steps.
-        extra = problem.unit_costs - problem.unit_costs[:, :1]
-        scale = COST_STEPS / (extra[:, -1].sum() or 1.0)
-        costs, steps = np.ceil(extra * scale).astype(np.int64), COST_STEPS
-        left = problem.budgets - problem.unit_costs[:, 0].sum()
-        budgets = np.clip(np.floor(left * scale), 0, steps).astype(np.int64)
+    # What the cheapest levels cost is spent anyway; only what is above them needs steps.
+    extra = problem.unit_costs - problem.unit_costs[:, :1]
+    left, most = problem.budgets - problem.unit_costs[:, 0].sum(), extra[:, -1].sum()
+    whole = (problem.unit_costs == np.floor(problem.unit_costs)).all() and most <= COST_STEPS
+    steps = int(most) if whole else COST_STEPS
+    scale = 1.0 if whole else COST_STEPS / (most or 1.0)
+    costs = np.ceil(extra * scale).astype(np.int64)
+    budgets = np.clip(np.floor(left * scale), 0, steps).astype(np.int64)
+    block = max(1, BLOCK_BYTES // (len(costs) * (steps + 1)))
     with jax.enable_x64(True):
-        levels = _solve_many(
-            jnp.asarray(_sum_units(problem, tables)),
-            jnp.asarray(costs, jnp.int64),
-            jnp.asarray(budgets),
-            steps=steps,
-            exactly=problem.sums_to_budget,
-        )
+        levels = [
+            _solve_many(
+                jnp.asarray(_sum_units(problem, tables[first : first + block])),
+                jnp.asarray(costs, jnp.int64),
+                jnp.asarray(budgets),
+                steps=steps,
+                exactly=problem.sums_to_budget,
+            )
+            for first in range(0, len(tables), block)
+        ]
+        levels = np.concatenate([np.asarray(block) for block in levels])
     units = np.arange(len(problem.ks))
-    return problem.ks[units, np.asarray(levels)][..., problem.unit_of].astype(np.int32)
+    return problem.ks[units, levels][..., problem.unit_of].astype(np.int32)
 
 
 def _sum_units(
@@ -103,7 +108,7 @@ def _solve_many(
             row, cost = unit
             before = jax.vmap(lambda c: lax.dynamic_slice(jnp.concatenate([never, best]), (steps - c,), best.shape))
             total = before(cost) + row[:, None]
-            return total.min(axis=0), total.argmin(axis=0)
+            return total.min(axis=0), total.argmin(axis=0).astype(jnp.int16)
 
         # best[e]: least loss of the units so far for a cost of e, or of at most e.
         never = jnp.full(steps, jnp.inf)
@@ -112,7 +117,7 @@ def _solve_many(
 
         def step_back(left, unit):
             choice, cost = unit
-            level = choice[left]
+            level = choice[left].astype(jnp.int64)
             return left - cost[level], level
 
         _, levels = lax.scan(step_back, budgets, (choice, costs), reverse=True)

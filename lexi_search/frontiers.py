@@ -13,6 +13,7 @@ from jaxtyping import Float64, Int, Int64
 from lexi_search.problems import Problem
 
 MAX_POINTS = 2**18
+GRAIN = 1e-13  # of the largest cost: what less apart is equal
 
 
 class Frontier(NamedTuple):
@@ -31,13 +32,15 @@ class Frontier(NamedTuple):
 def trace(problem: Problem, *, max_points: int = MAX_POINTS) -> Frontier:
     """The Pareto front of a problem whatever its budgets, keeping at most `max_points` points after each unit."""
     cost, loss, growth = np.zeros(1), np.zeros(1), 1.0
+    grain = GRAIN * (problem.unit_costs.max(axis=1).sum() or 1.0)
     parents, levels = [], []
     for unit_losses, unit_costs, count in zip(
         problem.unit_losses, problem.unit_costs, problem.num_levels, strict=True
     ):
         all_costs = (cost[:, None] + unit_costs[:count]).ravel()
         all_losses = (loss[:, None] + unit_losses[:count]).ravel()
-        order = np.lexsort((all_losses, all_costs))
+        # Sums of the same costs in another order differ in their last digits: such points cost the same.
+        order = np.lexsort((all_losses, np.round(all_costs / grain)))
         least_before = np.minimum.accumulate(np.concatenate([[np.inf], all_losses[order][:-1]]))
         kept = order[all_losses[order] < least_before]
         kept, factor = _merge(kept, all_losses[kept], max_points)

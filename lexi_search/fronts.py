@@ -49,7 +49,7 @@ def find_front(
     layers, last_k = problem.losses.shape
     same = np.tile(np.arange(1, last_k + 1)[:, None], layers)
     points = _make_points(on_front, problem.losses, cost)
-    return Front(points, _make_points(same, problem.losses, cost), frontier.error)
+    return Front(_drop_dominated(points), _make_points(same, problem.losses, cost), frontier.error)
 
 
 def _make_points(
@@ -61,6 +61,15 @@ def _make_points(
         speedup = None if cost is None else cost.base_ms / ms
         points.append(Point(int(row.sum()), float(loss), ms, speedup, tuple(row.tolist())))
     return tuple(points)
+
+
+def _drop_dominated(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points that are on the front by the figures that they state, which were added layer by layer."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.budget if point.ms is None else point.ms, point.loss)):
+        if not kept or point.loss < kept[-1].loss:
+            kept.append(point)
+    return tuple(kept)
 
 
 def find_fastest_within(front: Front, max_loss: float) -> Point:
@@ -78,6 +87,8 @@ def find_best_within(front: Front, *, ms: float | None = None, speedup: float | 
     """
     if front.points[0].ms is None:
         raise InputError("a time or a speed-up needs measured costs; give --cost, which lexi-adapter latency writes")
+    if not 0 < (ms if speedup is None else speedup) < np.inf:
+        raise InputError("a time or a speed-up must be above 0")
     limit = front.points[0].ms * front.points[0].speedup / speedup if ms is None else ms
     fast = [point for point in front.points if point.ms <= limit * (1 + CAP_TOLERANCE)]
     if not fast:

@@ -94,7 +94,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None) -> Model:
 
     Raises:
         InputError: unknown family, missing config key, k = 1 without `max_k`, `max_k` below the model's own k or above
-            what there is to choose from, quantised weights, tensors missing or of wrong shape.
+            what there is to choose from, a format that is not known, tensors missing or of wrong shape.
     """
     architecture = _find_architecture(checkpoint)
     config = _open_config(checkpoint, architecture)

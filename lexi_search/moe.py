@@ -63,6 +63,6 @@ def mixing_changes(scores: Float[Array, "tokens K"], *, routing: Routing) -> Flo
 def mix(
     outputs: Float[Array, "tokens K hidden"], scores: Float[Array, "tokens K"], k: Int[Array, ""], *, routing: Routing
 ) -> Float[Array, "tokens hidden"]:
-    """The layer's output at `k`, without shared experts, float32."""
+    """The layer's output at `k`, without shared experts, float32; for comparing with others: losses need none."""
     weights = mixing_weights(scores, k, routing=routing)
     return jnp.einsum("tk,tkh->th", weights, outputs.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

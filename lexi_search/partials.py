@@ -7,7 +7,7 @@ bytes' SHA-256 in its name, and a lock that the run holds while it lives.
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,13 @@ class Partials:
             if path.suffix in (".json", ".tmp"):
                 path.unlink()
         self.layers, self.damaged = {}, 0
+
+    def drop(self, layers: Collection[int]) -> None:
+        """Remove these layers, which are in the output now; others, that it was not to have, stay."""
+        for layer in set(layers) & set(self.layers):
+            for path in self.folder.glob(f"{layer}-*.json"):
+                path.unlink()
+            del self.layers[layer]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float64, Int, Int64, Real
 from lexi_search.errors import InputError
 
 # A cap that was computed from the cost of an allocation must still admit it.
-CAP_TOLERANCE = 1e-12
+CAP_TOLERANCE = 1e-11
 
 
 class Constraints(NamedTuple):
@@ -59,10 +59,12 @@ def pose(
     budgets: Real[np.ndarray, " budgets"] | None,
     *,
     costs: Real[np.ndarray, "layers ks"] | None = None,
+    fixed_cost: float = 0.0,
     constraints: Constraints | None = None,
 ) -> Problem:
     """Check a loss table, budgets, costs and constraints, and return them as a `Problem`.
 
+    Budgets in costs include `fixed_cost`, which is spent whatever the k; those of the `Problem` do not.
     Without budgets (None) the problem is that of the whole front, `frontiers.trace`.
     A table need not fall as k grows, nor be convex: a fewer k that loses less is taken where the constraints allow it.
 
@@ -86,7 +88,12 @@ def pose(
     num_levels = np.array([len(unit[0]) for unit in units])
     consecutive = all((np.diff(ks) == 1).all() for ks, _, _ in units)
     sums_to_budget = in_experts and len(units) == layers and consecutive
-    budgets = np.empty(0) if budgets is None else _check_budgets(budgets, unit_costs, in_experts=in_experts)
+    if budgets is None:
+        budgets = np.empty(0)
+    elif in_experts:
+        budgets = _check_sums(budgets, unit_costs)
+    else:
+        budgets = _check_caps(budgets, unit_costs, fixed_cost)
     return Problem(losses, costs, budgets, unit_of, ks, num_levels, unit_losses, unit_costs, sums_to_budget)
 
 
@@ -177,14 +184,15 @@ def _find_allowed(constraints: Constraints, layers: int, last_k: int) -> Bool[np
 
 def _find_units(groups: Sequence[Sequence[int]], layers: int) -> Int64[np.ndarray, " layers"]:
     """The unit of each layer, numbered in order of their first layers."""
-    leader = np.arange(layers)
+    leader, seen = np.arange(layers), set[int]()
     for group in groups:
         for layer in group:
             if not 0 <= layer < layers:
                 raise InputError(f"group {list(group)} has layer {layer}; the table has {layers} layers")
-            if leader[layer] != layer or (layer != min(group) and (leader == layer).sum() > 1):
+            if layer in seen:
                 raise InputError(f"layer {layer} is in two groups; put them together")
             leader[layer] = min(group)
+            seen.add(layer)
     return np.unique(leader, return_inverse=True)[1].reshape(-1)
 
 
@@ -198,18 +206,29 @@ def _make_unit(losses, costs, allowed, members) -> tuple[np.ndarray, np.ndarray,
     return ks[order], loss[order], cost[order]
 
 
-def _check_budgets(budgets, unit_costs, *, in_experts: bool) -> Float64[np.ndarray, " budgets"]:
+def _check_sums(
+    budgets: Int[np.ndarray, " budgets"], unit_costs: Float64[np.ndarray, "units levels"]
+) -> Float64[np.ndarray, " budgets"]:
     budgets = np.asarray(budgets)
-    kind, name = (np.integer, "integers") if in_experts else (np.number, "numbers")
-    if budgets.ndim != 1 or not len(budgets) or not np.issubdtype(budgets.dtype, kind):
-        raise InputError(f"budgets must be a non-empty list of {name}")
-    budgets = budgets.astype(np.float64)
+    if budgets.ndim != 1 or not len(budgets) or not np.issubdtype(budgets.dtype, np.integer):
+        raise InputError("budgets must be a non-empty list of integers")
     least, most = unit_costs[:, 0].sum(), unit_costs[:, -1].sum()
+    for budget in budgets[(budgets < least) | (budgets > most)]:
+        raise InputError(f"budget {budget} is outside {least:g}..{most:g}, what the layers and constraints allow")
+    return budgets.astype(np.float64)
+
+
+def _check_caps(
+    budgets: Real[np.ndarray, " budgets"], unit_costs: Float64[np.ndarray, "units levels"], fixed_cost: float
+) -> Float64[np.ndarray, " budgets"]:
+    budgets = np.asarray(budgets)
+    if budgets.ndim != 1 or not len(budgets) or not np.issubdtype(budgets.dtype, np.number):
+        raise InputError("budgets must be a non-empty list of numbers")
     if not np.isfinite(budgets).all():
         raise InputError("budgets must be finite")
-    if not in_experts:
-        budgets = budgets * (1 + CAP_TOLERANCE)
-    for budget in budgets[(budgets < least) | (in_experts & (budgets > most))]:
-        reach = f"outside {least:g}..{most:g}, what" if in_experts else f"below {least:g}, the least that"
-        raise InputError(f"budget {budget:g} is {reach} the layers and constraints allow")
-    return budgets
+    caps = (budgets - fixed_cost) * (1 + CAP_TOLERANCE)
+    least = unit_costs[:, 0].sum()
+    for budget in budgets[caps < least]:
+        least = f"{fixed_cost + least:g}, the least that the layers and constraints allow"
+        raise InputError(f"budget {budget:g} is below {least}")
+    return caps.astype(np.float64)

@@ -42,10 +42,11 @@ def judge(
 ) -> Certainty:
     """How sure the allocations `top_k` of `problem`'s budgets are, from `resamples` tables."""
     tables = resample(problem.losses, np.asarray(errors), count=resamples, seed=seed)
-    optimal = solve_many(problem, tables)
-    share = (optimal == top_k).mean(axis=0)
-    regrets = []
-    for table, best in zip(tables, optimal, strict=True):
+    shares, regrets = np.zeros(top_k.shape), np.zeros(len(top_k))
+    for table, best in zip(tables, solve_many(problem, tables), strict=True):
         found, least = sum_over_layers(table, top_k), sum_over_layers(table, best)
-        regrets.append(np.divide(found - least, least, where=least > 0, out=np.zeros_like(least)))
-    return Certainty(share, np.maximum(np.mean(regrets, axis=0), 0.0))
+        # Where costs were rounded, the allocation itself may be the better one.
+        stays = found <= least
+        shares += stays[:, None] | (best == top_k)
+        regrets += np.where(stays, 0.0, np.divide(found - least, least, where=least > 0, out=np.zeros_like(least)))
+    return Certainty(shares / resamples, regrets / resamples)

@@ -183,3 +183,12 @@ def test_damage_is_never_read_differently_than_safetensors_reads_it(tmp_path, po
             }
     except SafetensorError as error:
         pytest.fail(f"accepted what safetensors refuses: {error}")
+
+
+def test_a_numbered_shard_that_is_missing_is_named(folder):
+    for number in (1, 3):
+        save_file({f"t{number}": np.zeros(2, np.float32)}, folder / f"model-0000{number}-of-00003.safetensors")
+    with pytest.raises(InputError, match="model-00002-of-00003.safetensors: no such shard, so the download is"):
+        open_checkpoint(folder)
+    save_file({"t2": np.zeros(2, np.float32)}, folder / "model-00002-of-00003.safetensors")
+    assert set(open_checkpoint(folder)) == {"t1", "t2", "t3"}

@@ -1,6 +1,7 @@
 """`lexi-search search` and `front` as users meet them: what they print and write, and what they refuse."""
 
 import csv
+import dataclasses
 import inspect
 import json
 import os
@@ -101,6 +102,8 @@ def test_search_keeps_to_bounds_and_losses(folder):
         (["--budget", "8", "--min-k", "0"], "min_k=0 must be an integer in 1..4"),
         (["--budgets", "8:4:1"], "--budgets '8:4:1' is not understood; write START:STOP:STEP, such as 64:128:8"),
         (["--budgets", "8"], "--budgets '8' is not understood"),
+        (["--budgets", "8:99999999999:1"], "--budgets '8:99999999999:1' is not understood"),
+        (["--budget", "8", "--protect", "0:99999999999"], "--protect '0:99999999999' is not understood"),
         (["--budgets", "4:8:0"], "--budgets '4:8:0' is not understood"),
         (["--budget", "8", "-o", "absent/a.json"], "cannot write absent/a.json: No such file or directory"),
         (["--budget", "8", "-o", "."], "cannot write .: not a regular file"),
@@ -220,7 +223,7 @@ def test_a_target_in_time_or_speed_is_kept(folder, method):
     targets = ["--target-speedup", "1.1", "--target-speedup", "1.25", "--target-ms", repr(base * 0.85)]
     rows = json.loads(succeed("search", "p", *options, *targets, "--json"))
     assert [Path(row["file"]).name for row in rows] == [
-        f"allocation-{base * 0.85:g}ms.json", "allocation-1.1x.json", "allocation-1.25x.json"
+        f"allocation-{base * 0.85!r}ms.json", "allocation-1.1x.json", "allocation-1.25x.json"
     ]
     for row, limit in zip(rows, (base * 0.85, base / 1.1, base / 1.25), strict=True):
         allocation = artifacts.read_allocation(row["file"])
@@ -312,6 +315,28 @@ def test_front_writes_every_pareto_point_in_each_form(folder, cost):
     assert [read_rows("g.csv")[i] for i in (0, -1)] == [rows[0], rows[-1]] and len(read_rows("g.csv")) == 3
 
 
+def test_a_front_of_equal_layers_has_no_dominated_point_as_written(folder):
+    """Sums of the same times in another order differ in their last digits."""
+    write(folder / "p", make_profile(12, 4))
+    table = make_cost_table(12, 4)
+    step = dataclasses.replace(table.steps[16], layers=dict.fromkeys(range(12), (0.1, 0.2, 0.3, 0.7)))
+    write(folder / "cost", dataclasses.replace(table, steps={16: step}))
+    for options in ([], ["--group", "0:2", "--group", "5:9"]):
+        succeed("front", "p", "--cost", "cost", *options)
+        points = json.loads(Path("front.json").read_text())["points"]
+        assert len(points) > 20
+        for a, b in zip(points, points[1:], strict=False):
+            assert b["ms"] - a["ms"] > 1e-9 and b["loss"] < a["loss"]
+
+
+def test_targets_that_are_nearly_equal_are_kept_apart(folder):
+    write(folder / "p", make_profile(6, 4))
+    write(folder / "cost", make_cost_table(6, 4))
+    options = ["--cost", "cost", "--mix", "16", "--target-speedup", "1.1000001", "--target-speedup", "1.1000002"]
+    succeed("search", "p", *options)
+    assert sorted(os.listdir("allocations")) == ["allocation-1.1000001x.json", "allocation-1.1000002x.json"]
+
+
 def test_front_chooses(folder):
     profile, table = make_profile(6, 4), make_cost_table(6, 4)
     write(folder / "p", profile)
@@ -346,6 +371,8 @@ def test_front_chooses(folder):
     [
         (["--knee", "--max-loss", "3"], "choose by one of --target-speedup, --target-ms, --max-loss and --knee"),
         (["--target-speedup", "1.2"], "a time or a speed-up needs measured costs; give --cost"),
+        (["--cost", "cost", "--mix", "16", "--target-speedup", "0"], "a time or a speed-up must be above 0"),
+        (["--cost", "cost", "--mix", "16", "--target-ms", "nan"], "a time or a speed-up must be above 0"),
         (["--max-loss", "x"], "--max-loss 'x' is not understood"),
         (["--max-loss", "-1"], "--max-loss '-1' is not understood"),
         (["--max-loss", "1", "--max-k", "1"], "every allocation loses more than 1; the least is "),

@@ -173,6 +173,7 @@ def test_ties_take_the_smaller_k_of_the_later_layer():
         (np.ones((2, 3)), [4], {"groups": ((0, 2),)}, r"group \[0, 2\] has layer 2; the table has 2 layers"),
         (np.ones((3, 3)), [4], {"groups": ((0, 1), (1, 2))}, "layer 1 is in two groups"),
         (np.ones((3, 3)), [4], {"groups": ((1, 2), (0, 1))}, "layer 1 is in two groups"),
+        (np.ones((3, 3)), [4], {"groups": ((0, 1), (0, 2))}, "layer 0 is in two groups"),
         (np.ones((2, 3)), [], {}, "a non-empty list of integers"),
         (np.ones((2, 3)), [2.5], {}, "a non-empty list of integers"),
     ],

@@ -123,9 +123,13 @@ def test_only_what_is_missing_is_measured(cut_short, checkpoint, unbroken, monke
 
 def test_layers_that_were_not_asked_for_are_not_written(cut_short, checkpoint, unbroken):
     done = run(checkpoint, *FAST, "--layers", "1:2")
-    assert (done.exit_code, done.stderr) == (0, f"1 of 2 layers are finished in {cut_short / STORE}\n")
+    store = cut_short / STORE
+    told = f"1 of 2 layers are finished in {store}\n1 more finished layers stay in {store}\n"
+    assert (done.exit_code, done.stderr) == (0, told)
     assert tuple(artifacts.read_profile("profile.json").layers) == (1, 2)
-    assert os.listdir() == ["profile.json"]
+    assert [path.name.partition("-")[0] for path in STORE.glob("*.json")] == ["0"]
+    assert run(checkpoint, *FAST).exit_code == 0
+    assert Path("profile.json").read_bytes() == unbroken and os.listdir() == ["profile.json"]
 
 
 @pytest.mark.parametrize(

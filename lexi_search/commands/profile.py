@@ -111,7 +111,9 @@ def profile(
         _keep(results, partials, chosen)
         losses = {layer: partials.layers[layer] for layer in chosen}
         write_profile(output, Profile(model.identity, settings, losses, made_by))
-        partials.clear()
+        partials.drop(chosen)
+        if partials.layers:
+            click.echo(f"{len(partials.layers)} more finished layers stay in {partials.folder}", err=True)
     click.echo(output)
 
 

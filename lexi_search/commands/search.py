@@ -103,7 +103,7 @@ def search(
         **(evolution if method == "evolution" else {}),
     )
     names = [str(budget) for budget in budgets] + [
-        f"{speedup:g}x" if time is None else f"{time:g}ms" for time, speedup in targets
+        f"{speedup!r}x" if time is None else f"{time!r}ms" for time, speedup in targets
     ]
     paths = [target / f"allocation-{name}.json" if several else target for name in names]
     if several:
