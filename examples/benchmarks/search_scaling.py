@@ -1,6 +1,7 @@
 """How the time of both searches grows with layers, k, budgets and population; many profiles at once; a whole command.
 
-    python examples/benchmarks/search_scaling.py -o examples/benchmarks/results/search_scaling_cpu [--command]
+    python examples/benchmarks/search_scaling.py -o examples/benchmarks/results/search_scaling_h100
+    python examples/benchmarks/search_scaling.py -o examples/benchmarks/results/search_scaling_cpu --command --short
 
 One thing varies at a time around 32 layers, k up to 8, all budgets, a population of 512 and 400 generations. Every time
 is the smallest of three after a first call that compiles. `--command` also times `lexi-search search` on a 61-layer
@@ -124,19 +125,22 @@ def draw(rows, path):
 @click.command(help=__doc__.splitlines()[0])
 @click.option("-o", "--output", required=True, help="Writes OUTPUT.json and OUTPUT.png.")
 @click.option("--command", is_flag=True, help="Time the whole command too.")
-def main(output, command):
+@click.option("--short", is_flag=True, help="Leave the growth with layers, k, budgets and population out.")
+def main(output, command, short):
     machine = describe_machine() | {"load_average": Path("/proc/loadavg").read_text().split()[0]}
     result = {"machine": machine, "exact": measure_exact(), "scaling": []}
     click.echo(result["exact"])
     if command:
         result["command"] = measure_command()
         click.echo(result["command"])
-    for axis, values in AXES.items():
+    Path(f"{output}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for axis, values in AXES.items() if not short else ():
         for value in values:
             result["scaling"].append(measure(axis, value))
             click.echo(result["scaling"][-1])
             Path(f"{output}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result["scaling"], f"{output}.png")
+    if not short:
+        draw(result["scaling"], f"{output}.png")
 
 
 if __name__ == "__main__":
