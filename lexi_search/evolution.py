@@ -27,7 +27,7 @@ from jaxtyping import Float, Float32, Float64, Int, Int32
 from lexi_search.errors import InputError
 from lexi_search.exact import Optimum
 from lexi_search.populations import Fitness, Settings, State, Task, start, step
-from lexi_search.problems import Problem, drop_dominated, find_uniform, sum_over_layers
+from lexi_search.problems import LEAST_COST, Problem, drop_dominated, find_uniform, sum_over_layers
 
 # Members of a last population, at most, that are compared in float64.
 FINALISTS = 16
@@ -105,7 +105,7 @@ def make_tasks(
     extra, left = problem.unit_costs - base, problem.budgets - base.sum()
     scale = 1.0
     if not (problem.unit_costs == np.floor(problem.unit_costs)).all() or extra[:, -1].sum() >= COST_STEPS:
-        scale = (COST_STEPS - len(base)) / (extra[:, -1].sum() or 1.0)
+        scale = (COST_STEPS - len(base)) / max(extra[:, -1].sum(), LEAST_COST)
     # Costs are rounded up and budgets down, so that no allocation exceeds its budget.
     costs = np.ceil(extra * scale * (1 - 1e-15))
     budgets = np.clip(np.floor(left * scale), 0, costs[:, -1].sum())

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float64, Int, Int32
 
 from lexi_search.frontiers import read_top_k, trace
-from lexi_search.problems import Problem, sum_over_layers
+from lexi_search.problems import LEAST_COST, Problem, sum_over_layers
 
 # Real costs become whole steps of this share of the largest sum where many tables are solved together.
 COST_STEPS = 2**14
@@ -61,7 +61,7 @@ def solve_many(
     left, most = problem.budgets - problem.unit_costs[:, 0].sum(), extra[:, -1].sum()
     whole = (problem.unit_costs == np.floor(problem.unit_costs)).all() and most <= COST_STEPS
     steps = int(most) if whole else COST_STEPS
-    scale = 1.0 if whole else COST_STEPS / (most or 1.0)
+    scale = 1.0 if whole else COST_STEPS / max(most, LEAST_COST)
     costs = np.ceil(extra * scale).astype(np.int64)
     budgets = np.clip(np.floor(left * scale), 0, steps).astype(np.int64)
     block = max(1, BLOCK_BYTES // (len(costs) * (steps + 1)))

@@ -13,7 +13,7 @@ from jaxtyping import Float64, Int, Int64
 from lexi_search.problems import Problem
 
 MAX_POINTS = 2**18
-GRAIN = 1e-13  # of the largest cost: what less apart is equal
+GRAIN = 1e-14  # of the largest cost: what is less apart is equal
 
 
 class Frontier(NamedTuple):
@@ -32,7 +32,7 @@ class Frontier(NamedTuple):
 def trace(problem: Problem, *, max_points: int = MAX_POINTS) -> Frontier:
     """The Pareto front of a problem whatever its budgets, keeping at most `max_points` points after each unit."""
     cost, loss, growth = np.zeros(1), np.zeros(1), 1.0
-    grain = GRAIN * (problem.unit_costs.max(axis=1).sum() or 1.0)
+    grain = max(GRAIN * problem.unit_costs.max(axis=1).sum(), np.finfo(np.float64).tiny)
     parents, levels = [], []
     for unit_losses, unit_costs, count in zip(
         problem.unit_losses, problem.unit_costs, problem.num_levels, strict=True

@@ -18,8 +18,10 @@ from jaxtyping import Bool, Float64, Int, Int64, Real
 
 from lexi_search.errors import InputError
 
-# A cap that was computed from the cost of an allocation must still admit it.
+# A cap that was computed from the cost of an allocation must still admit it, in whatever order that was added; relative
+# to what the dearest allocation costs, and above what `frontiers` takes for equal.
 CAP_TOLERANCE = 1e-11
+LEAST_COST = 1e-300  # what is less is nothing, lest a scale overflow
 
 
 class Constraints(NamedTuple):
@@ -226,8 +228,8 @@ def _check_caps(
         raise InputError("budgets must be a non-empty list of numbers")
     if not np.isfinite(budgets).all():
         raise InputError("budgets must be finite")
-    caps = (budgets - fixed_cost) * (1 + CAP_TOLERANCE)
-    least = unit_costs[:, 0].sum()
+    least, most = unit_costs[:, 0].sum(), unit_costs[:, -1].sum()
+    caps = budgets - fixed_cost + CAP_TOLERANCE * (most + fixed_cost)
     for budget in budgets[caps < least]:
         least = f"{fixed_cost + least:g}, the least that the layers and constraints allow"
         raise InputError(f"budget {budget:g} is below {least}")
