@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -40,12 +41,14 @@ def profile_layers(
         size = f"batch {settings.batch} x length {settings.length}"
         raise InputError(f"at most {settings.max_samples} samples allow no iteration of {size}; raise the cap")
     needed = partial(find_needed, model, settings)
-    for layer, weights in stream_layers(checkpoint, model, layers, needed=needed):
-        moments = measure_layer(model, weights, layer, settings)
-        if not np.isfinite(moments.squares).all():
-            remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
-            raise InputError(f"{checkpoint.folder}: the output of layer {layer} overflows in {settings.dtype}{remedy}")
-        yield layer, summarise(moments)
+    with closing(stream_layers(checkpoint, model, layers, needed=needed)) as streamed:
+        for layer, weights in streamed:
+            moments = measure_layer(model, weights, layer, settings)
+            if not np.isfinite(moments.squares).all():
+                remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
+                place = f"{checkpoint.folder}: the output of layer {layer}"
+                raise InputError(f"{place} overflows in {settings.dtype}{remedy}")
+            yield layer, summarise(moments)
 
 
 def sample_weights(checkpoint: Checkpoint) -> str:

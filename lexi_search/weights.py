@@ -79,21 +79,23 @@ def stream_layers(
     """
     reader = _Reader(checkpoint)
     overlap = _can_overlap(reader, model, layers)
-    with ThreadPoolExecutor(max_workers=1) as ahead, reader.pool:
-        start = partial(ahead.submit, _read_layer, reader, model, needed)
-        try:
-            reading = start(layers[0]) if layers else None
-            for place, layer in enumerate(layers):
-                weights = reading.result()
-                following = partial(start, layers[place + 1]) if place + 1 < len(layers) else lambda: None
-                if overlap:
-                    reading = following()
-                yield layer, weights
-                del weights  # else it would still be on the device while the layer after the next arrives
-                if not overlap:
-                    reading = following()
-        finally:
-            reader.pool.shutdown(cancel_futures=True)
+    ahead = ThreadPoolExecutor(max_workers=1)
+    start = partial(ahead.submit, _read_layer, reader, model, needed)
+    try:
+        reading = start(layers[0]) if layers else None
+        for place, layer in enumerate(layers):
+            weights = reading.result()
+            following = partial(start, layers[place + 1]) if place + 1 < len(layers) else lambda: None
+            if overlap:
+                reading = following()
+            yield layer, weights
+            del weights  # else it would still be on the device while the layer after the next arrives
+            if not overlap:
+                reading = following()
+    finally:
+        # Without waiting: this may run in a finaliser, anywhere, and there a wait for a thread may never end.
+        for pool in (ahead, reader.pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _can_overlap(reader: "_Reader", model: Model, layers: Sequence[int]) -> bool:

@@ -28,7 +28,7 @@ def test_no_point_is_dominated_and_none_is_missing(tables):
     np.testing.assert_array_equal(front.cost, sum_over_layers(costs, top_k))
     np.testing.assert_array_equal(front.loss, sum_over_layers(losses, top_k))
     assert (np.diff(front.cost) > 0).all() and (np.diff(front.loss) < 0).all() and front.error == 0
-    hair = 1e-12 * costs.max(axis=1).sum()  # less apart is equal
+    hair = max(1e-12 * costs.max(axis=1).sum(), 1e-300)  # less apart is equal
     everything = np.array(list(itertools.product(range(1, losses.shape[1] + 1), repeat=losses.shape[0])))
     for cost, loss in zip(sum_over_layers(costs, everything), sum_over_layers(losses, everything), strict=True):
         assert ((front.cost <= cost + hair) & (front.loss <= loss)).any()

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import jax
 import numpy as np
@@ -124,6 +125,9 @@ def test_no_thread_outlives_the_stream(opened):
     stream = stream_layers(checkpoint, model, model.layers)
     next(stream)
     stream.close()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert threading.active_count() == before
 
 

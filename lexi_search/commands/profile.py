@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import click
 
@@ -103,7 +103,7 @@ def profile(
             _tell_what_is_there(partials, chosen)
         missing = agree(group, header, [layer for layer in chosen if not partials or layer not in partials.layers])
         own = spread(estimate_costs(checkpoint, model, missing), group.size)[group.index]
-        measured = profile_layers(checkpoint, model, layers=own, settings=settings)
+        measured = stack.enter_context(closing(profile_layers(checkpoint, model, layers=own, settings=settings)))
         results = gather(group, measured, missing)
         if partials is None:
             deque(results, maxlen=0)
