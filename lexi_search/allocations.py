@@ -83,10 +83,14 @@ def allocate(
     made_by = describe_origin(profile, constraints, loss=loss, method=method)
     if method == "evolution":
         made_by |= {"seed": seed, **settings}
+    times = speedups = [None] * len(found.loss)
+    if cost is not None:
+        times = cost.time(found.top_k).tolist()
+        speedups = [cost.base_ms / ms for ms in times]
     results = []
     for i, top_k in enumerate(found.top_k):
-        ms = None if cost is None else cost.time(top_k)
-        paid = {} if cost is None else {"cost": describe_cost(cost, ms) | {"budget_ms": float(budgets[i])}}
+        spent = {"ms": times[i], "speedup": speedups[i], "budget_ms": float(budgets[i])}
+        paid = {} if cost is None else {"cost": cost.describe() | spent}
         allocation = make_allocation(
             profile,
             top_k.tolist(),
@@ -99,8 +103,8 @@ def allocate(
             Found(
                 allocation,
                 make_uniform(problem, int(uniform[i])),
-                ms,
-                None if cost is None else cost.base_ms / ms,
+                times[i],
+                speedups[i],
                 shares[i],
                 regrets[i],
                 histories[i],
@@ -165,9 +169,3 @@ def describe_origin(profile: Profile, constraints: Constraints | None, *, loss: 
     allowed = {"allowed_k": list(given.allowed_k)} if given.allowed_k is not None else {}
     origin = {"lexi_search": __version__, "profile_sha256": sha256(profile), "loss": loss, "method": method}
     return {**origin, **bounds, **allowed, **groups}
-
-
-def describe_cost(cost: Cost, ms: float) -> dict[str, Any]:
-    """What an allocation that takes `ms` says of its cost."""
-    mix = {str(tokens): count for tokens, count in cost.mix.items()}
-    return {"table_sha256": cost.table_sha256, "mix": mix, "ms": ms, "speedup": cost.base_ms / ms}

@@ -5,10 +5,10 @@ experts are not equal speeds.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 
 from lexi_search.artifacts import CostTable, ModelIdentity, sha256
 from lexi_search.errors import InputError
@@ -29,11 +29,15 @@ class Cost(NamedTuple):
     @property
     def base_ms(self) -> float:
         """The time with the model's own k in every layer."""
-        return self.time(np.full(len(self.ms), self.ms.shape[1]))
+        return float(self.time(np.full(len(self.ms), self.ms.shape[1])))
 
-    def time(self, top_k: np.ndarray) -> float:
-        """The time under an allocation, [layers]."""
-        return float(self.other_ms + sum_over_layers(self.ms, np.asarray(top_k)))
+    def time(self, top_k: Int[np.ndarray, "*batch layers"]) -> Float64[np.ndarray, "*batch"]:
+        """The time under each allocation."""
+        return self.other_ms + sum_over_layers(self.ms, top_k)
+
+    def describe(self) -> dict[str, Any]:
+        """What files that were made under this cost say of it."""
+        return {"table_sha256": self.table_sha256, "mix": {str(tokens): count for tokens, count in self.mix.items()}}
 
 
 def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | None = None) -> Cost:

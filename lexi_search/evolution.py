@@ -27,11 +27,11 @@ from jaxtyping import Float, Float32, Float64, Int, Int32
 from lexi_search.errors import InputError
 from lexi_search.exact import Optimum
 from lexi_search.populations import Fitness, Settings, State, Task, start, step
-from lexi_search.problems import LEAST_COST, Problem, drop_dominated, find_uniform, sum_over_layers
+from lexi_search.problems import Problem, discretise, drop_dominated, find_uniform, read_levels, sum_over_layers
 
 # Members of a last population, at most, that are compared in float64.
 FINALISTS = 16
-# Costs become whole numbers whose largest sum is below this: their sums are exact, in float32 too.
+# Costs become this many whole steps: few enough that sums of them are exact in float32.
 COST_STEPS = 2**23
 # Budgets that are evolved at once on one core of a CPU.
 BLOCK = 8
@@ -101,15 +101,7 @@ def make_tasks(
 
     `uniform` is a k for the first population or 0; where it is no level of a unit any more, what dominates it comes in.
     """
-    base = problem.unit_costs[:, :1]
-    extra, left = problem.unit_costs - base, problem.budgets - base.sum()
-    scale = 1.0
-    if not (problem.unit_costs == np.floor(problem.unit_costs)).all() or extra[:, -1].sum() >= COST_STEPS:
-        scale = (COST_STEPS - len(base)) / max(extra[:, -1].sum(), LEAST_COST)
-    # Costs are rounded up and budgets down, so that no allocation exceeds its budget.
-    costs = np.ceil(extra * scale * (1 - 1e-15))
-    budgets = np.clip(np.floor(left * scale), 0, costs[:, -1].sum())
-
+    costs, budgets = discretise(problem, COST_STEPS)
     own = problem.costs[:, np.maximum(uniform, 1) - 1]  # [layers, budgets], by unit:
     own = np.stack([own[problem.unit_of == unit].sum(axis=0) for unit in range(len(costs))], axis=1)
     exists = np.arange(problem.ks.shape[1]) < problem.num_levels[:, None]
@@ -164,7 +156,7 @@ def _choose(
     that is the fitness, the `uniform` k (or 0) takes part, whether or not whole steps of cost had room for it.
     """
     levels = finalists.levels.reshape(len(finalists.levels), -1, finalists.levels.shape[-1])
-    top_k = problem.ks[np.arange(len(problem.ks)), levels][..., problem.unit_of].astype(np.int32)
+    top_k = read_levels(problem, levels)
     fitness = finalists.fitness.reshape(len(top_k), -1)
     least = fitness.min(axis=1, keepdims=True)
     level = fitness <= least + len(problem.losses) * np.finfo(np.float32).eps * np.abs(least)
@@ -189,7 +181,7 @@ def search(
     fitness: Fitness | None = None,
     optimum: Optimum | None = None,
 ) -> Evolved:
-    """Evolve an allocation for every budget of `problem`, all in one compiled call, on whatever device JAX uses.
+    """Evolve an allocation for every budget of `problem`, many in one compiled call, on whatever device JAX uses.
 
     `restarts` populations of `population` members are evolved for each budget over `generations`; a mate is the
     fittest of `tournament` random members; a share `mutation_rate` of the children mutates. Given the `optimum`, a

@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float, Float64, Int, Int32
 
 from lexi_search.frontiers import read_top_k, trace
-from lexi_search.problems import LEAST_COST, Problem, sum_over_layers
+from lexi_search.problems import Problem, discretise, read_levels, sum_over_layers
 
-# Real costs become whole steps of this share of the largest sum where many tables are solved together.
+# Real costs become so many whole steps where many tables are solved together.
 COST_STEPS = 2**14
 # Choices of tables that are solved at once, an int16 each.
 BLOCK_BYTES = 2**28
@@ -52,33 +52,23 @@ def solve_many(
 ) -> Int32[np.ndarray, "tables budgets layers"]:
     """The best allocation of each table at each budget of `problem`, in one compiled call on JAX's device.
 
-    Exact where costs are whole numbers, such as experts. Otherwise costs are rounded up to `COST_STEPS` steps of the
-    largest sum: an allocation never exceeds its budget, and is the best of one that is at most units / COST_STEPS of
-    that sum smaller.
+    Exact where costs are whole numbers, such as experts; otherwise in `COST_STEPS` steps (see `problems.discretise`).
     """
-    # What the cheapest levels cost is spent anyway; only what is above them needs steps.
-    extra = problem.unit_costs - problem.unit_costs[:, :1]
-    left, most = problem.budgets - problem.unit_costs[:, 0].sum(), extra[:, -1].sum()
-    whole = (problem.unit_costs == np.floor(problem.unit_costs)).all() and most <= COST_STEPS
-    steps = int(most) if whole else COST_STEPS
-    scale = 1.0 if whole else COST_STEPS / max(most, LEAST_COST)
-    costs = np.ceil(extra * scale).astype(np.int64)
-    budgets = np.clip(np.floor(left * scale), 0, steps).astype(np.int64)
+    costs, budgets = discretise(problem, COST_STEPS)
+    steps = int(costs[:, -1].sum())
     block = max(1, BLOCK_BYTES // (len(costs) * (steps + 1)))
     with jax.enable_x64(True):
         levels = [
             _solve_many(
                 jnp.asarray(_sum_units(problem, tables[first : first + block])),
-                jnp.asarray(costs, jnp.int64),
+                jnp.asarray(costs),
                 jnp.asarray(budgets),
                 steps=steps,
                 exactly=problem.sums_to_budget,
             )
             for first in range(0, len(tables), block)
         ]
-        levels = np.concatenate([np.asarray(block) for block in levels])
-    units = np.arange(len(problem.ks))
-    return problem.ks[units, levels][..., problem.unit_of].astype(np.int32)
+        return read_levels(problem, np.concatenate([np.asarray(block) for block in levels]))
 
 
 def _sum_units(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int, Int64
 
-from lexi_search.problems import Problem
+from lexi_search.problems import Problem, read_levels
 
 MAX_POINTS = 2**18
 GRAIN = 1e-14  # of the largest cost: what is less apart is equal
@@ -34,9 +34,7 @@ def trace(problem: Problem, *, max_points: int = MAX_POINTS) -> Frontier:
     cost, loss, growth = np.zeros(1), np.zeros(1), 1.0
     grain = max(GRAIN * problem.unit_costs.max(axis=1).sum(), np.finfo(np.float64).tiny)
     parents, levels = [], []
-    for unit_losses, unit_costs, count in zip(
-        problem.unit_losses, problem.unit_costs, problem.num_levels, strict=True
-    ):
+    for unit_losses, unit_costs, count in zip(problem.unit_losses, problem.unit_costs, problem.num_levels, strict=True):
         all_costs = (cost[:, None] + unit_costs[:count]).ravel()
         all_losses = (loss[:, None] + unit_losses[:count]).ravel()
         # Sums of the same costs in another order differ in their last digits: such points cost the same.
@@ -57,12 +55,10 @@ def read_top_k(
 ) -> Int[np.ndarray, "chosen layers"]:
     """The allocations of some of the front's points."""
     at, columns = np.asarray(points), []
-    for parent, level, ks in zip(
-        reversed(frontier.parents), reversed(frontier.levels), problem.ks[::-1], strict=True
-    ):
-        columns.append(ks[level[at]])
+    for parent, level in zip(reversed(frontier.parents), reversed(frontier.levels), strict=True):
+        columns.append(level[at])
         at = parent[at]
-    return np.stack(columns[::-1], axis=1)[:, problem.unit_of].astype(np.int32)
+    return read_levels(problem, np.stack(columns[::-1], axis=1))
 
 
 def _merge(kept: np.ndarray, losses: np.ndarray, max_points: int) -> tuple[np.ndarray, float]:

@@ -55,12 +55,12 @@ def find_front(
 def _make_points(
     top_k: Int[np.ndarray, "points layers"], losses: Float64[np.ndarray, "layers ks"], cost: Cost | None
 ) -> tuple[Point, ...]:
-    points = []
-    for row, loss in zip(top_k, sum_over_layers(losses, top_k), strict=True):
-        ms = None if cost is None else cost.time(row)
-        speedup = None if cost is None else cost.base_ms / ms
-        points.append(Point(int(row.sum()), float(loss), ms, speedup, tuple(row.tolist())))
-    return tuple(points)
+    budgets, losses = top_k.sum(axis=1).tolist(), sum_over_layers(losses, top_k).tolist()
+    times = speedups = [None] * len(top_k)
+    if cost is not None:
+        ms = cost.time(top_k)
+        times, speedups = ms.tolist(), (cost.base_ms / ms).tolist()
+    return tuple(map(Point, budgets, losses, times, speedups, map(tuple, top_k.tolist())))
 
 
 def _drop_dominated(points: Sequence[Point]) -> tuple[Point, ...]:

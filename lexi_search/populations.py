@@ -66,8 +66,7 @@ def judge(levels: Int[Array, "population units"], task: Task, settings: Settings
 
 def read_top_k(levels: Int[Array, "population units"], task: Task) -> Int[Array, "population layers"]:
     """The k of every layer."""
-    ks = jax.vmap(lambda row, level: row[level], (0, 1), 1)(task.ks, levels)
-    return ks[:, task.unit_of]
+    return _look_up(task.ks, levels)[:, task.unit_of]
 
 
 def add_over_units(

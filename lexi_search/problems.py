@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Int64, Real
+from jaxtyping import Bool, Float64, Int, Int32, Int64, Real
 
 from lexi_search.errors import InputError
 
@@ -113,8 +113,7 @@ def drop_dominated(problem: Problem) -> Problem:
     width = max(map(len, kept))
     level = np.stack([np.pad(levels, (0, width - len(levels)), mode="edge") for levels in kept])
     ks, losses, costs = (
-        np.take_along_axis(values, level, axis=1)
-        for values in (problem.ks, problem.unit_losses, problem.unit_costs)
+        np.take_along_axis(values, level, axis=1) for values in (problem.ks, problem.unit_losses, problem.unit_costs)
     )
     return problem._replace(
         ks=ks, unit_losses=losses, unit_costs=costs, num_levels=np.array([len(levels) for levels in kept])
@@ -133,6 +132,27 @@ def find_uniform(problem: Problem) -> Int64[np.ndarray, " budgets"]:
         fits = (cost == problem.budgets) if problem.sums_to_budget else (cost <= problem.budgets)
         best, least = np.where(fits & (loss < least), k, best), np.where(fits & (loss < least), loss, least)
     return best
+
+
+def discretise(problem: Problem, most: int) -> tuple[Int64[np.ndarray, "units levels"], Int64[np.ndarray, " budgets"]]:
+    """Costs and budgets in whole steps above what the cheapest levels cost.
+
+    Costs that are whole numbers stay as they are if `most` steps hold the largest sum. Others become steps of a share
+    1 / `most` of it, costs rounded up and budgets down, so that no allocation exceeds its budget: as if it were smaller
+    by at most a step for each unit.
+    """
+    base = problem.unit_costs[:, :1]
+    extra, left = problem.unit_costs - base, problem.budgets - base.sum()
+    largest, scale = extra[:, -1].sum(), 1.0
+    if not (problem.unit_costs == np.floor(problem.unit_costs)).all() or largest > most:
+        scale = most / max(largest, LEAST_COST)
+    costs = np.ceil(extra * scale * (1 - 1e-15)).astype(np.int64)
+    return costs, np.clip(np.floor(left * scale), 0, costs[:, -1].sum()).astype(np.int64)
+
+
+def read_levels(problem: Problem, levels: Int[np.ndarray, "*batch units"]) -> Int32[np.ndarray, "*batch layers"]:
+    """The k of every layer, from the level of every unit."""
+    return problem.ks[np.arange(len(problem.ks)), levels][..., problem.unit_of].astype(np.int32)
 
 
 def sum_over_layers(
@@ -211,9 +231,7 @@ def _make_unit(losses, costs, allowed, members) -> tuple[np.ndarray, np.ndarray,
 def _check_sums(
     budgets: Int[np.ndarray, " budgets"], unit_costs: Float64[np.ndarray, "units levels"]
 ) -> Float64[np.ndarray, " budgets"]:
-    budgets = np.asarray(budgets)
-    if budgets.ndim != 1 or not len(budgets) or not np.issubdtype(budgets.dtype, np.integer):
-        raise InputError("budgets must be a non-empty list of integers")
+    budgets = _check_list(budgets, np.integer, "integers")
     least, most = unit_costs[:, 0].sum(), unit_costs[:, -1].sum()
     for budget in budgets[(budgets < least) | (budgets > most)]:
         raise InputError(f"budget {budget} is outside {least:g}..{most:g}, what the layers and constraints allow")
@@ -223,9 +241,7 @@ def _check_sums(
 def _check_caps(
     budgets: Real[np.ndarray, " budgets"], unit_costs: Float64[np.ndarray, "units levels"], fixed_cost: float
 ) -> Float64[np.ndarray, " budgets"]:
-    budgets = np.asarray(budgets)
-    if budgets.ndim != 1 or not len(budgets) or not np.issubdtype(budgets.dtype, np.number):
-        raise InputError("budgets must be a non-empty list of numbers")
+    budgets = _check_list(budgets, np.number, "numbers")
     if not np.isfinite(budgets).all():
         raise InputError("budgets must be finite")
     least, most = unit_costs[:, 0].sum(), unit_costs[:, -1].sum()
@@ -234,3 +250,10 @@ def _check_caps(
         least = f"{fixed_cost + least:g}, the least that the layers and constraints allow"
         raise InputError(f"budget {budget:g} is below {least}")
     return caps.astype(np.float64)
+
+
+def _check_list(budgets: Real[np.ndarray, " budgets"], kind: type, name: str) -> Real[np.ndarray, " budgets"]:
+    budgets = np.asarray(budgets)
+    if budgets.ndim != 1 or not len(budgets) or not np.issubdtype(budgets.dtype, kind):
+        raise InputError(f"budgets must be a non-empty list of {name}")
+    return budgets

@@ -12,6 +12,15 @@ os.environ.update(
 )
 
 import hypothesis  # noqa: E402  (after the environment: plugins of hypothesis may import what reads it)
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("lexi", deadline=None)  # compiling takes as long as it takes
 hypothesis.settings.load_profile("lexi")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory of the commands under test. What they compile in this process is not kept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    return tmp_path

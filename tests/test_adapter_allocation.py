@@ -146,20 +146,27 @@ LINE = [
     "latency",
     "loads",
     "reports",
+    "console",
+    "commands",
     "cli",
 ]
 
 
+PACKAGE = Path(lexi_adapter.__file__).parent
+
+
 @pytest.mark.parametrize("module", LINE)
 def test_imports_go_left_only(module):
-    """Reading order, as in lexi_search: a module imports only those before it."""
-    names = find_imports(Path(lexi_adapter.__file__).with_name(f"{module}.py"))
+    """Reading order, as in lexi_search: a module imports only those before it, a command also others of the folder."""
+    path = PACKAGE / module
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    names = [name for file in files for name in find_imports(file)]
     imported = {name.split(".")[1] for name in names if name.startswith("lexi_adapter.")}
-    assert imported <= set(LINE[: LINE.index(module)])
+    assert imported <= set(LINE[: LINE.index(module) + path.is_dir()])
 
 
 def test_every_module_has_its_place_in_the_line():
-    assert {path.stem for path in Path(lexi_adapter.__file__).parent.glob("*.py")} == {"__init__", *LINE}
+    assert {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")} == set(LINE)
 
 
 @pytest.mark.parametrize("module", ["lexi_adapter", "lexi_adapter.cli", "lexi_adapter.vllm_plugin"])

@@ -13,6 +13,7 @@ from tiny import FAMILIES, make_checkpoint
 from lexi_adapter import cli
 from lexi_adapter.allocation import AllocationError, read_allocation
 from lexi_adapter.checkpoint import check_folder, find_routers
+from lexi_adapter.commands import check as checking
 from lexi_search.artifacts import to_document, write_allocation
 
 
@@ -161,7 +162,7 @@ def test_check_command_refuses_in_one_line(olmoe, tmp_path, monkeypatch):
     assert "the routing of phimoe knows top-k 2 only" in check(path, "--model", folder)
     rewrite_config(folder, model_type="olmoe")
     write_allocation(path, allocation)
-    monkeypatch.setattr(cli, "_find_vllm_version", lambda: "0.34.0")
+    monkeypatch.setattr(checking, "find_vllm_version", lambda: "0.34.0")
     assert "vLLM 0.34.0 cannot apply an allocation: lexi_adapter supports vLLM 0.26 to 0.33" in check(
         path, "--model", folder
     )
@@ -171,7 +172,7 @@ def test_check_command_says_what_it_could_not_check(olmoe, tmp_path, monkeypatch
     folder, allocation = olmoe
     write_allocation(tmp_path / "a.json", allocation)
     (folder / "model.safetensors").unlink()
-    monkeypatch.setattr(cli, "_find_vllm_version", lambda: None)
+    monkeypatch.setattr(checking, "find_vllm_version", lambda: None)
     first, *notes = check(tmp_path / "a.json", "--model", folder).splitlines()
     assert first.startswith("fits: olmoe")
     assert notes == [

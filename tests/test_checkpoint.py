@@ -31,7 +31,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture],)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(tensors=TENSORS)
 def test_reads_what_safetensors_writes(folder, tensors):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -164,7 +166,7 @@ def test_refuses_a_damaged_shard(tmp_path, data, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture],max_examples=500)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=500)
 @given(position=st.integers(0, len(GOOD) - 1), value=st.integers(0, 255), cut=st.integers(0, len(GOOD)))
 def test_damage_is_never_read_differently_than_safetensors_reads_it(tmp_path, position, value, cut):
     """A mutated file is either refused, or read as safetensors' own reader reads it."""

@@ -32,14 +32,6 @@ def checkpoint(tmp_path_factory):
     return tiny.make_checkpoint("olmoe", tmp_path_factory.mktemp("checkpoint") / "olmoe")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The working directory of the commands under test. What they compile in this process is not kept."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    return tmp_path
-
-
 # --- profile
 
 

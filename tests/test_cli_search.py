@@ -16,14 +16,6 @@ from lexi_search import artifacts
 from lexi_search.cli import main
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The working directory of the commands under test. What they compile in this process is not kept."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    return tmp_path
-
-
 def sum_losses(table, allocation):
     return sum(row[allocation.top_k[layer] - 1] for layer, row in enumerate(table))
 
@@ -138,8 +130,6 @@ def test_search_defaults_are_the_librarys():
     assert set(defaults) == {"problem", "tournament", "fitness", "optimum"}
 
 
-
-
 # --- methods, constraints, uncertainty, history
 
 
@@ -223,7 +213,9 @@ def test_a_target_in_time_or_speed_is_kept(folder, method):
     targets = ["--target-speedup", "1.1", "--target-speedup", "1.25", "--target-ms", repr(base * 0.85)]
     rows = json.loads(succeed("search", "p", *options, *targets, "--json"))
     assert [Path(row["file"]).name for row in rows] == [
-        f"allocation-{base * 0.85!r}ms.json", "allocation-1.1x.json", "allocation-1.25x.json"
+        f"allocation-{base * 0.85!r}ms.json",
+        "allocation-1.1x.json",
+        "allocation-1.25x.json",
     ]
     for row, limit in zip(rows, (base * 0.85, base / 1.1, base / 1.25), strict=True):
         allocation = artifacts.read_allocation(row["file"])

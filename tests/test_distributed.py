@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import tiny
-from click.testing import CliRunner
+from command_line import run as run_here
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import lexi_search
 from lexi_search.checkpoint import open_checkpoint
-from lexi_search.cli import main
 from lexi_search.distribution import estimate_costs, spread
 from lexi_search.models import describe
 
@@ -59,8 +58,7 @@ def checkpoint(tmp_path_factory):
 def alone(tmp_path_factory, checkpoint):
     """The bytes of the profile that one process makes."""
     path = tmp_path_factory.mktemp("alone") / "profile.json"
-    done = CliRunner().invoke(main, ["profile", str(checkpoint), *FAST, "-o", str(path)], catch_exceptions=False)
-    assert done.exit_code == 0
+    assert run_here("profile", checkpoint, *FAST, "-o", path).exit_code == 0
     return path.read_bytes()
 
 

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import command_line
 import pytest
 import tiny
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -17,7 +17,6 @@ from synthetic import make_profile
 
 import lexi_search
 from lexi_search import artifacts, partials
-from lexi_search.cli import main
 from lexi_search.errors import InputError
 from lexi_search.merging import read_header
 from lexi_search.partials import Partials, keep_partials
@@ -48,20 +47,13 @@ def checkpoint(tmp_path_factory):
 def unbroken(tmp_path_factory, checkpoint):
     """The bytes of the whole profile, made in one go."""
     path = tmp_path_factory.mktemp("unbroken") / "profile.json"
-    done = CliRunner().invoke(main, ["profile", str(checkpoint), *FAST, "-o", str(path)], catch_exceptions=False)
+    done = run(checkpoint, *FAST, "-o", path)
     assert (done.exit_code, done.stderr) == (0, "")
     return path.read_bytes()
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    return tmp_path
-
-
 def run(*arguments):
-    return CliRunner().invoke(main, ["profile", *map(str, arguments)], catch_exceptions=False)
+    return command_line.run("profile", *arguments)
 
 
 def interrupt_after(monkeypatch, layers, error=KeyboardInterrupt):

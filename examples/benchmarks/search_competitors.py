@@ -210,7 +210,6 @@ def summarise(name, budgets, loss, best, evaluations, seconds):
 @click.option("-o", "--output", help="JSON file to write, after every table.")
 def main(alone, count, all_layers, ks, output):
     machine = describe_machine()
-    machine["load_average"] = open("/proc/loadavg").read().split()[0]
     if not alone:
         missing = [name for name in ("deap", "pymoo") if importlib.util.find_spec(name) is None]
         if missing:

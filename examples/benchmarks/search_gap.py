@@ -210,6 +210,7 @@ def describe_machine():
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "cpu": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
+        "load_average": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
         "settings": DEFAULTS,
     }

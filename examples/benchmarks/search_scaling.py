@@ -127,8 +127,7 @@ def draw(rows, path):
 @click.option("--command", is_flag=True, help="Time the whole command too.")
 @click.option("--short", is_flag=True, help="Leave the growth with layers, k, budgets and population out.")
 def main(output, command, short):
-    machine = describe_machine() | {"load_average": Path("/proc/loadavg").read_text().split()[0]}
-    result = {"machine": machine, "exact": measure_exact(), "scaling": []}
+    result = {"machine": describe_machine(), "exact": measure_exact(), "scaling": []}
     click.echo(result["exact"])
     if command:
         result["command"] = measure_command()

@@ -83,10 +83,11 @@ def front(
     for name in outputs:
         click.echo(name)
     if chosen is not None:
-        from lexi_search.allocations import describe_cost, describe_origin, make_allocation
+        from lexi_search.allocations import describe_origin, make_allocation
 
         origin = describe_origin(measured, constraints, loss=loss, method="exact")
-        paid = {} if cost is None else {"cost": describe_cost(cost, chosen.ms)}
+        spent = {"ms": chosen.ms, "speedup": chosen.speedup}
+        paid = {} if cost is None else {"cost": cost.describe() | spent}
         best = chosen.loss / (1 + found.error)
         made = make_allocation(measured, chosen.top_k, loss=chosen.loss, optimal_loss=best, made_by=origin | paid)
         write_allocation(allocation, made)
@@ -134,8 +135,7 @@ def format_front(
         return "".join(",".join(map(str, line)) + "\n" for line in [head, *lines]).encode()
     origin = {"format": "lexi-front", "version": 1, "profile_sha256": sha256(profile), "loss": loss}
     if cost is not None:
-        mix = {str(tokens): count for tokens, count in cost.mix.items()}
-        origin["cost"] = {"table_sha256": cost.table_sha256, "mix": mix, "base_ms": cost.base_ms}
+        origin["cost"] = cost.describe() | {"base_ms": cost.base_ms}
     # One point a line: a front may have ten thousand of them.
     head = json.dumps(origin | {"error": front.error}, sort_keys=True)
     lines = ",\n ".join(json.dumps(row) for row in rows)

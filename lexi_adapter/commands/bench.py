@@ -1,0 +1,121 @@
+"""`lexi-adapter bench`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from lexi_adapter.allocation import read_allocation
+from lexi_adapter.commands.options import read_engine_options, takes_engine_options
+from lexi_adapter.console import print_table
+from lexi_adapter.files import check_writable, describe_call, write_atomically, write_json
+
+
+@click.command()
+@click.argument("model")
+@click.option("--allocation", "files", multiple=True, metavar="FILE", help="An allocation to compare; repeat it.")
+@click.option(
+    "--budget-share",
+    "shares",
+    multiple=True,
+    type=float,
+    help="A made-up mixed k and the uniform k, at this share of the model's own budget; repeat it.",
+)
+@click.option(
+    "--drop-experts",
+    "dropped",
+    multiple=True,
+    type=float,
+    help="Inter-pruning by config: a share of the experts is gone; repeat it.",
+)
+@click.option(
+    "--narrow-experts",
+    "narrowed",
+    multiple=True,
+    type=float,
+    help="Intra-pruning by config: a share of their width is gone; repeat it.",
+)
+@click.option(
+    "--folder", "folders", multiple=True, help="Another folder to compare, such as a pruned checkpoint; repeat it."
+)
+@click.option(
+    "--workload",
+    "workloads",
+    multiple=True,
+    metavar="BATCHxINPUTxOUTPUT",
+    help="Repeat it.  [default: 16x512x512, 16x1024x16, 16x32x512]",
+    show_default=False,
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Measured runs of every variant and workload.")
+@click.option(
+    "--in-place",
+    is_flag=True,
+    show_default=False,
+    help="One engine for all that differ in k alone: its k is changed while it lives, and its CUDA graphs with it.",
+)
+@click.option(
+    "--together",
+    type=click.IntRange(1),
+    help="Engines on the card at once; runs are interleaved among those.  [default: all]",
+    show_default=False,
+)
+@click.option("--seed", default=0, help="Of the made-up k.")
+@takes_engine_options
+@click.option("-o", "--output", default="bench.json", help="The results, as JSON; written after every round.")
+@click.option("--plot", help="And as bars, like the paper's figure 2: a .png, .svg or .pdf.")
+def bench(
+    model: str,
+    files: Sequence[str],
+    workloads: Sequence[str],
+    rounds: int,
+    in_place: bool,
+    together: int | None,
+    output: str,
+    plot: str | None,
+    shares: Sequence[float],
+    dropped: Sequence[float],
+    narrowed: Sequence[float],
+    folders: Sequence[str],
+    seed: int,
+    **engine: Any,
+) -> None:
+    """Throughput of MODEL, a folder, beside variants of it, in vLLM on this machine.
+
+    Batches of random tokens with fixed lengths; (input + output) tokens over end-to-end seconds.
+    """
+    from lexi_adapter import benchmark
+    from lexi_adapter import workloads as known
+    from lexi_adapter.reports import draw_bench, find_format, tabulate_bench
+    from lexi_adapter.variants import make_variants
+
+    for path in (output, plot) if plot else (output,):
+        check_writable(path)
+    file_format = find_format(plot) if plot else None
+    chosen = [known.parse_workload(text) for text in workloads] or [
+        known.BALANCED,
+        known.PREFILL_HEAVY,
+        known.DECODE_HEAVY,
+    ]
+    variants = make_variants(
+        model,
+        load_format=engine["load_format"],
+        allocations={file: read_allocation(file) for file in files},
+        shares=shares,
+        dropped=dropped,
+        narrowed=narrowed,
+        folders=folders,
+        seed=seed,
+    )
+    made_by = describe_call()
+    document = benchmark.measure(
+        variants,
+        list(dict.fromkeys(chosen)),
+        rounds=rounds,
+        together=together,
+        in_place=in_place,
+        engine=read_engine_options(**engine),
+        report=lambda document: write_json(output, {**document, "made_by": made_by}),
+    )
+    if plot:
+        write_atomically(plot, draw_bench(document, file_format))
+    print_table(tabulate_bench(document))

@@ -1,0 +1,50 @@
+"""`lexi-adapter latency`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from lexi_adapter.commands.options import read_engine_options, takes_engine_options
+from lexi_adapter.console import print_table
+from lexi_adapter.files import check_writable, describe_call, write_json
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--workload",
+    "workloads",
+    multiple=True,
+    metavar="BATCHxINPUTxOUTPUT",
+    default=("16x512x128",),
+    help="Times steps of BATCH x INPUT tokens and of BATCH tokens; repeat it.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=3)
+@click.option(
+    "--checks", type=click.IntRange(0), default=0, help="Random allocations to run end to end against the prediction."
+)
+@takes_engine_options
+@click.option("-o", "--output", default="cost.json", help="The cost table, for lexi-search search --cost.")
+def latency(model: str, workloads: Sequence[str], rounds: int, checks: int, output: str, **engine: Any) -> None:
+    """Time of MODEL's MoE layers at each k on this card, as the cost table that a search takes."""
+    from lexi_adapter import latency as timing
+    from lexi_adapter.reports import tabulate_checks, tabulate_latency
+    from lexi_adapter.variants import describe_folder
+    from lexi_adapter.workloads import parse_workload
+
+    check_writable(output)
+    identity = describe_folder(model, engine["load_format"])
+    steps, compared, facts = timing.measure(
+        model,
+        identity,
+        [parse_workload(text) for text in workloads],
+        rounds=rounds,
+        checks=checks,
+        engine=read_engine_options(**engine),
+        progress=lambda text: click.echo(text, err=True),
+    )
+    write_json(output, timing.make_document(identity, steps, compared, facts, describe_call()))
+    print_table(tabulate_latency(steps))
+    if compared:
+        print_table(tabulate_checks(compared))
