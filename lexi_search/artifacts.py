@@ -18,7 +18,15 @@ from lexi_search.files import json_bytes, read_json_object, write_atomically
 
 VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
-LOSS_KINDS = ("frobenius", "rms", "squared")
+# What a search may minimise, and the field of `LayerLoss` that it is read from.
+LOSS_KINDS = {
+    "frobenius": "frobenius",
+    "rms": "rms",
+    "squared": "rms",
+    "relative": "relative",
+    "divergence": "divergence",
+    "increase": "increase",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,13 @@ class LayerLoss:
 
     `frobenius` is the paper's number (section 3.1, Algorithm 1): the mean over iterations of ||Y_k - Y_base||_F for X
     of shape [batch, length, hidden]. `rms` is the root mean square over tokens of ||y_k - y_base||, which does not
-    depend on batch and length. Both in units of the layer's output, each with its standard error.
+    depend on batch and length. Both in units of the layer's output.
+
+    Where the model's own hidden states were the input, or stand-ins for them, there may be more. `relative` is the mean
+    over tokens of ||y_k - y_base||^2 / ||h||^2, with h the residual stream that the layer's output was added to. Of the
+    whole model's output with this layer alone at k, `divergence` is the Kullback-Leibler divergence from the model's
+    own next-token distribution and `increase` that of the cross-entropy on a text, both in nats per token; an increase
+    may be negative. Each has its standard error.
     """
 
     iterations: int
@@ -105,18 +119,28 @@ class LayerLoss:
     frobenius_stderr: tuple[float, ...]
     rms: tuple[float, ...]
     rms_stderr: tuple[float, ...]
+    relative: tuple[float, ...] | None = None
+    relative_stderr: tuple[float, ...] | None = None
+    divergence: tuple[float, ...] | None = None
+    divergence_stderr: tuple[float, ...] | None = None
+    increase: tuple[float, ...] | None = None
+    increase_stderr: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         require(self.iterations >= 1, f"iterations is {self.iterations}, at least 1 expected")
-        for name in ("frobenius", "frobenius_stderr", "rms", "rms_stderr"):
-            values = getattr(self, name)
-            require(
-                len(values) == len(self.frobenius) >= 1,
-                f"{name} has {len(values)} entries, frobenius has {len(self.frobenius)}",
-            )
-            for k, value in enumerate(values, 1):
-                require_loss(value, f"{name} at k = {k}")
-            require(values[-1] == 0, f"{name} at the last k is {values[-1]}, 0 expected")
+        for name in dict.fromkeys(LOSS_KINDS.values()):
+            values, errors = getattr(self, name), getattr(self, f"{name}_stderr")
+            require((values is None) == (errors is None), f"one of {name} and {name}_stderr is missing")
+            if values is not None:
+                _require_losses(name, values, len(self.frobenius), signed=name == "increase")
+                _require_losses(f"{name}_stderr", errors, len(self.frobenius))
+
+
+def _require_losses(name: str, values: tuple[float, ...], count: int, *, signed: bool = False) -> None:
+    require(len(values) == count >= 1, f"{name} has {len(values)} entries, frobenius has {count}")
+    for k, value in enumerate(values, 1):
+        require_loss(abs(value) if signed else value, f"{name} at k = {k}")
+    require(values[-1] == 0, f"{name} at the last k is {values[-1]}, 0 expected")
 
 
 @dataclass(frozen=True)
@@ -154,30 +178,41 @@ class Profile:
         """The largest k that was measured, whose output is the reference of the losses."""
         return self.model.top_k if self.settings.max_k is None else self.settings.max_k
 
+    @property
+    def loss_kinds(self) -> tuple[str, ...]:
+        """The kinds of loss that every layer has."""
+        layers = self.layers.values()
+        return tuple(kind for kind, name in LOSS_KINDS.items() if all(getattr(loss, name) for loss in layers))
+
     def losses(self, kind: str, *, normalised: bool = False) -> tuple[tuple[float, ...], ...]:
         """The table that a search minimises over, [layers, top_k], layers ascending; column j is k = j + 1.
 
-        "frobenius" is the paper's norm, "rms" the root mean square per token, "squared" its square, convex in k. If
-        `normalised`, relative to the largest of the table.
+        A field of `LayerLoss` ("frobenius" is the paper's norm), or "squared", the square of `rms`, convex in k. An
+        increase below zero counts as zero. If `normalised`, relative to the largest of the table. InputError if the
+        profile does not hold that kind.
         """
-        _require_kind(kind)
-        losses = [loss for _, loss in sorted(self.layers.items())]
+        rows = self._read(kind, "")
         if kind == "squared":
-            rows = tuple(tuple(value * value for value in loss.rms) for loss in losses)
-        else:
-            rows = tuple(getattr(loss, kind) for loss in losses)
+            rows = tuple(tuple(value * value for value in row) for row in rows)
+        rows = tuple(tuple(max(value, 0.0) for value in row) for row in rows)
         largest = max(map(max, rows))
         return tuple(tuple(value / largest for value in row) for row in rows) if normalised and largest else rows
 
     def errors(self, kind: str) -> tuple[tuple[float, ...], ...]:
         """The standard error of each entry of `losses(kind)`; of a square by the delta method."""
-        _require_kind(kind)
+        errors = self._read(kind, "_stderr")
         if kind != "squared":
-            return tuple(getattr(loss, f"{kind}_stderr") for _, loss in sorted(self.layers.items()))
+            return errors
         return tuple(
-            tuple(2 * rms * error for rms, error in zip(loss.rms, loss.rms_stderr, strict=True))
-            for _, loss in sorted(self.layers.items())
+            tuple(2 * rms * error for rms, error in zip(*rows, strict=True))
+            for rows in zip(self._read("rms", ""), errors, strict=True)
         )
+
+    def _read(self, kind: str, suffix: str) -> tuple[tuple[float, ...], ...]:
+        require(kind in LOSS_KINDS, f"loss kind {kind!r} is unknown, expected one of {', '.join(LOSS_KINDS)}")
+        held, source = self.loss_kinds, self.settings.input
+        require(kind in held, f"the profile, made with input {source!r}, holds {', '.join(held)}, no {kind}")
+        return tuple(getattr(loss, LOSS_KINDS[kind] + suffix) for _, loss in sorted(self.layers.items()))
 
 
 @dataclass(frozen=True)
@@ -272,10 +307,6 @@ class CostTable:
                     f"the step of {tokens} tokens has {len(times)} times for layer {layer}, the model's k is "
                     f"{self.model.top_k}",
                 )
-
-
-def _require_kind(kind: str) -> None:
-    require(kind in LOSS_KINDS, f"loss kind {kind!r} is unknown, expected one of {', '.join(LOSS_KINDS)}")
 
 
 Artifact = Profile | Allocation | CostTable

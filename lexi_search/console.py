@@ -41,7 +41,7 @@ loss_option = click.option(
     "--loss",
     type=click.Choice(LOSS_KINDS),
     default="frobenius",
-    help="The paper's norm, the root mean square per token, or its square.",
+    help="The paper's norm, the root mean square per token, its square, or another loss that the profile holds.",
 )
 normalised_option = click.option(
     "--normalised/--absolute", default=True, help="Relative to the largest loss of the table, or as measured."

@@ -106,6 +106,9 @@ def _label(loss: str, normalised: bool) -> str:
         "frobenius": r"mean $\|Y_k - Y_\mathrm{base}\|_F$",
         "rms": r"rms of $\|y_k - y_\mathrm{base}\|$ over tokens",
         "squared": r"mean $\|y_k - y_\mathrm{base}\|^2$ over tokens",
+        "relative": r"mean $\|y_k - y_\mathrm{base}\|^2 / \|h\|^2$ over tokens",
+        "divergence": "divergence of next-token distributions (nats)",
+        "increase": "increase of cross-entropy (nats per token)",
     }[loss]
     return f"{name},\nrelative to the largest" if normalised else name
 

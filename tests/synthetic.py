@@ -1,6 +1,7 @@
 """Profiles and allocations without a model behind them, for tests of everything that follows profiling."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from lexi_search.artifacts import (
@@ -44,6 +45,19 @@ def make_profile(layers: int = 4, top_k: int = 4, *, seed: int = 0, **changes: A
         frobenius = tuple(4 * value for value in rms)
         measured[layer] = LayerLoss(3, 48, frobenius, tuple(4 * value for value in stderr), rms, stderr)
     return Profile(identity, SETTINGS, measured, {"lexi_search": "0.1.0"})
+
+
+def add_model_losses(profile: Profile) -> Profile:
+    """The same with the losses that a run of the whole model gives, one of them an increase below zero."""
+    added = {}
+    for layer, loss in profile.layers.items():
+        relative, divergence = (tuple(value**power for value in loss.rms) for power in (2, 3))
+        increase = (*(value - 0.3 for value in divergence[:-1]), 0.0)
+        stderr = tuple(value / 100 for value in divergence)
+        values = {"relative": relative, "divergence": divergence, "increase": increase}
+        errors = {f"{name}_stderr": stderr for name in values}
+        added[layer] = replace(loss, **values, **errors)
+    return replace(profile, layers=added)
 
 
 def make_allocation(

@@ -5,13 +5,14 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import make_allocation, make_cost_table, make_identity, make_profile
+from synthetic import add_model_losses, make_allocation, make_cost_table, make_identity, make_profile
 
 from lexi_search import artifacts, files
-from lexi_search.artifacts import Allocation, LayerLoss, ModelIdentity, Profile, ProfileSettings
+from lexi_search.artifacts import LOSS_KINDS, Allocation, LayerLoss, ModelIdentity, Profile, ProfileSettings
 from lexi_search.errors import InputError
 
 losses = st.floats(0, allow_nan=False, allow_infinity=False)
@@ -128,6 +129,25 @@ def test_losses_by_kind():
     largest = max(max(row) for row in profile.losses("squared"))
     expected = tuple(tuple(value / largest for value in row) for row in profile.losses("squared"))
     assert profile.losses("squared", normalised=True) == expected
+
+
+def test_losses_of_the_whole_model(tmp_path):
+    plain, profile = make_profile(3, 3), add_model_losses(make_profile(3, 3))
+    assert (plain.loss_kinds, profile.loss_kinds) == (("frobenius", "rms", "squared"), tuple(LOSS_KINDS))
+    path = tmp_path / "profile.json"
+    artifacts.write_profile(path, profile)
+    assert artifacts.read_profile(path) == profile
+    measured = profile.layers[0].increase
+    assert any(value < 0 for row in profile.layers.values() for value in row.increase)  # noise around nothing
+    assert profile.losses("increase")[0] == tuple(max(value, 0.0) for value in measured)
+    for kind in LOSS_KINDS:
+        table = profile.losses(kind)
+        assert [len(row) for row in table] == [3] * 3 and all(row[-1] == 0 for row in table)
+        assert np.shape(profile.errors(kind)) == np.shape(table)
+    with pytest.raises(InputError, match="made with input 'paper', holds frobenius, rms, squared, no increase"):
+        plain.losses("increase")
+    one = dataclasses.replace(profile, layers=dict(plain.layers) | {0: profile.layers[0]})
+    assert one.loss_kinds == plain.loss_kinds
     with pytest.raises(InputError, match="loss kind 'l1' is unknown, expected one of frobenius, rms, squared"):
         profile.losses("l1")
 
@@ -213,6 +233,7 @@ BROKEN_PROFILES = [
     (["layers", "1", "frobenius", 2], -0.25, "layers.1: frobenius at k = 3 is -0.25"),
     (["layers", "1", "frobenius", 3], 0.25, "layers.1: frobenius at the last k is 0.25, 0 expected"),
     (["layers", "1", "frobenius"], [], "layers.1: frobenius has 0 entries"),
+    (["layers", "1", "relative"], [0.5, 0.4, 0.3, 0.0], "layers.1: one of relative and relative_stderr is missing"),
     (["layers", "1", "iterations"], 0, "layers.1: iterations is 0, at least 1 expected"),
     (["layers", "1", "samples"], 47, r"layer 1 has 47 samples, not iterations \* batch \* length = 48"),
     (["settings", "dtype"], "int8", "settings: dtype is 'int8', expected one of float32, bfloat16, float16"),

@@ -2,18 +2,19 @@
 
 import numpy as np
 import pytest
-from synthetic import make_allocation, make_profile
+from synthetic import add_model_losses, make_allocation, make_profile
 
+from lexi_search.artifacts import LOSS_KINDS
 from lexi_search.errors import InputError
 from lexi_search.plots import draw_heatmap, render
 
 SKIPPED_FIRST = {"num_hidden_layers": 62, "moe_layers": tuple(range(1, 62))}
 
 
-@pytest.mark.parametrize("loss", ["frobenius", "rms", "squared"])
+@pytest.mark.parametrize("loss", LOSS_KINDS)
 @pytest.mark.parametrize("normalised", [True, False])
 def test_heatmap_shows_the_table(loss, normalised):
-    profile = make_profile(5, 3)
+    profile = add_model_losses(make_profile(5, 3))
     axes, colourbar = draw_heatmap(profile, loss=loss, normalised=normalised).axes
     [image] = axes.images
     np.testing.assert_array_equal(image.get_array().T, profile.losses(loss, normalised=normalised))
