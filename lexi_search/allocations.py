@@ -153,6 +153,7 @@ def make_allocation(
         loss=float(loss),
         optimal_loss=float(optimal_loss),
         made_by=made_by,
+        gate_exponent=profile.settings.gate_exponent,
         max_k=profile.settings.max_k,
     )
 

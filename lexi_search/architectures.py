@@ -27,6 +27,10 @@ class Routing(NamedTuple):
     times `scale`: a softmax over the chosen logits alone is a softmax over all of them, renormalised. If
     `scales_input`, the scores multiply the experts' inputs instead, and their outputs are summed as they are.
 
+    With an `exponent` b, the k of K experts weigh what they weigh at K times (S_K / S_k)^b, where S_j is the sum of the
+    j largest scores: the gate exponent of an allocation. Without, as a router that is told to choose k would have it,
+    which is b = 1 if `renormalize` and 0 if not.
+
     "sparsemixer" (arXiv 2409.12136) chooses one expert after another, each scored by a softmax over the experts that
     are left and whose logits are near the largest, as `jitter` says.
     """
@@ -42,6 +46,7 @@ class Routing(NamedTuple):
     norm_min: float = 0.0
     jitter: float = 0.0
     scales_input: bool = False
+    exponent: float | None = None
 
 
 class Activation(NamedTuple):

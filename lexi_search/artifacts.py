@@ -72,7 +72,8 @@ class ProfileSettings:
 
     Iterations stop when every relative standard error is at most `relative_error`, or at `max_samples` tokens. Losses
     are relative to the output at `max_k`; where it is None, as in most files, at the model's own k. With
-    `control_variate`, so many times as many tokens went through the router alone, to correct the means.
+    `control_variate`, so many times as many tokens went through the router alone, to correct the means. With a
+    `gate_exponent`, kept experts took over a part of the others' gate mass, as under allocations of the profile.
     """
 
     input: str
@@ -84,6 +85,7 @@ class ProfileSettings:
     max_samples: int
     max_k: int | None = None
     control_variate: int | None = None
+    gate_exponent: float | None = None
 
     def __post_init__(self) -> None:
         require(self.input, "input is empty")
@@ -94,6 +96,8 @@ class ProfileSettings:
         require_loss(self.relative_error, "relative_error")
         if self.control_variate is not None:
             require(self.control_variate >= 1, f"control_variate is {self.control_variate}, at least 1 expected")
+        if self.gate_exponent is not None:
+            require_loss(self.gate_exponent, "gate_exponent")
 
 
 @dataclass(frozen=True)

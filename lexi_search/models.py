@@ -34,7 +34,7 @@ class Model(NamedTuple):
         return self.identity.moe_layers
 
 
-class _Config(NamedTuple):
+class Config(NamedTuple):
     """The part of `config.json` that speaks of the language model, and how to name its keys in messages."""
 
     values: Mapping[str, Any]
@@ -86,18 +86,20 @@ class _Config(NamedTuple):
         return value
 
 
-def describe(checkpoint: Checkpoint, *, max_k: int | None = None) -> Model:
+def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent: float | None = None) -> Model:
     """Describe a checkpoint from its config and headers; of the data only the routers are read, to hash them.
 
     MoE layers are those that have a router tensor and an index below `num_hidden_layers`: checkpoints may carry extra
     prediction layers past it. `max_k` is the largest k to look at, where that is more than the model's own.
+    `gate_exponent` says how layers with fewer experts weigh them (see `Routing`).
 
     Raises:
         InputError: unknown family, missing config key, k = 1 without `max_k`, `max_k` below the model's own k or above
-            what there is to choose from, a format that is not known, tensors missing or of wrong shape.
+            what there is to choose from, a gate exponent where none can act, a format that is not known, tensors
+            missing or of wrong shape.
     """
     architecture = _find_architecture(checkpoint)
-    config = _open_config(checkpoint, architecture)
+    config = open_config(checkpoint, architecture.text_config)
     num_experts, top_k_key = config.read_count(*architecture.num_experts), config.find_key(architecture.top_k)
     top_k, num_layers = config.read_count(top_k_key), config.count_layers()
     hidden_size = config.read_count("hidden_size")
@@ -108,9 +110,13 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None) -> Model:
             f"{config.place}: {top_k_key} is 1: each token runs one expert, none can be saved; "
             "--max-k 2 profiles the layers with more than their own"
         )
+    if gate_exponent is not None and architecture.routing.scales_input:
+        raise InputError(f"{config.place}: scores scale the experts' inputs, so a gate exponent has nothing to act on")
+    if gate_exponent is not None and max_k is not None:
+        raise InputError("a gate exponent shares out what experts weigh at the model's own k: leave max_k out")
     if max_k is not None and not max(top_k, 2) <= max_k <= num_experts:
         raise InputError(f"{config.place}: max_k {max_k} is not between {max(top_k, 2)} and {num_experts}, the experts")
-    routing = _read_routing(config, architecture, num_experts, max_k or top_k)
+    routing = _read_routing(config, architecture, num_experts, max_k or top_k)._replace(exponent=gate_exponent)
     stored = Tensors(checkpoint)
     pattern, layers = find_routers(stored, architecture, num_layers)
     tensors = {
@@ -154,16 +160,17 @@ def _find_architecture(checkpoint: Checkpoint) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def _open_config(checkpoint: Checkpoint, architecture: Architecture) -> _Config:
-    place, path, values = str(checkpoint.folder / "config.json"), architecture.text_config, checkpoint.config
+def open_config(checkpoint: Checkpoint, path: str | None) -> Config:
+    """The language model's part of `config.json`, which a multimodal one keeps under the dotted `path`."""
+    place, values = str(checkpoint.folder / "config.json"), checkpoint.config
     for key in path.split(".") if path else ():
         values = values.get(key)
         if not isinstance(values, dict):
             raise InputError(f"{place}: {path} is missing or not an object")
-    return _Config(values, f"{place}, {path}" if path else place)
+    return Config(values, f"{place}, {path}" if path else place)
 
 
-def _read_routing(config: _Config, architecture: Architecture, num_experts: int, top_k: int) -> Routing:
+def _read_routing(config: Config, architecture: Architecture, num_experts: int, top_k: int) -> Routing:
     chosen = {}
     for key, known in architecture.choices.items():
         chosen |= known[config.read_choice(key, known)]

@@ -85,6 +85,10 @@ def mixing_weights(
     """The weights c_k that mix the K expert outputs into the layer's output at `k` <= K; `k` may be traced."""
     weights = jnp.ones_like(scores) if routing.scales_input else scores
     kept = jnp.where(jnp.arange(scores.shape[-1])[None, :] < k, weights, 0.0)
+    mass = kept.sum(axis=-1, keepdims=True)
+    whole = mass if routing.exponent is None else weights.sum(axis=-1, keepdims=True)
     if routing.renormalize:
-        kept = kept / jnp.maximum(kept.sum(axis=-1, keepdims=True) + routing.epsilon, routing.norm_min)
+        kept = kept / jnp.maximum(whole + routing.epsilon, routing.norm_min)
+    if routing.exponent is not None:
+        kept = kept * (whole / jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)) ** routing.exponent
     return kept * jnp.float32(routing.scale)

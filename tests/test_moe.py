@@ -167,12 +167,18 @@ def test_chunks_cover_the_load(load):
     scores=st.lists(st.floats(2**-8, 1, width=32), min_size=1, max_size=6),
     k=st.integers(1, 6),
     renormalize=st.booleans(),
+    exponent=st.none() | st.sampled_from([0.0, 0.5, 1.0, 2.0]),
 )
-def test_mixing_weights(scores, k, renormalize):
+def test_mixing_weights(scores, k, renormalize, exponent):
     ordered = np.sort(np.asarray([scores], np.float32))[:, ::-1]
-    weights = mixing_weights(jnp.asarray(ordered), jnp.int32(k), routing=Routing(renormalize=renormalize, scale=2.0))
-    kept = np.where(np.arange(len(scores)) < k, ordered[0].astype(np.float64), 0)
-    np.testing.assert_allclose(weights[0], 2 * kept / (kept.sum() if renormalize else 1), rtol=1e-6)
+    routing = Routing(renormalize=renormalize, scale=2.0, exponent=exponent)
+    weights = mixing_weights(jnp.asarray(ordered), jnp.int32(k), routing=routing)
+    scores = ordered[0].astype(np.float64)
+    kept = np.where(np.arange(len(scores)) < k, scores, 0)
+    expected = kept / (kept.sum() if renormalize else 1)
+    if exponent is not None:  # from what they weigh with all of them
+        expected = kept / (scores.sum() if renormalize else 1) * (scores.sum() / kept.sum()) ** exponent
+    np.testing.assert_allclose(weights[0], 2 * expected, rtol=2e-6)
 
 
 def relative_error(ours, expected):

@@ -36,6 +36,11 @@ from lexi_search.partials import Partials, keep_partials
     help="Element type of the input; auto: the weights'.",
 )
 @click.option("--max-k", type=int, help="Look at more experts per token than the model's own k, up to this many.")
+@click.option(
+    "--gate-exponent",
+    type=float,
+    help="Let kept experts take over a part of the others' gate mass: 0 nothing, 1 all.  [default: as the model does]",
+)
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
 @click.option("--distributed", is_flag=True, help="One of several processes of Slurm, MPI or Kubernetes.")
 @click.option("--coordinator", help="HOST:PORT where process 0 listens, for several processes started by hand.")
@@ -53,6 +58,7 @@ def profile(
     seed: int,
     dtype: str,
     max_k: int | None,
+    gate_exponent: float | None,
     restart: bool,
     distributed: bool,
     coordinator: str | None,
@@ -83,7 +89,7 @@ def profile(
     with ExitStack() as stack:
         group = stack.enter_context(join(*place)) if together else Group()
         checkpoint = open_checkpoint(weights)
-        model = describe(checkpoint, max_k=max_k)
+        model = describe(checkpoint, max_k=max_k, gate_exponent=gate_exponent)
         settings = ProfileSettings(
             input="paper",
             seed=seed,
@@ -94,6 +100,7 @@ def profile(
             max_samples=samples,
             control_variate=control_variate,
             max_k=max_k,
+            gate_exponent=gate_exponent,
         )
         made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}
         header, chosen, partials = Header(model.identity, settings, made_by), wanted or model.layers, None
