@@ -11,7 +11,9 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +123,28 @@ def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force
 
     Raises InputError where `folder` cannot be written or holds something else.
     """
-    source, target = Path(os.path.abspath(model)), Path(os.path.realpath(folder))
-    if not source.is_dir():
-        raise InputError(f"{model}: no such folder; links need the model on this machine, so download it first")
-    changed = merge(read_json_object(source / "config.json", finite=False), overrides)
+    changed = merge(read_json_object(_require_folder(model) / "config.json", finite=False), overrides)
+    with build_folder(folder, model, force=force) as building:
+        (building / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
+
+
+@contextmanager
+def build_folder(
+    folder: str, model: str, *, unlinked: Collection[str] = UNLINKED, force: bool = False
+) -> Iterator[Path]:
+    """A folder with links to all of `model` but hidden entries and those called `unlinked` (patterns), to be completed.
+
+    It becomes `folder` when the block ends, and vanishes if that raises. InputError as `write_folder` says.
+    """
+    source, target = _require_folder(model), Path(os.path.realpath(folder))
     _check_target(target, Path(os.path.realpath(model)), force)
     building = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
     try:
         building.mkdir()
         for entry in sorted(source.iterdir()):
-            if entry.name not in UNLINKED and not entry.name.startswith("."):
+            if not any(fnmatch(entry.name, pattern) for pattern in (*unlinked, ".*")):
                 (building / entry.name).symlink_to(entry)
-        (building / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
+        yield building
         _move_into_place(building, target)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror} ({target.parent})") from error
@@ -159,6 +171,13 @@ def _overlay(allocation: Allocation) -> dict[str, Any]:
     for key in reversed(path):
         overlay = {key: overlay}
     return overlay
+
+
+def _require_folder(model: str) -> Path:
+    source = Path(os.path.abspath(model))
+    if not source.is_dir():
+        raise InputError(f"{model}: no such folder; links need the model on this machine, so download it first")
+    return source
 
 
 def _check_target(target: Path, source: Path, force: bool) -> None:

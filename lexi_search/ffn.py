@@ -42,15 +42,21 @@ def apply_ffn(
     x: Float[Array, "rows hidden"], weights: ExpertWeights, *, activation: Activation
 ) -> Float[Array, "rows hidden"]:
     """The expert's output for every row of `x`, in `x`'s element type; the activation itself is float32."""
+    hidden = compute_hidden(x, weights, activation=activation)
+    return _project(hidden.astype(x.dtype), weights.down, weights.down_bias)
+
+
+def compute_hidden(
+    x: Float[Array, "rows hidden"], weights: ExpertWeights, *, activation: Activation
+) -> Float[Array, "rows width"]:
+    """What `down` multiplies, float32: the activated channels for every row of `x`."""
     up = _project(x, weights.up, weights.up_bias).astype(jnp.float32)
     if weights.gate is None:
-        hidden = _activate(up, activation)
-    else:
-        gate = _project(x, weights.gate, weights.gate_bias).astype(jnp.float32)
-        if activation.limit is not None:
-            gate, up = jnp.minimum(gate, activation.limit), jnp.clip(up, -activation.limit, activation.limit)
-        hidden = _activate(gate, activation) * (up + activation.up_offset)
-    return _project(hidden.astype(x.dtype), weights.down, weights.down_bias)
+        return _activate(up, activation)
+    gate = _project(x, weights.gate, weights.gate_bias).astype(jnp.float32)
+    if activation.limit is not None:
+        gate, up = jnp.minimum(gate, activation.limit), jnp.clip(up, -activation.limit, activation.limit)
+    return _activate(gate, activation) * (up + activation.up_offset)
 
 
 def _activate(x: Float[Array, "rows width"], activation: Activation) -> Float[Array, "rows width"]:
