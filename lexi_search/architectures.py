@@ -94,14 +94,23 @@ class Architecture(NamedTuple):
     activation: Activation = Activation(Key("hidden_act", "silu"))
     choices: Mapping[str, Mapping[Any, Mapping[str, Any]]] = PLAIN
     interleaved: bool = False  # rows of gate and up in turn, where they are one tensor
+    width: tuple[str, ...] = ("moe_intermediate_size",)  # config keys of an expert's width: all that are there
+    shared_experts: tuple[str, ...] = ()  # and of the number of shared ones, each as wide as `width` says
+    bound: tuple[str, ...] = ()  # other modules below `layers.N.` that are as wide as `width` says
 
 
+FFN_WIDTH = ("intermediate_size",)
 ROUTED = ("n_routed_experts", "num_experts", "num_local_experts")
 GROUPS = {"num_groups": Key("n_group", 1), "topk_groups": Key("topk_group", 1)}
 
 QWEN2_MOE = Architecture("qwen2_moe", routing=Routing(renormalize=Key("norm_topk_prob", False)))
 QWEN3_NEXT = Architecture("qwen3_next", routing=Routing(renormalize=Key("norm_topk_prob", True)))
-MIXTRAL = Architecture("mixtral", routers=("block_sparse_moe.gate", "mlp.gate"), routing=Routing(renormalize=True))
+MIXTRAL = Architecture(
+    "mixtral",
+    routers=("block_sparse_moe.gate", "mlp.gate"),
+    routing=Routing(renormalize=True),
+    width=FFN_WIDTH,
+)
 GRANITE = MIXTRAL._replace(
     model_type="granitemoe",
     routers=("block_sparse_moe.router.layer", "block_sparse_moe.router"),
@@ -118,8 +127,9 @@ DEEPSEEK_V2 = Architecture(
         },
         "scoring_func": SOFTMAX_OR_SIGMOID,
     },
+    shared_experts=("n_shared_experts",),
 )
-DEEPSEEK_V3 = Architecture("deepseek_v3", num_experts=ROUTED, routing=SIGMOID, choices=BIASED)
+DEEPSEEK_V3 = DEEPSEEK_V2._replace(model_type="deepseek_v3", routing=SIGMOID, choices=BIASED)
 CLAMPED = DEEPSEEK_V3._replace(
     model_type="hy_v4", activation=Activation(Key("hidden_act", "silu"), limit=Key("swiglu_limit", 10.0))
 )
@@ -129,18 +139,22 @@ GPT_OSS = Architecture(
     routing=Routing(renormalize=True, bias="logits"),
     activation=SWIGLU_OAI,
     interleaved=True,
+    width=FFN_WIDTH,
 )
 LLAMA4 = Architecture(
     "llama4_text",
     routers=("feed_forward.router",),
     routing=Routing(scoring="sigmoid", scales_input=True),
     choices={},
+    width=FFN_WIDTH,
+    bound=("feed_forward.shared_expert",),
 )
 MINIMAX_M2 = Architecture(
     "minimax_m2",
     routers=("block_sparse_moe.gate", "mlp.gate"),
     routing=SIGMOID._replace(renormalize=True, scale=1.0),
     choices=BIASED,
+    width=FFN_WIDTH,
 )
 BAILING = Architecture(
     "bailing_moe",
@@ -149,12 +163,14 @@ BAILING = Architecture(
         "score_function": SOFTMAX_OR_SIGMOID,
         "moe_router_enable_expert_bias": {False: {}, True: {"bias": "selection", "group_score": "top2"}},
     },
+    width=("moe_intermediate_size", "moe_shared_expert_intermediate_size"),
+    shared_experts=("num_shared_experts", "n_shared_experts"),
 )
 
 _FAMILIES = (
     QWEN2_MOE,
-    QWEN2_MOE._replace(model_type="olmoe"),
-    QWEN2_MOE._replace(model_type="flex_olmo"),
+    QWEN2_MOE._replace(model_type="olmoe", width=FFN_WIDTH),
+    QWEN2_MOE._replace(model_type="flex_olmo", width=FFN_WIDTH),
     QWEN2_MOE._replace(model_type="qwen3_moe"),
     QWEN3_NEXT,
     QWEN3_NEXT._replace(model_type="mellum"),
@@ -175,19 +191,23 @@ _FAMILIES = (
         routers=("block_sparse_moe.gate", "mlp.router"),
         routing=Routing(scoring="sparsemixer", jitter=Key("router_jitter_noise", 0.01)),
         choices={},
+        width=FFN_WIDTH,
     ),
-    Architecture("jamba", routers=("feed_forward.router",)),
+    Architecture("jamba", routers=("feed_forward.router",), width=FFN_WIDTH, bound=("feed_forward.gate_proj",)),
     Architecture(
         "hunyuan_v1_moe",
         routers=("mlp.gate.wg",),
         top_k=("moe_topk", "num_experts_per_tok"),
         routing=Routing(renormalize=True),
+        width=("intermediate_size", "moe_intermediate_size"),
+        bound=("mlp.shared_mlp", "mlp.gate_proj"),
     ),
     Architecture(
         "ernie4_5_moe",
         num_experts=("moe_num_experts", "num_experts"),
         top_k=("moe_k", "num_experts_per_tok"),
         routing=Routing(renormalize=True, bias="selection", epsilon=0.0, norm_min=Key("moe_norm_min", 1e-12)),
+        shared_experts=("moe_num_shared_experts",),
     ),
     Architecture(
         "aria",
@@ -196,6 +216,8 @@ _FAMILIES = (
         top_k=("moe_topk", "num_experts_per_tok"),
         text_config="text_config",
         routing=Routing(renormalize=True),
+        width=FFN_WIDTH,
+        shared_experts=("moe_num_shared_experts",),
     ),
     Architecture(
         "cohere2_moe",
@@ -206,6 +228,9 @@ _FAMILIES = (
             },
             "shared_expert_combination_strategy": {"average": {"scale": 0.5}, "sum": {}},
         },
+        width=FFN_WIDTH,
+        shared_experts=("num_shared_experts",),
+        bound=("mlp.gate_proj",),
     ),
     DEEPSEEK_V2,
     DEEPSEEK_V2._replace(model_type="deepseek_vl_v2", text_config="language_config"),
@@ -221,6 +246,7 @@ _FAMILIES = (
         top_k=("num_experts_per_token", "num_experts_per_tok"),
         routing=SIGMOID._replace(renormalize=Key("moe_renormalize", True), num_groups=Key("num_expert_group", 1)),
         choices={"moe_router_activation_func": SIGMOID_OR_SOFTMAX},
+        shared_experts=("num_shared_experts",),
     ),
     DEEPSEEK_V3._replace(model_type="glm4_moe"),
     DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
@@ -231,7 +257,7 @@ _FAMILIES = (
         routing=SIGMOID._replace(renormalize=Key("norm_topk_prob", False)),
         choices={"topk_method": {"noaux_tc": {}}},  # what its checkpoints call scoring_func says the same
     ),
-    DEEPSEEK_V3._replace(model_type="exaone_moe", num_experts=("num_experts",)),
+    DEEPSEEK_V3._replace(model_type="exaone_moe", num_experts=("num_experts",), shared_experts=("num_shared_experts",)),
     DEEPSEEK_V3._replace(model_type="solar_open"),
     DEEPSEEK_V3._replace(model_type="mimo_v2_flash"),
     CLAMPED,
@@ -246,6 +272,7 @@ _FAMILIES = (
         routers=("mixer.gate",),
         activation=Activation(Key("mlp_hidden_act", "relu2")),
         choices=BIASED | {"moe_latent_size": {None: {}}},
+        shared_experts=(),
     ),
     MINIMAX_M2,
     MINIMAX_M2._replace(
@@ -258,6 +285,8 @@ _FAMILIES = (
         model_type="hy_v3",
         routers=("mlp.router.gate", "mlp.gate"),
         routing=MINIMAX_M2.routing._replace(scale=Key("router_scaling_factor", 1.0)),
+        width=("moe_intermediate_size", "expert_hidden_dim"),
+        shared_experts=("num_shared_experts",),
     ),
     MINIMAX_M2._replace(
         model_type="afmoe",
@@ -267,11 +296,14 @@ _FAMILIES = (
             scale=Key("route_scale", 1.0),
         ),
         choices={"score_func": SIGMOID_OR_SOFTMAX},
+        width=("moe_intermediate_size",),
+        shared_experts=("num_shared_experts",),
     ),
     MINIMAX_M2._replace(
         model_type="laguna",
         routers=("mlp.gate",),
         routing=MINIMAX_M2.routing._replace(scale=Key("moe_routed_scaling_factor", 1.0)),
+        width=("moe_intermediate_size",),
         choices={"moe_router_logit_softcapping": {0.0: {}}, "moe_apply_router_weight_on_input": {False: {}}},
     ),
     Architecture(
