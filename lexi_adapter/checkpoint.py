@@ -6,7 +6,7 @@ Standard library only, so that it runs before an engine starts and on machines w
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,10 +81,7 @@ def check_routers(model: ModelIdentity, folder: Path) -> None:
                 f"{folder}: the router of layer {layer} has shape {list(tensor.shape)}, "
                 f"the allocation was made for {model.num_experts} experts; {REMEDY}"
             )
-    digest = hashlib.sha256()
-    for layer in model.moe_layers:
-        digest.update(_read_bytes(routers[layer]))
-    if digest.hexdigest() != model.router_sha256:
+    if hash_tensors(routers[layer] for layer in model.moe_layers) != model.router_sha256:
         _unfit(f"{folder} holds other router weights than the allocation was made for (SHA-256 differs); {REMEDY}")
 
 
@@ -99,19 +96,20 @@ def check_layers(found: set[int], model: ModelIdentity, place: str) -> None:
 
 def find_output_layer(folder: Path) -> str | None:
     """The name of the tensor that is the output layer, or None where the embeddings serve as that."""
-    return next((name for name, _ in _read_tensors(folder) if name.endswith("lm_head.weight")), None)
+    return next((name for name, _ in read_tensors(folder) if name.endswith("lm_head.weight")), None)
 
 
 def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
     """Decoder-layer index -> router tensor, below `num_hidden_layers` (prediction layers past it do not count)."""
     before, after = map(re.escape, model.router.split("{}"))
     name_of_router = re.compile(f"{before}([0-9]+){after}")
-    matches = ((name_of_router.fullmatch(name), tensor) for name, tensor in _read_tensors(folder))
+    matches = ((name_of_router.fullmatch(name), tensor) for name, tensor in read_tensors(folder))
     routers = {int(match[1]): tensor for match, tensor in matches if match}
     return {layer: tensor for layer, tensor in routers.items() if layer < model.num_hidden_layers}
 
 
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and place of every tensor in the folder's safetensors files, from their headers alone."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         document = _read_json(index)
@@ -146,10 +144,14 @@ def _read_header(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise AllocationError(f"{path} has no safetensors header ({error}); fetch it again") from error
 
 
-def _read_bytes(tensor: Tensor) -> bytes:
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        return file.read(tensor.size)
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """Hex SHA-256 over the stored bytes of one tensor after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            digest.update(file.read(tensor.size))
+    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> Any:

@@ -49,7 +49,7 @@ def apply(
     check_reducible(allocation)
     identity, place = allocation.model, type(model).__name__
     _check_config(identity, model.config, place)
-    routers = _find_routers(model, identity)
+    routers = find_routers(model, identity)
     check_layers(set(routers), identity, f"{place}: routers")
     holders = {layer: _find_holders(model, name) for layer, name in routers.items()}
     if allocation.gate_exponent is not None:
@@ -83,7 +83,7 @@ def _read(config: Any, name: str) -> Any:
     return getattr(config, name) if isinstance(default, property) else vars(config).get(name, default)
 
 
-def _find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, str]:
+def find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, str]:
     """Decoder-layer index -> name of the router's weight, whose shape is [num_experts, hidden]."""
     routers: dict[int, str] = {}
     for name, weight in model.named_parameters():

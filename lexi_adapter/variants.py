@@ -5,7 +5,6 @@ narrowing them (intra-pruning) by config alone is for random weights (`--load-fo
 pruned checkpoint and name its folder.
 """
 
-import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
-from lexi_adapter.checkpoint import check_layers, find_routers, has_weights, read_config
+from lexi_adapter.checkpoint import check_layers, find_routers, has_weights, hash_tensors, read_config
 
 UNCHECKED = "0" * 64  # router_sha256 of an allocation for random weights: there are no bytes to compare
 RANDOM = "dummy"  # vLLM's load format without weights
@@ -99,12 +98,7 @@ def describe_folder(folder: str, load_format: str) -> ModelIdentity:
         return model
     routers = find_routers(model, Path(folder))
     check_layers(set(routers), model, f"{folder}: router tensors {model.router!r}")
-    digest = hashlib.sha256()
-    for layer in model.moe_layers:
-        with routers[layer].path.open("rb") as file:
-            file.seek(routers[layer].offset)
-            digest.update(file.read(routers[layer].size))
-    return replace(model, router_sha256=digest.hexdigest())
+    return replace(model, router_sha256=hash_tensors(routers[layer] for layer in model.moe_layers))
 
 
 def _find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
