@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import torch
 from corpus import InputError, encode, read_texts, standard_library
+from routers import record_logits
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -40,8 +41,9 @@ def expert_shares(model, windows: torch.Tensor, *, batch: int = 8) -> torch.Tens
     """Each expert's share of its layer's routed tokens, as a multiple of an even share: [layers, experts]."""
     counts = 0
     for tokens in windows.split(batch):
-        outputs = model.model(tokens.to(model.device), output_router_logits=True, use_cache=False)
-        logits = torch.stack(outputs.router_logits)  # [layers, tokens, experts]
+        with record_logits(model) as recorded:
+            model.model(tokens.to(model.device), use_cache=False)
+        logits = torch.stack(recorded)  # [layers, tokens, experts]
         chosen = logits.topk(model.config.num_experts_per_tok, dim=-1).indices.flatten(1)
         counts = counts + F.one_hot(chosen, logits.shape[-1]).sum(1)
     return counts / counts.float().mean(1, keepdim=True)

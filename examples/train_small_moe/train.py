@@ -1,92 +1,45 @@
 """Train a small mixture-of-experts language model from random weights and save it in the Hugging Face layout.
 
-Run it as `python train.py tiny-olmoe --seconds 240`.
+Run it as `python train.py tiny-olmoe --seconds 240`, or `python train.py my-moe --preset olmoe-45m --corpus my-corpus
+--seconds 100` with a corpus from domains.py.
 """
 
+import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import click
+import corpus as plain
+import numpy as np
 import torch
-from corpus import END_OF_TEXT, InputError, encode, read_texts, standard_library
+from corpus import END_OF_TEXT, InputError, read_texts, standard_library
+from domains import Corpus, read_corpus, train_tokenizer
 from evaluate import held_out_loss, next_token_loss, spread_windows
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from families import AUX_LOSS_COEFFICIENT, FAMILIES, PRESETS, Preset, Shape, build_config
+from routers import record_logits
+from tokenizers import Tokenizer
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-
-@dataclass(frozen=True)
-class Family:
-    """The config keys in which a transformers `model_type` differs from the others."""
-
-    num_experts: str
-    width: str
-    fixed: Mapping[str, object] = field(default_factory=dict)
-
-
-FAMILIES = {
-    "olmoe": Family("num_experts", "intermediate_size", {"norm_topk_prob": False}),
-    "mixtral": Family("num_local_experts", "intermediate_size"),
-    "qwen3_moe": Family("num_experts", "moe_intermediate_size", {"norm_topk_prob": True}),
-}
 WARMUP = 0.02  # of the whole run
 WEIGHT_DECAY = 0.1
-AUX_LOSS_COEFFICIENT = 0.01
 REPORT_SECONDS = 10
+RECORD_STEPS = 20
+HELD_OUT_SEQUENCES = 64  # of each domain, for the losses in the log
 
 
-def build_config(
-    family: str, *, layers: int, hidden: int, heads: int, experts: int, top_k: int, width: int, vocab: int, length: int
-) -> PreTrainedConfig:
-    """A transformers config of the family; END_OF_TEXT is token 0."""
-    keys = FAMILIES[family]
-    return AutoConfig.for_model(
-        family,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=hidden // heads,
-        num_experts_per_tok=top_k,
-        vocab_size=vocab,
-        max_position_embeddings=length,
-        tie_word_embeddings=False,  # as on the hub; vLLM reads no tied OLMoE output layer
-        router_aux_loss_coef=AUX_LOSS_COEFFICIENT,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        **{keys.num_experts: experts, keys.width: width, **keys.fixed},
-    )
-
-
-def train_tokenizer(texts: list[str], *, vocab: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of exactly `vocab` tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocab:
-        raise InputError(f"the text gives {tokenizer.get_vocab_size()} tokens, not {vocab}: give more text or --vocab")
-    return tokenizer
-
-
-def balance_loss(router_logits: tuple[torch.Tensor, ...], *, top_k: int) -> torch.Tensor:
+def balance_loss(router_logits: list[torch.Tensor], *, top_k: int) -> torch.Tensor:
     """Load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4), summed over layers; each layer's least is 1.
 
     Layer by layer: balance over all layers at once, as in transformers' own loss, would let a layer drop an expert.
     """
-    logits = torch.stack(router_logits).float()  # [layers, tokens, experts]
+    logits = torch.stack(router_logits)  # [layers, tokens, experts]
     experts = logits.shape[-1]
     chosen = logits.topk(top_k, dim=-1).indices.flatten(1)
     ones = torch.ones_like(chosen, dtype=torch.float32)
@@ -109,8 +62,8 @@ def train(
     steps: int | None,
     seconds: float | None,
     seed: int,
-) -> int:
-    """Train in place for `steps` steps, or for `seconds` where steps is None; returns the number of steps made.
+) -> list[dict[str, float]]:
+    """Train in place for `steps` steps, or for `seconds` where steps is None; returns the loss curve, last step last.
 
     stream: token ids [tokens] on the model's device. The model computes in its own dtype, and float32 master weights
     take the updates.
@@ -126,115 +79,182 @@ def train(
     )
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(length, device=stream.device)
-    step, started, reported = 0, time.monotonic(), 0.0
-    while (progress := (time.monotonic() - started) / seconds if steps is None else step / steps) < 1:
-        starts = torch.randint(len(stream) - length + 1, (batch, 1), generator=generator).to(stream.device)
-        tokens = stream[starts + window].long()
-        outputs = model.model(tokens, output_router_logits=True, use_cache=False)
-        loss = next_token_loss(model.lm_head(outputs.last_hidden_state), tokens)
-        balance = balance_loss(outputs.router_logits, top_k=model.config.num_experts_per_tok)
-        (loss + AUX_LOSS_COEFFICIENT * balance).backward()
+    curve, step, started, reported = [], 0, time.monotonic(), 0.0
+    with record_logits(model) as logits:
+        while (progress := (time.monotonic() - started) / seconds if steps is None else step / steps) < 1:
+            starts = torch.randint(len(stream) - length + 1, (batch, 1), generator=generator).to(stream.device)
+            tokens = stream[starts + window].long()
+            logits.clear()
+            hidden = model.model(tokens, use_cache=False).last_hidden_state
+            loss = next_token_loss(model.lm_head(hidden), tokens)
+            balance = balance_loss(logits, top_k=model.config.num_experts_per_tok)
+            (loss + AUX_LOSS_COEFFICIENT * balance).backward()
 
-        for master, weight in zip(masters, weights, strict=True):
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(progress, peak=peak)
-        optimizer.step()
-        with torch.no_grad():
             for master, weight in zip(masters, weights, strict=True):
-                weight.copy_(master)
-        step += 1
-        if (elapsed := time.monotonic() - started) - reported > REPORT_SECONDS:
-            reported, layers = elapsed, len(outputs.router_logits)
-            click.echo(f"{elapsed:5.0f} s  step {step}  loss {loss:.4f}  balance {balance / layers:.3f} (even: 1)")
-    return step
+                master.grad, weight.grad = weight.grad.float(), None
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(progress, peak=peak)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_copy_(weights, masters)
+            step += 1
+            if step % RECORD_STEPS == 0:
+                curve.append(take_note(step, time.monotonic() - started, loss, balance / len(logits)))
+                if curve[-1]["seconds"] - reported > REPORT_SECONDS:
+                    reported = curve[-1]["seconds"]
+                    click.echo("  ".join(f"{name} {value:.4g}" for name, value in curve[-1].items()))
+    return [*curve, take_note(step, time.monotonic() - started, loss, balance / len(logits))]
 
 
-def save(folder: Path, model, tokenizer: Tokenizer) -> None:
-    """Write the checkpoint in bfloat16; the folder appears whole or not at all."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+def take_note(step: int, seconds: float, loss: torch.Tensor, balance: torch.Tensor) -> dict[str, float]:
+    """A point of the loss curve; `balance` is the mean over layers, 1 where all experts are loaded evenly."""
+    return {"step": step, "seconds": round(seconds, 3), "loss": loss.item(), "balance": balance.item()}
+
+
+def save(folder: Path, model, tokenizer: Tokenizer, held_out: Mapping[str, np.ndarray], log: Mapping) -> None:
+    """Write the checkpoint in bfloat16, held-out tokens and the log; the folder appears whole or not at all."""
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
-        model.to(torch.bfloat16).save_pretrained(partial)
+        model.to(torch.bfloat16).save_pretrained(unfinished)
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             bos_token=END_OF_TEXT,
             eos_token=END_OF_TEXT,
             pad_token=END_OF_TEXT,
             model_max_length=model.config.max_position_embeddings,
-        ).save_pretrained(partial)
-        partial.chmod(0o755)
-        os.replace(partial, folder)
+        ).save_pretrained(unfinished)
+        np.savez(unfinished / "held_out.npz", **held_out)
+        (unfinished / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+        unfinished.chmod(0o755)
+        os.replace(unfinished, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-@click.command()
-@click.argument("output", type=click.Path(path_type=Path))
-@click.option("--family", type=click.Choice(sorted(FAMILIES)), default="olmoe", show_default=True)
-@click.option("--layers", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--hidden", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--experts", type=click.IntRange(2), default=32, show_default=True)
-@click.option("--top-k", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--width", type=click.IntRange(1), default=32, show_default=True, help="Hidden units of one expert.")
-@click.option("--vocab", type=click.IntRange(257), default=2048, show_default=True)
-@click.option("--length", type=click.IntRange(2), default=1024, show_default=True, help="Tokens per sequence.")
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Sequences per step.")
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=3e-3, show_default=True)
-@click.option("--steps", type=click.IntRange(1), help="Train this many steps (the reproducible choice).")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Train this long instead.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there, or cpu")
-@click.option("--text", type=click.Path(path_type=Path), multiple=True, help="Text folder; default: standard library.")
-def main(
-    output: Path,
-    family: str,
-    text: tuple[Path, ...],
-    batch: int,
-    learning_rate: float,
-    steps: int | None,
-    seconds: float | None,
-    seed: int,
-    device: str,
-    **shape: int,
-) -> None:
-    """Train a small MoE language model on text folders and save it in the new folder OUTPUT."""
+def read_plain(folders: tuple[Path, ...], *, vocab: int) -> Corpus:
+    """A corpus of one domain, `text`, from folders of files, with a tokenizer of its own."""
+    training, held_out = read_texts(folders)
+    tokenizer = train_tokenizer(training, vocab=vocab)
+    streams = [{"text": plain.encode(tokenizer, texts).numpy().astype(np.uint16)} for texts in (training, held_out)]
+    counts = {"text": {"files": len(training) + len(held_out), "characters": sum(map(len, training + held_out))}}
+    return Corpus(tokenizer, *streams, counts=counts)
+
+
+def choose(preset: str | None, family: str | None, corpus: Corpus | None, **given: float | None) -> Preset:
+    """The preset, or the default shape, with what was given instead; the corpus decides the vocabulary."""
+    if preset and family:
+        raise InputError(f"--preset {preset} has a family: leave --family out")
+    base = PRESETS[preset] if preset else Preset(family or "olmoe", Shape(), batch=32, learning_rate=3e-3)
+    given = {name: value for name, value in given.items() if value is not None}
+    if corpus is not None:
+        given["vocab"] = corpus.tokenizer.get_vocab_size()
+    shape = base.shape._replace(**{name: given.pop(name) for name in list(given) if name in Shape._fields})
+    return base._replace(shape=shape, **given)
+
+
+def check(output: Path, chosen: Preset, *, steps: int | None, seconds: float | None, device: str) -> None:
+    """Raise InputError for what would fail only after minutes."""
+    shape = chosen.shape
     if os.path.lexists(output):
         raise InputError(f"{output} exists: name a new folder, or remove it first")
     if not os.access(parent := output.absolute().parent, os.W_OK):
         raise InputError(f"{parent} is no writable folder: create it, or name OUTPUT elsewhere")
     if (steps is None) == (seconds is None):
         raise InputError("give either --steps or --seconds")
-    if shape["hidden"] % (2 * shape["heads"]):
-        raise InputError(f"--hidden {shape['hidden']} is not an even number times --heads {shape['heads']}")
-    if shape["top_k"] > shape["experts"]:
-        raise InputError(f"--top-k {shape['top_k']} is above --experts {shape['experts']}")
+    if shape.hidden % (2 * shape.heads):
+        raise InputError(f"--hidden {shape.hidden} is not an even number times --heads {shape.heads}")
+    if shape.top_k > shape.experts:
+        raise InputError(f"--top-k {shape.top_k} is above --experts {shape.experts}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise InputError(f"PyTorch cannot use --device {device} here: try --device cpu") from None
-    training, held_out = read_texts(text or (standard_library(),))
-    click.echo(f"{len(training)} training files, {sum(map(len, training)) / 1e6:.1f} M characters")
-    tokenizer = train_tokenizer(training, vocab=shape["vocab"])
-    stream = encode(tokenizer, training)
-    windows = spread_windows(encode(tokenizer, held_out), sequences=64, length=shape["length"])
-    if len(stream) < shape["length"]:
-        raise InputError(f"{len(stream)} training tokens are fewer than --length {shape['length']}: give more text")
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--preset", type=click.Choice(sorted(PRESETS)), help="A family, its shape and schedule.")
+@click.option("--family", type=click.Choice(sorted(FAMILIES)), help="Without a preset: olmoe.")
+@click.option("--layers", type=click.IntRange(1), help="Without a preset: 8.")
+@click.option("--hidden", type=click.IntRange(1), help="Without a preset: 128.")
+@click.option("--heads", type=click.IntRange(1), help="Without a preset: 4.")
+@click.option("--experts", type=click.IntRange(2), help="Without a preset: 32.")
+@click.option("--top-k", type=click.IntRange(1), help="Without a preset: 8.")
+@click.option("--width", type=click.IntRange(1), help="Hidden units of one expert. Without a preset: 32.")
+@click.option("--vocab", type=click.IntRange(257, 2**16), help="Without a preset: 2048. A corpus has its own.")
+@click.option("--length", type=click.IntRange(2), help="Tokens per sequence. Without a preset: 1024.")
+@click.option("--batch", type=click.IntRange(1), help="Sequences per step. Without a preset: 32.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="At its peak. Without a preset: 3e-3.")
+@click.option("--steps", type=click.IntRange(1), help="Train this many steps (the reproducible choice).")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Train this long instead.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there, or cpu")
+@click.option("--corpus", type=click.Path(path_type=Path), help="Folder that domains.py made.")
+@click.option("--text", type=click.Path(path_type=Path), multiple=True, help="Text folder; default: standard library.")
+def main(
+    output: Path,
+    preset: str | None,
+    family: str | None,
+    corpus: Path | None,
+    text: tuple[Path, ...],
+    steps: int | None,
+    seconds: float | None,
+    seed: int,
+    device: str,
+    **given: float | None,
+) -> None:
+    """Train a small MoE language model on text and save it in the new folder OUTPUT.
+
+    OUTPUT also gets the held-out tokens of each domain (held_out.npz) and the run's log (training.json).
+    """
+    if corpus is not None and text:
+        raise InputError("give either --corpus or --text")
+    held = None if corpus is None else read_corpus(corpus)
+    chosen = choose(preset, family, held, **given)
+    check(output, chosen, steps=steps, seconds=seconds, device=device)
+    family, shape, batch, peak = chosen
+    held = held or read_plain(text or (standard_library(),), vocab=shape.vocab)
+    stream = torch.from_numpy(np.concatenate(list(held.training.values())).astype(np.int32))
+    if len(stream) < shape.length:
+        raise InputError(f"{len(stream)} training tokens are fewer than --length {shape.length}: give more text")
+    held_out = {domain: torch.from_numpy(tokens.astype(np.int32)) for domain, tokens in held.held_out.items()}
+    spread = partial(spread_windows, sequences=HELD_OUT_SEQUENCES, length=shape.length)
+    windows = {domain: spread(tokens) for domain, tokens in held_out.items()}
 
     torch.manual_seed(seed)
-    # Experts as one grouped matrix product, which PyTorch has on a GPU in bfloat16 alone.
+    # Experts as one grouped matrix product, whose fast path on a GPU is bfloat16's.
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_config(
-        build_config(family, **shape), dtype=dtype, experts_implementation="grouped_mm"
+        build_config(family, shape), dtype=dtype, experts_implementation="grouped_mm"
     ).to(device)
     click.echo(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(stream) / 1e6:.2f} M training tokens")
-    budget = {"steps": steps, "seconds": seconds}
-    done = train(model, stream.to(device), batch=batch, length=shape["length"], peak=learning_rate, seed=seed, **budget)
-    click.echo(f"{done} steps, {done * batch * shape['length'] / 1e6:.1f} M tokens")
-    click.echo(f"held-out loss {held_out_loss(model, windows):.4f} nats per token")
-    save(output, model, tokenizer)
+    limit = {"steps": steps, "seconds": seconds}
+    curve = train(model, stream.to(device), batch=batch, length=shape.length, peak=peak, seed=seed, **limit)
+    last = curve[-1]
+    tokens = last["step"] * batch * shape.length
+    click.echo(f"{last['step']} steps, {tokens / 1e6:.1f} M tokens, {tokens / last['seconds'] / 1e3:.0f} k tokens/s")
+    losses = {domain: held_out_loss(model, each) for domain, each in windows.items()}
+    for domain, loss in losses.items():
+        click.echo(f"held-out loss of {domain}: {loss:.4f} nats per token")
+    log = {
+        "preset": preset,
+        "family": family,
+        "shape": shape._asdict(),
+        "parameters": model.num_parameters(),
+        "seed": seed,
+        "batch": batch,
+        "learning_rate": peak,
+        "tokens": tokens,
+        "seconds": last["seconds"],
+        "held_out_loss": losses,
+        "corpus": held.counts,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "curve": curve,
+    }
+    save(output, model, held.tokenizer, held.held_out, log)
 
 
 if __name__ == "__main__":
