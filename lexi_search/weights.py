@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from lexi_search.ffn import ExpertWeights
 from lexi_search.layouts import ExpertTensors
 from lexi_search.models import Model
 from lexi_search.schemes import Parts, Plain, Scheme, dequantise
+from lexi_search.stacks import BlockWeights, Decoder
 from lexi_search.tensors import Tensors
 
 READERS = 8  # threads that read, each into a host buffer of its own, as large as the largest tensor it has read
@@ -61,6 +62,7 @@ class _Piece(NamedTuple):
     recipe: _Recipe
 
 
+Weights = Any  # a tree of arrays, or of `Stored` tensors where arrays will be
 NeededExperts = Callable[[int, Array, Array | None], Collection[int]]  # layer index, router, bias -> experts
 
 
@@ -78,9 +80,37 @@ def stream_layers(
         InputError: a shard that cannot be read; NaN or Inf in a router, a bias or an expert that is read, by name.
     """
     reader = _Reader(checkpoint)
-    overlap = _can_overlap(reader, model, layers)
+    yield from _stream(reader, model, layers, partial(_read_layer, reader, model, needed))
+
+
+def stream_blocks(checkpoint: Checkpoint, model: Model, decoder: Decoder) -> Iterator[tuple[int, BlockWeights]]:
+    """Yield (index, weights on the default device, with a MoE's `LayerWeights`) of every decoder layer, in order.
+
+    As `stream_layers` does it: one layer ahead, and errors alike.
+    """
+    reader = _Reader(checkpoint)
+    yield from _stream(reader, model, range(len(decoder.blocks)), partial(_read_block, reader, model, decoder))
+
+
+def read_tensors(checkpoint: Checkpoint, tensors: Weights) -> Weights:
+    """The same tree with an array on the default device for every `Stored` tensor in it, dequantised.
+
+    Raises:
+        InputError: a shard that cannot be read; NaN or Inf in a tensor, by name.
+    """
+    reader = _Reader(checkpoint)
+    try:
+        return _read_tree(reader, tensors)
+    finally:
+        reader.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stream(
+    reader: "_Reader", model: Model, layers: Sequence[int], read: Callable[[int], Weights]
+) -> Iterator[tuple[int, Weights]]:
+    overlap = _can_overlap(reader, model, [layer for layer in layers if layer in model.tensors])
     ahead = ThreadPoolExecutor(max_workers=1)
-    start = partial(ahead.submit, _read_layer, reader, model, needed)
+    start = partial(ahead.submit, read)
     try:
         reading = start(layers[0]) if layers else None
         for place, layer in enumerate(layers):
@@ -118,6 +148,26 @@ def _read_layer(reader: "_Reader", model: Model, needed: NeededExperts | None, l
     wanted = range(len(experts)) if needed is None else sorted(needed(layer, router, bias))
     experts.load(wanted, apply=reader.pool.map)
     return LayerWeights(router, bias, experts)
+
+
+def _read_block(reader: "_Reader", model: Model, decoder: Decoder, layer: int) -> BlockWeights:
+    moe = _read_layer(reader, model, None, layer) if layer in model.tensors else None
+    return _read_tree(reader, decoder.tensors[layer])._replace(moe=moe)
+
+
+def _read_tree(reader: "_Reader", tensors: Weights) -> Weights:
+    leaves, structure = jax.tree.flatten(tensors)
+    recipes = [_describe_recipe(reader.tensors, leaf.name, ("values",)) for leaf in leaves]
+    pieces = tuple(_Piece(leaf.name, None, recipe) for leaf, recipe in zip(leaves, recipes, strict=True))
+    parts = reader.load({0: pieces}, apply=reader.pool.map)[0]
+    values = [_make_values(*made, rows=leaf.rows) for leaf, *made in zip(leaves, parts, recipes, strict=True)]
+    return jax.tree.unflatten(structure, values)
+
+
+def _make_values(parts: Parts, recipe: "_Recipe", *, rows: tuple[int, int] | None) -> Array:
+    plain = recipe.scheme == Plain()
+    values = parts["weight"] if plain else _dequantise(parts, recipe=recipe)
+    return values if rows is None else values[slice(*rows)]
 
 
 class _Experts(Sequence[ExpertWeights]):
@@ -232,6 +282,11 @@ def _list_pieces(tensors: Tensors, experts: ExpertTensors) -> list[tuple[_Piece,
 def _describe_recipe(tensors: Tensors, name: str, fields: tuple[str, ...], fused: bool = False) -> _Recipe:
     stored = tensors[name]
     return _Recipe(fields, stored.scheme, stored.shape[1:] if fused else stored.shape, stored.dtype.name)
+
+
+@partial(jax.jit, static_argnames="recipe")
+def _dequantise(parts: Parts, *, recipe: _Recipe) -> Array:
+    return dequantise(parts, recipe.scheme, recipe.shape, recipe.dtype)
 
 
 @partial(jax.jit, static_argnames="recipes")

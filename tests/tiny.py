@@ -269,7 +269,10 @@ def build_reference(family: str, *, seed: int = 0, **changes):
 
 def make_checkpoint(family: str, folder: Path, *, seed: int = 0, shard_size: str = "5GB", **changes) -> Path:
     """Write the family's tiny checkpoint into `folder`, as on the hub: `config.json` and safetensors shards."""
-    model = build_reference(family, seed=seed, **changes)
+    return save_checkpoint(family, build_reference(family, seed=seed, **changes), folder, shard_size=shard_size)
+
+
+def save_checkpoint(family: str, model, folder: Path, *, shard_size: str = "5GB") -> Path:
     model.save_pretrained(folder, max_shard_size=shard_size)
     if family in REWRITES:
         _rewrite(folder, *REWRITES[family])

@@ -1,0 +1,147 @@
+"""Causal attention in JAX: from a layer's normalised input to what it adds to the residual stream, for whole sequences.
+
+Norms, rotation, softmax and sums of products are float32 whatever the hidden states are.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lexi_search.decoders import Attention, GroupedAttention, LatentAttention, Norm
+from lexi_search.ffn import find_precision
+from lexi_search.rope import Rope
+from lexi_search.stacks import Affine, GroupedWeights, LatentWeights
+
+SCORE_BYTES = 64 << 20  # of attention scores at a time: some queries of one sequence, or several whole sequences
+
+
+def attend(
+    x: Float[Array, "sequences length hidden"], weights: GroupedWeights | LatentWeights, *, attention: Attention
+) -> Float[Array, "sequences length hidden"]:
+    """The attention layer's output for every position, each seeing itself and those before it, in `x`'s type."""
+    project = _project_latent if isinstance(attention, LatentAttention) else _project_grouped
+    queries, keys, values = project(x, weights, attention)
+    mix = partial(_attend_sequence, scale=attention.scale, window=attention.window)
+    length, heads = x.shape[1], attention.num_heads
+    at_once = max(SCORE_BYTES // (4 * heads * length * length), 1)
+    outputs = jax.lax.map(lambda sequence: mix(*sequence), (queries, keys, values), batch_size=min(at_once, len(x)))
+    return apply_affine(outputs.reshape(*x.shape[:2], -1), weights.o)
+
+
+def apply_affine(x: Float[Array, "*rows inner"], weights: Affine) -> Float[Array, "*rows outer"]:
+    """x @ weight.T + bias in `x`'s type."""
+    matrix = weights.weight.astype(x.dtype)
+    product = jnp.einsum("...i,oi->...o", x, matrix, precision=find_precision(x))
+    return product if weights.bias is None else product + _spread(weights.bias.astype(x.dtype), x)
+
+
+def normalise(x: Float[Array, "*rows width"], weights: Affine, *, norm: Norm) -> Float[Array, "*rows width"]:
+    """The norm of every row in `x`'s type, computed in float32."""
+    wide = x.astype(jnp.float32)
+    if norm.centred:
+        wide = wide - wide.mean(axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + norm.eps)
+    wide = wide * _spread(weights.weight.astype(jnp.float32) + norm.offset, x)
+    if weights.bias is not None:
+        wide = wide + _spread(weights.bias.astype(jnp.float32), x)
+    return wide.astype(x.dtype)
+
+
+def _spread(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Float[Array, "*ones width"]:
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _project_grouped(
+    x: Float[Array, "sequences length hidden"], weights: GroupedWeights, attention: GroupedAttention
+) -> tuple[Float[Array, "sequences length kv_heads group head"], ...]:
+    """Queries [.., kv_heads, heads / kv_heads, head_dim], keys and values [.., kv_heads, 1, head_dim]."""
+    kv_heads, group = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
+    queries, keys, values = (
+        apply_affine(x, part).reshape(*x.shape[:2], kv_heads, count, -1)
+        for part, count in ((weights.q, group), (weights.k, 1), (weights.v, 1))
+    )
+    gains = weights.q_norm, weights.k_norm
+    queries, keys = (_turn(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
+    return queries, keys, values if attention.clip is None else jnp.clip(values, -attention.clip, attention.clip)
+
+
+def _turn(
+    heads: Float[Array, "sequences length kv_heads group head"], gain: Affine | None, attention: GroupedAttention
+) -> Float[Array, "sequences length kv_heads group head"]:
+    """Queries or keys as they are multiplied: normalised, clipped, rotated."""
+    if gain is not None and not attention.norm_last:
+        heads = _normalise_heads(heads, gain, attention.norm)
+    if attention.clip is not None:
+        heads = jnp.clip(heads, -attention.clip, attention.clip)
+    if attention.rope is not None:
+        heads = rotate(heads, attention.rope)
+    if gain is not None and attention.norm_last:
+        heads = _normalise_heads(heads, gain, attention.norm)
+    return heads
+
+
+def _normalise_heads(
+    heads: Float[Array, "sequences length kv_heads group head"], gain: Affine, norm: Norm
+) -> Float[Array, "sequences length kv_heads group head"]:
+    """Each head by itself, or all together if there are gains for that."""
+    together = gain.weight.shape[0] != heads.shape[-1]
+    rows = heads.reshape(*heads.shape[:2], -1) if together else heads
+    return normalise(rows, gain, norm=norm).reshape(heads.shape)
+
+
+def _project_latent(
+    x: Float[Array, "sequences length hidden"], weights: LatentWeights, attention: LatentAttention
+) -> tuple[Float[Array, "sequences length kv_heads group head"], ...]:
+    raise NotImplementedError
+
+
+def rotate(x: Float[Array, "sequences length *heads head"], rope: Rope) -> Float[Array, "sequences length *heads head"]:
+    """Turn the pairs of each head by their frequencies times the position, in float32; values behind them stay.
+
+    Neighbouring pairs come out as halves: the same order for queries and keys, so that their products are the same.
+    """
+    count = len(rope.frequencies)
+    turned, rest = x[..., : 2 * count].astype(jnp.float32), x[..., 2 * count :]
+    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * jnp.asarray(rope.frequencies, jnp.float32)[None, :]
+    angles = angles.reshape(1, x.shape[1], *[1] * (x.ndim - 3), count)
+    cos, sin = jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
+    if rope.interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :count], turned[..., count:]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+def _attend_sequence(
+    queries: Float[Array, "length kv_heads group head"],
+    keys: Float[Array, "length kv_heads 1 head"],
+    values: Float[Array, "length kv_heads 1 value"],
+    *,
+    scale: float,
+    window: int | None,
+) -> Float[Array, "length kv_heads group value"]:
+    """One sequence, some queries after another, so that scores take at most `SCORE_BYTES`."""
+    length, heads = len(queries), queries.shape[1] * queries.shape[2]
+    size = min(max(SCORE_BYTES // (4 * heads * length), 1), length)
+    count = -(-length // size)
+    padded = jnp.pad(queries, ((0, count * size - length), (0, 0), (0, 0), (0, 0)))
+    precision = find_precision(queries)
+    positions = jnp.arange(length)
+
+    def attend_some(some: tuple[Array, Array]) -> Array:
+        start, chunk = some
+        products = jnp.einsum(
+            "nkgd,mkd->kgnm", chunk, keys[:, :, 0], precision=precision, preferred_element_type=jnp.float32
+        )
+        distance = (start + jnp.arange(size))[:, None] - positions[None, :]
+        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        scores = jnp.where(seen[None, None], products * scale, jnp.finfo(jnp.float32).min)
+        shares = jax.nn.softmax(scores, axis=-1)
+        return jnp.einsum("kgnm,mkd->nkgd", shares.astype(values.dtype), values[:, :, 0], precision=precision)
+
+    starts = jnp.arange(count) * size
+    outputs = jax.lax.map(attend_some, (starts, padded.reshape(count, size, *queries.shape[1:])))
+    return outputs.reshape(count * size, *outputs.shape[2:])[:length]

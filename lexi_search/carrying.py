@@ -1,0 +1,103 @@
+"""Tokens carried through a checkpoint, a part of a decoder layer at a time.
+
+A layer is `attend`, then the experts on what it returned, which are the caller's part (`moe` has every k from one
+pass), then `finish`. Hidden states keep their element type; a leading axis of variants is so many more sequences.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lexi_search.attention import apply_affine, normalise
+from lexi_search.attention import attend as attend_causally
+from lexi_search.decoders import Block, Norm
+from lexi_search.ffn import apply_ffn, find_precision
+from lexi_search.stacks import Affine, BlockWeights, Decoder, EndWeights
+
+
+def embed(
+    decoder: Decoder, ends: EndWeights, tokens: Int[Array, "sequences length"], *, dtype: str
+) -> Float[Array, "sequences length hidden"]:
+    """The hidden states before the first layer, in `dtype`."""
+    return ends.embedding[tokens].astype(dtype) * jnp.asarray(decoder.embedding_scale, dtype)
+
+
+def attend(
+    block: Block, weights: BlockWeights, hidden: Float[Array, "sequences length hidden"]
+) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
+    """The hidden states after attention, and the normalised input of the layer's MLP or MoE for every token."""
+    return _attend(weights._replace(moe=None), hidden, block=block)
+
+
+def finish(
+    block: Block,
+    weights: BlockWeights,
+    hidden: Float[Array, "sequences length hidden"],
+    x: Float[Array, "tokens hidden"],
+    routed: Float[Array, "tokens hidden"] | None,
+) -> Float[Array, "sequences length hidden"]:
+    """The hidden states after the layer, from what `attend` returned and what the experts add; None in a dense layer.
+
+    What every token passes is added here: the dense MLP, or the shared experts.
+    """
+    return _finish(weights._replace(moe=None), hidden, x, routed, block=block)
+
+
+def read_logits(
+    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "*rows hidden"]
+) -> Float[Array, "*rows vocabulary"]:
+    """The logits of the next token, float32, from the hidden states after the last layer."""
+    return _read_logits(ends._replace(embedding=None), hidden, norm=decoder.norm, scale=decoder.logit_scale)
+
+
+@partial(jax.jit, static_argnames="block")
+def _attend(
+    weights: BlockWeights, hidden: Float[Array, "sequences length hidden"], *, block: Block
+) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
+    normed = _normalise(hidden, weights.norms.attention_input, block)
+    output = attend_causally(normed, weights.attention, attention=block.attention)
+    hidden = _add(hidden, _normalise(output, weights.norms.attention_output, block), block)
+    return hidden, _normalise(hidden, weights.norms.ffn_input, block).reshape(-1, hidden.shape[-1])
+
+
+@partial(jax.jit, static_argnames="block")
+def _finish(
+    weights: BlockWeights,
+    hidden: Float[Array, "sequences length hidden"],
+    x: Float[Array, "tokens hidden"],
+    routed: Float[Array, "tokens hidden"] | None,
+    *,
+    block: Block,
+) -> Float[Array, "sequences length hidden"]:
+    output = jnp.zeros(x.shape, jnp.float32) if routed is None else routed.astype(jnp.float32)
+    if weights.ffn is not None:
+        common = apply_ffn(x, weights.ffn, activation=block.activation)
+        if weights.ffn_gate is not None:
+            common = common * jax.nn.sigmoid(apply_affine(x, weights.ffn_gate))
+        output = output + common.astype(jnp.float32)
+    output = _normalise(output.astype(hidden.dtype), weights.norms.ffn_output, block)
+    return _add(hidden, output.reshape(hidden.shape), block)
+
+
+@partial(jax.jit, static_argnames=("norm", "scale"))
+def _read_logits(
+    ends: EndWeights, hidden: Float[Array, "*rows hidden"], *, norm: Norm, scale: float
+) -> Float[Array, "*rows vocabulary"]:
+    normed = normalise(hidden, ends.norm, norm=norm)
+    head = ends.head.weight.astype(normed.dtype)
+    logits = jnp.einsum(
+        "...h,vh->...v", normed, head, precision=find_precision(normed), preferred_element_type=jnp.float32
+    )
+    if ends.head.bias is not None:
+        logits = logits + ends.head.bias.astype(jnp.float32).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return logits * jnp.float32(scale)
+
+
+def _normalise(x: Float[Array, "*rows hidden"], weights: Affine | None, block: Block) -> Float[Array, "*rows hidden"]:
+    return x if weights is None else normalise(x, weights, norm=block.norm)
+
+
+def _add(hidden: Float[Array, "*rows hidden"], output: Float[Array, "*rows hidden"], block: Block) -> Array:
+    return hidden + output * jnp.asarray(block.residual_scale, hidden.dtype)

@@ -1,0 +1,156 @@
+"""What differs between families outside the MoE layer, as data: attention, norms, windows, multipliers.
+
+A family is one `Family` below; without one, no tokens can be carried through it. What tensors tell by themselves
+(biases, norms of queries and keys, low-rank queries, shared experts, dense layers) is found by looking.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from lexi_search.architectures import Activation, Key
+from lexi_search.models import Config
+from lexi_search.rope import Rope
+
+
+class Norm(NamedTuple):
+    """x / rms(x) * (gain + `offset`), or LayerNorm if `centred`, plus a bias if there is one; static under `jit`."""
+
+    eps: float
+    centred: bool = False
+    offset: float = 0.0
+
+
+class GroupedAttention(NamedTuple):
+    """Attention with `num_heads` / `num_kv_heads` queries to each key; hashable, static under `jit`.
+
+    Scores are `scale` times the products. A query sees the last `window` positions, itself included, or all. `clip`
+    bounds queries, keys and values on both sides. Queries and keys are normalised by `norm` if there are gains for it:
+    one for each value of a head, or one for each value of all heads together, before or after they are turned.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    norm: Norm
+    rope: Rope | None
+    window: int | None = None
+    clip: float | None = None
+    norm_last: bool = False
+
+
+class LatentAttention(NamedTuple):
+    """DeepSeek's attention through low-rank keys and values (arXiv 2405.04434, section 2.1); static under `jit`.
+
+    A head's queries and keys are `nope_dim` values that stay, then `rope_dim` that turn; heads share a key's latter.
+    """
+
+    num_heads: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    scale: float
+    norm: Norm
+    rope: Rope
+    window: int | None = None
+
+
+Attention = GroupedAttention | LatentAttention
+
+
+class Block(NamedTuple):
+    """What one decoder layer computes outside its experts; hashable, static under `jit`, equal in most layers."""
+
+    attention: Attention
+    norm: Norm
+    activation: Activation  # of the dense MLP or the shared expert
+    residual_scale: float = 1.0
+
+
+class Norms(NamedTuple):
+    """The four places of a norm in a layer, of which a family uses some: around attention, around the MLP or MoE."""
+
+    attention_input: Any = None
+    attention_output: Any = None
+    ffn_input: Any = None
+    ffn_output: Any = None
+
+
+PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_layernorm")
+POST_NORMS = Norms(attention_output="post_attention_layernorm", ffn_output="post_feedforward_layernorm")
+
+Windows = Callable[[Config, int], Sequence[int | None]]  # number of layers -> the window of each
+
+
+def see_all(config: Config, num_layers: int) -> Sequence[int | None]:
+    return [None] * num_layers
+
+
+def see_window(config: Config, num_layers: int) -> Sequence[int | None]:
+    return [config.values.get("sliding_window")] * num_layers
+
+
+def see_window_if_used(config: Config, num_layers: int) -> Sequence[int | None]:
+    return (see_window if config.values.get("use_sliding_window") else see_all)(config, num_layers)
+
+
+def see_by_type(config: Config, num_layers: int) -> Sequence[int | None]:
+    """By the config's `layer_types`, none without."""
+    types, window = config.values.get("layer_types") or [], config.values.get("sliding_window")
+    return [window if kind == "sliding_attention" else None for kind in types] or [None] * num_layers
+
+
+def see_alternating(config: Config, num_layers: int) -> Sequence[int | None]:
+    """By `layer_types`, else the even layers of the first `max_window_layers` if windows are used (Qwen2-MoE)."""
+    values = config.values
+    if values.get("layer_types") or not values.get("use_sliding_window"):
+        return see_by_type(config, num_layers)
+    last = values.get("max_window_layers", 28)
+    return [values.get("sliding_window") if i % 2 == 0 and i < last else None for i in range(num_layers)]
+
+
+class Family(NamedTuple):
+    """One family. Any number may be a `Key` of the config or a function of it instead of a value."""
+
+    model_type: str
+    latent: bool = False  # attention
+    norms: Norms = PRE_NORMS  # module names below `layers.N.`
+    eps: Any = Key("rms_norm_eps", 1e-6)
+    theta: float = 1e4  # of the rotation, where the config has none
+    scale: Any = None  # of attention scores; None: head_dim ** -0.5
+    clip: str | None = None  # the config's key of a bound for queries, keys and values
+    windows: Windows = see_all
+    embedding_scale: Any = 1.0
+    residual_scale: Any = 1.0  # of what attention and MLP or MoE add
+    logit_scale: Any = 1.0
+
+
+def _depth_scale(config: Config) -> float:
+    return config.resolve(Key("scale_depth", 1.0)) / math.sqrt(config.count_layers())
+
+
+def _width_scale(config: Config) -> float:
+    return config.resolve(Key("dim_model_base", 1.0)) / config.read_count("hidden_size")
+
+
+OLMOE = Family("olmoe", eps=Key("rms_norm_eps", 1e-5), clip="clip_qkv")
+MIXTRAL = Family("mixtral", eps=Key("rms_norm_eps", 1e-5), theta=1e6, windows=see_window)
+QWEN2_MOE = Family("qwen2_moe", windows=see_alternating)
+QWEN3_MOE = Family("qwen3_moe", windows=see_window_if_used)
+
+_FAMILIES = (
+    OLMOE,
+    Family("flex_olmo", theta=5e5, norms=POST_NORMS),
+    MIXTRAL,
+    Family(
+        "minicpm",
+        embedding_scale=Key("scale_emb", 1.0),
+        residual_scale=_depth_scale,
+        logit_scale=_width_scale,
+    ),
+    QWEN2_MOE,
+    QWEN3_MOE,
+)
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _FAMILIES})

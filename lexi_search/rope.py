@@ -1,0 +1,120 @@
+"""Rotary position embeddings (arXiv 2104.09864) as configs describe them: how far each pair of values turns a position.
+
+Frequencies and their scaling for long contexts are those of transformers, float32.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lexi_search.errors import InputError
+from lexi_search.models import Config
+
+Parameters = Mapping[str, Any]  # of one rotation, as `rope_parameters` in a config holds them
+
+
+class Rope(NamedTuple):
+    """How queries and keys are turned; hashable, static under `jit`.
+
+    Pair i of the first 2 * len(frequencies) values of a head turns by `frequencies[i]` radians a position, and becomes
+    `scale` times as long. Pairs are neighbours if `interleaved`, else i and i + len(frequencies).
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+    interleaved: bool = False
+
+
+def read_parameters(config: Config, *, theta: float, layer_type: str | None = None) -> Parameters:
+    """What the config says of the rotation in layers of `layer_type`: new (`rope_parameters`) and old keys together.
+
+    Raises:
+        InputError: a kind of scaling that is not known.
+    """
+    values = config.values
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if layer_type in given:
+        given = given[layer_type] or {}
+    outer = {key: values[key] for key in ("rope_theta", "partial_rotary_factor") if values.get(key) is not None}
+    parameters = {"rope_theta": theta} | outer | given
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in SCALINGS:
+        known = ", ".join(SCALINGS)
+        raise InputError(f"{config.place}: rope_type {kind!r} is not known; known are {known}; use --input paper")
+    length = values.get("max_position_embeddings")
+    original = values.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    return parameters | {
+        "rope_type": kind,
+        "max_position_embeddings": length,
+        "original_max_position_embeddings": original or length,
+    }
+
+
+def make_rope(parameters: Parameters, dim: int, *, place: str, interleaved: bool = False) -> Rope:
+    """The rotation of a head's first `dim` values, or of a `partial_rotary_factor` of them.
+
+    Raises:
+        InputError: a parameter that the kind of scaling needs is missing or no number.
+    """
+    try:
+        dim = int(dim * parameters.get("partial_rotary_factor", 1.0))
+        exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        frequencies = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents
+        scaled, scale = SCALINGS[parameters["rope_type"]](frequencies, parameters)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        kind = parameters["rope_type"]
+        raise InputError(f"{place}: rope parameters of type {kind!r} are incomplete or wrong ({error!r})") from error
+    return Rope(tuple(scaled.astype(np.float32).tolist()), float(scale), interleaved)
+
+
+def find_temperature(parameters: Parameters) -> float:
+    """What DeepSeek multiplies attention scores with where contexts were extended (YaRN's `mscale_all_dim`)."""
+    if parameters["rope_type"] == "default" or not parameters.get("mscale_all_dim"):
+        return 1.0
+    return _grow(parameters["factor"], parameters["mscale_all_dim"]) ** 2
+
+
+def _grow(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's growth of scores with the context (arXiv 2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _keep(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+    return frequencies, 1.0
+
+
+def _stretch(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+    return frequencies / np.float32(parameters["factor"]), 1.0
+
+
+def _stretch_low(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+    """Llama 3.1: long waves are stretched, short ones kept, those between mixed."""
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * frequencies / parameters["factor"] + kept * frequencies, 1.0
+
+
+def _yarn(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071, section 3.2), with DeepSeek's two `mscale`."""
+    theta, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor") or parameters["max_position_embeddings"] / original
+    dim = 2 * len(frequencies)
+    turns = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
+    low, high = (dim * math.log(original / (turn * 2 * math.pi)) / (2 * math.log(theta)) for turn in turns)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low if high != low else 0.001), 0, 1)
+    scale, mscales = parameters.get("attention_factor"), (parameters.get("mscale"), parameters.get("mscale_all_dim"))
+    if scale is None:
+        scale = _grow(factor, mscales[0]) / _grow(factor, mscales[1]) if all(mscales) else _grow(factor)
+    return frequencies / factor * ramp + frequencies * (1 - ramp), scale
+
+
+SCALINGS: Mapping[str, Callable[[np.ndarray, Parameters], tuple[np.ndarray, float]]] = MappingProxyType(
+    {"default": _keep, "linear": _stretch, "llama3": _stretch_low, "yarn": _yarn}
+)

@@ -1,0 +1,95 @@
+"""Whole checkpoints carried through in JAX, with transformers' own hidden states and logits as the judge."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from lexi_search.carrying import attend, embed, finish, read_logits
+from lexi_search.checkpoint import open_checkpoint
+from lexi_search.decoders import FAMILIES
+from lexi_search.models import describe
+from lexi_search.moe import compute_outputs, mix
+from lexi_search.routing import route
+from lexi_search.stacks import describe_decoder
+from lexi_search.weights import read_tensors, stream_blocks
+
+MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
+LENGTH = 24
+# What makes the tiny models use more of what their family has.
+GROUPED = dict(num_attention_heads=4, num_key_value_heads=2)
+SETTINGS = {
+    "olmoe": GROUPED | dict(clip_qkv=1.5, tie_word_embeddings=True),
+    "mixtral": GROUPED | dict(sliding_window=7),
+    "qwen2_moe": GROUPED | dict(use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    "qwen3_moe": GROUPED | dict(head_dim=32, use_sliding_window=True, sliding_window=7, mlp_only_layers=[1]),
+}
+KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
+
+
+def build(name, **changes):
+    """The tiny model, with gains and biases that differ from the 1 and 0 that transformers gives them."""
+    changes = SETTINGS.get(name, {}) | changes
+    if "text_config" in tiny.ALL_FAMILIES[name][1]:
+        changes = {"text_config": tiny.ALL_FAMILIES[name][1]["text_config"] | changes}
+    model, generator = tiny.build_reference(name, **changes), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.ndim == 1:
+                value.add_(torch.randn(value.shape, generator=generator), alpha=0.3)
+    return model
+
+
+def run_reference(model, tokens):
+    """Hidden states after every decoder layer, and logits."""
+    states = []
+    layers = [module for name, module in model.named_modules() if re.fullmatch(r"(?!.*vis).*layers\.\d+", name)]
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: states.append(output[0] if type(output) is tuple else output))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return [state.numpy() for state in states], logits.numpy()
+
+
+def run(folder, tokens, *, top_k=None, dtype="float32"):
+    checkpoint = open_checkpoint(folder)
+    model = describe(checkpoint)
+    decoder = describe_decoder(checkpoint, model)
+    ends = read_tensors(checkpoint, decoder.ends)
+    hidden, states = embed(decoder, ends, jnp.asarray(tokens), dtype=dtype), []
+    for layer, weights in stream_blocks(checkpoint, model, decoder):
+        block, routed = decoder.blocks[layer], None
+        hidden, x = attend(block, weights, hidden)
+        if weights.moe:
+            traits = {"routing": model.routing}
+            choice = route(x, weights.moe.router, weights.moe.bias, top_k=model.top_k, **traits)
+            outputs = compute_outputs(x, choice, weights.moe.experts, activation=model.activation, **traits)
+            k = (top_k or {}).get(layer, model.top_k)
+            routed = mix(outputs, choice.scores, jnp.int32(k), **traits)
+        hidden = finish(block, weights, hidden, x, routed)
+        states.append(np.asarray(hidden.astype(jnp.float32)))
+    return states, np.asarray(read_logits(decoder, ends, hidden))
+
+
+def draw_tokens():
+    return np.random.default_rng(0).integers(3, 256, (2, LENGTH))
+
+
+def assert_same(ours, theirs, tolerance=1e-4):
+    (states, logits), (expected, expected_logits) = ours, theirs
+    for a, b in zip([*states, logits], [*expected, expected_logits], strict=True):
+        assert a.shape == b.shape and np.linalg.norm(a - b) < tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_layer_equals_transformers(name, tmp_path):
+    model, tokens = build(name), draw_tokens()
+    tiny.save_checkpoint(name, model, tmp_path)
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
