@@ -93,8 +93,19 @@ def _normalise_heads(
 
 def _project_latent(
     x: Float[Array, "sequences length hidden"], weights: LatentWeights, attention: LatentAttention
-) -> tuple[Float[Array, "sequences length kv_heads group head"], ...]:
-    raise NotImplementedError
+) -> tuple[Float[Array, "sequences length heads 1 head"], ...]:
+    """Queries, keys and values [.., heads, 1, .]: every head has its own keys, but for the part that turns."""
+    heads, nope_dim = (*x.shape[:2], attention.num_heads, 1, -1), attention.nope_dim
+    narrow = x if weights.q_a is None else normalise(apply_affine(x, weights.q_a), weights.q_norm, norm=attention.norm)
+    queries = apply_affine(narrow, weights.q).reshape(heads)
+    turned = rotate(queries[..., nope_dim:], attention.rope)
+    queries = jnp.concatenate([queries[..., :nope_dim], turned], axis=-1)
+    narrow = apply_affine(x, weights.kv_a)
+    latent, shared = narrow[..., : -attention.rope_dim], narrow[..., -attention.rope_dim :]
+    both = apply_affine(normalise(latent, weights.kv_norm, norm=attention.norm), weights.kv).reshape(heads)
+    shared = rotate(shared[:, :, None, None, :], attention.rope)
+    keys = [both[..., :nope_dim], jnp.broadcast_to(shared, (*both.shape[:-1], attention.rope_dim))]
+    return queries, jnp.concatenate(keys, axis=-1), both[..., nope_dim:]
 
 
 def rotate(x: Float[Array, "sequences length *heads head"], rope: Rope) -> Float[Array, "sequences length *heads head"]:

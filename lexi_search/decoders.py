@@ -50,7 +50,6 @@ class LatentAttention(NamedTuple):
     num_heads: int
     nope_dim: int
     rope_dim: int
-    value_dim: int
     scale: float
     norm: Norm
     rope: Rope
@@ -118,6 +117,7 @@ class Family(NamedTuple):
     latent: bool = False  # attention
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
     eps: Any = Key("rms_norm_eps", 1e-6)
+    interleaved: Any = False  # pairs that turn are neighbours
     theta: float = 1e4  # of the rotation, where the config has none
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: str | None = None  # the config's key of a bound for queries, keys and values
@@ -139,6 +139,8 @@ OLMOE = Family("olmoe", eps=Key("rms_norm_eps", 1e-5), clip="clip_qkv")
 MIXTRAL = Family("mixtral", eps=Key("rms_norm_eps", 1e-5), theta=1e6, windows=see_window)
 QWEN2_MOE = Family("qwen2_moe", windows=see_alternating)
 QWEN3_MOE = Family("qwen3_moe", windows=see_window_if_used)
+DEEPSEEK_V2 = Family("deepseek_v2", latent=True, interleaved=True)
+DEEPSEEK_V3 = Family("deepseek_v3", latent=True, interleaved=Key("rope_interleave", True))
 
 _FAMILIES = (
     OLMOE,
@@ -152,5 +154,12 @@ _FAMILIES = (
     ),
     QWEN2_MOE,
     QWEN3_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V2._replace(model_type="deepseek_vl_v2"),
+    DEEPSEEK_V3,
+    DEEPSEEK_V3._replace(model_type="kimi_k2"),
+    DEEPSEEK_V3._replace(model_type="kimi_k25"),
+    DEEPSEEK_V3._replace(model_type="kimi_vl"),
+    DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _FAMILIES})

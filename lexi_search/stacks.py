@@ -32,6 +32,7 @@ LATENT_PROJECTIONS = {
     "kv": ("self_attn.kv_b_proj",),
     "o": ("self_attn.o_proj",),
 }
+LATENT_EPS = 1e-6  # whatever the config says of the other norms
 DENSE = ("mlp.",)
 SHARED = ("mlp.shared_expert.", "mlp.shared_experts.", "shared_mlp.")
 SHARED_GATES = ("mlp.shared_expert_gate",)
@@ -245,7 +246,7 @@ def _read_grouped(
         head_dim,
         head_dim**-0.5 if family.scale is None else _resolve(config, family.scale),
         norm,
-        make_rope(parameters, head_dim, place=config.place),
+        make_rope(parameters, head_dim, place=config.place, interleaved=_resolve(config, family.interleaved)),
         window,
         config.values.get(family.clip) if family.clip else None,
     )
@@ -254,7 +255,22 @@ def _read_grouped(
 def _read_latent(
     config: Config, family: Family, tensors: Tensors, names: LatentWeights, norm: Norm, window: int | None
 ) -> Attention:
-    raise NotImplementedError
+    num_heads = config.read_count("num_attention_heads")
+    nope_dim, rope_dim = config.read_count("qk_nope_head_dim"), config.read_count("qk_rope_head_dim")
+    rows = tensors[names.q.weight.name].shape[0]
+    if rows != num_heads * (nope_dim + rope_dim):
+        heads = f"{num_heads} heads of {nope_dim} + {rope_dim} values"
+        raise InputError(f"{config.place}: {heads} do not fit {names.q.weight.name} of {rows} rows")
+    parameters = read_parameters(config, theta=family.theta) | {"partial_rotary_factor": 1.0}
+    return LatentAttention(
+        num_heads,
+        nope_dim,
+        rope_dim,
+        (nope_dim + rope_dim) ** -0.5 * find_temperature(parameters),
+        Norm(LATENT_EPS),
+        make_rope(parameters, rope_dim, place=config.place, interleaved=_resolve(config, family.interleaved)),
+        window,
+    )
 
 
 def _find_ends(finder: _Finder, config: Config, checkpoint: Checkpoint, stem: str) -> EndWeights:

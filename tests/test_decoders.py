@@ -27,6 +27,13 @@ SETTINGS = {
     "qwen2_moe": GROUPED | dict(use_sliding_window=True, sliding_window=7, max_window_layers=2),
     "qwen3_moe": GROUPED | dict(head_dim=32, use_sliding_window=True, sliding_window=7, mlp_only_layers=[1]),
 }
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8, rope_theta=1e4)
+SETTINGS |= {
+    "deepseek_v2": dict(rope_parameters=YARN | dict(mscale=0.707, mscale_all_dim=0.707)),
+    "deepseek_vl2": dict(q_lora_rank=24, qk_nope_head_dim=24, v_head_dim=16),
+    "deepseek_v3": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8), first_k_dense_replace=1),
+    "kimi_k2": dict(rope_interleave=False, attention_bias=True),
+}
 KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
 
 
