@@ -4,8 +4,11 @@ import click
 
 from lexi_adapter.commands.bench import bench
 from lexi_adapter.commands.check import check
+from lexi_adapter.commands.eval import eval_
 from lexi_adapter.commands.latency import latency
 from lexi_adapter.commands.loads import loads
+from lexi_adapter.commands.sensitivity import sensitivity
+from lexi_adapter.commands.tradeoff import tradeoff
 from lexi_adapter.console import Commands
 
 
@@ -15,5 +18,5 @@ def main() -> None:
     """Apply a LExI allocation, a top-k for every mixture-of-experts layer, where a model is served."""
 
 
-for command in (check, bench, latency, loads):
+for command in (check, bench, latency, loads, sensitivity, eval_, tradeoff):
     main.add_command(command)

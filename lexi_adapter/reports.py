@@ -46,7 +46,6 @@ def find_format(path: str) -> str:
 
 def draw_bench(document: Mapping[str, Any], file_format: str) -> bytes:
     """Bars of tokens per second, a panel for every workload: the paper's figure 2, with the spread of the rounds."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = [variant["name"] for variant in document["variants"]]
@@ -66,6 +65,13 @@ def draw_bench(document: Mapping[str, Any], file_format: str) -> bytes:
         axes.invert_yaxis() if axes is figure.axes[0] else None
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(str(document["model"]), x=0.01, ha="left")
+    return save_figure(figure, file_format)
+
+
+def save_figure(figure: Any, file_format: str) -> bytes:
+    """The bytes of a figure's file; an SVG's are the same for the same figure."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "lexi"}):
         figure.savefig(buffer, format=file_format, dpi=150, metadata={"Date": None} if file_format == "svg" else None)

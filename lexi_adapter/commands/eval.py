@@ -1,0 +1,153 @@
+"""`lexi-adapter eval`."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_adapter.commands.options import read_engine_options
+from lexi_adapter.console import print_table
+from lexi_adapter.files import check_writable, describe_call, write_json
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option(
+    "--task",
+    "names",
+    multiple=True,
+    required=True,
+    help="perplexity, passkey, qasper, lm-eval:TASK, lm-eval:paper (those that LExI names), or module:function of your "
+    "own; repeat it.",
+)
+@click.option("--allocation", "files", multiple=True, metavar="FILE", help="An allocation to compare; repeat it.")
+@click.option("--uniform-k", "uniform", multiple=True, type=int, help="This k in every layer; repeat it.")
+@click.option(
+    "--folder", "folders", multiple=True, help="Another folder to compare, such as a pruned checkpoint; repeat it."
+)
+@click.option("--backend", type=click.Choice(["transformers", "vllm"]), default="transformers")
+@click.option(
+    "--device",
+    help="For transformers: cpu, cuda, cuda:1, or auto to spread over all GPUs.  [default: a GPU if there is one]",
+    show_default=False,
+)
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Windows or prompts at once.")
+@click.option("--tokenizer", help="Another folder with the tokenizer.  [default: MODEL]", show_default=False)
+@click.option("--trust-remote-code", is_flag=True, show_default=False)
+@click.option("--text", "texts", multiple=True, metavar="FILE", help="For perplexity, UTF-8; repeat it.")
+@click.option(
+    "--window",
+    type=click.IntRange(2),
+    help="Tokens of a window of text.  [default: 2048, or the model's positions if fewer]",
+    show_default=False,
+)
+@click.option("--max-windows", type=click.IntRange(1), help="Read no more windows of each text.")
+@click.option(
+    "--passkey-length",
+    "lengths",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Tokens of a passkey prompt; repeat it.  [default: 1024]",
+    show_default=False,
+)
+@click.option("--depths", type=click.IntRange(1), default=10, help="Places of the passkey, evenly spaced.")
+@click.option("--trials", type=click.IntRange(1), default=10, help="Passkeys at each place.")
+@click.option("--seed", default=0, help="Of the passkeys.")
+@click.option("--qasper", "questions", metavar="FILE", help="JSON or JSON lines: context, question, answers.")
+@click.option("--include-path", "include_paths", multiple=True, metavar="FOLDER", help="Your own lm-eval task files.")
+@click.option("--num-fewshot", type=click.IntRange(0), help="For lm-eval.  [default: each task's]", show_default=False)
+@click.option("--max-items", type=click.IntRange(1), help="Only so many questions (qasper) or documents (lm-eval).")
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    help="Tokens of the longest prompt with its answer, for qasper, lm-eval and your own.  [default: 4096, or the "
+    "model's positions if fewer]",
+    show_default=False,
+)
+@click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, help="For vllm.")
+@click.option("--engine", default="{}", metavar="JSON", help="For vllm: other arguments of vllm.LLM.")
+@click.option("-o", "--output", default="eval.json", help="The results, as JSON; written after every task.")
+@click.option("--restart", is_flag=True, show_default=False, help="Throw away what the output has already.")
+def eval_(
+    model: str,
+    files: Sequence[str],
+    uniform: Sequence[int],
+    folders: Sequence[str],
+    backend: str,
+    device: str | None,
+    dtype: str,
+    tokenizer: str | None,
+    batch_size: int,
+    trust_remote_code: bool,
+    tensor_parallel_size: int,
+    engine: str,
+    output: str,
+    restart: bool,
+    **options: Any,
+) -> None:
+    """Quality of MODEL, a folder, beside variants of it.
+
+    Every number comes with its standard error, and with its difference from the base, taken item by item. The same
+    command goes on where it was cut short.
+    """
+    from lexi_adapter import evaluation
+    from lexi_adapter.eval_reports import tabulate_eval
+    from lexi_adapter.tasks import make_tasks
+    from lexi_adapter.texts import load_tokenizer
+
+    check_writable(output)
+    variants = evaluation.make_variants(
+        model,
+        allocations={file: read_allocation(file) for file in files},
+        uniform=list(dict.fromkeys(uniform)),
+        folders=list(dict.fromkeys(folders)),
+    )
+    tokenizer = tokenizer or model
+    own = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
+    tasks = make_tasks(model, tokenizer=tokenizer, **own, **options)
+    setting = {"backend": backend, "dtype": dtype, "tokenizer": tokenizer}
+    if backend == "vllm":
+        from lexi_adapter.vllm_model import open_model
+
+        if device is not None:
+            raise AllocationError("--device is for transformers; vLLM runs on what it was built for")
+        others = read_engine_options("auto", tensor_parallel_size, 1, False, engine)
+        setting |= {"engine": others}
+        own |= {"tokenizer": tokenizer, "longest": max(task.longest for task in tasks), "engine": others}
+    else:
+        from lexi_adapter.transformers_model import find_device, open_model
+
+        if engine != "{}" or tensor_parallel_size != 1:
+            raise AllocationError("--engine and --tensor-parallel-size are for --backend vllm; see --device auto")
+        setting |= {"device": find_device(device)}
+        own |= {
+            "tokenizer": load_tokenizer(tokenizer, trust_remote_code=trust_remote_code),
+            "device": setting["device"],
+        }
+    finished = {}
+    if Path(output).exists() and not restart:
+        empty = evaluation.make_document(variants, tasks, setting, {})
+        finished = evaluation.find_finished(_read(output), output, empty)
+        click.echo(f"{output} has {len(finished)} of {len(variants) * len(tasks)} results; the rest follows", err=True)
+    made_by = describe_call()
+    document = evaluation.evaluate(
+        variants,
+        tasks,
+        setting=setting,
+        finished=finished,
+        open_model=partial(open_model, dtype=dtype, **own),
+        report=lambda document: write_json(output, {**document, "made_by": made_by}),
+    )
+    print_table(tabulate_eval(document))
+
+
+def _read(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise AllocationError(f"{path} is there and not JSON ({error}); name another by --output") from error

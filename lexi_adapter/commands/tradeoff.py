@@ -1,0 +1,36 @@
+"""`lexi-adapter tradeoff`."""
+
+from collections.abc import Sequence
+
+import click
+
+from lexi_adapter.console import print_table
+from lexi_adapter.files import check_writable, write_atomically
+
+
+@click.command()
+@click.argument("evaluation")
+@click.argument("benchmark")
+@click.option("--task", "tasks", multiple=True, help="Only this one, by its name in EVALUATION's table; repeat it.")
+@click.option("--workload", "workloads", multiple=True, help="Only this one of BENCHMARK; repeat it.")
+@click.option("-o", "--output", default="tradeoff.png", help="The figure: a .png, .svg or .pdf.")
+def tradeoff(evaluation: str, benchmark: str, tasks: Sequence[str], workloads: Sequence[str], output: str) -> None:
+    """Quality over throughput, like the paper's figures 4 to 8.
+
+    EVALUATION is the JSON of `lexi-adapter eval`, BENCHMARK that of `lexi-adapter bench`. Variants are the same if they
+    have the same name, or the same k in every layer.
+    """
+    from lexi_adapter import tradeoff as joining
+    from lexi_adapter.eval_reports import draw_tradeoff, tabulate_tradeoff
+    from lexi_adapter.reports import find_format
+
+    file_format = find_format(output)
+    check_writable(output)
+    quality = joining.read_results(evaluation, "lexi-eval")
+    speed = joining.read_results(benchmark, "lexi-bench")
+    panels = joining.join(quality, speed, tasks=tasks, workloads=workloads)
+    write_atomically(output, draw_tradeoff(str(quality["model"]), panels, file_format))
+    left_out = [v["name"] for v in quality["variants"] if v["name"] not in joining.match(quality, speed)]
+    if left_out:
+        click.echo(f"without throughput, and so left out: {', '.join(left_out)}", err=True)
+    print_table(tabulate_tradeoff(panels))

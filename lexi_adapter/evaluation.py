@@ -1,0 +1,203 @@
+"""What a model loses: tasks on the base, and on the same model with fewer active experts or pruned.
+
+Every variant is loaded afresh, one after the other, and runs all tasks; the document grows by one piece with each. It
+holds what every piece depends on, so that a run that was cut short goes on where it stopped, and nowhere else.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lexi_adapter.allocation import Allocation, AllocationError
+from lexi_adapter.checkpoint import check_folder, read_config
+from lexi_adapter.scores import Model, Outcome, Score, Task, combine, compare
+from lexi_adapter.variants import Variant, allocate, describe_folder
+
+FORMAT, VERSION = "lexi-eval", 1
+
+# (variant, task) -> outcome.
+Pieces = Mapping[tuple[str, str], Outcome]
+
+
+def make_variants(
+    folder: str, *, allocations: Mapping[str, Allocation], uniform: Sequence[int] = (), folders: Sequence[str] = ()
+) -> tuple[Variant, ...]:
+    """The base first, then allocations (by their files' names), uniform k and other folders.
+
+    Raises:
+        AllocationError: an allocation for another model, a k that the model does not have, a folder that is no model or
+            has another vocabulary than the base, or two variants of one name.
+    """
+    config = read_config(Path(folder))
+    for allocation in allocations.values():
+        check_folder(allocation.model, Path(folder))
+    variants = [Variant("base", folder)]
+    variants += [Variant(name, folder, allocation=allocation) for name, allocation in allocations.items()]
+    if uniform:
+        # An allocation knows its model in families whose config alone does not tell.
+        known = next(iter(allocations.values()), None)
+        model = known.model if known else describe_folder(folder, "auto")
+        for k in uniform:
+            if not 1 <= k <= model.top_k:
+                raise AllocationError(f"uniform k = {k} is not one of 1 to {model.top_k}, the k of {folder}")
+            top_k = dict.fromkeys(model.moe_layers, k)
+            variants.append(Variant(f"uniform k = {k}", folder, allocation=allocate(model, top_k)))
+    for other in folders:
+        if _read_vocabulary(read_config(Path(other))) != _read_vocabulary(config):
+            raise AllocationError(f"{other} has another vocabulary than {folder}: they do not read the same tokens")
+        variants.append(Variant(other, other))
+    names = [variant.name for variant in variants]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise AllocationError(f"two variants are called {double[0]!r}; name each once, by another path if need be")
+    return tuple(variants)
+
+
+def _read_vocabulary(config: Mapping[str, Any]) -> Any:
+    texts = (config, *(section for section in config.values() if isinstance(section, dict)))
+    return next((text["vocab_size"] for text in texts if "vocab_size" in text), None)
+
+
+def describe(variant: Variant) -> dict[str, Any]:
+    """What tells a variant from others: its folder with the state of its files, and the k of its layers."""
+    files = sorted(path for path in Path(variant.folder).iterdir() if path.suffix in (".json", ".safetensors"))
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts: dict[str, Any] = {
+        "name": variant.name,
+        "folder": str(Path(variant.folder).resolve()),
+        "files_sha256": hashlib.sha256(repr(state).encode()).hexdigest(),
+    }
+    if variant.allocation is not None:
+        facts["top_k"] = {str(layer): k for layer, k in sorted(variant.allocation.top_k.items())}
+        facts["gate_exponent"] = variant.allocation.gate_exponent
+    return facts
+
+
+def evaluate(
+    variants: Sequence[Variant],
+    tasks: Sequence[Task],
+    *,
+    setting: Mapping[str, Any],
+    finished: Pieces,
+    open_model: Callable[[Variant], AbstractContextManager[Model]],
+    report: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """Run every task on every variant, and give `report` the document after each; returns the last one.
+
+    Args:
+        setting: JSON that holds what all outcomes depend on: the backend, its dtype and options.
+        finished: pieces that are there already; a variant that misses none is not loaded.
+    """
+    names = [task.name for task in tasks]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise AllocationError(f"task {double[0]} is asked for twice; name it once")
+    pieces = dict(finished)
+    document = make_document(variants, tasks, setting, pieces)
+    for variant in variants:
+        missing = [task for task in tasks if (variant.name, task.name) not in pieces]
+        if not missing:
+            continue
+        with open_model(variant) as model:
+            for task in missing:
+                pieces[variant.name, task.name] = task.evaluate(model)
+                document = make_document(variants, tasks, setting, pieces)
+                report(document)
+    return document
+
+
+def make_document(
+    variants: Sequence[Variant], tasks: Sequence[Task], setting: Mapping[str, Any], pieces: Pieces
+) -> dict[str, Any]:
+    """The JSON object of all pieces so far, and of their summary."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": variants[0].folder,
+        "setting": dict(setting),
+        "variants": [describe(variant) for variant in variants],
+        "tasks": [{"name": task.name, **task.settings} for task in tasks],
+        "pieces": [
+            {
+                "variant": variant,
+                "task": task,
+                "scores": [{"metric": metric, **asdict(score)} for metric, score in outcome.scores.items()],
+                "details": dict(outcome.details),
+            }
+            for (variant, task), outcome in sorted(pieces.items())
+        ],
+        "summary": list(summarise([v.name for v in variants], tasks, pieces)),
+    }
+
+
+def find_finished(document: Any, place: str, expected: Mapping[str, Any]) -> dict[tuple[str, str], Outcome]:
+    """The pieces of an earlier document, if all of them belong to the run that `expected`, its empty document, is of.
+
+    Raises:
+        AllocationError: `document` is something else, or holds a piece that this run would not make.
+    """
+    remedy = "name another file by --output, or throw them away by --restart"
+    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
+        raise AllocationError(f"{place} is not a {FORMAT} file of version {VERSION}; name another by --output")
+    if document["setting"] != expected["setting"]:
+        raise AllocationError(f"{place} holds results of another backend or setting; {remedy}")
+    for kind in ("variants", "tasks"):
+        used = {piece[kind[:-1]] for piece in document["pieces"]}
+        for entry in document[kind]:
+            if entry["name"] in used and entry not in expected[kind]:
+                raise AllocationError(
+                    f"{place} holds results of {entry['name']!r}, which is not as it is now; {remedy}"
+                )
+    return {(piece["variant"], piece["task"]): read_outcome(piece) for piece in document["pieces"]}
+
+
+def read_outcome(piece: Mapping[str, Any]) -> Outcome:
+    """The outcome that a piece of a document holds."""
+    scores = {s["metric"]: Score(s["value"], s["stderr"], tuple(s["values"])) for s in piece["scores"]}
+    return Outcome(scores, piece["details"])
+
+
+def summarise(variants: Sequence[str], tasks: Sequence[Task], pieces: Pieces) -> Iterator[dict[str, Any]]:
+    """A line for every variant, task and metric: the score, and its difference from the base's, the first variant's.
+
+    Groups of two tasks or more that are all there get a line of their own, the mean over the tasks.
+    """
+    groups: dict[str, list[str]] = {}
+    for task in tasks:
+        if task.group:
+            groups.setdefault(task.group, []).append(task.name)
+    base = variants[0]
+    for variant in variants:
+        found: dict[tuple[str, str], tuple[Score, Score | None]] = {}
+        for task in tasks:
+            for metric, score in _read_scores(pieces, variant, task.name).items():
+                other = _read_scores(pieces, base, task.name).get(metric) if variant != base else None
+                found[task.name, metric] = score, compare(score, other) if other else None
+        for group, members in groups.items():
+            metrics = [metric for name, metric in found if name == members[0]]
+            for metric in metrics if len(members) > 1 else ():
+                parts = [found[name, metric] for name in members if (name, metric) in found]
+                if len(parts) == len(members):
+                    differences = [difference for _, difference in parts if difference]
+                    found[group, metric] = (
+                        combine([score for score, _ in parts]),
+                        combine(differences) if len(differences) == len(parts) else None,
+                    )
+        for (task_name, metric), (score, difference) in found.items():
+            yield {
+                "variant": variant,
+                "task": task_name,
+                "metric": metric,
+                "value": score.value,
+                "stderr": score.stderr,
+                "difference": difference.value if difference else None,
+                "difference_stderr": difference.stderr if difference else None,
+            }
+
+
+def _read_scores(pieces: Pieces, variant: str, task: str) -> Mapping[str, Score]:
+    outcome = pieces.get((variant, task))
+    return outcome.scores if outcome else {}

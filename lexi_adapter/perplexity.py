@@ -1,0 +1,72 @@
+"""Perplexity on text: how well a model predicts every token of it from those before.
+
+The text is cut into windows of equal length that do not overlap, as LExI's figure 7 and pruning papers do on WikiText
+and C4; what is left over at the end is not read. A window's first token is context only, so a window of n tokens has
+n - 1 predictions, and all windows weigh the same.
+"""
+
+import hashlib
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.scores import Model, Outcome, Score, Task, average
+from lexi_adapter.texts import check_length, encode, find_bos, read_text
+
+DEFAULT_WINDOW = 2048
+OVERFLOW = 700.0  # nats per token; exp of more is no float
+
+
+def make_task(
+    path: str, tokenizer: Any, *, window: int | None, limit: int | None, max_windows: int | None = None
+) -> Task:
+    """Perplexity on one text file.
+
+    Args:
+        window: tokens of a window, the token for the beginning of a text included; None for 2048, or the model's
+            positions if they are fewer.
+        limit: the model's positions, if they are known.
+        max_windows: read no more than so many, from the beginning.
+
+    Raises:
+        AllocationError: a text that is not UTF-8 or shorter than a window, or a window that the model has no
+            positions for.
+    """
+    length = window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+    check_length("a window", length, limit)
+    text, bos = read_text(path), find_bos(tokenizer)
+    tokens = encode(tokenizer, text, add_special_tokens=False)
+    windows = cut_windows(tokens, length, bos)[:max_windows]
+    if not windows:
+        need = length - (bos is not None)
+        raise AllocationError(f"{path} has {len(tokens)} tokens, a window of {length} needs {need}; take a smaller one")
+    settings = {
+        "kind": "perplexity",
+        "text": path,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokens_of_text": len(tokens),
+        "window": length,
+        "windows": len(windows),
+        "bos": bos,
+    }
+    return Task(f"perplexity {path}", settings, length, lambda model: measure(model, windows))
+
+
+def cut_windows(tokens: Sequence[int], length: int, bos: int | None) -> list[list[int]]:
+    """Consecutive windows of `length` tokens, each with `bos` before it if there is one; the rest is dropped."""
+    head = [] if bos is None else [bos]
+    step = length - len(head)
+    return [head + list(tokens[start : start + step]) for start in range(0, len(tokens) - step + 1, step)]
+
+
+def measure(model: Model, windows: Sequence[Sequence[int]]) -> Outcome:
+    """ "loss", nats per predicted token, one value a window; and "perplexity", its exponential."""
+    loss = average([-statistics.fmean(window) for window in model.score(windows)])
+    if not loss.value < OVERFLOW:
+        raise AllocationError(f"the loss is {loss.value} nats per token; try another --dtype")
+    perplexity = math.exp(loss.value)
+    # The error of an exponential, to first order.
+    stderr = None if loss.stderr is None else perplexity * loss.stderr
+    return Outcome({"perplexity": Score(perplexity, stderr), "loss": loss})

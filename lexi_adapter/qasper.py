@@ -1,0 +1,115 @@
+"""Questions about long documents, scored by token F1, in the manner of Qasper in LongBench (LExI's figure 5).
+
+Data are the user's own: a JSON list, or a line of JSON for every question, with "context", "question" (or "input", as
+LongBench has it) and "answers", of which the best match counts. A prompt that is too long loses its middle, as there.
+"""
+
+import hashlib
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.scores import Model, Outcome, Task, average
+from lexi_adapter.texts import encode, read_records
+
+ANSWER_TOKENS = 128  # LongBench's
+INSTRUCTION = (
+    "as concisely as you can, using a single phrase or sentence if possible. If the question cannot be answered based "
+    'on the information in the article, write "unanswerable". If the question is a yes/no question, answer "yes", '
+    '"no", or "unanswerable". Do not provide any explanation.\n\n'
+)
+PROMPT = (
+    "You are given a scientific article and a question. Answer the question "
+    + INSTRUCTION
+    + "Article: {context}\n\nAnswer the question based on the above article "
+    + INSTRUCTION
+    + "Question: {question}\n\nAnswer:"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about `context`; any of `answers` is right."""
+
+    context: str
+    question: str
+    answers: tuple[str, ...]
+
+
+def make_task(path: str, tokenizer: Any, *, max_length: int, max_items: int | None = None) -> Task:
+    """F1 over the questions of a file, with prompt and answer in `max_length` tokens.
+
+    Raises:
+        AllocationError: a file that cannot be read, or a question without its parts.
+    """
+    questions = read_questions(path)[:max_items]
+    room = max_length - ANSWER_TOKENS
+    if room < 2:
+        raise AllocationError(f"--max-length {max_length} leaves no prompt beside {ANSWER_TOKENS} tokens of answer")
+    whole = [encode(tokenizer, PROMPT.format(context=q.context, question=q.question)) for q in questions]
+    prompts = [cut_middle(tokens, room) for tokens in whole]
+    settings = {
+        "kind": "qasper",
+        "data": path,
+        "data_sha256": hashlib.sha256(json.dumps([asdict(q) for q in questions]).encode()).hexdigest(),
+        "questions": len(questions),
+        "cut": sum(len(tokens) > room for tokens in whole),
+        "max_length": max_length,
+        "max_new_tokens": ANSWER_TOKENS,
+    }
+    longest = max(map(len, prompts)) + ANSWER_TOKENS
+    return Task(f"qasper {path}", settings, longest, lambda model: measure(model, prompts, questions))
+
+
+def read_questions(path: str) -> list[Question]:
+    """The questions of a file, in its order."""
+    questions = []
+    for place, record in read_records(path):
+        context, answers = record.get("context"), record.get("answers")
+        question = record.get("question", record.get("input"))
+        if not isinstance(context, str) or not isinstance(question, str):
+            raise AllocationError(f"{place} has no context or no question that is a text")
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise AllocationError(f"{place} has no answers, a list of one text or more")
+        questions.append(Question(context, question, tuple(answers)))
+    if not questions:
+        raise AllocationError(f"{path} holds no question")
+    return questions
+
+
+def cut_middle(tokens: list[int], room: int) -> list[int]:
+    """At most `room` tokens: the first and the last half of them."""
+    first = (room + 1) // 2
+    return tokens if len(tokens) <= room else tokens[:first] + tokens[len(tokens) - (room - first) :]
+
+
+def normalise(text: str) -> list[str]:
+    """The words of an answer as SQuAD compares them: lower case, without punctuation and articles."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def score_f1(answer: str, reference: str) -> float:
+    """The harmonic mean of precision and recall over words, each counted as often as both have it.
+
+    Where either has no words, 1 if neither has any and 0 otherwise, as in SQuAD 2.0.
+    """
+    found, expected = Counter(normalise(answer)), Counter(normalise(reference))
+    if not found or not expected:
+        return float(found == expected)
+    return 2 * (found & expected).total() / (found.total() + expected.total())
+
+
+def measure(model: Model, prompts: Sequence[list[int]], questions: Sequence[Question]) -> Outcome:
+    """ "f1", from 0 to 1, one value a question: the best over its answers."""
+    answers = model.generate(prompts, ANSWER_TOKENS)
+    best = [
+        max(score_f1(answer, reference) for reference in question.answers)
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+    return Outcome({"f1": average(best)})

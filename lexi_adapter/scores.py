@@ -1,0 +1,80 @@
+"""What a task gives a model: scores, one value an item, with standard errors, alone and against another model's.
+
+Models that are compared answer the same items, so a difference is taken item by item: what makes an item hard meets
+both alike and cancels, and the standard error of the mean difference is far below that of either mean.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Score:
+    """The `value` of one metric; `stderr` is None where one item, or another program's number, has none.
+
+    `values` are those of the items that the value is the mean of, in the items' order; empty where it is not a mean.
+    """
+
+    value: float
+    stderr: float | None = None
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one task found out about one model: metric -> score, and `details`, JSON that nothing is computed from."""
+
+    scores: Mapping[str, Score]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Model(Protocol):
+    """A model that runs, in either backend."""
+
+    def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """For every window of token ids, the log-probabilities (natural) of its second to last token, each given all
+        tokens before it."""
+
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+        """The greedy continuation of every prompt, a text or a list of token ids, up to the end-of-text token."""
+
+    def run_harness(self, *arguments: Any) -> Outcome:
+        """`harness.run` with this model."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to find out about a model.
+
+    `settings` is JSON that holds all that the outcome depends on besides the model; `longest` the tokens of the longest
+    prompt with its answer. Tasks with the same `group` are averaged under its name.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    longest: int
+    evaluate: Callable[[Model], Outcome]
+    group: str | None = None
+
+
+def average(values: Sequence[float]) -> Score:
+    """The mean of one or more values with its standard error, from their sample standard deviation."""
+    stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Score(statistics.fmean(values), stderr, tuple(values))
+
+
+def compare(score: Score, base: Score) -> Score:
+    """The score minus the base's: paired, item by item, where both have items; otherwise without a standard error."""
+    if score.values and len(score.values) == len(base.values):
+        return average([value - other for value, other in zip(score.values, base.values, strict=True)])
+    return Score(score.value - base.value)
+
+
+def combine(scores: Sequence[Score]) -> Score:
+    """The plain mean over tasks, which share no items: their standard errors add in squares."""
+    errors = [score.stderr for score in scores]
+    stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(scores)
+    return Score(statistics.fmean(score.value for score in scores), stderr)

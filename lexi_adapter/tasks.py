@@ -1,0 +1,77 @@
+"""The tasks that a call asks for, by name, with all that they need read and checked before any model is loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lexi_adapter import harness, hooks, passkey, perplexity, qasper
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.checkpoint import read_config
+from lexi_adapter.scores import Task
+from lexi_adapter.texts import check_length, find_limit, load_tokenizer
+
+DEFAULT_LENGTH = 4096
+OUR_TASKS = ("perplexity", "passkey", "qasper")
+
+
+def make_tasks(
+    model: str,
+    *,
+    names: Sequence[str],
+    tokenizer: str,
+    trust_remote_code: bool,
+    batch_size: int,
+    texts: Sequence[str],
+    window: int | None,
+    max_windows: int | None,
+    lengths: Sequence[int],
+    depths: int,
+    trials: int,
+    seed: int,
+    questions: str | None,
+    include_paths: Sequence[str],
+    num_fewshot: int | None,
+    max_items: int | None,
+    max_length: int | None,
+) -> list[Task]:
+    """Tasks in the order in which they were asked for, those of lm-eval last; the arguments are options of `eval`.
+
+    Raises:
+        AllocationError: a name that is none, or a task without its data or the other way round.
+    """
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if name not in OUR_TASKS and ":" not in name:
+            raise AllocationError(f"no task {name!r}; {', '.join(OUR_TASKS)}, lm-eval:TASK or module:function")
+    for option, given, name in (("--text", texts, "perplexity"), ("--qasper", questions, "qasper")):
+        if bool(given) != (name in names):
+            raise AllocationError(f"--task {name} and {option} FILE go together; give both or neither")
+    limit = find_limit(read_config(Path(model)))
+    longest = max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    check_length("--max-length", longest, limit)
+    ours = any(name in OUR_TASKS for name in names)
+    reader = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if ours else None
+    tasks = []
+    for name in names:
+        if name == "perplexity":
+            for text in dict.fromkeys(texts):
+                tasks.append(perplexity.make_task(text, reader, window=window, limit=limit, max_windows=max_windows))
+        elif name == "passkey":
+            for length in dict.fromkeys(lengths or (1024,)):
+                tasks.append(
+                    passkey.make_task(reader, length=length, depths=depths, trials=trials, seed=seed, limit=limit)
+                )
+        elif name == "qasper":
+            tasks.append(qasper.make_task(questions, reader, max_length=longest, max_items=max_items))
+        elif not name.startswith(harness.PREFIX):
+            tasks.append(hooks.make_task(name, max_length=longest))
+    suites = [name.removeprefix(harness.PREFIX) for name in names if name.startswith(harness.PREFIX)]
+    if suites:
+        tasks += harness.make_tasks(
+            suites,
+            include_paths=include_paths,
+            max_length=longest,
+            max_items=max_items,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+        )
+    return tasks

@@ -1,0 +1,161 @@
+"""One variant in transformers, for evaluation: the folder's model with the allocation applied."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lexi_adapter.allocation import KEY, AllocationError, read_allocation
+from lexi_adapter.checkpoint import read_config
+from lexi_adapter.scores import Outcome
+from lexi_adapter.variants import Variant
+
+
+class TransformersModel:
+    """A loaded model and the tokenizer of its prompts; see `scores.Model` for the methods."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        scores = []
+        for batch in _cut_batches(windows, self.batch_size):
+            tokens = torch.tensor(batch, device=self.model.device)
+            with torch.inference_mode():
+                logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            # A window at a time: the float32 copy of the logits is the largest thing in memory.
+            for window, following in zip(logits, tokens[:, 1:], strict=True):
+                scores.append((-cross_entropy(window.float(), following, reduction="none")).tolist())
+        return scores
+
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+        import torch
+        from transformers import GenerationConfig
+
+        encoded = [self._encode(prompt) for prompt in prompts]
+        own = self.model.generation_config
+        stops = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
+        first = stops[0] if isinstance(stops, list) else stops
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=0 if first is None else first,
+        )
+        answers = [""] * len(encoded)
+        # Prompts of one length go together: without padding a batch computes what each prompt alone would.
+        places = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))
+        for length, group in itertools.groupby(places, key=lambda place: len(encoded[place])):
+            for batch in _cut_batches(list(group), self.batch_size):
+                tokens = torch.tensor([encoded[place] for place in batch], device=self.model.device)
+                with torch.inference_mode():
+                    made = self.model.generate(
+                        input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
+                    )
+                for place, ids in zip(batch, made[:, length:].tolist(), strict=True):
+                    answers[place] = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return answers
+
+    def run_harness(
+        self,
+        task: str,
+        include_paths: Sequence[str],
+        max_items: int | None,
+        num_fewshot: int | None,
+        max_length: int,
+        batch_size: int,
+    ) -> Outcome:
+        from lm_eval.models.huggingface import HFLM
+
+        from lexi_adapter import harness
+
+        lm = HFLM(pretrained=self.model, tokenizer=self.tokenizer, max_length=max_length, batch_size=batch_size)
+        return harness.run(lm, task, include_paths, max_items, num_fewshot)
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt, verbose=False)["input_ids"]
+        if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+            return prompt
+        raise AllocationError("a prompt that is neither a text nor token ids needs --backend vllm")
+
+
+def _cut_batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for first in range(0, len(items), size):
+        yield list(items[first : first + size])
+
+
+def find_device(device: str | None) -> str:
+    """The device by its name, or a GPU if there is one; "auto" spreads a model over all. AllocationError for none."""
+    import torch
+
+    if device is None or device == "auto":
+        return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise AllocationError(f"no device {device!r} here ({str(error).splitlines()[0]}); try --device cpu") from error
+    return device
+
+
+@contextmanager
+def open_model(
+    variant: Variant, tokenizer: Any, *, device: str, dtype: str, batch_size: int, trust_remote_code: bool
+) -> Iterator[TransformersModel]:
+    """The variant's model, in memory inside the block.
+
+    Raises:
+        AllocationError: transformers cannot load the folder, the allocation does not fit, or memory runs out.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lexi_adapter.transformers_patch import apply
+
+    asked = find_allocation(variant)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            variant.folder,
+            dtype=dtype,
+            device_map="auto" if device == "auto" else None,
+            trust_remote_code=trust_remote_code,
+        ).eval()
+        if device != "auto":
+            model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise AllocationError(
+            f"{variant.folder} does not fit on {device}; try --device auto or --dtype bfloat16"
+        ) from error
+    except Exception as error:  # what it raises depends on the file that is missing, broken or unknown to it
+        raise AllocationError(
+            f"transformers cannot load {variant.folder}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if asked is not None:
+        apply(model, asked)
+    try:
+        yield TransformersModel(model, tokenizer, batch_size)
+    except torch.OutOfMemoryError as error:
+        raise AllocationError(f"{device} ran out of memory; try a --batch-size below {batch_size}") from error
+    finally:
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def find_allocation(variant: Variant) -> Any:
+    """The variant's allocation, or the one that its folder was exported with: transformers applies neither itself.
+
+    Raises:
+        AllocationError: both are there and ask for different things.
+    """
+    document = read_config(Path(variant.folder)).get(KEY)
+    own = None if document is None else read_allocation(document)
+    if own is not None and variant.allocation is not None and not own.asks_the_same_as(variant.allocation):
+        raise AllocationError(
+            f"{variant.folder} was exported with another allocation than {variant.name}; name its origin"
+        )
+    return variant.allocation or own

@@ -1,0 +1,113 @@
+"""One variant in vLLM, for evaluation: an engine in a process of its own, and what is asked of it there."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lexi_adapter.engines import Engine, make_options, start_engines
+from lexi_adapter.scores import Outcome
+from lexi_adapter.variants import Variant
+from lexi_adapter.workloads import Workload
+
+# vLLM wants room for one more token than a prompt has, beyond the model's positions if the prompt fills them all. No
+# token is ever read there: tasks are checked against the positions.
+ENVIRONMENT = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+
+
+class VllmModel:
+    """A running engine; see `scores.Model` for the methods."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self.engine.call(score_windows, [list(window) for window in windows])
+
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+        return self.engine.call(generate_answers, list(prompts), max_new_tokens)
+
+    def run_harness(self, *arguments: Any) -> Outcome:
+        return self.engine.call(run_harness, *arguments)
+
+
+@contextmanager
+def open_model(
+    variant: Variant,
+    tokenizer: str,
+    *,
+    dtype: str,
+    batch_size: int,
+    longest: int,
+    trust_remote_code: bool,
+    engine: Mapping[str, Any],
+) -> Iterator[VllmModel]:
+    """The variant's engine, up inside the block.
+
+    Args:
+        tokenizer: the folder of the tokenizer.
+        longest: tokens of the longest prompt with its answer.
+        engine: arguments of `engines.make_options`.
+
+    Raises:
+        EngineError: it did not come up; an allocation that does not fit is one reason.
+    """
+    own = {
+        "dtype": dtype,
+        "tokenizer": tokenizer,
+        "skip_tokenizer_init": False,
+        "trust_remote_code": trust_remote_code,
+    }
+    options = make_options(variant, [Workload(batch_size, longest, 1)], **{**own, **engine})
+    with start_engines([(variant.name, options, ENVIRONMENT | dict(variant.environment))]) as (running,):
+        yield VllmModel(running)
+
+
+def score_windows(llm: Any, windows: list[list[int]]) -> list[list[float]]:
+    """`scores.Model.score`, in the engine's process."""
+    from vllm import SamplingParams
+
+    # The log-probability of every token of the prompt comes with it, 0 others do.
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": window} for window in windows], sampling, use_tqdm=False)
+    return [
+        [found[token].logprob for found, token in zip(output.prompt_logprobs[1:], window[1:], strict=True)]
+        for output, window in zip(outputs, windows, strict=True)
+    ]
+
+
+def generate_answers(llm: Any, prompts: list[Any], max_new_tokens: int) -> list[str]:
+    """`scores.Model.generate`, in the engine's process."""
+    from vllm import SamplingParams
+
+    inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
+    outputs = llm.generate(inputs, SamplingParams(max_tokens=max_new_tokens, temperature=0.0), use_tqdm=False)
+    return [output.outputs[0].text for output in outputs]
+
+
+def run_harness(
+    llm: Any,
+    task: str,
+    include_paths: Sequence[str],
+    max_items: int | None,
+    num_fewshot: int | None,
+    max_length: int,
+    batch_size: int,
+) -> Outcome:
+    """`harness.run` with lm-eval's class for vLLM, in the engine's process."""
+    from unittest.mock import patch
+
+    from lm_eval.models import vllm_causallms
+
+    from lexi_adapter import harness
+
+    config = llm.llm_engine.model_config
+    # The class starts an engine of its own; here it gets the one that runs.
+    with patch.object(vllm_causallms, "LLM", lambda **options: llm):
+        lm = vllm_causallms.VLLM(
+            pretrained=config.model,
+            tokenizer=config.tokenizer,
+            trust_remote_code=config.trust_remote_code,
+            max_model_len=max_length,
+            batch_size=batch_size,
+        )
+    return harness.run(lm, task, include_paths, max_items, num_fewshot)
