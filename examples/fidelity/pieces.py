@@ -1,0 +1,281 @@
+"""The pieces of the study of one model, in order; each is a function of the study so far and gives plain JSON."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tables
+import torch
+from gaps import find_budgets
+from judging import Choice, Judge, Loaded, find_losses, load, to_floats
+from refining import refine
+from windows import Windows
+
+from lexi_adapter.transformers_patch import apply
+from lexi_adapter.variants import allocate, draw_top_k
+from lexi_adapter.windows import generate
+
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the model's own sum of k
+EXPONENTS = (None, 0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
+EXPONENT = 0.5  # the one that every allocation is also judged with
+RANDOM = 150  # allocations
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # thousand tokens
+PRUNED = (0.25, 0.375, 0.5)  # share of experts dropped, or of every expert's width
+GENERATED = 32  # sequences that the model writes itself
+REFINED_WINDOWS = 5  # of each domain, that the search over whole allocations runs on
+TIMED_RUNS = 5
+DIGITS = 7
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model under study. `found` holds the pieces that are done, as results.json does."""
+
+    folder: Path
+    loaded: Loaded
+    measuring: Windows
+    judge: Judge
+    batch: int
+    profiles: Path
+    found: dict[str, Any]
+
+    @property
+    def layers(self) -> int:
+        return len(self.loaded.identity.moe_layers)
+
+    @property
+    def top_k(self) -> int:
+        return self.loaded.identity.top_k
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        return find_budgets(SHARES, self.layers, self.top_k)
+
+    def read_table(self, name: str) -> np.ndarray:
+        return np.array(self.found["tables"][name])
+
+
+def judge_base(study: Study) -> Result:
+    windows = study.judge.windows
+    losses = find_losses(study.loaded.model, windows.tokens, batch=study.batch)
+    identity = study.loaded.identity
+    return {
+        "cross_entropy": to_floats(windows.average(losses)),
+        "model_type": identity.model_type,
+        "layers": study.layers,
+        "num_experts": identity.num_experts,
+        "top_k": study.top_k,
+        "parameters": sum(weight.numel() for weight in study.loaded.model.parameters()),
+        "budgets": study.budgets,
+        "judged_tokens": windows.tokens.numel(),
+        "measured_tokens": study.measuring.tokens.numel(),
+        "length": windows.tokens.shape[1],
+        "domains": list(dict.fromkeys(windows.domains)),
+    }
+
+
+def judge_uniform(study: Study) -> Result:
+    """Every uniform k under every exponent: exponent -> a list, k = 1 first."""
+    ks = range(1, study.top_k + 1)
+    choices = [Choice((k,) * study.layers, exponent) for exponent in EXPONENTS for k in ks]
+    found = study.judge.judge(choices)
+    rows = [found[first : first + study.top_k] for first in range(0, len(found), study.top_k)]
+    return dict(zip(map(name_exponent, EXPONENTS), rows, strict=True))
+
+
+def judge_random(study: Study) -> list[Result]:
+    """Random allocations, as many at each budget."""
+    budgets = list(study.budgets.values())
+    drawn = []
+    for number in range(RANDOM):
+        top_k = draw_top_k(study.loaded.identity, budgets[number % len(budgets)], seed=number)
+        drawn.append(tuple(top_k[layer] for layer in study.loaded.identity.moe_layers))
+    return [
+        {"top_k": list(top_k), **result}
+        for top_k, result in zip(drawn, study.judge.judge([Choice(top_k) for top_k in drawn]), strict=True)
+    ]
+
+
+def measure_tables(study: Study) -> Result:
+    """Brute force once; from it the oracle and the calibrated tables, of all domains, of each, of fewer tokens."""
+    windows = study.measuring
+    measured = tables.measure_windows(study.loaded, windows, batch=study.batch)
+    found = dict(name_tables(tables.tabulate(measured, windows)))
+    domains = np.array(windows.domains)
+    for domain in dict.fromkeys(windows.domains):
+        part = tables.tabulate(measured.take(domains == domain), windows.take_domain(domain))
+        found |= {f"{name}@{domain}": table for name, table in name_tables(part)}
+    length = windows.tokens.shape[1]
+    for size in SIZES:
+        count = size * 1024 // length
+        if 1 <= count <= len(domains):
+            part = tables.tabulate(measured.take(np.arange(len(domains)) < count), windows.take(count))
+            found |= {f"{name}@{size}k": table for name, table in name_tables(part)}
+    return {name: round_table(table) for name, table in found.items()}
+
+
+def name_tables(found: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """What was measured on text, by whether whole models were run for it."""
+    for kind, table in found.items():
+        yield f"{'oracle' if kind in tables.WHOLE else 'calibrated'}/{kind}", table
+
+
+def generate_tables(study: Study) -> Result:
+    """The same without any text: brute force on what the model itself writes."""
+    length = study.measuring.tokens.shape[1]
+    tokens = generate(study.loaded.model, length=length, sequences=GENERATED, batch=GENERATED, seed=0)
+    windows = Windows(tokens, ("generated",) * len(tokens))
+    found = tables.tabulate(tables.measure_windows(study.loaded, windows, batch=study.batch), windows)
+    return {f"generated/{kind}": round_table(table) for kind, table in found.items()}
+
+
+def profile(study: Study, name: str) -> Result:
+    """The tables of a profile that a command makes."""
+    file = study.profiles / study.folder.name / f"{name}.json"
+    tables.make_profile(name, study.folder, file)
+    return {f"{name}/{kind}": round_table(table) for kind, table in tables.read_tables(name, file)}
+
+
+def judge_cells(study: Study, name: str) -> Result:
+    """Budget -> the table's optimal allocation and its real loss, plain and with the gate exponent."""
+    budgets = list(study.budgets.values())
+    allocations = tables.search(study.read_table(name), budgets)
+    exponents = (None, EXPONENT)
+    choices = [Choice(top_k, exponent) for top_k in allocations for exponent in exponents]
+    found = iter(study.judge.judge(choices))
+    return {
+        str(budget): {"top_k": list(top_k), **{name_exponent(exponent): next(found) for exponent in exponents}}
+        for budget, top_k in zip(budgets, allocations, strict=True)
+    }
+
+
+def correlate(study: Study) -> Result:
+    """Every table against the oracle's, and its sums against the real losses of the random allocations."""
+    truth, drawn = study.read_table("oracle/increase"), study.found["random"]
+    real = np.array([row["increase"]["mean"] for row in drawn])
+    sums = np.array([sum(row["top_k"]) for row in drawn])
+    found = {}
+    for name in study.found["tables"]:
+        table = study.read_table(name)
+        predicted = np.array([tables.predict(table, row["top_k"]) for row in drawn])
+        within = [tables.correlate(predicted[sums == budget], real[sums == budget]) for budget in sorted(set(sums))]
+        known = [value for value in within if value is not None]
+        found[name] = {
+            **tables.compare(table, truth),
+            "random": tables.correlate(predicted, real),
+            "random_at_a_budget": float(np.mean(known)) if known else None,
+        }
+    return found
+
+
+def compound(study: Study) -> list[Result]:
+    """The sum of single-layer increases beside the real one: of uniform k, the oracle and random allocations."""
+    table = study.read_table("oracle/increase")
+    uniform = [((k,) * study.layers, row) for k, row in enumerate(study.found["uniform"]["plain"], 1)]
+    oracle = [(cell["top_k"], cell["plain"]) for cell in study.found["cells"]["oracle/increase"].values()]
+    drawn = [(row["top_k"], row) for row in study.found["random"]]
+    return [
+        {"of": of, "budget": sum(top_k), "sum": tables.predict(table, top_k), "real": row["increase"]["mean"]}
+        for of, rows in (("uniform", uniform[:-1]), ("oracle", oracle), ("random", drawn))
+        for top_k, row in rows
+    ]
+
+
+def refine_oracle(study: Study) -> Result:
+    """Budget -> what the search over whole allocations found, its fitness the divergence on windows to measure on."""
+    domains = len(set(study.measuring.domains))
+    judge = Judge(study.loaded, study.measuring.take(REFINED_WINDOWS * domains), batch=study.batch)
+
+    def evaluate(allocations: Sequence[tuple[int, ...]]) -> list[float]:
+        return [row["divergence"]["mean"] for row in judge.judge([Choice(top_k) for top_k in allocations])]
+
+    found = {}
+    prior = study.read_table("oracle/divergence")
+    for budget in study.budgets.values():
+        best = refine(prior, budget, evaluate)
+        plain, compensated = study.judge.judge([Choice(best.top_k), Choice(best.top_k, EXPONENT)])
+        found[str(budget)] = {
+            "top_k": list(best.top_k),
+            "evaluated": best.evaluated,
+            "history": list(best.history),
+            name_exponent(None): plain,
+            name_exponent(EXPONENT): compensated,
+        }
+    return found
+
+
+def time_forward(loaded: Loaded, tokens: torch.Tensor) -> float:
+    """Milliseconds of one pass over tokens [sequences, length] without the output layer, the median of some."""
+    on_gpu = loaded.model.device.type == "cuda"
+    tokens, times = tokens.to(loaded.model.device), []
+    with torch.inference_mode():
+        for _ in range(TIMED_RUNS + 1):
+            started = time.perf_counter()
+            loaded.model.model(tokens, use_cache=False)
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[1:])
+
+
+def time_uniform(study: Study) -> Result:
+    """k -> milliseconds, and each budget of the oracle's allocations; bfloat16 on a GPU, as models are served."""
+    loaded = load_to_time(study, study.folder)
+    identity = study.loaded.identity
+    uniform = {f"uniform {k}": (k,) * study.layers for k in range(1, study.top_k + 1)}
+    oracle = {f"oracle {budget}": cell["top_k"] for budget, cell in study.found["cells"]["oracle/increase"].items()}
+    found = {}
+    for name, top_k in (uniform | oracle).items():
+        allocation = allocate(identity, dict(zip(identity.moe_layers, top_k, strict=True)))
+        apply(loaded.model, allocation, check_weights=False)
+        found[name] = time_forward(loaded, study.measuring.tokens)
+    return {"tokens": study.measuring.tokens.numel(), "dtype": str(loaded.model.dtype), "ms": found}
+
+
+def load_to_time(study: Study, folder: Path) -> Loaded:
+    device = study.loaded.model.device.type
+    return load(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def judge_pruned(study: Study) -> Result:
+    """What dropping experts, or narrowing them, loses, and how long the pruned model takes."""
+    base, windows, found = study.found["base"]["cross_entropy"], study.judge.windows, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for option in ("experts", "width"):
+            for share in PRUNED:
+                pruned = Path(folder) / f"{option}-{share}"
+                tables.run(
+                    (
+                        "lexi_search.cli",
+                        "prune",
+                        str(study.folder),
+                        f"--{option}",
+                        f"{100 * share:g}%",
+                        "-o",
+                        str(pruned),
+                    )
+                )
+                device = study.loaded.model.device.type
+                losses = windows.average(
+                    find_losses(load(pruned, device=device).model, windows.tokens, batch=study.batch)
+                )
+                found[f"{option} {share:g}"] = {
+                    "increase": {name: float(loss) - base[name] for name, loss in losses.items()},
+                    "ms": time_forward(load_to_time(study, pruned), study.measuring.tokens),
+                }
+    return found
+
+
+def name_exponent(exponent: float | None) -> str:
+    return "plain" if exponent is None else f"{exponent:g}"
+
+
+def round_table(table: np.ndarray) -> list[list[float]]:
+    return [[float(f"{value:.{DIGITS}g}") for value in row] for row in table]

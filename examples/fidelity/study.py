@@ -1,0 +1,167 @@
+"""The fidelity study: what allocations from each kind of profile really lose, on each of several trained models.
+
+    python examples/fidelity/study.py MODEL_DIR... -o results.json
+
+A model folder is a checkpoint with its held-out tokens, as `examples/train_small_moe/train.py` leaves one, or any other
+beside `--tokens`. The file is written again after every piece, and a second run goes on where the first one ended. What
+cannot be measured is in the file by name, with the reason.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # searches are small, and the GPU's memory is PyTorch's
+
+import json  # noqa: E402
+import platform  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from datetime import date  # noqa: E402
+from functools import partial  # noqa: E402
+from importlib.metadata import version  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any, NamedTuple  # noqa: E402
+
+import click  # noqa: E402
+import pieces  # noqa: E402
+import torch  # noqa: E402
+from judging import Judge, load  # noqa: E402
+from pieces import Study  # noqa: E402
+from tables import COMMANDS, Failed  # noqa: E402
+from windows import cut, read_streams  # noqa: E402
+
+from lexi_adapter.allocation import AllocationError  # noqa: E402
+from lexi_adapter.files import write_json  # noqa: E402
+
+FORMAT, VERSION = "lexi-fidelity", 1
+TABLES, CELLS = "tables", "cells"
+# Parts of the measured text, by domain and size, whose tables are judged too.
+JUDGED_PARTS = ("oracle/increase", "calibrated/relative")
+
+
+class Piece(NamedTuple):
+    """`name` says whether it is done; the result goes to `into`, merged with what is there where that is `TABLES`."""
+
+    name: str
+    make: Callable[[Study], Any]
+    into: tuple[str, ...]
+    merge: bool = False
+    always: bool = False  # cheap, and depends on what else is there
+
+
+def plan(study: Study) -> Iterator[Piece]:
+    """The pieces in order; those that depend on earlier ones are known only when these are done."""
+    yield Piece("base", pieces.judge_base, ("base",))
+    yield Piece("uniform", pieces.judge_uniform, ("uniform",))
+    yield Piece("random", pieces.judge_random, ("random",))
+    yield Piece("measured", pieces.measure_tables, (TABLES,), merge=True)
+    yield Piece("generated", pieces.generate_tables, (TABLES,), merge=True)
+    for name in COMMANDS:
+        yield Piece(f"profile {name}", partial(pieces.profile, name=name), (TABLES,), merge=True)
+    for name in study.found.get(TABLES, {}):
+        if "@" not in name or name.startswith(JUDGED_PARTS):
+            yield Piece(f"cells {name}", partial(pieces.judge_cells, name=name), (CELLS, name))
+    yield Piece("correlations", pieces.correlate, ("correlations",), always=True)
+    yield Piece("compounding", pieces.compound, ("compounding",), always=True)
+    yield Piece("refined", pieces.refine_oracle, ("refined",))
+    yield Piece("times", pieces.time_uniform, ("times",))
+    yield Piece("pruned", pieces.judge_pruned, ("pruned",))
+
+
+def run(study: Study, save: Callable[[], None], until: float) -> bool:
+    """Make what is missing, saving after each piece; False if time ran out."""
+    seconds, skipped = (study.found.setdefault(name, {}) for name in ("seconds", "skipped"))
+    for piece in plan(study):
+        if piece.name in seconds and not piece.always:
+            continue
+        if time.monotonic() > until:
+            return False
+        started = time.monotonic()
+        try:
+            result = piece.make(study)
+        except Failed as error:
+            skipped[piece.name] = str(error)
+            click.echo(f"  {piece.name}: left out: {error}")
+        else:
+            *parents, last = piece.into
+            place = study.found
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = place.get(last, {}) | dict(result) if piece.merge else result
+            skipped.pop(piece.name, None)
+            seconds[piece.name] = round(time.monotonic() - started, 3)
+            click.echo(f"  {piece.name}: {seconds[piece.name]:.1f} s")
+        save()
+    return True
+
+
+def read_results(output: Path) -> dict[str, Any]:
+    """The study so far, or an empty one."""
+    if not output.is_file():
+        return {"format": FORMAT, "version": VERSION, "models": {}}
+    results = json.loads(output.read_text())
+    if (results.get("format"), results.get("version")) != (FORMAT, VERSION):
+        raise click.UsageError(f"{output} is no {FORMAT} file of version {VERSION}: name another -o")
+    return results
+
+
+def describe_run(device: str, dtype: str) -> dict[str, str]:
+    """What the numbers depend on besides the models."""
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "dtype": dtype,
+        **{name: version(name) for name in ("torch", "transformers", "jax", "numpy", "lexi-moe")},
+    }
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("results.json"), show_default=True)
+@click.option("--tokens", type=click.Path(path_type=Path, exists=True), help="Held-out tokens, if not in the folder.")
+@click.option("--profiles", type=click.Path(path_type=Path), help="Folder for profiles.  [default: beside OUTPUT]")
+@click.option("--measure", default=42, show_default=True, help="Windows of each domain to measure on.")
+@click.option("--judge", default=10, show_default=True, help="Windows of each domain to judge on.")
+@click.option("--length", default=512, show_default=True, help="Tokens of a window.")
+@click.option("--batch", default=32, show_default=True, help="Windows in one forward pass.")
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16")), default="float32", show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there, or cpu")
+@click.option("--minutes", default=1e6, show_default="no limit", help="Start no piece after so long.")
+def main(
+    models: tuple[Path, ...],
+    output: Path,
+    tokens: Path | None,
+    profiles: Path | None,
+    measure: int,
+    judge: int,
+    length: int,
+    batch: int,
+    dtype: str,
+    device: str,
+    minutes: float,
+) -> None:
+    """Study each of MODELS and write what was found to OUTPUT."""
+    until = time.monotonic() + 60 * minutes
+    results = read_results(output)
+    save = partial(write_json, output, results)
+    for folder in models:
+        folder = folder.resolve()
+        click.echo(folder.name)
+        file = tokens or folder / "held_out.npz"
+        if not file.is_file():
+            raise click.UsageError(f"{folder} holds no held_out.npz: name held-out tokens with --tokens")
+        try:
+            measuring, judging = cut(read_streams(file), measure=measure, judge=judge, length=length)
+            loaded = load(folder, device=device, dtype=getattr(torch, dtype))
+            found = results["models"].setdefault(folder.name, {})
+            found["made_by"] = describe_run(device, dtype)
+            place = profiles or output.absolute().parent / "profiles"
+            study = Study(folder, loaded, measuring, Judge(loaded, judging, batch=batch), batch, place, found)
+            if not run(study, save, until):
+                click.echo("time is up; the same command goes on from here")
+                return
+        except (AllocationError, ValueError) as error:
+            raise click.UsageError(f"{folder}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
