@@ -23,11 +23,16 @@ def attend(
     """The attention layer's output for every position, each seeing itself and those before it, in `x`'s type."""
     project = _project_latent if isinstance(attention, LatentAttention) else _project_grouped
     queries, keys, values = project(x, weights, attention)
-    mix = partial(_attend_sequence, scale=attention.scale, window=attention.window)
+    grouped = isinstance(weights, GroupedWeights)
+    sinks = None if not grouped or weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
+    mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, window=attention.window)
     length, heads = x.shape[1], attention.num_heads
     at_once = max(SCORE_BYTES // (4 * heads * length * length), 1)
     outputs = jax.lax.map(lambda sequence: mix(*sequence), (queries, keys, values), batch_size=min(at_once, len(x)))
-    return apply_affine(outputs.reshape(*x.shape[:2], -1), weights.o)
+    outputs = outputs.reshape(*x.shape[:2], -1)
+    if grouped and weights.gate is not None:
+        outputs = outputs * jax.nn.sigmoid(apply_affine(x, weights.gate))
+    return apply_affine(outputs, weights.o)
 
 
 def apply_affine(x: Float[Array, "*rows inner"], weights: Affine) -> Float[Array, "*rows outer"]:
@@ -131,6 +136,7 @@ def _attend_sequence(
     keys: Float[Array, "length kv_heads 1 head"],
     values: Float[Array, "length kv_heads 1 value"],
     *,
+    sinks: Float[Array, "kv_heads group"] | None,
     scale: float,
     window: int | None,
 ) -> Float[Array, "length kv_heads group value"]:
@@ -150,7 +156,10 @@ def _attend_sequence(
         distance = (start + jnp.arange(size))[:, None] - positions[None, :]
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         scores = jnp.where(seen[None, None], products * scale, jnp.finfo(jnp.float32).min)
-        shares = jax.nn.softmax(scores, axis=-1)
+        if sinks is not None:
+            nothing = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:3], 1))
+            scores = jnp.concatenate([scores, nothing], axis=-1)
+        shares = jax.nn.softmax(scores, axis=-1)[..., :length]
         return jnp.einsum("kgnm,mkd->nkgd", shares.astype(values.dtype), values[:, :, 0], precision=precision)
 
     starts = jnp.arange(count) * size

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from lexi_search.attention import apply_affine, normalise
 from lexi_search.attention import attend as attend_causally
 from lexi_search.decoders import Block, Norm
+from lexi_search.errors import InputError
 from lexi_search.ffn import apply_ffn, find_precision
 from lexi_search.stacks import Affine, BlockWeights, Decoder, EndWeights
 
@@ -20,7 +21,16 @@ from lexi_search.stacks import Affine, BlockWeights, Decoder, EndWeights
 def embed(
     decoder: Decoder, ends: EndWeights, tokens: Int[Array, "sequences length"], *, dtype: str
 ) -> Float[Array, "sequences length hidden"]:
-    """The hidden states before the first layer, in `dtype`."""
+    """The hidden states before the first layer, in `dtype`.
+
+    Raises:
+        InputError: sequences so long that the model would attend otherwise than it is computed here.
+    """
+    length = tokens.shape[1]
+    if decoder.max_length is not None and length > decoder.max_length:
+        raise InputError(
+            f"sequences of {length} tokens are longer than {decoder.max_length}, up to which this is exact"
+        )
     return ends.embedding[tokens].astype(dtype) * jnp.asarray(decoder.embedding_scale, dtype)
 
 

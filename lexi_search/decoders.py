@@ -80,34 +80,38 @@ class Norms(NamedTuple):
 PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_layernorm")
 POST_NORMS = Norms(attention_output="post_attention_layernorm", ffn_output="post_feedforward_layernorm")
 
-Windows = Callable[[Config, int], Sequence[int | None]]  # number of layers -> the window of each
+SANDWICH_NORMS = Norms("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as configs call them
+Kinds = Callable[[Config, int], Sequence[str]]  # number of layers -> the kind of each
 
 
-def see_all(config: Config, num_layers: int) -> Sequence[int | None]:
-    return [None] * num_layers
+def see_all(config: Config, num_layers: int) -> Sequence[str]:
+    return [FULL] * num_layers
 
 
-def see_window(config: Config, num_layers: int) -> Sequence[int | None]:
-    return [config.values.get("sliding_window")] * num_layers
+def see_window(config: Config, num_layers: int) -> Sequence[str]:
+    return [SLIDING if config.values.get("sliding_window") else FULL] * num_layers
 
 
-def see_window_if_used(config: Config, num_layers: int) -> Sequence[int | None]:
+def see_window_if_used(config: Config, num_layers: int) -> Sequence[str]:
     return (see_window if config.values.get("use_sliding_window") else see_all)(config, num_layers)
 
 
-def see_by_type(config: Config, num_layers: int) -> Sequence[int | None]:
-    """By the config's `layer_types`, none without."""
-    types, window = config.values.get("layer_types") or [], config.values.get("sliding_window")
-    return [window if kind == "sliding_attention" else None for kind in types] or [None] * num_layers
+def see_by_type(config: Config, num_layers: int) -> Sequence[str]:
+    """By the config's `layer_types`, which may be left out only where there is no window."""
+    if not config.values.get("sliding_window"):
+        return see_all(config, num_layers)
+    return config.values[config.find_key(("layer_types",))]
 
 
-def see_alternating(config: Config, num_layers: int) -> Sequence[int | None]:
-    """By `layer_types`, else the even layers of the first `max_window_layers` if windows are used (Qwen2-MoE)."""
+def see_alternating(config: Config, num_layers: int) -> Sequence[str]:
+    """By `layer_types`, else the even layers of the first `max_window_layers` (Qwen2-MoE), if windows are used."""
     values = config.values
     if values.get("layer_types") or not values.get("use_sliding_window"):
-        return see_by_type(config, num_layers)
+        return values.get("layer_types") or see_all(config, num_layers)
     last = values.get("max_window_layers", 28)
-    return [values.get("sliding_window") if i % 2 == 0 and i < last else None for i in range(num_layers)]
+    return [SLIDING if i % 2 == 0 and i < last else FULL for i in range(num_layers)]
 
 
 class Family(NamedTuple):
@@ -117,11 +121,16 @@ class Family(NamedTuple):
     latent: bool = False  # attention
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
     eps: Any = Key("rms_norm_eps", 1e-6)
+    centred: bool = False  # norms that subtract the mean
+    norm_last: bool = False  # of queries and keys, after they are turned
     interleaved: Any = False  # pairs that turn are neighbours
     theta: float = 1e4  # of the rotation, where the config has none
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: str | None = None  # the config's key of a bound for queries, keys and values
-    windows: Windows = see_all
+    kinds: Kinds = see_all
+    turns_windows_only: bool = False  # where there are windows, full attention is not told positions
+    left_out: tuple[str, ...] = ()  # modules below `layers.N.` that do nothing up to `max_length`
+    max_length: Any = None
     embedding_scale: Any = 1.0
     residual_scale: Any = 1.0  # of what attention and MLP or MoE add
     logit_scale: Any = 1.0
@@ -135,25 +144,51 @@ def _width_scale(config: Config) -> float:
     return config.resolve(Key("dim_model_base", 1.0)) / config.read_count("hidden_size")
 
 
-OLMOE = Family("olmoe", eps=Key("rms_norm_eps", 1e-5), clip="clip_qkv")
-MIXTRAL = Family("mixtral", eps=Key("rms_norm_eps", 1e-5), theta=1e6, windows=see_window)
-QWEN2_MOE = Family("qwen2_moe", windows=see_alternating)
-QWEN3_MOE = Family("qwen3_moe", windows=see_window_if_used)
+def _logit_divisor(config: Config) -> float:
+    return 1 / config.resolve(Key("logits_scaling", 1.0))
+
+
+def _mup_scale(config: Config) -> float:
+    return math.sqrt(config.read_count("hidden_size")) if config.resolve(Key("mup_enabled", False)) else 1.0
+
+
+PLAIN = Family("aria")
+QWEN3_MOE = Family("qwen3_moe", kinds=see_window_if_used)
+GRANITE = Family(
+    "granitemoe",
+    scale=Key("attention_multiplier", 1.0),
+    embedding_scale=Key("embedding_multiplier", 1.0),
+    residual_scale=Key("residual_multiplier", 1.0),
+    logit_scale=_logit_divisor,
+)
 DEEPSEEK_V2 = Family("deepseek_v2", latent=True, interleaved=True)
 DEEPSEEK_V3 = Family("deepseek_v3", latent=True, interleaved=Key("rope_interleave", True))
+# Sparse attention: an indexer chooses the positions that a query sees, all of them while they are few.
+DEEPSEEK_V32 = DEEPSEEK_V2._replace(
+    model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
+)
+BY_TYPE = Family("dots1", kinds=see_by_type)
 
 _FAMILIES = (
-    OLMOE,
+    Family("olmoe", eps=Key("rms_norm_eps", 1e-5), clip="clip_qkv"),
     Family("flex_olmo", theta=5e5, norms=POST_NORMS),
-    MIXTRAL,
+    Family("mixtral", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=see_window),
+    Family("phimoe", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=see_window, centred=True),
     Family(
         "minicpm",
         embedding_scale=Key("scale_emb", 1.0),
         residual_scale=_depth_scale,
         logit_scale=_width_scale,
     ),
-    QWEN2_MOE,
+    Family("qwen2_moe", kinds=see_alternating),
     QWEN3_MOE,
+    Family("qwen3_vl_moe", theta=5e5),
+    Family("qwen3_omni_moe", theta=1e6),
+    GRANITE,
+    GRANITE._replace(model_type="granitemoeshared"),
+    Family("hunyuan_v1_moe", eps=Key("rms_norm_eps", 1e-5), norm_last=True),
+    Family("ernie4_5_moe", eps=Key("rms_norm_eps", 1e-5), theta=5e5, interleaved=True),
+    PLAIN,
     DEEPSEEK_V2,
     DEEPSEEK_V2._replace(model_type="deepseek_vl_v2"),
     DEEPSEEK_V3,
@@ -161,5 +196,24 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="kimi_k25"),
     DEEPSEEK_V3._replace(model_type="kimi_vl"),
     DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
+    DEEPSEEK_V3._replace(model_type="mistral4"),
+    DEEPSEEK_V32,
+    DEEPSEEK_V32._replace(model_type="glm_moe_dsa"),
+    PLAIN._replace(model_type="glm4_moe", eps=Key("rms_norm_eps", 1e-5)),
+    PLAIN._replace(model_type="glm4v_moe", eps=Key("rms_norm_eps", 1e-5)),
+    PLAIN._replace(model_type="solar_open", eps=Key("rms_norm_eps", 1e-5), theta=1e6),
+    PLAIN._replace(model_type="minimax_m2", theta=5e6),
+    PLAIN._replace(model_type="hy_v3", eps=Key("rms_norm_eps", 1e-5), theta=11158840.0),
+    BY_TYPE,
+    BY_TYPE._replace(model_type="mellum"),
+    BY_TYPE._replace(model_type="exaone_moe", eps=Key("rms_norm_eps", 1e-5), turns_windows_only=True),
+    BY_TYPE._replace(model_type="gpt_oss", eps=Key("rms_norm_eps", 1e-5), theta=1.5e5),
+    BY_TYPE._replace(
+        model_type="afmoe",
+        norms=SANDWICH_NORMS,
+        eps=Key("rms_norm_eps", 1e-5),
+        embedding_scale=_mup_scale,
+        turns_windows_only=True,
+    ),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _FAMILIES})

@@ -20,12 +20,14 @@ class Rope(NamedTuple):
     """How queries and keys are turned; hashable, static under `jit`.
 
     Pair i of the first 2 * len(frequencies) values of a head turns by `frequencies[i]` radians a position, and becomes
-    `scale` times as long. Pairs are neighbours if `interleaved`, else i and i + len(frequencies).
+    `scale` times as long. Pairs are neighbours if `interleaved`, else i and i + len(frequencies). In sequences longer
+    than `max_length` tokens it would be otherwise.
     """
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
     interleaved: bool = False
+    max_length: int | None = None
 
 
 def read_parameters(config: Config, *, theta: float, layer_type: str | None = None) -> Parameters:
@@ -38,7 +40,7 @@ def read_parameters(config: Config, *, theta: float, layer_type: str | None = No
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if layer_type in given:
         given = given[layer_type] or {}
-    outer = {key: values[key] for key in ("rope_theta", "partial_rotary_factor") if values.get(key) is not None}
+    outer = {key: values[key] for key in OUTER_KEYS if values.get(key) is not None}
     parameters = {"rope_theta": theta} | outer | given
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in SCALINGS:
@@ -60,14 +62,15 @@ def make_rope(parameters: Parameters, dim: int, *, place: str, interleaved: bool
         InputError: a parameter that the kind of scaling needs is missing or no number.
     """
     try:
-        dim = int(dim * parameters.get("partial_rotary_factor", 1.0))
+        dim = int(parameters.get("rotary_dim") or dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
         frequencies = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents
         scaled, scale = SCALINGS[parameters["rope_type"]](frequencies, parameters)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         kind = parameters["rope_type"]
         raise InputError(f"{place}: rope parameters of type {kind!r} are incomplete or wrong ({error!r})") from error
-    return Rope(tuple(scaled.astype(np.float32).tolist()), float(scale), interleaved)
+    limit = LIMITS.get("llama_4" if parameters.get("llama_4_scaling_beta") else parameters["rope_type"])
+    return Rope(tuple(scaled.astype(np.float32).tolist()), float(scale), interleaved, parameters.get(limit))
 
 
 def find_temperature(parameters: Parameters) -> float:
@@ -84,6 +87,22 @@ def _grow(factor: float, mscale: float = 1.0) -> float:
 
 def _keep(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
     return frequencies, 1.0
+
+
+def _raise_base(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+    """Dynamic scaling, which short sequences know nothing of but for Hunyuan's `alpha`."""
+    dim, exponents = 2 * len(frequencies), np.arange(len(frequencies)) * 2
+    return frequencies * (parameters.get("alpha") or 1.0) ** (-exponents / (dim - 2)), 1.0
+
+
+def _divide(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+    """LongRoPE (arXiv 2402.13753) for sequences no longer than the original ones."""
+    original = parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor") or parameters["max_position_embeddings"] / original
+    scale = parameters.get("short_mscale") or parameters.get("attention_factor")
+    if scale is None:
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return frequencies / np.asarray(parameters["short_factor"], np.float32), scale
 
 
 def _stretch(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
@@ -116,5 +135,22 @@ def _yarn(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, 
 
 
 SCALINGS: Mapping[str, Callable[[np.ndarray, Parameters], tuple[np.ndarray, float]]] = MappingProxyType(
-    {"default": _keep, "linear": _stretch, "llama3": _stretch_low, "yarn": _yarn}
+    {
+        "default": _keep,
+        "mrope": _keep,  # of images; text has the same position on every axis
+        "linear": _stretch,
+        "dynamic": _raise_base,
+        "llama3": _stretch_low,
+        "yarn": _yarn,
+        "longrope": _divide,
+    }
 )
+# The parameter that says up to which length a scaling is as it is here.
+LIMITS = MappingProxyType(
+    {
+        "dynamic": "max_position_embeddings",
+        "longrope": "original_max_position_embeddings",
+        "llama_4": "original_max_position_embeddings",  # past it, queries grow with their position
+    }
+)
+OUTER_KEYS = ("rope_theta", "partial_rotary_factor", "rotary_dim")  # that may stand in the config itself

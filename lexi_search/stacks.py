@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lexi_search.checkpoint import Checkpoint
-from lexi_search.decoders import FAMILIES, Attention, Block, Family, GroupedAttention, LatentAttention, Norm, Norms
+from lexi_search.decoders import (
+    FAMILIES,
+    FULL,
+    SLIDING,
+    Attention,
+    Block,
+    Family,
+    GroupedAttention,
+    LatentAttention,
+    Norm,
+    Norms,
+)
 from lexi_search.errors import InputError
 from lexi_search.ffn import ACTIVATIONS, ExpertWeights
 from lexi_search.models import Config, Model, open_config
-from lexi_search.rope import find_temperature, make_rope, read_parameters
+from lexi_search.rope import Rope, find_temperature, make_rope, read_parameters
 from lexi_search.tensors import Tensors
 
 REMEDY = "use --input paper"
@@ -20,8 +31,9 @@ PROJECTIONS = {
     "k": ("self_attn.k_proj",),
     "v": ("self_attn.v_proj",),
     "o": ("self_attn.o_proj",),
-    "q_norm": ("self_attn.q_norm",),
-    "k_norm": ("self_attn.k_norm",),
+    "q_norm": ("self_attn.q_norm", "self_attn.query_layernorm"),
+    "k_norm": ("self_attn.k_norm", "self_attn.key_layernorm"),
+    "gate": ("self_attn.gate_proj",),
 }
 LATENT_PROJECTIONS = {
     "q_a": ("self_attn.q_a_proj",),
@@ -32,9 +44,10 @@ LATENT_PROJECTIONS = {
     "kv": ("self_attn.kv_b_proj",),
     "o": ("self_attn.o_proj",),
 }
+SINKS = "self_attn.sinks"
 LATENT_EPS = 1e-6  # whatever the config says of the other norms
 DENSE = ("mlp.",)
-SHARED = ("mlp.shared_expert.", "mlp.shared_experts.", "shared_mlp.")
+SHARED = ("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_mlp.", "shared_mlp.")
 SHARED_GATES = ("mlp.shared_expert_gate",)
 SPLIT = ("gate_proj", "up_proj", "down_proj")  # modules of an MLP
 JOINED = ("input_linear", "output_linear")  # gate and up in one
@@ -59,7 +72,10 @@ class Affine(NamedTuple):
 
 
 class GroupedWeights(NamedTuple):
-    """Of `GroupedAttention`: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden], o, norms or None."""
+    """Of `GroupedAttention`: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden], o, norms or None.
+
+    A `gate` [heads * head_dim, hidden] scales what goes into o; `sinks` [heads] are scores of nothing.
+    """
 
     q: Affine
     k: Affine
@@ -67,6 +83,8 @@ class GroupedWeights(NamedTuple):
     o: Affine
     q_norm: Affine | None = None
     k_norm: Affine | None = None
+    gate: Affine | None = None
+    sinks: Any = None
 
 
 class LatentWeights(NamedTuple):
@@ -115,6 +133,7 @@ class Decoder(NamedTuple):
     norm: Norm
     embedding_scale: float
     logit_scale: float
+    max_length: int | None = None  # of sequences, in tokens; longer ones are computed otherwise
 
 
 def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
@@ -134,16 +153,18 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         raise InputError(f"{config.place}: hidden_act {model.activation.name!r} is not known; known are {known}")
     family, tensors = FAMILIES[identity.model_type], Tensors(checkpoint)
     stem = identity.router[: identity.router.index("layers.{}")]
-    norm = Norm(_resolve(config, family.eps))
+    norm = Norm(_resolve(config, family.eps), family.centred)
     residual_scale = _resolve(config, family.residual_scale)
     finder = _Finder(tensors)
     blocks, names = [], []
-    for layer, window in enumerate(family.windows(config, identity.num_hidden_layers)):
+    for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
         names.append(_find_block(finder.at(f"{stem}layers.{layer}."), family, moe=layer in model.tensors))
         read = _read_latent if family.latent else _read_grouped
-        attention = read(config, family, tensors, names[-1].attention, norm, window)
+        attention = read(config, family, tensors, names[-1].attention, norm, kind)
         blocks.append(Block(attention, norm, model.activation, residual_scale))
-    _refuse_others(checkpoint, model, tensors, stem, finder.found)
+    _refuse_others(checkpoint, model, tensors, stem, finder.found, family.left_out)
+    limits = {block.attention.rope.max_length for block in blocks if block.attention.rope}
+    limits.add(_resolve(config, family.max_length))
     return Decoder(
         tuple(blocks),
         tuple(names),
@@ -151,6 +172,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         norm,
         _resolve(config, family.embedding_scale),
         _resolve(config, family.logit_scale),
+        min((limit for limit in limits if limit), default=None),
     )
 
 
@@ -177,6 +199,13 @@ class _Finder:
         self.found.update(filter(None, there))
         return Affine(*(name and Stored(name) for name in there))
 
+    def take_plain(self, name: str) -> Stored | None:
+        """The tensor of that very name, if it is there."""
+        if self.prefix + name not in self.tensors:
+            return None
+        self.found.add(self.prefix + name)
+        return Stored(self.prefix + name)
+
     def need(self, modules: Sequence[str]) -> Affine:
         found = self.take(modules)
         if found is None:
@@ -189,12 +218,23 @@ def _resolve(config: Config, value: Any) -> Any:
     return value(config) if callable(value) else config.resolve(value)
 
 
+def _list_kinds(config: Config, family: Family, num_layers: int) -> Sequence[str]:
+    kinds = family.kinds(config, num_layers)
+    if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
+        raise InputError(f"{config.place}: layer_types {unknown[0]!r} is not known; {REMEDY}")
+    if len(kinds) != num_layers:
+        raise InputError(f"{config.place}: layer_types is of {len(kinds)} layers, expected {num_layers}")
+    return kinds
+
+
 def _find_block(finder: _Finder, family: Family, *, moe: bool) -> BlockWeights:
     kind, modules = (LatentWeights, LATENT_PROJECTIONS) if family.latent else (GroupedWeights, PROJECTIONS)
     optional = kind._field_defaults
     attention = kind(
         **{role: (finder.take if role in optional else finder.need)(names) for role, names in modules.items()}
     )
+    if not family.latent:
+        attention = attention._replace(sinks=finder.take_plain(SINKS))
     norms = Norms(*(name and finder.need([name]) for name in family.norms))
     ffn = _find_ffn(finder, SHARED if moe else DENSE)
     if ffn is None and not moe:
@@ -215,7 +255,9 @@ def _find_ffn(finder: _Finder, stems: Sequence[str]) -> ExpertWeights | None:
     return None
 
 
-def _refuse_others(checkpoint: Checkpoint, model: Model, tensors: Tensors, stem: str, found: set[str]) -> None:
+def _refuse_others(
+    checkpoint: Checkpoint, model: Model, tensors: Tensors, stem: str, found: set[str], left_out: tuple[str, ...]
+) -> None:
     """A tensor of a layer that nobody asked for would be something that is not computed."""
     known = {part for name in found for part in tensors[name].parts.values()}
     for layer in model.tensors.values():
@@ -225,12 +267,14 @@ def _refuse_others(checkpoint: Checkpoint, model: Model, tensors: Tensors, stem:
         layer = in_layer.match(name)
         if layer is None or name in known or name.endswith(LEFT_OUT) or EXPERT.search(name):
             continue
+        if name.startswith(left_out, layer.end()):
+            continue
         if int(layer[1]) < model.identity.num_hidden_layers:
             raise InputError(f"{entry.file}: what tensor {name} does is not known; {REMEDY}")
 
 
 def _read_grouped(
-    config: Config, family: Family, tensors: Tensors, names: GroupedWeights, norm: Norm, window: int | None
+    config: Config, family: Family, tensors: Tensors, names: GroupedWeights, norm: Norm, kind: str
 ) -> Attention:
     num_heads = config.read_count("num_attention_heads")
     num_kv_heads = config.read_count("num_key_value_heads", "num_attention_heads")
@@ -239,21 +283,22 @@ def _read_grouped(
     if head_dim * num_heads != query_rows or head_dim * num_kv_heads != key_rows or num_heads % num_kv_heads:
         heads = f"{num_heads} heads and {num_kv_heads} of keys"
         raise InputError(f"{config.place}: {heads} do not fit {names.q.weight.name} of {query_rows} rows")
-    parameters = read_parameters(config, theta=family.theta)
+    turned = kind == SLIDING or not family.turns_windows_only or not config.values.get("sliding_window")
     return GroupedAttention(
         num_heads,
         num_kv_heads,
         head_dim,
         head_dim**-0.5 if family.scale is None else _resolve(config, family.scale),
         norm,
-        make_rope(parameters, head_dim, place=config.place, interleaved=_resolve(config, family.interleaved)),
-        window,
+        _read_rope(config, family, head_dim, kind)[0] if turned else None,
+        _read_window(config, kind),
         config.values.get(family.clip) if family.clip else None,
+        family.norm_last,
     )
 
 
 def _read_latent(
-    config: Config, family: Family, tensors: Tensors, names: LatentWeights, norm: Norm, window: int | None
+    config: Config, family: Family, tensors: Tensors, names: LatentWeights, norm: Norm, kind: str
 ) -> Attention:
     num_heads = config.read_count("num_attention_heads")
     nope_dim, rope_dim = config.read_count("qk_nope_head_dim"), config.read_count("qk_rope_head_dim")
@@ -261,24 +306,38 @@ def _read_latent(
     if rows != num_heads * (nope_dim + rope_dim):
         heads = f"{num_heads} heads of {nope_dim} + {rope_dim} values"
         raise InputError(f"{config.place}: {heads} do not fit {names.q.weight.name} of {rows} rows")
-    parameters = read_parameters(config, theta=family.theta) | {"partial_rotary_factor": 1.0}
+    rope, temperature = _read_rope(config, family, rope_dim, kind, whole=True)
     return LatentAttention(
         num_heads,
         nope_dim,
         rope_dim,
-        (nope_dim + rope_dim) ** -0.5 * find_temperature(parameters),
+        (nope_dim + rope_dim) ** -0.5 * temperature,
         Norm(LATENT_EPS),
-        make_rope(parameters, rope_dim, place=config.place, interleaved=_resolve(config, family.interleaved)),
-        window,
+        rope,
+        _read_window(config, kind),
     )
+
+
+def _read_rope(config: Config, family: Family, dim: int, kind: str, *, whole: bool = False) -> tuple[Rope, float]:
+    """The rotation in layers of that kind, of all `dim` values if `whole`, and DeepSeek's factor for scores."""
+    parameters = read_parameters(config, theta=family.theta, layer_type=kind)
+    if whole:
+        parameters = parameters | {"partial_rotary_factor": 1.0}
+    rope = make_rope(parameters, dim, place=config.place, interleaved=_resolve(config, family.interleaved))
+    return rope, find_temperature(parameters)
+
+
+def _read_window(config: Config, kind: str) -> int | None:
+    return config.read_count("sliding_window") if kind == SLIDING else None
 
 
 def _find_ends(finder: _Finder, config: Config, checkpoint: Checkpoint, stem: str) -> EndWeights:
     embedding, norm = finder.need([f"{stem}embed_tokens"]), finder.need([f"{stem}norm"])
-    tied = config.values.get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings"))
     heads = [f"{parent}lm_head" for parent in _list_parents(stem)]
-    head = None if tied else finder.need(heads) if tied is False else finder.take(heads)
-    return EndWeights(embedding.weight, norm, head or embedding)
+    told = [values.get("tie_word_embeddings") for values in (config.values, checkpoint.config)]
+    if told[0] or (any(told) and finder.take(heads) is None):
+        return EndWeights(embedding.weight, norm, embedding)
+    return EndWeights(embedding.weight, norm, finder.need(heads) if False in told else finder.take(heads) or embedding)
 
 
 def _list_parents(stem: str) -> Iterator[str]:

@@ -34,6 +34,57 @@ SETTINGS |= {
     "deepseek_v3": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8), first_k_dense_replace=1),
     "kimi_k2": dict(rope_interleave=False, attention_bias=True),
 }
+LONG = dict(short_factor=[1.0, 1.5] * 8, long_factor=[2.0] * 16, short_mscale=1.1, long_mscale=1.3)
+SLIDING = dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"])
+SETTINGS |= {
+    "phimoe": GROUPED
+    | dict(
+        attention_bias=True,
+        lm_head_bias=True,
+        sliding_window=7,
+        original_max_position_embeddings=64,
+        rope_parameters=LONG | dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=64),
+    ),
+    "granitemoe": dict(embedding_multiplier=3.0, attention_multiplier=0.1, residual_multiplier=0.3, logits_scaling=5.0),
+    "granitemoeshared": dict(residual_multiplier=0.5),
+    "hunyuan_v1_moe": dict(
+        rope_parameters=dict(rope_type="dynamic", alpha=50.0, factor=1.0, rope_theta=1e4),
+    ),
+    "ernie4_5_moe": GROUPED | dict(use_bias=True, moe_layer_start_index=1, moe_num_shared_experts=2),
+    "mistral4": dict(
+        head_dim=64,
+        rope_parameters=YARN
+        | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5),
+    ),
+    "deepseek_v32": dict(index_topk=LENGTH),
+    "glm_moe_dsa": dict(index_topk=LENGTH),
+    "glm4_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True, first_k_dense_replace=1),
+    "glm4v_moe": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])),
+    "minimax_m2": GROUPED | dict(rotary_dim=16),
+    "dots1": GROUPED | SLIDING,
+    "mellum": GROUPED
+    | SLIDING
+    | dict(
+        rope_parameters={
+            "full_attention": YARN,
+            "sliding_attention": dict(rope_type="linear", factor=2.0, rope_theta=100.0),
+        }
+    ),
+    "exaone_moe": GROUPED | SLIDING | dict(mlp_layer_types=["dense", "sparse"]),
+    "gpt_oss": GROUPED | SLIDING | dict(rope_parameters=YARN | dict(truncate=False)),
+    "afmoe": GROUPED | SLIDING | dict(mup_enabled=True, num_dense_layers=1),
+    "solar_open": GROUPED
+    | dict(
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=1e4,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        )
+    ),
+}
 KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
 
 
