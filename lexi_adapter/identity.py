@@ -1,0 +1,88 @@
+"""The identity of the model in a folder, whatever its family: what files that are made from it say of it.
+
+It comes from config.json and the tensors' headers, and is what lexi_search finds. No table of families is needed: a
+router is a tensor with a router's name and a row for every expert.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lexi_adapter.allocation import AllocationError, ModelIdentity
+from lexi_adapter.checkpoint import Tensor, hash_tensors, read_config, read_tensors
+from lexi_adapter.transformers_patch import ROUTER_WEIGHTS
+
+# Where a config keeps the language model's part and, in order of preference, its numbers.
+TEXT_CONFIGS = ("text_config", "language_config", "thinker_config.text_config")
+TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
+NUM_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_experts", "num_local_experts")
+NUM_LAYERS = ("num_hidden_layers", "layers_block_type")  # the second has an entry for every layer
+LAYER = re.compile(r"((?:.*\.)?layers)\.([0-9]+)\.(.+)")
+LEFT_OUT = re.compile(r"(?:.*\.)?(?:mtp|talker)\.")  # parts with decoder layers of their own
+
+
+def describe_checkpoint(folder: Path) -> ModelIdentity:
+    """The model in a folder with config.json and safetensors files.
+
+    Raises:
+        AllocationError: the folder cannot be read, or holds no mixture-of-experts model, or one whose k is 1, where
+            there is nothing to save.
+    """
+    config = read_config(folder)
+    place, path, text = f"{folder}/config.json", *_find_text_config(config)
+    top_k_key, top_k = _read_count(text, TOP_K, place)
+    _, num_experts = _read_count(text, NUM_EXPERTS, place)
+    _, num_layers = _read_count(text, NUM_LAYERS, place)
+    if top_k == 1:
+        raise AllocationError(f"{place}: {top_k_key} is 1: each token runs one expert, none can be saved")
+    pattern, routers = _find_routers(folder, num_experts, num_layers)
+    return ModelIdentity(
+        model_type=str(config.get("model_type")),
+        num_hidden_layers=num_layers,
+        num_experts=num_experts,
+        top_k=top_k,
+        moe_layers=tuple(sorted(routers)),
+        router=pattern,
+        top_k_key=f"{path}.{top_k_key}" if path else top_k_key,
+        router_sha256=hash_tensors(routers[layer] for layer in sorted(routers)),
+    )
+
+
+def _find_text_config(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The language model's part of a config and its dotted path there, which is empty where the config is all of it."""
+    for path in TEXT_CONFIGS:
+        found: Any = config
+        for key in path.split("."):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            return path, found
+    return "", config
+
+
+def _read_count(text: Mapping[str, Any], keys: tuple[str, ...], place: str) -> tuple[str, int]:
+    key = next((key for key in keys if text.get(key) is not None), None)
+    if key is None:
+        raise AllocationError(f"{place} has no {' or '.join(keys)}; name a mixture-of-experts model")
+    value = text[key]
+    if key == "layers_block_type":
+        value = len(value)
+    elif isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]
+    if type(value) is not int or value < 1:
+        raise AllocationError(f"{place}: {key} is {value!r}, expected one number of at least 1 for all layers")
+    return key, value
+
+
+def _find_routers(folder: Path, num_experts: int, num_layers: int) -> tuple[str, dict[int, Tensor]]:
+    """The name pattern of the routers, with {} for the layer, and decoder-layer index -> router."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in read_tensors(folder):
+        match = LAYER.fullmatch(name)
+        is_router = match and name.endswith(ROUTER_WEIGHTS) and not LEFT_OUT.match(name)
+        if is_router and tensor.shape[:1] == (num_experts,) and int(match[2]) < num_layers:
+            found.setdefault(f"{match[1]}.{{}}.{match[3]}", {})[int(match[2])] = tensor
+    if len(found) != 1:
+        what = f"tensors of {len(found)} kinds ({', '.join(found)})" if found else "no tensor"
+        raise AllocationError(f"{folder}: {what} with a router's name and {num_experts} rows: unknown family")
+    return found.popitem()
