@@ -3,6 +3,8 @@
 Norms, rotation, softmax and sums of products are float32 whatever the hidden states are.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -26,9 +28,8 @@ def attend(
     grouped = isinstance(weights, GroupedWeights)
     sinks = None if not grouped or weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
     mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, window=attention.window)
-    length, heads = x.shape[1], attention.num_heads
-    at_once = max(SCORE_BYTES // (4 * heads * length * length), 1)
-    outputs = jax.lax.map(lambda sequence: mix(*sequence), (queries, keys, values), batch_size=min(at_once, len(x)))
+    at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
+    outputs = _map(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
     outputs = outputs.reshape(*x.shape[:2], -1)
     if grouped and weights.gate is not None:
         outputs = outputs * jax.nn.sigmoid(apply_affine(x, weights.gate))
@@ -69,7 +70,7 @@ def _project_grouped(
     )
     gains = weights.q_norm, weights.k_norm
     queries, keys = (_turn(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
-    return queries, keys, values if attention.clip is None else jnp.clip(values, -attention.clip, attention.clip)
+    return queries, keys, _clip(values, attention.clip)
 
 
 def _turn(
@@ -78,13 +79,16 @@ def _turn(
     """Queries or keys as they are multiplied: normalised, clipped, rotated."""
     if gain is not None and not attention.norm_last:
         heads = _normalise_heads(heads, gain, attention.norm)
-    if attention.clip is not None:
-        heads = jnp.clip(heads, -attention.clip, attention.clip)
+    heads = _clip(heads, attention.clip)
     if attention.rope is not None:
         heads = rotate(heads, attention.rope)
     if gain is not None and attention.norm_last:
         heads = _normalise_heads(heads, gain, attention.norm)
     return heads
+
+
+def _clip(x: Float[Array, "*rows width"], bound: float) -> Float[Array, "*rows width"]:
+    return x if bound == math.inf else jnp.clip(x, -bound, bound)
 
 
 def _normalise_heads(
@@ -163,5 +167,12 @@ def _attend_sequence(
         return jnp.einsum("kgnm,mkd->nkgd", shares.astype(values.dtype), values[:, :, 0], precision=precision)
 
     starts = jnp.arange(count) * size
-    outputs = jax.lax.map(attend_some, (starts, padded.reshape(count, size, *queries.shape[1:])))
+    outputs = _map(attend_some, (starts, padded.reshape(count, size, *queries.shape[1:])), at_once=1)
     return outputs.reshape(count * size, *outputs.shape[2:])[:length]
+
+
+def _map(function: Callable, arguments: tuple[Array, ...], *, at_once: int) -> Array:
+    """The function over the first axis, as many rows at a time as may be."""
+    if at_once >= len(arguments[0]) or len(arguments[0]) == 1:
+        return jax.vmap(function)(arguments)
+    return jax.lax.map(function, arguments, batch_size=max(at_once, 1))

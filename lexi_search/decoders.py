@@ -37,7 +37,7 @@ class GroupedAttention(NamedTuple):
     norm: Norm
     rope: Rope | None
     window: int | None = None
-    clip: float | None = None
+    clip: float = math.inf
     norm_last: bool = False
 
 
@@ -118,15 +118,15 @@ class Family(NamedTuple):
     """One family. Any number may be a `Key` of the config or a function of it instead of a value."""
 
     model_type: str
-    latent: bool = False  # attention
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
     eps: Any = Key("rms_norm_eps", 1e-6)
     centred: bool = False  # norms that subtract the mean
     norm_last: bool = False  # of queries and keys, after they are turned
     interleaved: Any = False  # pairs that turn are neighbours
+    interleaved_latent: Any = True  # the same in latent attention
     theta: float = 1e4  # of the rotation, where the config has none
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
-    clip: str | None = None  # the config's key of a bound for queries, keys and values
+    clip: Any = math.inf  # of queries, keys and values
     kinds: Kinds = see_all
     turns_windows_only: bool = False  # where there are windows, full attention is not told positions
     left_out: tuple[str, ...] = ()  # modules below `layers.N.` that do nothing up to `max_length`
@@ -161,8 +161,8 @@ GRANITE = Family(
     residual_scale=Key("residual_multiplier", 1.0),
     logit_scale=_logit_divisor,
 )
-DEEPSEEK_V2 = Family("deepseek_v2", latent=True, interleaved=True)
-DEEPSEEK_V3 = Family("deepseek_v3", latent=True, interleaved=Key("rope_interleave", True))
+DEEPSEEK_V2 = Family("deepseek_v2")
+DEEPSEEK_V3 = Family("deepseek_v3", interleaved_latent=Key("rope_interleave", True))
 # Sparse attention: an indexer chooses the positions that a query sees, all of them while they are few.
 DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
@@ -170,7 +170,7 @@ DEEPSEEK_V32 = DEEPSEEK_V2._replace(
 BY_TYPE = Family("dots1", kinds=see_by_type)
 
 _FAMILIES = (
-    Family("olmoe", eps=Key("rms_norm_eps", 1e-5), clip="clip_qkv"),
+    Family("olmoe", eps=Key("rms_norm_eps", 1e-5), clip=Key("clip_qkv", math.inf)),
     Family("flex_olmo", theta=5e5, norms=POST_NORMS),
     Family("mixtral", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=see_window),
     Family("phimoe", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=see_window, centred=True),

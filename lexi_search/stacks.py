@@ -159,7 +159,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
     blocks, names = [], []
     for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
         names.append(_find_block(finder.at(f"{stem}layers.{layer}."), family, moe=layer in model.tensors))
-        read = _read_latent if family.latent else _read_grouped
+        read = _read_latent if isinstance(names[-1].attention, LatentWeights) else _read_grouped
         attention = read(config, family, tensors, names[-1].attention, norm, kind)
         blocks.append(Block(attention, norm, model.activation, residual_scale))
     _refuse_others(checkpoint, model, tensors, stem, finder.found, family.left_out)
@@ -228,12 +228,13 @@ def _list_kinds(config: Config, family: Family, num_layers: int) -> Sequence[str
 
 
 def _find_block(finder: _Finder, family: Family, *, moe: bool) -> BlockWeights:
-    kind, modules = (LatentWeights, LATENT_PROJECTIONS) if family.latent else (GroupedWeights, PROJECTIONS)
+    latent = any(map(finder.has, LATENT_PROJECTIONS["kv_a"]))
+    kind, modules = (LatentWeights, LATENT_PROJECTIONS) if latent else (GroupedWeights, PROJECTIONS)
     optional = kind._field_defaults
     attention = kind(
         **{role: (finder.take if role in optional else finder.need)(names) for role, names in modules.items()}
     )
-    if not family.latent:
+    if not latent:
         attention = attention._replace(sinks=finder.take_plain(SINKS))
     norms = Norms(*(name and finder.need([name]) for name in family.norms))
     ffn = _find_ffn(finder, SHARED if moe else DENSE)
@@ -259,17 +260,15 @@ def _refuse_others(
     checkpoint: Checkpoint, model: Model, tensors: Tensors, stem: str, found: set[str], left_out: tuple[str, ...]
 ) -> None:
     """A tensor of a layer that nobody asked for would be something that is not computed."""
-    known = {part for name in found for part in tensors[name].parts.values()}
-    for layer in model.tensors.values():
-        known |= {layer.router, layer.bias, *(layer.experts.fused or ())}
+    of_moe = ((moe.router, moe.bias, *(moe.experts.fused or ())) for moe in model.tensors.values())
+    names = found.union(*of_moe) - {None}
+    known = {part for name in names for part in tensors[name].parts.values()}
     in_layer = re.compile(rf"{re.escape(stem)}layers\.(\d+)\.")
     for name, entry in checkpoint.entries.items():
         layer = in_layer.match(name)
-        if layer is None or name in known or name.endswith(LEFT_OUT) or EXPERT.search(name):
+        if layer is None or int(layer[1]) >= model.identity.num_hidden_layers or name in known:
             continue
-        if name.startswith(left_out, layer.end()):
-            continue
-        if int(layer[1]) < model.identity.num_hidden_layers:
+        if not (name.endswith(LEFT_OUT) or EXPERT.search(name) or name.startswith(left_out, layer.end())):
             raise InputError(f"{entry.file}: what tensor {name} does is not known; {REMEDY}")
 
 
@@ -292,7 +291,7 @@ def _read_grouped(
         norm,
         _read_rope(config, family, head_dim, kind)[0] if turned else None,
         _read_window(config, kind),
-        config.values.get(family.clip) if family.clip else None,
+        _resolve(config, family.clip),
         family.norm_last,
     )
 
@@ -306,7 +305,7 @@ def _read_latent(
     if rows != num_heads * (nope_dim + rope_dim):
         heads = f"{num_heads} heads of {nope_dim} + {rope_dim} values"
         raise InputError(f"{config.place}: {heads} do not fit {names.q.weight.name} of {rows} rows")
-    rope, temperature = _read_rope(config, family, rope_dim, kind, whole=True)
+    rope, temperature = _read_rope(config, family, rope_dim, kind, latent=True)
     return LatentAttention(
         num_heads,
         nope_dim,
@@ -318,13 +317,13 @@ def _read_latent(
     )
 
 
-def _read_rope(config: Config, family: Family, dim: int, kind: str, *, whole: bool = False) -> tuple[Rope, float]:
-    """The rotation in layers of that kind, of all `dim` values if `whole`, and DeepSeek's factor for scores."""
+def _read_rope(config: Config, family: Family, dim: int, kind: str, *, latent: bool = False) -> tuple[Rope, float]:
+    """The rotation in layers of that kind, and DeepSeek's factor for scores."""
     parameters = read_parameters(config, theta=family.theta, layer_type=kind)
-    if whole:
+    if latent:  # what turns are values of their own: all of them do
         parameters = parameters | {"partial_rotary_factor": 1.0}
-    rope = make_rope(parameters, dim, place=config.place, interleaved=_resolve(config, family.interleaved))
-    return rope, find_temperature(parameters)
+    interleaved = _resolve(config, family.interleaved_latent if latent else family.interleaved)
+    return make_rope(parameters, dim, place=config.place, interleaved=interleaved), find_temperature(parameters)
 
 
 def _read_window(config: Config, kind: str) -> int | None:

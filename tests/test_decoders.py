@@ -1,20 +1,26 @@
 """Whole checkpoints carried through in JAX, with transformers' own hidden states and logits as the judge."""
 
+import json
 import re
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
 import torch
+from quantised import CASES
+from safetensors.torch import load_file, save_file
 
+from lexi_search import attention as attention_module
 from lexi_search.carrying import attend, embed, finish, read_logits
 from lexi_search.checkpoint import open_checkpoint
-from lexi_search.decoders import FAMILIES
+from lexi_search.decoders import FAMILIES, GroupedAttention, Norm
+from lexi_search.errors import InputError
 from lexi_search.models import describe
 from lexi_search.moe import compute_outputs, mix
 from lexi_search.routing import route
-from lexi_search.stacks import describe_decoder
+from lexi_search.stacks import Affine, GroupedWeights, describe_decoder
 from lexi_search.weights import read_tensors, stream_blocks
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
@@ -151,3 +157,182 @@ def test_every_layer_equals_transformers(name, tmp_path):
     model, tokens = build(name), draw_tokens()
     tiny.save_checkpoint(name, model, tmp_path)
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
+def test_every_known_family_is_tested():
+    assert {MODEL_TYPES.get(name, name) for name in KNOWN} == set(FAMILIES)
+
+
+def test_a_layer_with_fewer_experts_equals_transformers(tmp_path):
+    model, tokens = build("qwen3_moe"), draw_tokens()
+    tiny.save_checkpoint("qwen3_moe", model, tmp_path)
+    before = run_reference(model, tokens)
+    tiny.find_moe_blocks(model)[2].gate.top_k = 2
+    ours = run(tmp_path, tokens, top_k={2: 2})
+    assert_same(ours, run_reference(model, tokens))
+    assert np.linalg.norm(ours[1] - before[1]) > 0.01 * np.linalg.norm(before[1])
+
+
+def test_sixteen_bits_are_near_float32(tmp_path):
+    model, tokens = build("olmoe"), draw_tokens()
+    tiny.save_checkpoint("olmoe", model, tmp_path)
+    states, logits = run(tmp_path, tokens, dtype="bfloat16")
+    assert (states[-1] == states[-1].astype(ml_dtypes.bfloat16)).all() and logits.dtype == np.float32
+    assert_same((states, logits), run_reference(model, tokens), tolerance=0.05)
+
+
+def test_minicpm_scales(tmp_path):
+    """MiniCPM has no class in transformers; Granite's multipliers do what its scales do."""
+    granite = dict(
+        embedding_multiplier=12.0,
+        residual_multiplier=1.4 / 2**0.5,
+        logits_scaling=64 / 16,
+        attention_multiplier=32**-0.5,
+        num_experts_per_tok=2,
+    )
+    model, tokens = build("granitemoe", **granite), draw_tokens()
+    tiny.save_checkpoint("granitemoe", model, tmp_path)
+    names = {"router.layer": "gate", "input_linear.weight": "experts.gate_up_proj"}
+    names |= {"output_linear.weight": "experts.down_proj", "block_sparse_moe": "mlp"}
+    tensors = {
+        re.sub("|".join(names), lambda match: names[match[0]], key): value
+        for key, value in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    rewrite_config(tmp_path, model_type="minicpm", scale_emb=12, scale_depth=1.4, dim_model_base=16)
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
+def test_deepseek_without_latent_attention(tmp_path):
+    """As the smallest DeepSeek-VL2 has it; what GLM-4.5 computes is then the same but for its partial rotation."""
+    model, tokens = build("glm4_moe", use_qk_norm=False, partial_rotary_factor=1.0), draw_tokens()
+    tiny.save_checkpoint("glm4_moe", model, tmp_path)
+    rewrite_config(tmp_path, model_type="deepseek_v2", use_mla=False, topk_method="noaux_tc", scoring_func="sigmoid")
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
+@pytest.mark.parametrize("case", ["fp8 blocks", "awq"])
+def test_quantised_tensors_are_their_values(case, tmp_path):
+    model, tokens, rng = build("deepseek_v2"), draw_tokens(), np.random.default_rng(0)
+    for kind in ("stored", "values"):
+        (tmp_path / kind).mkdir()
+        tiny.save_checkpoint("deepseek_v2", model, tmp_path / kind)
+    stored, values = {}, load_file(tmp_path / "values/model.safetensors")
+    for name, tensor in values.items():
+        if ".layers." in name and tensor.ndim == 2 and not name.endswith("mlp.gate.weight"):
+            matrix = CASES[case](rng, name, *tensor.shape)
+            stored, values = stored | matrix.tensors, values | {name: torch.from_numpy(matrix.values)}
+        else:
+            stored[name] = tensor
+    save_file(stored, tmp_path / "stored/model.safetensors")
+    save_file(values, tmp_path / "values/model.safetensors")
+    rewrite_config(tmp_path / "stored", quantization_config=CASES[case].config)
+    for a, b in zip(run(tmp_path / "stored", tokens)[0], run(tmp_path / "values", tokens)[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("score_bytes", [100, 1500, 1 << 20])
+@pytest.mark.parametrize(("window", "with_sinks"), [(None, False), (4, True)])
+def test_attention_equals_the_loop(score_bytes, window, with_sinks, monkeypatch):
+    """However much of it is computed at a time."""
+    monkeypatch.setattr(attention_module, "SCORE_BYTES", score_bytes)
+    rng, length, heads, kv_heads, width = np.random.default_rng(1), 11, 4, 2, 6
+    draw = [rng.normal(size=(rows, 8)) for rows in (heads * width, kv_heads * width, kv_heads * width)]
+    x, sinks = rng.normal(size=(3, length, 8)), rng.normal(size=heads)
+    weights = GroupedWeights(*(Affine(jnp.float32(part)) for part in (*draw, np.eye(heads * width))))
+    if with_sinks:
+        weights = weights._replace(sinks=jnp.float32(sinks))
+    settings = GroupedAttention(heads, kv_heads, width, 0.4, Norm(1e-6), None, window)
+    ours = attention_module.attend(jnp.float32(x), weights, attention=settings)
+    queries, keys, values = (np.einsum("bti,oi->bto", x, part).reshape(3, length, -1, width) for part in draw)
+    for sequence, position, head in np.ndindex(3, length, heads):
+        first = 0 if window is None else max(position - window + 1, 0)
+        seen = slice(first, position + 1)
+        scores = 0.4 * keys[sequence, seen, head // 2] @ queries[sequence, position, head]
+        nothing = np.exp(sinks[head]) if with_sinks else 0.0
+        shares = np.exp(scores) / (np.exp(scores).sum() + nothing)
+        theirs = shares @ values[sequence, seen, head // 2]
+        found = ours[sequence, position, head * width : (head + 1) * width]
+        np.testing.assert_allclose(found, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_old_keys_of_the_rotation_mean_the_same(tmp_path):
+    tiny.save_checkpoint("deepseek_v3", build("deepseek_v3"), tmp_path)
+    new = describe_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    old = config.pop("rope_parameters")
+    old |= {"type": old.pop("rope_type")}
+    config |= {"rope_theta": old.pop("rope_theta"), "rope_scaling": old}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert describe_folder(tmp_path) == new
+
+
+def describe_folder(folder):
+    checkpoint = open_checkpoint(folder)
+    return describe_decoder(checkpoint, describe(checkpoint))
+
+
+def rewrite_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["jamba", "nemotron_h", "qwen3_next"])
+def test_refuses_families_that_it_does_not_know(name, tmp_path):
+    tiny.make_checkpoint(name, tmp_path)
+    message = f"config.json: what {name} computes outside its MoE layers is not known; use --input paper; known are afm"
+    with pytest.raises(InputError, match=message):
+        describe_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "spiral"}},
+            {},
+            "rope_type 'spiral' is not known; known are default, .*paper",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3"}},
+            {},
+            "parameters of type 'llama3' are incomplete .*low_freq_factor",
+        ),
+        ({"layer_types": None}, {}, "config.json: layer_types is missing"),
+        ({"layer_types": ["full_attention", "mamba"]}, {}, "layer_types 'mamba' is not known; use --input paper"),
+        ({"layer_types": ["full_attention"]}, {}, "layer_types is of 1 layers, expected 2"),
+        ({"num_attention_heads": 3}, {}, "3 heads and 2 of keys do not fit .*q_proj.weight of 128 rows"),
+        ({"hidden_act": "relu6"}, {}, "hidden_act 'relu6' is not known"),
+        (
+            {},
+            {"model.layers.1.self_attn.temperature": 4},
+            "what tensor model.layers.1.self_attn.temperature does is not",
+        ),
+        ({}, {"model.layers.1.self_attn.k_proj.weight": None}, "layers.1.self_attn.k_proj.weight is missing"),
+        ({}, {"model.norm.weight": None}, "model.norm.weight is missing"),
+        ({}, {"lm_head.weight": None}, "model.lm_head.weight or lm_head.weight is missing"),
+    ],
+)
+def test_refuses(config, tensors, message, tmp_path):
+    tiny.save_checkpoint("dots1", build("dots1"), tmp_path)
+    rewrite_config(tmp_path, **config)
+    changed = load_file(tmp_path / "model.safetensors") | {k: v and torch.zeros(v) for k, v in tensors.items()}
+    save_file({k: v for k, v in changed.items() if v is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message) as caught:
+        describe_folder(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_refuses_sequences_that_are_too_long(tmp_path):
+    tiny.save_checkpoint("deepseek_v32", build("deepseek_v32", index_topk=LENGTH - 1), tmp_path)
+    with pytest.raises(InputError, match="sequences of 24 tokens are longer than 23"):
+        run(tmp_path, draw_tokens())
+
+
+def test_names_a_tensor_that_is_damaged(tmp_path):
+    tiny.save_checkpoint("dots1", build("dots1"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="tensor model.layers.1.self_attn.o_proj.weight holds NaN or Inf"):
+        run(tmp_path, draw_tokens())
