@@ -49,7 +49,7 @@ def stack(distances: Sequence[Distances]) -> Distances:
     return Distances(*map(torch.stack, zip(*distances, strict=True)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge_allocations(
     model: torch.nn.Module,
     windows: torch.Tensor,

@@ -59,7 +59,7 @@ def check_vocabulary(windows: torch.Tensor, config: Any) -> None:
         raise AllocationError(f"the model has tokens 0 to {size - 1}, but there is {wrong[0]}; use its own tokenizer")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model: torch.nn.Module, *, length: int, sequences: int, batch: int, seed: int) -> torch.Tensor:
     """Windows that the model itself draws, [sequences, length] int64: each token from its whole distribution.
 

@@ -1,0 +1,433 @@
+"""`lexi-adapter sensitivity`, judged by whole forward passes in float64 and by a loop over tokens and experts."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+from dataclasses import replace
+
+import command_line
+import jax
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.cli import main
+from lexi_adapter.decoders import check_replays, find_decoder, run, run_from, run_recorded
+from lexi_adapter.divergences import judge_allocations
+from lexi_adapter.identity import describe_checkpoint
+from lexi_adapter.journal import Journal, keep_journal
+from lexi_adapter.loading import load_model
+from lexi_adapter.movements import Movements, measure
+from lexi_adapter.sensitivity import summarise
+from lexi_adapter.transformers_patch import apply
+from lexi_adapter.variants import allocate
+from lexi_adapter.windows import cut, generate
+from lexi_search.artifacts import read_profile
+from lexi_search.checkpoint import open_checkpoint
+from lexi_search.errors import InputError
+from lexi_search.models import describe
+from lexi_search.weights import stream_layers
+
+WINDOWS = torch.randint(3, 256, (3, 12), generator=torch.Generator().manual_seed(5))
+# A dense layer and a shared expert; scaled outputs; layers that tell each other more than hidden states, or keep
+# several residual streams; attention that is not softmax's; layers that are only a mixer.
+FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v2", "granitemoe", "glm_moe_dsa", "hy_v4", "qwen3_next", "nemotron_h")
+CHANGES = {
+    "granitemoe": {"residual_multiplier": 0.3},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Makes each family's tiny checkpoint once: (folder, identity)."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            tiny.make_checkpoint(family, folder, **CHANGES.get(family, {}))
+            made[family] = folder, describe_checkpoint(folder)
+        return made[family]
+
+    return make
+
+
+def load(folder):
+    return load_model(str(folder), device="cpu")
+
+
+def run_plainly(family, top_k):
+    """float64 logits of a model put together from whole layers of models whose config says one k for all."""
+    model, layers = copy.deepcopy(build_plainly(family, 4))
+    for layer, k in top_k.items():
+        layers[layer] = build_plainly(family, k)[1][layer]
+    with torch.no_grad():
+        return model(WINDOWS, use_cache=False).logits
+
+
+@functools.cache
+def build_plainly(family, k):
+    model = tiny.build_reference(family, **CHANGES.get(family, {}), num_experts_per_tok=k).double()
+    model.set_experts_implementation("eager")
+    return model, next(module for name, module in model.named_modules() if name.endswith("layers"))
+
+
+def judge_plainly(base, changed):
+    """KL(base || changed) and increase of cross-entropy of each sequence, by loops in float64."""
+    found = []
+    for own, other, tokens in zip(base.numpy(), changed.numpy(), WINDOWS.tolist(), strict=True):
+        divergences, increases = [], []
+        for place, token in enumerate(tokens[1:]):
+            p, q = reference.softmax(own[place]), reference.softmax(other[place])
+            divergences.append(sum(p * np.log(p / q)))
+            increases.append(math.log(p[token]) - math.log(q[token]))
+        found.append((np.mean(divergences), np.mean(increases)))
+    return np.array(found).T
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_brute_force_is_what_whole_passes_in_float64_say(checkpoints, family):
+    folder, identity = checkpoints(family)
+    model, base = load(folder), run_plainly(family, {})
+    found = {layer: movements for _, layer, movements in measure(model, identity, WINDOWS)}
+    assert tuple(found) == identity.moe_layers
+    for layer, k in itertools.product(identity.moe_layers, range(1, identity.top_k)):
+        expected = judge_plainly(base, run_plainly(family, {layer: k}))
+        ours = np.array([[row[k - 1] for row in table] for table in (found[layer].divergence, found[layer].increase)])
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=2e-6)
+        assert expected[0].min() > 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_running_on_from_a_layer_is_exactly_the_whole_pass(checkpoints, family):
+    folder, identity = checkpoints(family)
+    model = load(folder)
+    decoder = find_decoder(model, identity)
+    with torch.no_grad():
+        base, outputs = run_recorded(decoder, WINDOWS, {})
+        assert torch.equal(base, model(WINDOWS, use_cache=False).logits)
+        for layer in identity.moe_layers:
+            reduce(model, identity, {layer: 2})
+            assert torch.equal(run_from(decoder, layer, WINDOWS, outputs), model(WINDOWS, use_cache=False).logits)
+            reduce(model, identity, {})
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def reduce(model, identity, top_k):
+    apply(model, allocate(identity, dict.fromkeys(identity.moe_layers, identity.top_k) | top_k), check_weights=False)
+
+
+def test_a_model_whose_layers_tell_each_other_more_than_they_return_is_refused(checkpoints):
+    folder, identity = checkpoints("mixtral")
+    model = load(folder)
+    first, last = model.model.layers[0], model.model.layers[2]
+    told = {}
+    first.mlp.register_forward_hook(lambda module, args, output: told.update(seen=output))
+    last.register_forward_hook(lambda module, args, output: output + told.pop("seen", 0))
+    with pytest.raises(AllocationError, match="run on from layer 1 is not what it is from the start .*unknown family"):
+        check_replays(find_decoder(model, identity), WINDOWS)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2", "granitemoe"])
+def test_a_block_moves_as_the_loop_over_tokens_and_experts_says(checkpoints, family):
+    """Inputs and residual streams are those that pass through the model; the rest is lexi_search's reference."""
+    folder, identity = checkpoints(family)
+    model, checkpoint = load(folder), open_checkpoint(folder)
+    described, seen = describe(checkpoint), {}
+    for layer, block in tiny.find_moe_blocks(model).items():
+        keep(block, seen, ("input", layer))
+        norm = model.model.layers[layer].post_attention_layernorm
+        keep(norm, seen, ("stream", layer))
+    with torch.no_grad():
+        model(WINDOWS, use_cache=False)
+    moved = {layer: movements for _, layer, movements in measure(load(folder), identity, WINDOWS, local=True)}
+    for layer, weights in stream_layers(checkpoint, described, described.layers):
+        router, bias, experts = jax.tree.map(
+            lambda part: np.asarray(part, np.float64), (weights.router, weights.bias, tuple(weights.experts))
+        )
+        experts = [tuple(0 if i > 2 and part is None else part for i, part in enumerate(expert)) for expert in experts]
+        x = seen["input", layer].reshape(-1, described.hidden_size)
+        compute = functools.partial(
+            reference.moe_output, x, router, bias, experts, described.routing, described.activation
+        )
+        stream = (seen["stream", layer] ** 2).sum(-1)
+        for k in range(1, identity.top_k):
+            squares = ((compute(k) - compute(identity.top_k)) ** 2).sum(-1).reshape(WINDOWS.shape)
+            np.testing.assert_allclose([row[k - 1] for row in moved[layer].squares], squares.sum(-1), rtol=1e-4)
+            relative = (squares / stream).mean(-1)
+            np.testing.assert_allclose([row[k - 1] for row in moved[layer].relative], relative, rtol=1e-4)
+        assert moved[layer].divergence == moved[layer].increase == ()
+
+
+def keep(module, seen, key):
+    module.register_forward_pre_hook(lambda _, args: seen.update({key: args[0].double().numpy()}))
+
+
+def test_a_gate_exponent_is_that_of_an_allocation(checkpoints):
+    folder, identity = checkpoints("mixtral")
+    model = load(folder)
+    found = {layer: movements for _, layer, movements in measure(model, identity, WINDOWS, gate_exponent=0.25)}
+    alone = replace(allocate(identity, {0: 4, 1: 2, 2: 4}), gate_exponent=0.25)
+    judged = judge_allocations(model, WINDOWS, [alone, replace(alone, gate_exponent=None)])
+    np.testing.assert_allclose([row[1] for row in found[1].divergence], judged.divergence[0], rtol=1e-6)
+    assert (judged.divergence[0] - judged.divergence[1]).abs().min() > 1e-4
+
+
+def test_whole_allocations_are_judged_as_whole_passes_in_float64_say(checkpoints):
+    folder, identity = checkpoints("deepseek_v2")
+    model = load(folder)
+    before = run(find_decoder(model, identity), WINDOWS)
+    top_ks = ({1: 1, 2: 3, 3: 2}, {1: 4, 2: 4, 3: 4}, {1: 2, 2: 2, 3: 2})
+    judged = judge_allocations(model, WINDOWS, [allocate(identity, top_k) for top_k in top_ks], batch=2)
+    assert judged.divergence.shape == judged.increase.shape == (3, 3)
+    base = run_plainly("deepseek_v2", {})
+    for place, top_k in enumerate(top_ks):
+        expected = judge_plainly(base, run_plainly("deepseek_v2", top_k))
+        np.testing.assert_allclose(torch.stack(judged)[:, place], expected, rtol=1e-3, atol=2e-6)
+    assert torch.equal(run(find_decoder(model, identity), WINDOWS), before)
+    with pytest.raises(AllocationError, match="there are no allocations to judge"):
+        judge_allocations(model, WINDOWS, [])
+    with pytest.raises(AllocationError, match="other router weights"):
+        judge_allocations(model, WINDOWS, [allocate(replace(identity, router_sha256="0" * 64), top_ks[0])])
+
+
+@pytest.mark.parametrize("family", tiny.ALL_FAMILIES)
+def test_the_identity_is_what_a_search_finds(tmp_path, family):
+    folder = tiny.make_checkpoint(family, tmp_path)
+    try:
+        expected = describe(open_checkpoint(folder)).identity
+    except InputError as error:
+        assert "none can be saved" in str(error)
+        with pytest.raises(AllocationError, match="none can be saved"):
+            describe_checkpoint(folder)
+    else:
+        assert dataclasses.asdict(describe_checkpoint(folder)) == dataclasses.asdict(expected)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
+def test_standard_errors_are_over_sequences(sequences, length, ks):
+    generator = np.random.default_rng([sequences, length, ks])
+    tables = generator.random((4, sequences + 1, ks))
+    parts = [Movements(*(table[:1].tolist() for table in tables)), Movements(*(table[1:].tolist() for table in tables))]
+    found = summarise(parts, length, ("divergence", "increase"))
+    squares, *others = tables
+    assert (found["iterations"], found["samples"]) == (sequences + 1, (sequences + 1) * length)
+    columns = {"frobenius": np.sqrt(squares)} | dict(zip(("relative", "divergence", "increase"), others, strict=True))
+    for kind, table in columns.items():
+        np.testing.assert_allclose(found[kind], [*table.mean(axis=0), 0])
+        np.testing.assert_allclose(found[f"{kind}_stderr"], [*table.std(axis=0, ddof=1) / (sequences + 1) ** 0.5, 0])
+    rms = np.sqrt(squares.mean(axis=0) / length)
+    np.testing.assert_allclose(found["rms"], [*rms, 0])
+    slope = 1 / (2 * rms * length)
+    error = slope * squares.std(axis=0, ddof=1) / (sequences + 1) ** 0.5
+    np.testing.assert_allclose(found["rms_stderr"], [*error, 0])
+
+
+@given(st.lists(st.integers(0, 30), max_size=5), st.integers(1, 6), st.integers(2, 6))
+def test_windows_lie_evenly_over_the_whole_ones_that_there_are(lengths, length, sequences):
+    streams = [[100 * place + token for token in range(size)] for place, size in enumerate(lengths)]
+    whole = [stream[i : i + length] for stream in streams for i in range(0, len(stream), length)]
+    whole = [window for window in whole if len(window) == length]
+    if len(whole) < 2:
+        with pytest.raises(AllocationError, match=f"{len(whole)} windows of {length} tokens, at least 2 needed"):
+            cut(streams, length=length, sequences=sequences)
+        return
+    found = cut(streams, length=length, sequences=sequences).tolist()
+    assert len(found) == min(sequences, len(whole))
+    places = [whole.index(window) for window in found]
+    assert places[0] == 0 and places == sorted(set(places))
+    steps = np.diff([*places, len(whole)])
+    assert max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_next"])
+def test_a_model_draws_from_its_own_distribution(checkpoints, family):
+    """With the cache of the layers as without; whole passes over what is there so far, with the same random numbers."""
+    model = load(checkpoints(family)[0])
+    found = generate(model, length=6, sequences=5, batch=3, seed=7)
+    assert found.shape == (5, 6) and found.dtype == torch.int64
+    generator = torch.Generator().manual_seed(7)
+    for window in found.split(3):
+        expected = torch.zeros((len(window), 1), dtype=torch.int64)  # the token that begins a text
+        for _ in range(5):
+            with torch.no_grad():
+                logits = model(expected, use_cache=False).logits[:, -1]
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            expected = torch.cat([expected, drawn], dim=1)
+        assert torch.equal(window, expected)
+    model.config.bos_token_id = None
+    firsts = generate(model, length=2, sequences=40, batch=20, seed=0)[:, 0]
+    assert len(set(firsts.tolist())) > 20
+
+
+@pytest.fixture(scope="module")
+def mixtral(checkpoints):
+    """A checkpoint with a tokenizer of one word a token, and a text that it reads as three streams' worth of tokens."""
+    folder, _ = checkpoints("mixtral")
+    vocabulary = {f"t{token}": token for token in range(256)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    (folder / "text.txt").write_text(" ".join(f"t{token}" for token in WINDOWS.flatten().tolist()))
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["sensitivity", *map(str, arguments)], catch_exceptions=False)
+
+
+def make_profile(*arguments, output="profile.json"):
+    result = invoke(*arguments, "-o", output, "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (0, f"{output}\n"), result.stderr
+    return read_profile(output)
+
+
+def test_the_file_is_a_profile_that_a_search_reads(folder, mixtral):
+    made = make_profile(mixtral, "--text", mixtral / "text.txt", "--length", 12, "--batch", 2)
+    assert made.model == describe(open_checkpoint(mixtral)).identity
+    settings = made.settings
+    assert (settings.input, settings.batch, settings.length, settings.max_samples) == ("text", 1, 12, 36)
+    assert made.loss_kinds == ("frobenius", "rms", "squared", "relative", "divergence", "increase")
+    model, identity = load(mixtral), describe_checkpoint(mixtral)
+    whole = {layer: movements for _, layer, movements in measure(model, identity, WINDOWS)}
+    for layer, loss in made.layers.items():
+        for kind in ("divergence", "increase"):
+            expected = np.mean(getattr(whole[layer], kind), axis=0)
+            np.testing.assert_allclose(getattr(loss, kind)[:-1], expected, rtol=1e-4, atol=1e-7)
+    found = command_line.run("search", "profile.json", "--loss", "increase", "--budget", 7, "-o", "allocation.json")
+    assert found.exit_code == 0, found.output
+    assert sum(json.loads((folder / "allocation.json").read_text())["top_k"].values()) == 7
+    (folder / "text.json").write_text(json.dumps(WINDOWS.tolist()))
+    np.savez(folder / "text.npz", first=WINDOWS[:1].numpy(), others=WINDOWS[1:].flatten().numpy().astype(np.uint16))
+    for tokens in ("text.json", "text.npz"):
+        make_profile(mixtral, "--tokens", tokens, "--length", 12, "--batch", 2, output="again.json")
+        assert (folder / "again.json").read_bytes() == (folder / "profile.json").read_bytes()
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 4 + [".npz"]
+
+
+def test_without_data_the_model_writes_its_own(folder, mixtral):
+    options = ("--generate", "--length", 9, "--sequences", 3, "--gate-exponent", 0.5)
+    made = make_profile(mixtral, *options)
+    assert (made.settings.input, made.settings.gate_exponent) == ("generated", 0.5)
+    assert "divergence" in made.loss_kinds and "increase" not in made.loss_kinds
+    make_profile(mixtral, *options, output="again.json")
+    assert (folder / "again.json").read_bytes() == (folder / "profile.json").read_bytes()
+    other = make_profile(mixtral, *options, "--seed", 1, output="other.json")
+    assert other.made_by["tokens_sha256"] != made.made_by["tokens_sha256"]
+
+
+def test_only_the_blocks_are_looked_at_if_asked(folder, mixtral):
+    options = (mixtral, "--text", mixtral / "text.txt", "--length", 12)
+    whole, local = make_profile(*options), make_profile(*options, "--local", output="local.json")
+    assert local.loss_kinds == ("frobenius", "rms", "squared", "relative")
+    for kind in local.loss_kinds:
+        np.testing.assert_allclose(local.losses(kind), whole.losses(kind))
+
+
+def test_a_run_cut_short_goes_on(folder, mixtral, monkeypatch):
+    options = (mixtral, "--text", mixtral / "text.txt", "--length", 12, "--batch", 1)
+    make_profile(*options, output="whole.json")
+    add, kept = Journal.add, []
+
+    def add_four(journal, batch, layer, movements):
+        add(journal, batch, layer, movements)
+        kept.append((batch, layer))
+        if len(kept) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", add_four)
+    assert invoke(*options).exit_code == 1 and kept == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    partial = folder / "profile.json.partial"
+    partial.write_bytes(partial.read_bytes() + b"[1, 1, [[0.1")  # the write that a crash cut short
+    refuse("profile.json.partial is of another run .another settings.*--restart", *options, "--seed", 1)
+    refuse("profile.json.partial is of another run .another losses.*--restart", *options, "--local")
+    make_profile(*options)
+    assert kept[4:] == [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+    assert (folder / "profile.json").read_bytes() == (folder / "whole.json").read_bytes()
+    assert not partial.exists()
+    del kept[:]
+    assert invoke(*options).exit_code == 1
+    make_profile(*options, "--restart")
+    assert kept[4:] == list(itertools.product(range(3), range(3)))
+    assert (folder / "profile.json").read_bytes() == (folder / "whole.json").read_bytes()
+
+
+def test_two_runs_do_not_write_one_file(folder):
+    with keep_journal("profile.json", {}):
+        with pytest.raises(AllocationError, match="another run is writing profile.json"):
+            with keep_journal("profile.json", {}):
+                pass
+    assert not list(folder.iterdir())
+
+
+def refuse(expected, *arguments):
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    line = result.stderr.rstrip("\n")
+    assert re.search(expected, line) and "\n" not in line, line
+
+
+def test_bad_input_is_refused_in_one_line(folder, mixtral):
+    text = ("--length", 12, "--text", mixtral / "text.txt")
+    refuse("give one of --text, --tokens and --generate", mixtral)
+    refuse("give one of --text, --tokens and --generate", mixtral, *text, "--generate")
+    refuse("cannot write .*nowhere", mixtral, *text, "-o", "nowhere/profile.json")
+    refuse("cannot read nothing/config.json", "nothing", *text)
+    refuse("--length of 129 tokens is more than the model's 128", mixtral, *text, "--length", 129)
+    refuse("1 windows of 20 tokens, at least 2 needed", mixtral, *text, "--length", 20)
+    refuse("cannot read nothing.txt", mixtral, "--length", 12, "--text", "nothing.txt")
+    refuse("no device 'tpu9'", mixtral, *text, "--device", "tpu9")
+    refuse("nothing has no tokenizer", mixtral, *text, "--tokenizer", "nothing")
+    (folder / "profile.json.partial").mkdir()
+    refuse("cannot use .*profile.json.partial: Is a directory", mixtral, *text)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[[1, 2", "cannot read tokens.json"),
+        ("3", "cannot read tokens.json"),
+        ("[]", "does not hold rows of token ids"),
+        ("[[1.5, 2.5]]", "does not hold rows of token ids"),
+        ("[[[1]], 2]", "does not hold rows of token ids"),
+        (json.dumps([[3] * 12, [300] * 12]), "the model has tokens 0 to 255, but there is 300"),
+        (json.dumps([[3] * 12, [-1] * 12]), "the model has tokens 0 to 255, but there is -1"),
+    ],
+)
+def test_files_of_something_else_than_tokens_are_refused(folder, mixtral, content, expected):
+    (folder / "tokens.json").write_text(content)
+    refuse(expected, mixtral, "--tokens", "tokens.json", "--length", 12)
+
+
+def test_a_model_that_lacks_tensors_or_k_is_refused(folder, checkpoints):
+    whole = checkpoints("mixtral")[0]
+    tensors = load_file(whole / "model.safetensors")
+    lacking = dict(tensors)
+    del lacking["model.layers.1.input_layernorm.weight"]
+    for name, stored, config in (
+        ("lacking", lacking, {}),
+        ("single", tensors, {"num_experts_per_tok": 1}),
+        ("dense", {key: value for key, value in tensors.items() if ".gate." not in key}, {}),
+    ):
+        (folder / name).mkdir()
+        save_file(stored, folder / name / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((whole / "config.json").read_text()) | config
+        (folder / name / "config.json").write_text(json.dumps(config))
+    own = ("--generate", "--length", 12)
+    refuse(r"lacking lacks 1 tensors, such as model.layers.1.input_layernorm.weight", "lacking", *own)
+    refuse("num_experts_per_tok is 1: each token runs one expert, none can be saved", "single", *own)
+    refuse("dense: no tensor with a router's name and 8 rows: unknown family", "dense", *own)
