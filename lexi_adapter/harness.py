@@ -25,6 +25,7 @@ SAME = 1e-9  # two means of the same values, added up in another order
 def make_tasks(
     names: Sequence[str],
     *,
+    backend: str,
     include_paths: Sequence[str],
     max_length: int,
     max_items: int | None,
@@ -45,7 +46,7 @@ def make_tasks(
     """
     wanted = {task: name if name in SUITES else None for name in names for task in SUITES.get(name, (name,))}
     settings = {"include_paths": list(include_paths), "limit": max_items, "num_fewshot": num_fewshot}
-    version = _load(list(wanted), include_paths)
+    version = _load(list(wanted), include_paths, backend)
     arguments = (list(include_paths), max_items, num_fewshot, max_length, batch_size)
 
     def make(task: str, suite: str | None) -> Task:
@@ -60,7 +61,7 @@ def make_tasks(
     return [make(task, suite) for task, suite in wanted.items()]
 
 
-def _load(names: Sequence[str], include_paths: Sequence[str]) -> str:
+def _load(names: Sequence[str], include_paths: Sequence[str], backend: str) -> str:
     """Load the tasks and forget them; the version of lm-eval."""
     for path in include_paths:
         if not os.path.isdir(path):
@@ -68,6 +69,9 @@ def _load(names: Sequence[str], include_paths: Sequence[str]) -> str:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
+
+        if backend == "transformers":
+            import lm_eval.models.huggingface  # noqa: F401  (asks for more packages than lm-eval itself)
     except ImportError as error:
         raise AllocationError(f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]'") from error
     manager = TaskManager(include_path=list(include_paths))

@@ -13,7 +13,7 @@ from typing import Any
 
 from lexi_adapter.allocation import AllocationError
 from lexi_adapter.scores import Model, Outcome, Task, average
-from lexi_adapter.texts import check_length, count_answer_tokens, encode
+from lexi_adapter.texts import check_length, encode
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -23,8 +23,9 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
 DIGITS = 5
-# After the number the answer must go on to something else, or one could not tell 12345 from the start of 123456.
-TOKENS_AFTER = 4
+# A digit takes a token at most. Before them there may be a space, and the answer must go on after them: else one could
+# not tell 12345 from the start of 123456.
+TOKENS_AROUND = 5
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class Trial:
 def make_task(
     tokenizer: Any, *, length: int, depths: int, trials: int, seed: int, limit: int | None, digits: int = DIGITS
 ) -> Task:
-    """`trials` numbers at each of `depths` evenly spaced depths, in prompts of at most `length` tokens.
+    """`trials` numbers at each of `depths` evenly spaced depths, in at most `length` tokens with the answer.
 
     Raises:
         AllocationError: a length that the model has no positions for, or that the prompt does not fit into.
     """
-    made = make_trials(tokenizer, length=length, depths=depths, trials=trials, seed=seed, digits=digits)
-    answer = count_answer_tokens(tokenizer, [f" {trial.key}" for trial in made]) + TOKENS_AFTER
-    check_length("a passkey prompt with its answer", length + answer, limit)
+    answer = digits + TOKENS_AROUND
+    check_length("a passkey prompt with its answer", length, limit)
+    made = make_trials(tokenizer, length=length - answer, depths=depths, trials=trials, seed=seed, digits=digits)
     settings = {
         "kind": "passkey",
         "length": length,
@@ -56,9 +57,7 @@ def make_task(
         "digits": digits,
         "chance": 1 / len(list_keys(digits)),
     }
-    return Task(
-        f"passkey {length}", settings, length + answer, lambda model: measure(model, made, answer), group="passkey"
-    )
+    return Task(f"passkey {length}", settings, length, lambda model: measure(model, made, answer), group="passkey")
 
 
 def list_keys(digits: int) -> range:
@@ -69,7 +68,7 @@ def list_keys(digits: int) -> range:
 def make_trials(
     tokenizer: Any, *, length: int, depths: int, trials: int, seed: int, digits: int = DIGITS
 ) -> tuple[Trial, ...]:
-    """The same for the same arguments and tokenizer, everywhere."""
+    """Prompts of at most `length` tokens, the same for the same arguments and tokenizer, everywhere."""
     made = []
     for depth in [place / max(1, depths - 1) for place in range(depths)]:
         for trial in range(trials):
@@ -90,7 +89,7 @@ def _fill(tokenizer: Any, key: str, depth: float, length: int) -> list[int]:
     bare = write(0)
     if len(bare) > length:
         raise AllocationError(
-            f"a passkey prompt takes {len(bare)} tokens without filler, not {length}; take a longer one"
+            f"a passkey prompt without filler takes {len(bare)} tokens, not {length}; take a longer one"
         )
     fillers = (length - len(bare)) // len(encode(tokenizer, FILLER, add_special_tokens=False))
     while len(tokens := write(fillers)) > length:  # texts put together may take more tokens than apart

@@ -9,7 +9,7 @@ from lexi_adapter.checkpoint import read_config
 from lexi_adapter.scores import Task
 from lexi_adapter.texts import check_length, find_limit, load_tokenizer
 
-DEFAULT_LENGTH = 4096
+DEFAULT_LENGTH, DEFAULT_PASSKEY_LENGTH = 4096, 1024
 OUR_TASKS = ("perplexity", "passkey", "qasper")
 
 
@@ -17,6 +17,7 @@ def make_tasks(
     model: str,
     *,
     names: Sequence[str],
+    backend: str,
     tokenizer: str,
     trust_remote_code: bool,
     batch_size: int,
@@ -56,7 +57,7 @@ def make_tasks(
             for text in dict.fromkeys(texts):
                 tasks.append(perplexity.make_task(text, reader, window=window, limit=limit, max_windows=max_windows))
         elif name == "passkey":
-            for length in dict.fromkeys(lengths or (1024,)):
+            for length in dict.fromkeys(lengths or (min(DEFAULT_PASSKEY_LENGTH, limit or DEFAULT_PASSKEY_LENGTH),)):
                 tasks.append(
                     passkey.make_task(reader, length=length, depths=depths, trials=trials, seed=seed, limit=limit)
                 )
@@ -68,6 +69,7 @@ def make_tasks(
     if suites:
         tasks += harness.make_tasks(
             suites,
+            backend=backend,
             include_paths=include_paths,
             max_length=longest,
             max_items=max_items,

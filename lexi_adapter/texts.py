@@ -1,7 +1,7 @@
 """Text and questions as users have them, and the tokenizer and limits of the model that reads them."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,16 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder. AllocationError if transformers finds none in it."""
     from transformers import AutoTokenizer
 
+    remedy = "name a folder that has one by --tokenizer"
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # what it raises depends on which file is missing or broken
         reason = " ".join(str(error).split())[:200]
-        raise AllocationError(
-            f"{folder} has no tokenizer that transformers reads ({reason}); name a folder with one by --tokenizer"
-        ) from error
+        raise AllocationError(f"{folder} has no tokenizer that transformers reads ({reason}); {remedy}") from error
+    # Of some model types it makes an empty one where there are no files.
+    if not encode(tokenizer, "a", add_special_tokens=False):
+        raise AllocationError(f"{folder} has no tokenizer, or one that knows no letters; {remedy}")
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
@@ -85,8 +88,3 @@ def check_length(what: str, length: int, limit: int | None) -> None:
         raise AllocationError(
             f"{what} of {length} tokens is more than the model's {limit} positions; take a shorter one"
         )
-
-
-def count_answer_tokens(tokenizer: Any, answers: Sequence[str]) -> int:
-    """The tokens that the longest of the answers takes."""
-    return max(len(encode(tokenizer, answer, add_special_tokens=False)) for answer in answers)

@@ -1,10 +1,15 @@
 """One variant in vLLM, for evaluation: an engine in a process of its own, and what is asked of it there."""
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from lexi_adapter.engines import Engine, make_options, start_engines
+from lexi_adapter.files import find_vllm_version
 from lexi_adapter.scores import Outcome
 from lexi_adapter.variants import Variant
 from lexi_adapter.workloads import Workload
@@ -94,12 +99,9 @@ def run_harness(
     batch_size: int,
 ) -> Outcome:
     """`harness.run` with lm-eval's class for vLLM, in the engine's process."""
-    from unittest.mock import patch
-
-    from lm_eval.models import vllm_causallms
-
     from lexi_adapter import harness
 
+    vllm_causallms = _import_harness_model()
     config = llm.llm_engine.model_config
     # The class starts an engine of its own; here it gets the one that runs.
     with patch.object(vllm_causallms, "LLM", lambda **options: llm):
@@ -111,3 +113,10 @@ def run_harness(
             batch_size=batch_size,
         )
     return harness.run(lm, task, include_paths, max_items, num_fewshot)
+
+
+def _import_harness_model() -> ModuleType:
+    """lm-eval's module for vLLM. It asks for the version of a distribution that for CPUs has another name."""
+    version = metadata.version
+    with patch.object(metadata, "version", lambda name: find_vllm_version() if name == "vllm" else version(name)):
+        return importlib.import_module("lm_eval.models.vllm_causallms")

@@ -52,7 +52,7 @@ from lexi_adapter.files import check_writable, describe_call, write_json
     "lengths",
     multiple=True,
     type=click.IntRange(1),
-    help="Tokens of a passkey prompt; repeat it.  [default: 1024]",
+    help="Tokens of a passkey prompt with its answer; repeat it.  [default: 1024]",
     show_default=False,
 )
 @click.option("--depths", type=click.IntRange(1), default=10, help="Places of the passkey, evenly spaced.")
@@ -109,7 +109,7 @@ def eval_(
     )
     tokenizer = tokenizer or model
     own = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
-    tasks = make_tasks(model, tokenizer=tokenizer, **own, **options)
+    tasks = make_tasks(model, backend=backend, tokenizer=tokenizer, **own, **options)
     setting = {"backend": backend, "dtype": dtype, "tokenizer": tokenizer}
     if backend == "vllm":
         from lexi_adapter.vllm_model import open_model
