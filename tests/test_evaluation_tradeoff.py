@@ -1,0 +1,106 @@
+"""`lexi-adapter tradeoff`: results of `eval` and `bench` joined, made up here as the two write them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lexi_adapter import tradeoff
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.cli import main
+
+K = {"mine.json": {"0": 1, "1": 3}, "uniform k = 2": {"0": 2, "1": 2}}
+TASKS = (("perplexity a.txt", "perplexity"), ("perplexity a.txt", "loss"), ("passkey 100", "accuracy"))
+
+
+def make_quality(names=("base", "mine.json", "uniform k = 2", "pruned", "alone")):
+    return {
+        "format": "lexi-eval",
+        "version": 1,
+        "model": "here",
+        "variants": [{"name": name} | ({"top_k": K[name]} if name in K else {}) for name in names],
+        "summary": [
+            {"variant": name, "task": task, "metric": metric, "value": place + 10 * number, "stderr": None}
+            for place, name in enumerate(names)
+            for number, (task, metric) in enumerate(TASKS)
+        ],
+    }
+
+
+def make_speed(names=("base", "./mine.json", "uniform k = 2, 50 %", "pruned"), overrides=None):
+    top_k = {"./mine.json": K["mine.json"], "uniform k = 2, 50 %": K["uniform k = 2"]}
+    full = {"0": 4, "1": 4}
+    return {
+        "format": "lexi-bench",
+        "version": 1,
+        "variants": [
+            {"name": name, "overrides": overrides or {}, "engine": {"top_k": top_k.get(name, full)}} for name in names
+        ],
+        "workloads": ["16x8x8", "1x8x8"],
+        "summary": [
+            {"variant": name, "workload": work, "median": 100.0 + n, "lowest": 90.0 + n, "highest": 120.0 + n}
+            for n, name in enumerate(names)
+            for work in ("16x8x8", "1x8x8")
+        ],
+    }
+
+
+def test_variants_are_matched_by_name_or_by_k():
+    quality, speed = make_quality(), make_speed()
+    expected = {"base": "base", "mine.json": "./mine.json", "uniform k = 2": "uniform k = 2, 50 %", "pruned": "pruned"}
+    assert tradeoff.match(quality, speed) == expected
+    assert "mine.json" not in tradeoff.match(quality, make_speed(overrides={"num_experts": 3}))
+    panels = tradeoff.join(quality, speed)
+    assert [(panel.task, panel.metric, panel.workload) for panel in panels] == [
+        ("perplexity a.txt", "perplexity", "16x8x8"),
+        ("perplexity a.txt", "perplexity", "1x8x8"),
+        ("passkey 100", "accuracy", "16x8x8"),
+        ("passkey 100", "accuracy", "1x8x8"),
+    ]
+    points = [(p.variant, p.kind, p.throughput, p.value) for p in panels[0].points]
+    assert points == [
+        ("base", "base", 100, 0),
+        ("mine.json", "allocation", 101, 1),
+        ("uniform k = 2", "uniform", 102, 2),
+        ("pruned", "folder", 103, 3),
+    ]
+    (panel,) = tradeoff.join(quality, speed, tasks=["passkey 100"], workloads=["1x8x8"])
+    assert [point.value for point in panel.points] == [20, 21, 22, 23]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["tradeoff", *arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
+def test_figure_and_table(folder, name, start):
+    Path("eval.json").write_text(json.dumps(make_quality()))
+    Path("bench.json").write_text(json.dumps(make_speed()))
+    result = run("eval.json", "bench.json", "-o", name)
+    assert result.exit_code == 0, result.output
+    assert Path(name).read_bytes().startswith(start)
+    assert result.stderr == "without throughput, and so left out: alone\n"
+    assert all(word in result.stdout for word in ("pruned", "16x8x8", "passkey 100"))
+
+
+def test_refusals(folder):
+    Path("eval.json").write_text(json.dumps(make_quality()))
+    Path("bench.json").write_text(json.dumps(make_speed()))
+    Path("text").write_text("{")
+    for arguments, message in {
+        (
+            "bench.json",
+            "bench.json",
+        ): "bench.json is not a lexi-eval file of version 1; make one with lexi-adapter eval",
+        ("eval.json", "eval.json"): "eval.json is not a lexi-bench file",
+        ("eval.json", "nowhere"): "cannot read nowhere",
+        ("text", "bench.json"): "text is not JSON",
+        ("eval.json", "bench.json", "--task", "x"): "no task 'x' in the results, which have perplexity a.txt, passkey",
+        ("eval.json", "bench.json", "--workload", "x"): "no workload 'x'",
+        ("eval.json", "bench.json", "-o", "a.bmp"): "no figure as a.bmp",
+    }.items():
+        result = run(*arguments)
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    with pytest.raises(AllocationError, match="fewer than two variants are in both files; bench has 'other'"):
+        tradeoff.join(make_quality(), make_speed(names=("other",)))
