@@ -20,11 +20,11 @@ FORMAT, VERSION = "lexi-profile", 1
 
 
 def make_settings(
-    input: str, *, sequences: int, length: int, dtype: str, seed: int, gate_exponent: float | None
+    source: str, *, sequences: int, length: int, dtype: str, seed: int, gate_exponent: float | None
 ) -> dict[str, Any]:
-    """The profile's settings: an iteration is one sequence, and all of them are measured, whatever the error."""
+    """The settings of a profile on `source`: an iteration is a sequence, and all are measured, whatever the error."""
     settings = {
-        "input": input,
+        "input": source,
         "seed": seed,
         "batch": 1,
         "length": length,

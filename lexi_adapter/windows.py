@@ -1,5 +1,6 @@
 """Windows of tokens that a model is measured on, [sequences, length]: cut out of texts or drawn by the model itself."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +20,18 @@ def read_tokens(path: str) -> list[list[int]]:
     import numpy
 
     try:
+        data = Path(path).read_bytes()
         if path.endswith((".npy", ".npz")):
-            loaded = numpy.load(path, allow_pickle=False)
+            loaded = numpy.load(io.BytesIO(data), allow_pickle=False)
             arrays = list(loaded.values()) if path.endswith(".npz") else [loaded]
         else:
-            arrays = [numpy.asarray(row) for row in json.loads(Path(path).read_bytes())]
-    except (OSError, ValueError, TypeError) as error:
-        raise AllocationError(f"cannot read {path}: {error}; give a .json list of lists, .npy or .npz") from error
+            arrays = [numpy.asarray(row) for row in json.loads(data)]
+    except Exception as error:  # numpy's own, its zip library's and the system's, by what is wrong with the file
+        reason = " ".join(str(error).split())
+        raise AllocationError(f"cannot read {path} ({reason}); give a .json list of lists, .npy or .npz") from error
     if not arrays or any(array.dtype.kind not in "iu" or array.ndim not in (1, 2) for array in arrays):
         raise AllocationError(f"{path} does not hold rows of token ids, and nothing else")
-    return [row for array in arrays for row in array.reshape(-1, array.shape[-1]).tolist()]
+    return [row for array in arrays for row in numpy.atleast_2d(array).astype(numpy.int64).tolist()]
 
 
 def cut(streams: Sequence[Sequence[int]], *, length: int, sequences: int) -> torch.Tensor:

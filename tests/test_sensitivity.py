@@ -406,11 +406,37 @@ def test_bad_input_is_refused_in_one_line(folder, mixtral):
         ("[[[1]], 2]", "does not hold rows of token ids"),
         (json.dumps([[3] * 12, [300] * 12]), "the model has tokens 0 to 255, but there is 300"),
         (json.dumps([[3] * 12, [-1] * 12]), "the model has tokens 0 to 255, but there is -1"),
+        (json.dumps([[3] * 12, [2**63] * 12]), "the model has tokens 0 to 255, but there is -9"),
     ],
 )
 def test_files_of_something_else_than_tokens_are_refused(folder, mixtral, content, expected):
     (folder / "tokens.json").write_text(content)
     refuse(expected, mixtral, "--tokens", "tokens.json", "--length", 12)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"no array"])
+@pytest.mark.parametrize("name", ["tokens.npy", "tokens.npz", "tokens.json"])
+def test_files_that_are_broken_are_refused(folder, mixtral, name, content):
+    (folder / name).write_bytes(content)
+    refuse(f"cannot read {name} ", mixtral, "--tokens", name, "--length", 12)
+
+
+def test_a_device_that_is_too_small_is_told(folder, mixtral, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("a lot tried\nto be had")
+
+    monkeypatch.setattr("lexi_adapter.movements.compare", fail)
+    refuse(
+        "ran out of memory; take a --batch below 2",
+        mixtral,
+        "--generate",
+        "--length",
+        12,
+        "--batch",
+        2,
+        "--sequences",
+        2,
+    )
 
 
 def test_a_model_that_lacks_tensors_or_k_is_refused(folder, checkpoints):

@@ -69,7 +69,7 @@ def sensitivity(
     from lexi_adapter.checkpoint import read_config
     from lexi_adapter.identity import describe_checkpoint
     from lexi_adapter.journal import keep_journal
-    from lexi_adapter.loading import load_model
+    from lexi_adapter.loading import explain_full_memory, load_model
     from lexi_adapter.movements import measure
     from lexi_adapter.sensitivity import describe_run, make_document, make_settings
     from lexi_adapter.texts import check_length, encode, find_limit, load_tokenizer, read_text
@@ -82,35 +82,37 @@ def sensitivity(
     streams += [stream for path in files for stream in read_tokens(path)]
     windows = None if own else cut(streams, length=length, sequences=sequences)
     loaded = load_model(model, device=device, dtype=dtype)
-    if windows is None:
-        windows = generate(loaded, length=length, sequences=sequences, batch=batch, seed=seed)
-    check_vocabulary(windows, loaded.config)
-    kinds = () if local else ("divergence",) if own else ("divergence", "increase")
-    settings = make_settings(
-        "generated" if own else "text",
-        sequences=len(windows),
-        length=length,
-        dtype=dtype,
-        seed=seed,
-        gate_exponent=gate_exponent,
-    )
-    made_by = describe_run(loaded, windows, batch)
-    run = {"model": asdict(identity), "settings": settings, "made_by": made_by, "losses": kinds}
-    with keep_journal(output, run, restart=restart) as journal:
-        total = len(identity.moe_layers) * len(windows.split(batch))
-        if journal.parts:
-            click.echo(f"{len(journal.parts)} of {total} parts are finished in {journal.path}", err=True)
-        parts = measure(
-            loaded,
-            identity,
-            windows,
-            batch=batch,
-            local=local,
+    with explain_full_memory(batch):
+        if windows is None:
+            windows = generate(loaded, length=length, sequences=sequences, batch=batch, seed=seed)
+        check_vocabulary(windows, loaded.config)
+        settings = make_settings(
+            "generated" if own else "text",
+            sequences=len(windows),
+            length=length,
+            dtype=dtype,
+            seed=seed,
             gate_exponent=gate_exponent,
-            finished=tuple(journal.parts),
         )
-        for index, layer, movements in parts:
-            journal.add(index, layer, movements)
-            click.echo(f"{len(journal.parts)} of {total}: sequences {index * batch} on, layer {layer}", err=True)
-        write_json(output, make_document(identity, settings, journal.parts, made_by, kinds=kinds))
+        # Over the model's own samples the mean increase of the cross-entropy is the divergence, only less well known.
+        kinds = () if local else ("divergence",) if own else ("divergence", "increase")
+        made_by = describe_run(loaded, windows, batch)
+        run = {"model": asdict(identity), "settings": settings, "made_by": made_by, "losses": kinds}
+        with keep_journal(output, run, restart=restart) as journal:
+            total = len(identity.moe_layers) * len(windows.split(batch))
+            if journal.parts:
+                click.echo(f"{len(journal.parts)} of {total} parts are finished in {journal.path}", err=True)
+            parts = measure(
+                loaded,
+                identity,
+                windows,
+                batch=batch,
+                local=local,
+                gate_exponent=gate_exponent,
+                finished=tuple(journal.parts),
+            )
+            for index, layer, movements in parts:
+                journal.add(index, layer, movements)
+                click.echo(f"{len(journal.parts)} of {total}: sequences {index * batch} on, layer {layer}", err=True)
+            write_json(output, make_document(identity, settings, journal.parts, made_by, kinds=kinds))
     click.echo(output)
