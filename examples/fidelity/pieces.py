@@ -58,6 +58,10 @@ class Study:
     def budgets(self) -> dict[str, int]:
         return find_budgets(SHARES, self.layers, self.top_k)
 
+    def find_profile(self, name: str) -> Path:
+        """Where the profile of a command is, or will be."""
+        return self.profiles / self.folder.name / f"{name}.json"
+
     def read_table(self, name: str) -> np.ndarray:
         return np.array(self.found["tables"][name])
 
@@ -130,7 +134,7 @@ def name_tables(found: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarr
 def generate_tables(study: Study) -> Result:
     """The same without any text: brute force on what the model itself writes."""
     length = study.measuring.tokens.shape[1]
-    tokens = generate(study.loaded.model, length=length, sequences=GENERATED, batch=GENERATED, seed=0)
+    tokens = generate(study.loaded.model, length=length, sequences=GENERATED, batch=GENERATED, seed=0).clone()
     windows = Windows(tokens, ("generated",) * len(tokens))
     found = tables.tabulate(tables.measure_windows(study.loaded, windows, batch=study.batch), windows)
     return {f"generated/{kind}": round_table(table) for kind, table in found.items()}
@@ -138,20 +142,22 @@ def generate_tables(study: Study) -> Result:
 
 def profile(study: Study, name: str) -> Result:
     """The tables of a profile that a command makes."""
-    file = study.profiles / study.folder.name / f"{name}.json"
+    file = study.find_profile(name)
     tables.make_profile(name, study.folder, file)
     return {f"{name}/{kind}": round_table(table) for kind, table in tables.read_tables(name, file)}
 
 
 def judge_cells(study: Study, name: str) -> Result:
-    """Budget -> the table's optimal allocation and its real loss, plain and with the gate exponent."""
+    """Budget -> the table's optimal allocation and its real loss: plain, with `EXPONENT`, and with the exponent of the
+    profile's own (`own`) where it has one."""
+    source = name.partition("/")[0]
+    own = tables.read_exponent(study.find_profile(source)) if source in tables.COMMANDS else None
+    exponents = {"plain": None, name_exponent(EXPONENT): EXPONENT} | ({} if own is None else {"own": own})
     budgets = list(study.budgets.values())
     allocations = tables.search(study.read_table(name), budgets)
-    exponents = (None, EXPONENT)
-    choices = [Choice(top_k, exponent) for top_k in allocations for exponent in exponents]
-    found = iter(study.judge.judge(choices))
+    found = iter(study.judge.judge([Choice(top_k, b) for top_k in allocations for b in exponents.values()]))
     return {
-        str(budget): {"top_k": list(top_k), **{name_exponent(exponent): next(found) for exponent in exponents}}
+        str(budget): {"top_k": list(top_k), "exponent": own, **{label: next(found) for label in exponents}}
         for budget, top_k in zip(budgets, allocations, strict=True)
     }
 
@@ -245,31 +251,23 @@ def load_to_time(study: Study, folder: Path) -> Loaded:
 
 
 def judge_pruned(study: Study) -> Result:
-    """What dropping experts, or narrowing them, loses, and how long the pruned model takes."""
+    """What dropping experts, or narrowing them, loses, and the time a pruned model takes; a reason where it cannot."""
     base, windows, found = study.found["base"]["cross_entropy"], study.judge.windows, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for option in ("experts", "width"):
-            for share in PRUNED:
-                pruned = Path(folder) / f"{option}-{share}"
-                tables.run(
-                    (
-                        "lexi_search.cli",
-                        "prune",
-                        str(study.folder),
-                        f"--{option}",
-                        f"{100 * share:g}%",
-                        "-o",
-                        str(pruned),
-                    )
-                )
-                device = study.loaded.model.device.type
-                losses = windows.average(
-                    find_losses(load(pruned, device=device).model, windows.tokens, batch=study.batch)
-                )
-                found[f"{option} {share:g}"] = {
-                    "increase": {name: float(loss) - base[name] for name, loss in losses.items()},
-                    "ms": time_forward(load_to_time(study, pruned), study.measuring.tokens),
-                }
+    device = study.loaded.model.device.type
+    for option in ("experts", "width"):
+        for share in PRUNED:
+            with tempfile.TemporaryDirectory() as folder:
+                pruned = Path(folder) / "pruned"
+                words = ("prune", str(study.folder), f"--{option}", f"{100 * share:g}%", "-o", str(pruned))
+                try:
+                    tables.run(("lexi_search.cli", *words))
+                except tables.Failed as error:
+                    found[f"{option} {share:g}"] = {"left_out": str(error)}
+                    continue
+                losses = find_losses(load(pruned, device=device).model, windows.tokens, batch=study.batch)
+                increase = {name: float(loss) - base[name] for name, loss in windows.average(losses).items()}
+                ms = time_forward(load_to_time(study, pruned), study.measuring.tokens)
+                found[f"{option} {share:g}"] = {"increase": increase, "ms": ms}
     return found
 
 

@@ -28,13 +28,17 @@ class Command(NamedTuple):
     kinds: tuple[str, ...]
 
 
+PROFILE = ("lexi_search.cli", "profile", "{model}", "-o", "{output}")
 # {model} and {output} are filled in. The kinds that a profile does not hold are left out.
 COMMANDS: Mapping[str, Command] = {
-    "paper": Command(("lexi_search.cli", "profile", "{model}", "-o", "{output}"), ("frobenius", "squared")),
-    "weights": Command(
-        ("lexi_search.cli", "profile", "{model}", "--input", "weights", "-o", "{output}"), (*LOCAL, *WHOLE)
-    ),
+    "paper": Command((*PROFILE, "--input", "paper"), ("frobenius", "squared")),
+    "weights": Command((*PROFILE, "--input", "weights"), (*LOCAL, *WHOLE)),
+    "weights+b": Command((*PROFILE, "--input", "weights", "--gate-exponent", "auto"), (*LOCAL, *WHOLE)),
 }
+
+
+class Failed(Exception):
+    """A table that cannot be had; the message says why, in the words of the command that failed."""
 
 
 class Measured(NamedTuple):
@@ -59,6 +63,9 @@ def measure_windows(loaded: Loaded, windows: Windows, *, batch: int) -> Measured
         columns = slice(index * batch, (index + 1) * batch)
         for values, name in zip(found, Measured._fields, strict=True):
             values[row[layer], :, columns] = np.transpose(getattr(movements, name))
+    for values, name in zip(found, Measured._fields, strict=True):
+        if not np.isfinite(values).all():
+            raise Failed(f"{name} is not finite for {(~np.isfinite(values)).sum()} of {values.size} entries")
     return found
 
 
@@ -69,10 +76,6 @@ def tabulate(measured: Measured, windows: Windows) -> dict[str, np.ndarray]:
     squares = means.pop("squares") / length
     kinds = means | {"squared": squares, "rms": np.sqrt(squares)}
     return {kind: np.pad(table.clip(0), ((0, 0), (0, 1))) for kind, table in kinds.items()}
-
-
-class Failed(Exception):
-    """A command that made no profile; the message is the last line that it printed."""
 
 
 def make_profile(name: str, model: Path, output: Path) -> None:
@@ -103,6 +106,11 @@ def read_tables(name: str, file: Path) -> Iterator[tuple[str, np.ndarray]]:
     for kind in COMMANDS[name].kinds:
         if kind in profile.loss_kinds:
             yield kind, np.array(profile.losses(kind))
+
+
+def read_exponent(file: Path) -> float | None:
+    """The gate exponent that allocations from a profile carry."""
+    return read_profile(file).settings.gate_exponent
 
 
 def search(table: np.ndarray, budgets: list[int]) -> list[tuple[int, ...]]:

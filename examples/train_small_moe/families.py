@@ -111,7 +111,7 @@ def build_config(family: str, shape: Shape) -> PreTrainedConfig:
         "router_aux_loss_coef": AUX_LOSS_COEFFICIENT,
         "bos_token_id": 0,
         "eos_token_id": 0,
-        "pad_token_id": 0,
+        "pad_token_id": None,  # the embedding of a padding token is zero, and stays so
         keys.num_experts: shape.experts,
         keys.width: shape.width,
     }
