@@ -7,6 +7,7 @@ from lexi_search.commands.export import export
 from lexi_search.commands.front import front
 from lexi_search.commands.merge import merge_profiles
 from lexi_search.commands.profile import profile
+from lexi_search.commands.prune import prune
 from lexi_search.commands.search import search
 from lexi_search.commands.show import plot, show
 from lexi_search.console import Commands
@@ -25,5 +26,5 @@ def main() -> None:
     """
 
 
-for command in (profile, merge_profiles, search, front, show, plot, export):
+for command in (profile, merge_profiles, search, front, show, plot, export, prune):
     main.add_command(command)

@@ -1,0 +1,96 @@
+"""What each expert, and each channel of an expert, adds to its layer's output: from the weights, no data.
+
+The inputs are Stage 1's, X ~ N(0, 1) (LExI, arXiv 2509.02753, section 3.1). An expert counts for the mean over tokens
+of its mixing weight times the norm of its output, zero where it is not chosen: the criterion of REAP (arXiv 2510.13999)
+times the share of tokens that choose the expert, without that paper's calibration text. A channel counts for the root
+mean square of its activation times the norm of its column of `down`: the size of what it adds to the expert's output.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lexi_search.architectures import Activation, Routing
+from lexi_search.ffn import ExpertWeights, compute_hidden
+from lexi_search.models import Model
+from lexi_search.moe import compute_outputs
+from lexi_search.routing import Choice, mixing_weights, route
+from lexi_search.weights import LayerWeights
+
+ROWS = 1024  # tokens at a time
+LEAST_ROWS = 256  # tokens for the channels of one expert
+
+
+class Sample(NamedTuple):
+    """The random inputs: how many tokens, rounded up to whole batches of `ROWS`, from which seed, of which type."""
+
+    tokens: int
+    seed: int
+    dtype: str
+
+
+def score_experts(model: Model, weights: LayerWeights, layer: int, sample: Sample) -> Float[np.ndarray, " experts"]:
+    """The importance of every expert of one layer, in units of the layer's output; `layer` seeds the draws."""
+    total = np.zeros(len(weights.experts))
+    routing, count = model.routing, 0
+    for x in draw_batches(model.hidden_size, layer, sample):
+        choice = route(x, weights.router, weights.bias, routing=routing, top_k=model.identity.top_k)
+        outputs = compute_outputs(x, choice, weights.experts, routing=routing, activation=model.activation)
+        total += np.asarray(_sum_weighted_norms(outputs, choice, routing=routing, num_experts=total.size), np.float64)
+        count += x.shape[0]
+    return total / count
+
+
+def score_channels(
+    model: Model, weights: LayerWeights, kept: Sequence[int], layer: int, sample: Sample
+) -> Iterator[Float[np.ndarray, " width"]]:
+    """The importance of every channel of each of the experts `kept`, in turn, in units of the expert's output.
+
+    Over the tokens that the router likes best for it: as many as each expert would get if all got the same.
+    """
+    x = jnp.concatenate(list(draw_batches(model.hidden_size, layer, sample)))
+    num_experts = len(weights.experts)
+    choice = route(x, weights.router, weights.bias, routing=model.routing, top_k=num_experts)
+    count = min(max(x.shape[0] * model.identity.top_k // num_experts, LEAST_ROWS), x.shape[0])
+    for expert in kept:
+        yield np.asarray(
+            _score_channels(x, choice, weights.experts[expert], expert, count=count, activation=model.activation)
+        )
+
+
+def draw_batches(hidden_size: int, layer: int, sample: Sample) -> Iterator[Float[Array, "rows hidden"]]:
+    """N(0, 1) in batches of `ROWS` tokens; the key of a batch is (seed, layer, batch)."""
+    key = jax.random.fold_in(jax.random.key(sample.seed), layer)
+    for batch in range(-(-sample.tokens // ROWS)):
+        drawn = jax.random.normal(jax.random.fold_in(key, batch), (ROWS, hidden_size), jnp.float32)
+        yield drawn.astype(sample.dtype)  # drawn in bfloat16, the variance would be wrong
+
+
+@partial(jax.jit, static_argnames=("routing", "num_experts"))
+def _sum_weighted_norms(
+    outputs: Float[Array, "tokens K hidden"], choice: Choice, *, routing: Routing, num_experts: int
+) -> Float[Array, " experts"]:
+    norms = jnp.linalg.norm(outputs.astype(jnp.float32), axis=-1)
+    weights = mixing_weights(choice.scores, jnp.int32(choice.scores.shape[1]), routing=routing)
+    return jnp.zeros(num_experts, jnp.float32).at[choice.experts].add(weights * norms)
+
+
+@partial(jax.jit, static_argnames=("count", "activation"))
+def _score_channels(
+    x: Float[Array, "tokens hidden"],
+    choice: Choice,
+    weights: ExpertWeights,
+    expert: Int[Array, ""],
+    *,
+    count: int,
+    activation: Activation,
+) -> Float[Array, " width"]:
+    liking = jnp.where(choice.experts == expert, choice.scores, 0.0).sum(axis=1)
+    own = x[jax.lax.top_k(liking, count)[1]]
+    squares = jnp.square(compute_hidden(own, weights, activation=activation)).mean(axis=0)
+    return jnp.sqrt(squares) * jnp.linalg.norm(weights.down.astype(jnp.float32), axis=0)

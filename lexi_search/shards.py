@@ -1,0 +1,59 @@
+"""Safetensors shards and their index, written tensor by tensor: never more than a tensor in memory."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lexi_search.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint
+from lexi_search.files import json_bytes
+from lexi_search.slicing import Output, copy
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_shards(
+    folder: Path,
+    checkpoint: Checkpoint,
+    changes: Mapping[str, Output | None],
+    *,
+    report: Callable[[float], None] = lambda share: None,
+) -> tuple[int, int]:
+    """Write the checkpoint's tensors into `folder`, changed as `changes` says (stored name -> what instead, or None).
+
+    Shards keep their names and their tensors. `report` is told which share of all is done. Returns the bytes of all
+    tensors, before and after; OSError where they cannot be written.
+    """
+    shards: dict[str, list[str]] = {}
+    for name, entry in checkpoint.entries.items():
+        shards.setdefault(entry.file.name, []).append(name)
+    before = sum(entry.size for entry in checkpoint.entries.values())
+    weight_map, total, done = {}, 0, 0
+    for shard, names in sorted(shards.items()):
+        outputs = {name: changes[name] if name in changes else copy(checkpoint, name) for name in names}
+        there = {name: output for name, output in outputs.items() if output is not None}
+        # By falling size of element, as safetensors' own writer does: readers need every tensor aligned.
+        order = sorted(there, key=lambda name: (-there[name].dtype.itemsize, checkpoint.entries[name].start))
+        total += _write_shard(folder / shard, checkpoint, [there[name] for name in order])
+        weight_map |= {there[name].name: shard for name in order}
+        done += sum(checkpoint.entries[name].size for name in names)
+        report(done / before)
+    if (checkpoint.folder / INDEX).exists() or set(shards) != {SINGLE}:
+        (folder / INDEX).write_bytes(json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    return before, total
+
+
+def _write_shard(path: Path, checkpoint: Checkpoint, outputs: Sequence[Output]) -> int:
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for output in outputs:
+        end = position + math.prod(output.shape) * output.dtype.itemsize
+        place = {"dtype": NAMES[output.dtype], "shape": list(output.shape), "data_offsets": [position, end]}
+        header[output.name], position = place, end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for output in outputs:
+            for array in output.make(checkpoint):
+                file.write(array.tobytes())
+    return position

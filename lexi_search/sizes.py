@@ -1,0 +1,143 @@
+"""How many experts a checkpoint has and how wide they are: where config.json says it, which tensors follow it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lexi_search.architectures import ARCHITECTURES, Architecture
+from lexi_search.checkpoint import Checkpoint
+from lexi_search.errors import InputError
+from lexi_search.layouts import LayerTensors, locate_tensors
+from lexi_search.models import Model
+from lexi_search.slicing import Output, pad
+from lexi_search.tensors import Tensors
+
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+DOWN = ("down_proj", "w2")  # matrices of shared experts that have the width along their inputs
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Experts in each layer, channels of each, and how many shared experts as wide as these the config counts, or 0."""
+
+    architecture: Architecture
+    num_experts: int
+    width: int
+    shared_experts: int
+
+    def shrink(self, *, num_experts: int, width: int) -> "Sizes":
+        """With fewer, narrower experts, and as many more shared ones as have at least the old width together."""
+        shared = -(-self.shared_experts * self.width // width) if width else 0
+        return replace(self, num_experts=num_experts, width=width, shared_experts=shared)
+
+
+def is_single(config: Mapping[str, Any]) -> bool:
+    """Whether each token runs one expert of the model that `config` describes."""
+    architecture = ARCHITECTURES.get(config.get("model_type"))
+    return bool(architecture) and any(_find_section(config, architecture).get(key) == 1 for key in architecture.top_k)
+
+
+def find_sizes(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> Sizes:
+    """The sizes of a checkpoint, as stored."""
+    architecture = ARCHITECTURES[model.identity.model_type]
+    experts = model.tensors[model.layers[0]].experts
+    down = tensors[experts.fused[1] if experts.fused else experts.separate[0][-1]].shape
+    section = _find_section(checkpoint.config, architecture)
+    counts = (section.get(key) for key in architecture.shared_experts)
+    shared = next((count for count in counts if count is not None), 0)
+    if type(shared) is not int:
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {architecture.shared_experts[0]} is {shared!r}")
+    width = down[1] if experts.fused and experts.transposed else down[-1]
+    return Sizes(architecture, model.identity.num_experts, width, shared)
+
+
+def find_blocks(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> dict[str, LayerTensors]:
+    """Module name -> tensors of every block of experts of the config: the layers' and, past them, those of prediction.
+
+    InputError where one of the latter has other experts than the layers.
+    """
+    architecture = ARCHITECTURES[model.identity.model_type]
+    modules = "|".join(map(re.escape, architecture.routers))
+    named = re.compile(rf"(?!.*talker\.)(.*\.)?layers\.\d+\.({modules})\.weight")
+    known = {found.router: found for found in model.tensors.values()}
+    for router in tensors:
+        if named.fullmatch(router) and router not in known:
+            known[router] = locate_tensors(
+                tensors,
+                router,
+                model.identity.num_experts,
+                model.hidden_size,
+                has_bias=model.routing.bias is not None,
+                interleaved=architecture.interleaved,
+            )
+    return {re.match(r"(.*\.)?layers\.\d+\.[^.]+", router)[0]: found for router, found in known.items()}
+
+
+def check_width(checkpoint: Checkpoint, sizes: Sizes) -> None:
+    """Raise InputError unless the experts' width is the config's, and nothing else has it from there."""
+    architecture, place = sizes.architecture, checkpoint.folder / "config.json"
+    section = _find_section(checkpoint.config, architecture)
+    values = {key: section[key] for key in architecture.width if section.get(key) is not None}
+    if not values:
+        raise InputError(f"{place}: {' or '.join(architecture.width)} is missing")
+    for key, value in values.items():
+        if any(item != sizes.width for item in (value if isinstance(value, list) else [value])):
+            raise InputError(f"{place}: {key} is {value!r}, but the experts are {sizes.width} wide; prune experts")
+    bound = re.compile(rf".*layers\.\d+\.({'|'.join(map(re.escape, architecture.bound)) or '(?!)'})\..*")
+    for name, entry in checkpoint.entries.items():
+        if bound.fullmatch(name) and sizes.width in entry.shape:
+            raise InputError(f"{entry.file}: {name} is as wide as the experts, by one key ({key}); prune experts")
+
+
+def change_config(config: Mapping[str, Any], before: Sizes, after: Sizes) -> dict[str, Any]:
+    """The config with the sizes `after`, in every key that holds those of `before`."""
+    architecture = before.architecture
+    changed = dict(_find_section(config, architecture))
+    groups = (
+        ({*architecture.num_experts, *COUNT_KEYS}, before.num_experts, after.num_experts),
+        (architecture.width, before.width, after.width),
+        (architecture.shared_experts, before.shared_experts, after.shared_experts),
+    )
+    for keys, old, new in groups:
+        for key in keys:
+            value = changed.get(key)
+            if isinstance(value, list):
+                changed[key] = [new if item == old else item for item in value]
+            elif value == old and old != new:
+                changed[key] = new
+    path = architecture.text_config.split(".") if architecture.text_config else []
+    return _replace(config, path, changed)
+
+
+def pad_shared(checkpoint: Checkpoint, block: str, before: Sizes, after: Sizes) -> dict[str, Output]:
+    """The shared experts of a block, with channels of zeros up to the width that the config now says.
+
+    InputError where they are quantised.
+    """
+    old, new = (sizes.shared_experts * sizes.width for sizes in (before, after))
+    if old == new:
+        return {}
+    padded, shared = {}, re.compile(re.escape(block) + r"\.shared_\w+\.(\w+)\.(.*)")
+    for name, entry in checkpoint.entries.items():
+        if not (match := shared.fullmatch(name)):
+            continue
+        axis = int(match[1] in DOWN)
+        if match[2] != "weight" or len(entry.shape) != 2 or entry.shape[axis] != old or entry.dtype.itemsize == 1:
+            raise InputError(f"{entry.file}: {name} cannot be widened from {old} to {new}; choose another --width")
+        padded[name] = pad(checkpoint, name, axis, new)
+    return padded
+
+
+def _find_section(config: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
+    for key in architecture.text_config.split(".") if architecture.text_config else ():
+        config = config.get(key)
+        if not isinstance(config, Mapping):
+            return {}
+    return config
+
+
+def _replace(config: Mapping[str, Any], path: list[str], section: dict[str, Any]) -> dict[str, Any]:
+    if not path:
+        return section
+    return {**config, path[0]: _replace(config[path[0]], path[1:], section)}
