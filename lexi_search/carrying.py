@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from lexi_search.attention import apply_affine, normalise
 from lexi_search.attention import attend as attend_causally
+from lexi_search.components import Affine, BlockWeights, EndWeights
 from lexi_search.decoders import Block, Norm
 from lexi_search.errors import InputError
 from lexi_search.ffn import apply_ffn, find_precision
-from lexi_search.stacks import Affine, BlockWeights, Decoder, EndWeights
+from lexi_search.stacks import Decoder
 
 
 def embed(

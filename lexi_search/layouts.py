@@ -83,7 +83,7 @@ def locate_tensors(
     interleaved: bool = False,
 ) -> LayerTensors:
     """Find and check the tensors of the layer whose router is called `router`; InputError names what does not fit."""
-    _require_shape(tensors, router, (num_experts, hidden_size))
+    require_shape(tensors, router, (num_experts, hidden_size))
     if tensors[router].scheme != Plain():
         raise InputError(f"{tensors[router].file}: router {router} is quantised; only plain routers are supported")
     block = re.match(r"(.*\.)?layers\.\d+\.[^.]+\.", router).group()
@@ -100,7 +100,7 @@ def _find_bias(tensors: Tensors, block: str, num_experts: int) -> str:
     """The bias per expert, stored [E] or [1, E]."""
     name = next((block + name for name in BIASES if block + name in tensors), block + BIASES[0])
     one_row = name in tensors and len(tensors[name].shape) == 2
-    _require_shape(tensors, name, (1, num_experts) if one_row else (num_experts,))
+    require_shape(tensors, name, (1, num_experts) if one_row else (num_experts,))
     return name
 
 
@@ -112,11 +112,11 @@ def _check_separate(tensors: Tensors, stem: str, num_experts: int, hidden_size: 
     if biased := next((part for part in parts if f"{stem}0.{part}.bias" in tensors), None):
         raise InputError(f"{tensors.folder}: {stem}0.{biased} has a bias, which is known of fused experts only")
     separate = tuple(tuple(f"{stem}{e}.{part}.weight" for part in parts) for e in range(num_experts))
-    width = _require_shape(tensors, separate[0][0], (None, hidden_size))[0]
+    width = require_shape(tensors, separate[0][0], (None, hidden_size))[0]
     for *inputs, down in separate:
         for name in inputs:
-            _require_shape(tensors, name, (width, hidden_size))
-        _require_shape(tensors, down, (hidden_size, width))
+            require_shape(tensors, name, (width, hidden_size))
+        require_shape(tensors, down, (hidden_size, width))
     return ExpertTensors(separate=separate)
 
 
@@ -124,7 +124,7 @@ def _check_fused(
     tensors: Tensors, names: tuple[str, str], num_experts: int, hidden_size: int, interleaved: bool
 ) -> ExpertTensors:
     """Tell the orientation from both shapes: one alone is ambiguous where gate and up are as wide as the model."""
-    gate_up, down = (_require_shape(tensors, name, (num_experts, None, None))[1:] for name in names)
+    gate_up, down = (require_shape(tensors, name, (num_experts, None, None))[1:] for name in names)
     for transposed in (False, True):
         (double, inner), (outer, width) = (gate_up[::-1], down[::-1]) if transposed else (gate_up, down)
         if inner == outer == hidden_size and double == 2 * width:
@@ -132,13 +132,13 @@ def _check_fused(
             if not any(bias in tensors for bias in biases):
                 return ExpertTensors(fused=names, transposed=transposed, interleaved=interleaved)
             for bias, extent in zip(biases, (double, hidden_size), strict=True):
-                _require_shape(tensors, bias, (num_experts, extent))
+                require_shape(tensors, bias, (num_experts, extent))
             return ExpertTensors(fused=names + biases, transposed=transposed, interleaved=interleaved)
     shapes = f"{names[0]} {list(gate_up)} and {names[1]} {list(down)}"
     raise InputError(f"{tensors[names[0]].file}: {shapes} per expert do not fit hidden_size {hidden_size}")
 
 
-def _require_shape(tensors: Tensors, name: str, shape: tuple[int | None, ...]) -> tuple[int, ...]:
+def require_shape(tensors: Tensors, name: str, shape: tuple[int | None, ...]) -> tuple[int, ...]:
     """Check that a tensor is there, of a plain float type, and of this shape (None: any extent); return its shape."""
     entry = tensors.get(name)
     if entry is None:

@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Float
 
 from lexi_search.blocks import MEMORY_SHARE
 from lexi_search.checkpoint import Checkpoint
+from lexi_search.components import BlockWeights
 from lexi_search.errors import InputError
 from lexi_search.ffn import ExpertWeights
 from lexi_search.layouts import ExpertTensors
 from lexi_search.models import Model
 from lexi_search.schemes import Parts, Plain, Scheme, dequantise
-from lexi_search.stacks import BlockWeights, Decoder
+from lexi_search.stacks import Decoder
 from lexi_search.tensors import Tensors
 
 READERS = 8  # threads that read, each into a host buffer of its own, as large as the largest tensor it has read

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from lexi_search import attention as attention_module
 from lexi_search.carrying import attend, embed, finish, read_logits
 from lexi_search.checkpoint import open_checkpoint
+from lexi_search.components import Affine, GroupedWeights
 from lexi_search.decoders import FAMILIES, GroupedAttention, Norm
 from lexi_search.errors import InputError
 from lexi_search.models import describe
 from lexi_search.moe import compute_outputs, mix
 from lexi_search.routing import route
-from lexi_search.stacks import Affine, GroupedWeights, describe_decoder
+from lexi_search.stacks import describe_decoder
 from lexi_search.weights import read_tensors, stream_blocks
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
@@ -309,6 +310,8 @@ def test_refuses_families_that_it_does_not_know(name, tmp_path):
             "what tensor model.layers.1.self_attn.temperature does is not",
         ),
         ({}, {"model.layers.1.self_attn.k_proj.weight": None}, "layers.1.self_attn.k_proj.weight is missing"),
+        ({}, {"model.layers.0.self_attn.v_proj.weight": 7}, r"v_proj.weight has shape \[7\], expected \[64, 64\]"),
+        ({}, {"model.layers.0.self_attn.k_norm.weight": 7}, r"k_norm.weight has shape \[7\], expected \[64\]"),
         ({}, {"model.norm.weight": None}, "model.norm.weight is missing"),
         ({}, {"lm_head.weight": None}, "model.lm_head.weight or lm_head.weight is missing"),
     ],

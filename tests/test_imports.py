@@ -30,6 +30,7 @@ LINE = [
     "ffn",
     "rope",
     "decoders",
+    "components",
     "stacks",
     "attention",
     "experts",
