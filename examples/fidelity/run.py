@@ -3,9 +3,12 @@
     python examples/fidelity/run.py --stage corpus --stage train --seconds 75 --minutes 9
     python examples/fidelity/run.py --stage profiles --stage study --stage report --minutes 9
 
+Profiles are made on the CPU, several at a time, unless JAX_PLATFORMS says otherwise (then take --jobs 1).
+
 A stage that is cut short, by `--minutes` or otherwise, is taken up again by the same command.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -61,7 +64,8 @@ def train(work: Path, models: Sequence[str], seconds: float, options: Sequence[s
 
 
 def profile(work: Path, folders: Sequence[Path], jobs: int) -> None:
-    """Make the profiles that commands make, several at a time, on the CPU; what fails is told by the study."""
+    """Make the profiles that commands make, several at a time; what fails is tried again and told by the study."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, str(FIDELITY))
     from tables import COMMANDS, Failed, make_profile
 

@@ -9,7 +9,7 @@ cannot be measured is in the file by name, with the reason.
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # searches are small, and the GPU's memory is PyTorch's
+os.environ["JAX_PLATFORMS"] = "cpu"  # searches are small, and the GPU's memory is PyTorch's
 
 import json  # noqa: E402
 import platform  # noqa: E402

@@ -1,6 +1,5 @@
 """Loss tables [layers, top_k] of one model: measured here on windows, or by a command into a profile file."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,15 +85,10 @@ def make_profile(name: str, model: Path, output: Path) -> None:
 
 
 def run(words: Sequence[str]) -> None:
-    """Run the `main` of a module with arguments, JAX on the CPU; `Failed` with its own last line if it fails."""
+    """Run the `main` of a module with arguments; `Failed` with its own last line if it fails."""
     module, *arguments = words
     program = f"from {module} import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
         raise Failed(lines[-1])

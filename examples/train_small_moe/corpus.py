@@ -6,12 +6,11 @@ from pathlib import Path
 
 import click
 import torch
+from sources import EXCLUDED_FOLDERS
 from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".py", ".rst", ".md")
-# Installed packages have licences of their own; encodings and test data are tables, not text.
-EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "encodings", "data"})
 HELD_OUT_ONE_IN = 50
 
 

@@ -9,32 +9,25 @@ Run it as `python domains.py my-corpus`. It looks where a machine with Python ha
 A file is in one part only, training or held-out, with its docstrings. Files with the same content count once.
 """
 
-import ast
-import gzip
-import hashlib
 import json
 import os
 import shutil
 import sysconfig
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import numpy as np
-from corpus import END_OF_TEXT, EXCLUDED_FOLDERS, HELD_OUT_ONE_IN, InputError, standard_library
+from corpus import END_OF_TEXT, HELD_OUT_ONE_IN, InputError, standard_library
+from sources import find_files, read_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 DOMAINS = ("code", "prose", "man")
 PARTS = ("training", "held_out")
-DOCUMENTATION = (".md", ".rst", ".txt")
-# Lists that packages install, in files named like documentation.
-LISTS = frozenset({"top_level.txt", "entry_points.txt", "SOURCES.txt", "requirements.txt", "namespace_packages.txt"})
-LARGEST_FILE = 1_000_000  # bytes; what is larger is a table
 TOKENIZER_CHARACTERS = 20_000_000  # of each domain that the tokenizer is trained on
 HELD_OUT_TOKENS = 2**17  # of each domain, at most
 
@@ -49,14 +42,6 @@ class Corpus:
     counts: Mapping[str, object]
 
 
-class Text(NamedTuple):
-    """What one file holds for one domain; `digest` of the whole file orders it and decides its part."""
-
-    domain: str
-    digest: bytes
-    text: str
-
-
 def find_folders() -> tuple[Path, ...]:
     """Where a machine with Python has text, as far as there is any."""
     paths = sysconfig.get_paths()
@@ -66,60 +51,10 @@ def find_folders() -> tuple[Path, ...]:
     return tuple(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
 
 
-def find_domain(path: Path) -> str | None:
-    """The domain of a file, by its name: `docs/index.md` is prose, `man1/ls.1.gz` is man."""
-    if path.parent.name.startswith("man") and path.parent.name[3:4].isdigit():
-        return "man"
-    if path.suffix == ".py":
-        return "code"
-    is_list = path.name in LISTS or path.name.startswith(("LICENSE", "COPYING", "NOTICE"))
-    return "prose" if path.suffix in DOCUMENTATION and not is_list else None
-
-
-def find_files(folders: Sequence[Path]) -> Iterator[Path]:
-    """Files of every domain; links are not followed, and no translated manual pages."""
-    for folder in folders:
-        for place, names, files in os.walk(folder):
-            names[:] = sorted(name for name in names if name not in EXCLUDED_FOLDERS and name != "locale")
-            is_translated = Path(place).name.startswith("man") and Path(place).parent.name != "man"
-            for name in sorted(files):
-                path = Path(place, name)
-                domain = find_domain(path)
-                if domain and not (domain == "man" and is_translated) and not path.is_symlink():
-                    yield path
-
-
-def find_docstrings(source: str) -> str:
-    """The docstrings of a Python source, a blank line between two; nothing if it does not parse."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-    return "\n\n".join(text for text in found if text)
-
-
-def read_file(path: Path) -> list[Text]:
-    """What a file gives to each domain; nothing if it is too large, cannot be read or is not UTF-8."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        text = data.decode() if len(data) <= LARGEST_FILE else ""
-    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error):
-        return []
-    digest, domain = hashlib.sha256(data).digest(), find_domain(path)
-    texts = [Text(domain, digest, text)]
-    if domain == "code":
-        texts.append(Text("prose", digest, find_docstrings(text)))
-    return [text for text in texts if text.text.strip()]
-
-
 def read_texts(folders: Sequence[Path], *, most: int) -> dict[str, dict[str, list[str]]]:
     """Part -> domain -> texts, at most `most` characters of a domain, drawn from all files alike."""
     files = list(find_files(folders))
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # other libraries' threads survive no fork
         found = [text for texts in pool.map(read_file, files, chunksize=64) for text in texts]
     texts = {part: {domain: [] for domain in DOMAINS} for part in PARTS}
     left, seen = dict.fromkeys(DOMAINS, most), set()

@@ -1,0 +1,200 @@
+"""The scripts that train small models and study what allocations lose, in the parts that need no training."""
+
+import gzip
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import make_checkpoint
+from torch.nn.functional import cross_entropy
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path += [str(EXAMPLES / "fidelity"), str(EXAMPLES / "train_small_moe")]
+
+import domains  # noqa: E402
+import families  # noqa: E402
+import gaps  # noqa: E402
+import judging  # noqa: E402
+import refining  # noqa: E402
+import routers  # noqa: E402
+import sections  # noqa: E402
+import tables  # noqa: E402
+import windows  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+from views import View  # noqa: E402
+
+from lexi_adapter.transformers_patch import apply  # noqa: E402
+from lexi_adapter.variants import allocate  # noqa: E402
+
+DOMAINS = {"code": 3, "prose": 2}
+
+
+def test_windows_to_measure_and_to_judge_on_share_no_token_and_domains_take_turns():
+    streams = {name: np.arange(100) + 1000 * i for i, name in enumerate(DOMAINS)}
+    measure, judge = windows.cut(streams, measure=5, judge=4, length=10)
+    assert measure.domains == ("code", "prose") * 5 and judge.domains == ("code", "prose") * 4
+    assert not set(measure.tokens.flatten().tolist()) & set(judge.tokens.flatten().tolist())
+    assert judge.tokens[1].tolist() == list(range(1050, 1060))
+    assert measure.take_domain("prose").tokens.min() >= 1000
+    with pytest.raises(ValueError, match="code has room for 5 windows of 10 to measure on, not 6"):
+        windows.cut(streams, measure=6, judge=1, length=10)
+
+
+def test_every_domain_counts_alike():
+    held = windows.Windows(torch.zeros(3, 1), ("code", "prose", "prose"))
+    found = held.average(np.array([6.0, 1.0, 3.0]))
+    assert found == {"code": 6.0, "prose": 2.0, "mean": 4.0}
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(3, 12))
+def test_uniform_between_two_k_is_the_mean_over_layers(increases, budget):
+    k = [budget // 3 + (layer < budget % 3) for layer in range(3)]
+    assert gaps.interpolate_uniform(increases, budget, 3) == pytest.approx(np.mean([increases[i - 1] for i in k]))
+
+
+def test_budgets_below_one_expert_a_layer_are_left_out():
+    assert gaps.find_budgets((0.25, 0.5, 0.625, 0.75), 12, 2) == {"0.625": 15, "0.75": 18}
+    assert gaps.find_closed(0.9, 1.0, 0.8) == pytest.approx(0.5)
+    assert gaps.find_closed(0.9, 1.0, 1.0) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=12))
+def test_rank_correlation_is_that_of_counted_ranks(pairs):
+    columns = list(zip(*pairs, strict=True))
+    ranks = [[sum(b < a for b in column) + sum(b == a for b in column) / 2 for a in column] for column in columns]
+    found = tables.correlate(*map(np.array, columns))
+    if min(map(np.std, ranks)) == 0:
+        assert found is None
+    else:
+        assert found == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+def test_a_search_over_whole_allocations_finds_what_the_sum_does_not_know():
+    prior = np.array([[3.0, 1.0, 0.0]] * 4)
+    truth = prior * np.array([[1.0], [2.0], [0.5], [8.0]])
+
+    def lose(top_k):
+        total = tables.predict(truth, top_k)
+        return total + 0.1 * total**2  # losses compound
+
+    every = [top_k for top_k in itertools.product((1, 2, 3), repeat=4) if sum(top_k) == 8]
+    found = refining.refine(prior, 8, lambda given: [lose(top_k) for top_k in given])
+    assert found.fitness == min(map(lose, every)) == lose(found.top_k)
+    assert found.history[0] > found.history[-1]
+    assert found.evaluated <= len(every)
+
+
+def test_what_adds_up_is_left_to_the_sum():
+    prior = np.array([[3.0, 1.0, 0.0], [5.0, 2.0, 0.0], [4.0, 0.5, 0.0]])
+    known = {top_k: tables.predict(prior, top_k) for top_k in ((1, 2, 2), (2, 2, 1))}
+    np.testing.assert_allclose(refining.fit(prior, known), prior, atol=1e-12)
+    moves = set(refining.make_moves((1, 2, 3), 3))
+    assert moves == {(2, 1, 3), (2, 2, 2), (1, 3, 2)}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return judging.load(make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("model") / "tiny"), device="cpu")
+
+
+def test_the_judge_says_what_a_plain_loop_says(loaded):
+    model, identity = loaded
+    tokens = torch.randint(0, model.config.vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
+    judge = judging.Judge(loaded, windows.Windows(tokens, ("code", "prose") * 2), batch=3)
+    choices = [judging.Choice((1, 2, 1), 0.5), judging.Choice((identity.top_k,) * 3)]
+    found, own = judge.judge(choices)
+    assert own["increase"]["mean"] == pytest.approx(0, abs=1e-6)
+
+    def find_losses():
+        with torch.no_grad():
+            return [cross_entropy(model(row[None]).logits[0, :-1], row[1:]).item() for row in tokens]
+
+    base = find_losses()
+    np.testing.assert_allclose(judging.find_losses(model, tokens, batch=3), base, rtol=1e-5)
+    top_k = dict(zip(identity.moe_layers, choices[0].top_k, strict=True))
+    apply(model, replace(allocate(identity, top_k), gate_exponent=0.5))
+    moved = [changed - own for changed, own in zip(find_losses(), base, strict=True)]
+    assert found["increase"]["code"] == pytest.approx(np.mean(moved[::2]), abs=1e-5)
+    assert judge.judge(choices) == [found, own] and judge.count == 2
+
+
+def test_brute_force_of_one_layer_is_the_judges_answer_for_it(loaded):
+    tokens = torch.randint(0, loaded.model.config.vocab_size, (4, 12), generator=torch.Generator().manual_seed(1))
+    held = windows.Windows(tokens, ("code", "prose") * 2)
+    measured = tables.measure_windows(loaded, held, batch=3)
+    k = loaded.identity.top_k
+    [alone] = judging.Judge(loaded, held, batch=2).judge([judging.Choice((k, 1, k))])
+    assert measured.divergence[1, 0].mean() == pytest.approx(alone["divergence"]["mean"], abs=1e-6)
+    table = tables.tabulate(measured, held)["divergence"]
+    assert table.shape == (3, k) and not table[:, -1].any()
+
+
+def test_a_command_that_fails_is_left_out_in_its_own_words(tmp_path):
+    with pytest.raises(tables.Failed, match="nowhere"):
+        tables.make_profile("paper", tmp_path / "nowhere", tmp_path / "profiles" / "paper.json")
+
+
+def test_the_report_counts_cells_of_the_default():
+    cell = {"top_k": [1, 2], "exponent": None}
+    rows = [{"increase": {"mean": value}} for value in (1.0, 0.4, 0.0)]
+    cells = {
+        name: {"3": cell | {"plain": {"increase": {"mean": plain}}, "0.5": {"increase": {"mean": plain / 2}}}}
+        for name, plain in {"oracle/increase": 0.5, "weights/divergence": 0.6}.items()
+    }
+    base = {"layers": 2, "top_k": 3, "budgets": {"0.5": 3}}
+    view = View("one", {"base": base, "uniform": {"plain": rows, "0.5": rows}, "cells": cells})
+    assert view.uniform(3) == pytest.approx(0.7) and view.closed("weights/divergence", 3) == pytest.approx(0.5)
+    lines = "\n".join(sections.judge_default([view], "weights/divergence"))
+    assert "1 of 1 cells" in lines and "50 %" in lines
+    assert sections.interpolate([(1.0, 5.0), (3.0, 1.0)], 2.0) == 3.0
+
+
+def test_a_corpus_keeps_a_source_and_its_docstrings_in_one_part(tmp_path):
+    pages = tmp_path / "share" / "man" / "man1"
+    pages.mkdir(parents=True)
+    (tmp_path / "share" / "man" / "de" / "man1").mkdir(parents=True)
+    for number in range(400):
+        (tmp_path / f"m{number}.py").write_text(f'"""Docs of {number}."""\nx = {number}\n')
+        (pages / f"tool{number}.1.gz").write_bytes(gzip.compress(f".TH tool{number} 1\n".encode()))
+    (tmp_path / "copy.py").write_text((tmp_path / "m7.py").read_text())
+    (tmp_path / "share" / "man" / "de" / "man1" / "tool.1").write_text("deutsch")
+    (tmp_path / "top_level.txt").write_text("a list")
+    texts = domains.read_texts([tmp_path], most=10**6)
+    found = {part: {name: set(texts[part][name]) for name in domains.DOMAINS} for part in domains.PARTS}
+    for part in domains.PARTS:
+        numbers = {text.split("x = ")[1].strip() for text in found[part]["code"]}
+        assert {f"Docs of {number}." for number in numbers} == found[part]["prose"]
+    assert sum(len(texts[part]["code"]) for part in domains.PARTS) == 400  # the copy counts once
+    assert sum(len(texts[part]["man"]) for part in domains.PARTS) == 400
+    assert found["held_out"]["man"] and not found["held_out"]["man"] & found["training"]["man"]
+
+    corpus = domains.make_corpus([tmp_path], vocab=257, most=10**6)
+    domains.write_corpus(tmp_path / "corpus", corpus)
+    again = domains.read_corpus(tmp_path / "corpus")
+    assert again.counts == json.loads(json.dumps(corpus.counts))
+    text = again.tokenizer.decode(again.training["man"].tolist(), skip_special_tokens=True)
+    assert text == "".join(texts["training"]["man"])
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_families_are_built_and_their_routers_found(family):
+    shape = families.Shape(layers=3, hidden=32, heads=2, experts=4, top_k=2, width=8, vocab=300, length=16)
+    model = AutoModelForCausalLM.from_config(families.build_config(family, shape))
+    with routers.record_logits(model) as logits, torch.no_grad():
+        model(torch.arange(16)[None])
+    dense = 1 if family == "deepseek_v2" else 0
+    assert [tuple(each.shape) for each in logits] == [(16, 4)] * (3 - dense)
+
+
+def test_presets_have_forty_million_parameters_or_more():
+    for preset in families.PRESETS.values():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(families.build_config(preset.family, preset.shape))
+        assert model.num_parameters() >= 40e6
