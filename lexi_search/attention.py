@@ -49,7 +49,7 @@ def normalise(x: Float[Array, "*rows width"], weights: Affine, *, norm: Norm) ->
     if norm.centred:
         wide = wide - wide.mean(axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + norm.eps)
-    wide = wide * _spread(weights.weight.astype(jnp.float32) + norm.offset, x)
+    wide = wide * _spread(weights.weight.astype(jnp.float32), x)
     if weights.bias is not None:
         wide = wide + _spread(weights.bias.astype(jnp.float32), x)
     return wide.astype(x.dtype)

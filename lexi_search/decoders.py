@@ -15,11 +15,10 @@ from lexi_search.rope import Rope
 
 
 class Norm(NamedTuple):
-    """x / rms(x) * (gain + `offset`), or LayerNorm if `centred`, plus a bias if there is one; static under `jit`."""
+    """x / rms(x) * gain, of x less its mean if `centred`, plus a bias if there is one; static under `jit`."""
 
     eps: float
     centred: bool = False
-    offset: float = 0.0
 
 
 class GroupedAttention(NamedTuple):
@@ -79,7 +78,6 @@ class Norms(NamedTuple):
 
 PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_layernorm")
 POST_NORMS = Norms(attention_output="post_attention_layernorm", ffn_output="post_feedforward_layernorm")
-
 SANDWICH_NORMS = Norms("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as configs call them
