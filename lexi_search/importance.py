@@ -1,9 +1,9 @@
 """What each expert, and each channel of an expert, adds to its layer's output: from the weights, no data.
 
-The inputs are Stage 1's, X ~ N(0, 1) (LExI, arXiv 2509.02753, section 3.1). An expert counts for the mean over tokens
-of its mixing weight times the norm of its output, zero where it is not chosen: the criterion of REAP (arXiv 2510.13999)
-times the share of tokens that choose the expert, without that paper's calibration text. A channel counts for the root
-mean square of its activation times the norm of its column of `down`: the size of what it adds to the expert's output.
+The inputs are Stage 1's, X ~ N(0, 1) (LExI, arXiv 2509.02753, section 3.1). Importance is a root mean square over
+tokens. For an expert it is that of its mixing weight times the norm of its output, zero where it is not chosen: how far
+the layer's output moves if nothing replaces it. For a channel, that of its activation times the norm of its column of
+`down`. REAP (arXiv 2510.13999) has the first product too, as a mean over the tokens of a text that choose the expert.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,9 +41,9 @@ def score_experts(model: Model, weights: LayerWeights, layer: int, sample: Sampl
     for x in draw_batches(model.hidden_size, layer, sample):
         choice = route(x, weights.router, weights.bias, routing=routing, top_k=model.identity.top_k)
         outputs = compute_outputs(x, choice, weights.experts, routing=routing, activation=model.activation)
-        total += np.asarray(_sum_weighted_norms(outputs, choice, routing=routing, num_experts=total.size), np.float64)
+        total += np.asarray(_sum_squares(outputs, choice, routing=routing, num_experts=total.size), np.float64)
         count += x.shape[0]
-    return total / count
+    return np.sqrt(total / count)
 
 
 def score_channels(
@@ -72,12 +72,12 @@ def draw_batches(hidden_size: int, layer: int, sample: Sample) -> Iterator[Float
 
 
 @partial(jax.jit, static_argnames=("routing", "num_experts"))
-def _sum_weighted_norms(
+def _sum_squares(
     outputs: Float[Array, "tokens K hidden"], choice: Choice, *, routing: Routing, num_experts: int
 ) -> Float[Array, " experts"]:
     norms = jnp.linalg.norm(outputs.astype(jnp.float32), axis=-1)
     weights = mixing_weights(choice.scores, jnp.int32(choice.scores.shape[1]), routing=routing)
-    return jnp.zeros(num_experts, jnp.float32).at[choice.experts].add(weights * norms)
+    return jnp.zeros(num_experts, jnp.float32).at[choice.experts].add(jnp.square(weights * norms))
 
 
 @partial(jax.jit, static_argnames=("count", "activation"))

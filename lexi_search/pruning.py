@@ -131,6 +131,8 @@ def _open_source(weights: str, experts: Fraction, width: Fraction) -> _Source:
     checkpoint = open_checkpoint(weights)
     if (checkpoint.folder / NOTE).exists():
         raise InputError(f"{weights}: already pruned, says {NOTE} there; prune the model that it was made from")
+    if any("lexi_allocation" in part or "per_layer_config" in part for part in _list_parts(checkpoint.config)):
+        raise InputError(f"{weights}: the config has values per layer; prune the model's original folder")
     model = _describe(checkpoint)
     tensors = Tensors(checkpoint)
     before, blocks = find_sizes(tensors, checkpoint, model), find_blocks(tensors, checkpoint, model)
@@ -144,6 +146,14 @@ def _open_source(weights: str, experts: Fraction, width: Fraction) -> _Source:
     if not after.width:
         raise InputError(f"{weights}: no channel is left of {before.width}, which come {unit} at a time; prune less")
     return _Source(checkpoint, model, blocks, before, after, unit)
+
+
+def _list_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The config and all objects within."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _list_parts(value)
 
 
 def _describe(checkpoint: Checkpoint) -> Model:
