@@ -17,8 +17,9 @@ SIDE_BY_SIDE = ("oracle/increase", "oracle/divergence", "calibrated/relative", "
 
 def plot_losses(views: Sequence[View], methods: Sequence[str], file: Path) -> None:
     """Loss increase over the budget, a panel for each model."""
-    rows = -(-len(views) // COLUMNS)
-    figure, panels = plt.subplots(rows, COLUMNS, figsize=(5 * COLUMNS, 4 * rows), squeeze=False, layout="constrained")
+    columns = min(len(views), COLUMNS)
+    rows = -(-len(views) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False, layout="constrained")
     for panel, view in zip(panels.flat, views, strict=False):
         shares = [100 * float(share) for share in view.budgets]
         budgets = list(view.budgets.values())
@@ -29,7 +30,6 @@ def plot_losses(views: Sequence[View], methods: Sequence[str], file: Path) -> No
         panel.set(
             title=view.name, xlabel="active experts, % of the model's own", ylabel="loss increase, nats per token"
         )
-        panel.set_yscale("symlog", linthresh=0.01)
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(views) :]:
         panel.remove()

@@ -62,6 +62,10 @@ class Study:
         """Where the profile of a command is, or will be."""
         return self.profiles / self.folder.name / f"{name}.json"
 
+    def shorten(self, error: Exception) -> str:
+        """A message without the folders that the model happens to be in."""
+        return str(error).replace(str(self.folder), self.folder.name)
+
     def read_table(self, name: str) -> np.ndarray:
         return np.array(self.found["tables"][name])
 
@@ -262,7 +266,7 @@ def judge_pruned(study: Study) -> Result:
                 try:
                     tables.run(("lexi_search.cli", *words))
                 except tables.Failed as error:
-                    found[f"{option} {share:g}"] = {"left_out": str(error)}
+                    found[f"{option} {share:g}"] = {"left_out": study.shorten(error)}
                     continue
                 losses = find_losses(load(pruned, device=device).model, windows.tokens, batch=study.batch)
                 increase = {name: float(loss) - base[name] for name, loss in windows.average(losses).items()}

@@ -57,13 +57,13 @@ def tabulate_cells(view: View) -> list[str]:
             f"{number(view.increase(method, budget))} ({percent(view.closed(method, budget))})"
             for budget in budgets.values()
         ]
-        rows.append((method, *cells))
-    for name, find in (("uniform", view.uniform), *((m, _reader(view, m)) for m in view.methods)):
+        own = view.find_own(method)
+        rows.append((method if own is None else f"{method}, its exponent {own:g}", *cells))
+    for name, find in (
+        ("uniform", view.uniform),
+        *((m, _reader(view, m)) for m in view.methods if view.find_own(m) is None),
+    ):
         rows.append((f"{name}, exponent {HALF}", *(number(find(budget, exponent=HALF)) for budget in budgets.values())))
-    for method in view.methods:
-        if view.find_own(method) is not None:
-            cells = [number(view.increase(method, budget, exponent="own")) for budget in budgets.values()]
-            rows.append((f"{method}, exponent {view.find_own(method):g}", *cells))
     if "refined" in view.found:
         refined = view.found["refined"]
         rows.append(
@@ -118,11 +118,7 @@ def judge_default(views: Sequence[View], default: str) -> list[str]:
     beaten = sum(view.above(default, budget) < 0 for view, budget in wide)
     mean = average(view.closed(default, budget) for view, budget in wide)
     near = sum(view.above(default, budget) <= ABOVE for view, budget in narrow)
-    compensated = sum(
-        view.increase(default, budget, exponent=HALF if view.find_own(default) is None else "own")
-        < view.uniform(budget)
-        for view, budget in cells
-    )
+    compensated = sum(view.increase(default, budget, exponent=HALF) < view.uniform(budget) for view, budget in cells)
     aimed = sum(
         (view.closed(default, budget) or 0) >= 0.8 and view.above(default, budget) <= 0 for view, budget in wide
     )
@@ -131,7 +127,7 @@ def judge_default(views: Sequence[View], default: str) -> list[str]:
         ("gap closed there, mean (floor: 50 %)", percent(mean)),
         ("at least 80 % closed there (aim)", f"{aimed} of {len(wide)} cells"),
         (f"at most {percent(ABOVE)} above uniform elsewhere", f"{near} of {len(narrow)} cells"),
-        ("with the gate exponent, below plain uniform", f"{compensated} of {len(cells)} cells"),
+        (f"with gate exponent {HALF}, below plain uniform", f"{compensated} of {len(cells)} cells"),
     ]
     return draw_table((f"default: {default}", "found"), rows)
 
@@ -213,22 +209,34 @@ def tabulate_parts(views: Sequence[View], method: str, parts: Callable[[str], bo
 
 
 def tabulate_refined(views: Sequence[View]) -> list[str]:
-    """What running whole allocations finds beyond the oracle."""
+    """What running whole allocations finds beyond the optimum of a sum."""
     rows = []
-    for view in views:
-        for budget, cell in view.found.get("refined", {}).items():
-            oracle, found = view.increase("oracle/divergence", int(budget)), cell[PLAIN]["increase"]["mean"]
-            fitness = cell["history"][-1] / cell["history"][0] - 1 if cell["history"][0] else 0.0
-            rows.append(
-                (view.name, budget, cell["evaluated"], percent(fitness), number(oracle), number(found),
-                 percent(found / oracle - 1 if oracle else None))
-            )  # fmt: skip
-    headers = ("model", "budget", "run", "fitness, measured", "sum's optimum", "found", "change of the loss increase")
-    return draw_table(headers, rows)
+    for view, budget in list_cells(views):
+        if "refined" not in view.found:
+            continue
+        cell = view.found["refined"][str(budget)]
+        first, *_, last = *cell["history"], cell["history"][-1]
+        found, oracle = cell[PLAIN]["increase"]["mean"], view.increase(ORACLE, budget)
+        losses = map(number, (view.increase("oracle/divergence", budget), oracle, found))
+        changes = (last / first - 1 if first else None, found / oracle - 1 if oracle > 0 else None)
+        rows.append((view.name, budget, cell["evaluated"], *losses, *map(percent, changes)))
+    headers = ("model", "budget", "run", "oracle/divergence, its start", ORACLE, "found")
+    return draw_table((*headers, "change of the measured divergence", f"loss increase against {ORACLE}"), rows)
+
+
+def tabulate_times(views: Sequence[View]) -> list[str]:
+    """Milliseconds of a forward pass."""
+    rows = [
+        (view.name, f"{view.found['times']['tokens']:,}", view.found["times"]["dtype"], name, f"{ms:.2f}")
+        for view in views
+        for name, ms in view.found.get("times", {}).get("ms", {}).items()
+    ]
+    return draw_table(("model", "tokens", "element type", "allocation", "ms"), rows)
 
 
 def tabulate_pruned(views: Sequence[View]) -> list[str]:
-    """Pruned models beside uniform k and the oracle of the same time, interpolated between measured ones."""
+    """Pruned models beside uniform k and the oracle: of the same time, interpolated between measured ones, and, where
+    experts are narrower, of as many active parameters."""
     rows = []
     for view in views:
         times = view.found.get("times", {}).get("ms", {})
@@ -239,12 +247,17 @@ def tabulate_pruned(views: Sequence[View]) -> list[str]:
         oracle = [(times[f"oracle {b}"], view.increase(ORACLE, b)) for b in view.budgets.values() if times]
         for name, cell in view.found.get("pruned", {}).items():
             if "left_out" in cell:
-                rows.append((view.name, name, "-", cell["left_out"], "-", "-"))
+                rows.append((view.name, name, "-", cell["left_out"], *"----"))
                 continue
             same = [number(interpolate(points, cell["ms"])) for points in (uniform, oracle)]
-            rows.append((view.name, name, f"{cell['ms']:.2f}", number(cell["increase"]["mean"]), *same))
-    headers = ("model", "pruned", "ms", "loss increase", "uniform k of that time", "oracle of that time")
-    return draw_table(headers, rows)
+            what, share = name.split()
+            budget = view.budgets.get(f"{1 - float(share):g}") if what == "width" else None
+            active = (
+                ["-", "-"] if budget is None else [number(view.uniform(budget)), number(view.increase(ORACLE, budget))]
+            )
+            rows.append((view.name, name, f"{cell['ms']:.2f}", number(cell["increase"]["mean"]), *same, *active))
+    headers = ("model", "pruned", "ms", "loss increase", "uniform of that time", "oracle of that time")
+    return draw_table((*headers, "uniform of as many active parameters", "oracle of as many"), rows)
 
 
 def interpolate(points: Sequence[tuple[float, float]], at: float) -> float | None:

@@ -79,8 +79,8 @@ def run(study: Study, save: Callable[[], None], until: float) -> bool:
         try:
             result = piece.make(study)
         except Failed as error:
-            skipped[piece.name] = str(error)
-            click.echo(f"  {piece.name}: left out: {error}")
+            skipped[piece.name] = study.shorten(error)
+            click.echo(f"  {piece.name}: left out: {skipped[piece.name]}")
         else:
             *parents, last = piece.into
             place = study.found

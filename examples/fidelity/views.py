@@ -40,8 +40,10 @@ class View:
         rows = self.found["uniform"][exponent]
         return interpolate_uniform([row["increase"][domain] for row in rows], budget, self.layers)
 
-    def increase(self, method: str, budget: int, *, exponent: str = PLAIN, domain: str = "mean") -> float:
-        """Loss increase of a table's allocation."""
+    def increase(self, method: str, budget: int, *, exponent: str | None = None, domain: str = "mean") -> float:
+        """Loss increase of a table's allocation: with the gate exponent of the profile's own if it has one, or the
+        given one."""
+        exponent = exponent or (PLAIN if self.find_own(method) is None else "own")
         return self.found["cells"][method][str(budget)][exponent]["increase"][domain]
 
     def find_own(self, method: str) -> float | None:
