@@ -142,16 +142,17 @@ def find_finished(document: Any, place: str, expected: Mapping[str, Any]) -> dic
     remedy = "name another file by --output, or throw them away by --restart"
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
         raise AllocationError(f"{place} is not a {FORMAT} file of version {VERSION}; name another by --output")
-    if document["setting"] != expected["setting"]:
-        raise AllocationError(f"{place} holds results of another backend or setting; {remedy}")
-    for kind in ("variants", "tasks"):
-        used = {piece[kind[:-1]] for piece in document["pieces"]}
-        for entry in document[kind]:
-            if entry["name"] in used and entry not in expected[kind]:
-                raise AllocationError(
-                    f"{place} holds results of {entry['name']!r}, which is not as it is now; {remedy}"
-                )
-    return {(piece["variant"], piece["task"]): read_outcome(piece) for piece in document["pieces"]}
+    try:
+        if document["setting"] != expected["setting"]:
+            raise AllocationError(f"{place} holds results of another backend or setting; {remedy}")
+        for kind in ("variants", "tasks"):
+            used = {piece[kind[:-1]] for piece in document["pieces"]}
+            for entry in document[kind]:
+                if entry["name"] in used and entry not in expected[kind]:
+                    raise AllocationError(f"{place} holds other results of {entry['name']!r} than these; {remedy}")
+        return {(piece["variant"], piece["task"]): read_outcome(piece) for piece in document["pieces"]}
+    except (KeyError, TypeError) as error:
+        raise AllocationError(f"{place} is not whole ({error!r} in it); {remedy}") from error
 
 
 def read_outcome(piece: Mapping[str, Any]) -> Outcome:

@@ -44,7 +44,8 @@ def make_tasks(
     Raises:
         AllocationError: lm-eval is not installed, does not know a task, or cannot load its data.
     """
-    wanted = {task: name if name in SUITES else None for name in names for task in SUITES.get(name, (name,))}
+    suites = {task: name for name in names for task in SUITES.get(name, ())}
+    wanted = {task: suites.get(task) for name in names for task in SUITES.get(name, (name,))}
     settings = {"include_paths": list(include_paths), "limit": max_items, "num_fewshot": num_fewshot}
     version = _load(list(wanted), include_paths, backend)
     arguments = (list(include_paths), max_items, num_fewshot, max_length, batch_size)

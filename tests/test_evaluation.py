@@ -336,7 +336,9 @@ def test_the_same_command_measures_nothing_twice(folder, monkeypatch):
     result = run(*arguments)
     assert result.exit_code == 0 and "eval.json has 1 of 1 results" in result.stderr
     assert json.loads(Path("eval.json").read_text()) == first
-    assert "is not as it is now" in refuse(*arguments[:-1], "2")
+    assert "holds other results of" in refuse(*arguments[:-1], "2")
+    Path("eval.json").write_text('{"format": "lexi-eval", "version": 1}')
+    assert "eval.json is not whole" in refuse(*arguments)
     Path("eval.json").write_text("[]")
     assert "eval.json is not a lexi-eval file" in refuse(*arguments)
 

@@ -12,7 +12,6 @@ import lexi_adapter
 from lexi_adapter import passkey, transformers_model, vllm_model
 from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli import main
-from lexi_adapter.scores import Outcome
 from lexi_adapter.variants import Variant
 from lexi_search.artifacts import to_document
 
@@ -57,9 +56,6 @@ def test_the_command_opens_engines_as_it_was_told(folder, monkeypatch):
 
         def score(self, windows):
             return [[-1.0 - len(opened)] * (len(window) - 1) for window in windows]
-
-        def run_harness(self, *_):
-            return Outcome({})
 
     monkeypatch.setattr(vllm_model, "open_model", Fake)
     Path("text.txt").write_text("def f(self): pass\n" * 30)
