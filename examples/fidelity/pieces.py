@@ -167,7 +167,8 @@ def judge_cells(study: Study, name: str) -> Result:
 
 
 def correlate(study: Study) -> Result:
-    """Every table against the oracle's, and its sums against the real losses of the random allocations."""
+    """Every table against the oracle's, of all the text and of each domain, and its sums against the real losses of the
+    random allocations."""
     truth, drawn = study.read_table("oracle/increase"), study.found["random"]
     real = np.array([row["increase"]["mean"] for row in drawn])
     sums = np.array([sum(row["top_k"]) for row in drawn])
@@ -177,10 +178,15 @@ def correlate(study: Study) -> Result:
         predicted = np.array([tables.predict(table, row["top_k"]) for row in drawn])
         within = [tables.correlate(predicted[sums == budget], real[sums == budget]) for budget in sorted(set(sums))]
         known = [value for value in within if value is not None]
+        domains = {
+            domain: tables.compare(table, study.read_table(f"oracle/increase@{domain}"))["layers"]
+            for domain in study.found["base"]["domains"]
+        }
         found[name] = {
             **tables.compare(table, truth),
             "random": tables.correlate(predicted, real),
             "random_at_a_budget": float(np.mean(known)) if known else None,
+            "domains": domains,
         }
     return found
 

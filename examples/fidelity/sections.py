@@ -150,14 +150,17 @@ def list_exponents(view: View) -> list[str]:
 
 
 def tabulate_correlations(views: Sequence[View]) -> list[str]:
-    """Spearman of every table with brute force and with random allocations."""
+    """Spearman of every table with brute force, on all the text and on each domain, and with random allocations."""
+    domains = views[0].found["base"]["domains"]
     rows = []
     for view in views:
         for name, found in view.found["correlations"].items():
             if "@" not in name:
-                rows.append((view.name, name, *(_short(value) for value in found.values())))
+                values = [found[key] for key in ("entries", "layers", "random", "random_at_a_budget")]
+                values += [found["domains"].get(domain) for domain in domains]
+                rows.append((view.name, name, *map(_short, values)))
     headers = ("model", "table", "all entries", "layers at one k", "random allocations", "of one budget")
-    return draw_table(headers, rows)
+    return draw_table((*headers, *(f"layers at one k, {domain}" for domain in domains)), rows)
 
 
 def _short(value: float | None) -> str:
