@@ -49,7 +49,7 @@ def allocate(
     *,
     cost: Cost | None = None,
     constraints: Constraints | None = None,
-    loss: str = "frobenius",
+    loss: str | None = None,
     method: str = "evolution",
     fitness: Fitness | None = None,
     resamples: int = 0,
@@ -59,13 +59,15 @@ def allocate(
     """One allocation per budget, in the order of `budgets`.
 
     Budgets are experts per token summed over layers or, with a `cost`, milliseconds of its mix, of which an allocation
-    takes at most that many. `settings` and `fitness` are `evolution.search`'s own; the optimum beside a result is that
-    of the summed loss whatever the fitness. `resamples` tables judge how sure the result is.
+    takes at most that many. `loss` is a kind that the profile holds, its `default_loss` if None. `settings` and
+    `fitness` are `evolution.search`'s own; the optimum beside a result is that of the summed loss whatever the fitness.
+    `resamples` tables judge how sure the result is.
 
     Raises InputError where the profile lacks a layer, for an unknown method, and as `problems.pose`.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown, expected one of {', '.join(METHODS)}")
+    loss = loss or profile.default_loss
     problem = pose_profile(profile, budgets, cost=cost, constraints=constraints, loss=loss)
     best = solve(problem)
     if method == "exact":

@@ -188,6 +188,12 @@ class Profile:
         layers = self.layers.values()
         return tuple(kind for kind, name in LOSS_KINDS.items() if all(getattr(loss, name) for loss in layers))
 
+    @property
+    def default_loss(self) -> str:
+        """The kind that a search minimises unless it is told: what the whole model loses if that is known, else the
+        paper's norm."""
+        return "divergence" if "divergence" in self.loss_kinds else "frobenius"
+
     def losses(self, kind: str, *, normalised: bool = False) -> tuple[tuple[float, ...], ...]:
         """The table that a search minimises over, [layers, top_k], layers ascending; column j is k = j + 1.
 

@@ -40,8 +40,8 @@ class Commands(click.Group):
 loss_option = click.option(
     "--loss",
     type=click.Choice(LOSS_KINDS),
-    default="frobenius",
-    help="The paper's norm, the root mean square per token, its square, or another loss that the profile holds.",
+    show_default=False,
+    help="Which of the losses that the profile holds.  [default: divergence if it does, else frobenius, the paper's]",
 )
 normalised_option = click.option(
     "--normalised/--absolute", default=True, help="Relative to the largest loss of the table, or as measured."
@@ -83,8 +83,8 @@ def print_table(table: "RenderableType") -> None:
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
-def make_progress() -> "Progress":
-    """A bar with the time left on stderr where that is a terminal, nothing elsewhere."""
+def make_progress(*, quiet: bool = False) -> "Progress":
+    """A bar with the time left on stderr where that is a terminal, nothing elsewhere, or if `quiet`."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -103,7 +103,7 @@ def make_progress() -> "Progress":
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty())
 
 
 def prepare_environment() -> None:

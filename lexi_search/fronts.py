@@ -40,9 +40,10 @@ def find_front(
     *,
     cost: Cost | None = None,
     constraints: Constraints | None = None,
-    loss: str = "frobenius",
+    loss: str | None = None,
 ) -> Front:
     """All Pareto points of cost and loss: cost is milliseconds or, without `cost`, the sum of k."""
+    loss = loss or profile.default_loss
     problem = pose_profile(profile, None, cost=cost, constraints=constraints, loss=loss)
     frontier = trace(problem)
     on_front = read_top_k(frontier, problem, np.arange(len(frontier.cost)))

@@ -23,7 +23,7 @@ def draw_heatmap(
     profile: Profile,
     allocations: Mapping[str, Allocation] = MappingProxyType({}),
     *,
-    loss: str = "frobenius",
+    loss: str | None = None,
     normalised: bool = True,
 ) -> Figure:
     """Layers on x, k on y, colour the loss; the k per layer of `allocations`, by the names to call them, as steps.
@@ -33,6 +33,7 @@ def draw_heatmap(
     for name, allocation in allocations.items():
         if allocation.model != profile.model:
             raise InputError(f"allocation {name} is for another model than the profile")
+    loss = loss or profile.default_loss
     rows = profile.losses(loss, normalised=normalised)
     layers, top_k = sorted(profile.layers), profile.max_k
     figure = Figure(figsize=(2.6 + 0.2 * max(len(layers), 18), 1.6 + 0.3 * max(top_k, 6)), layout="constrained")

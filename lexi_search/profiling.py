@@ -1,7 +1,7 @@
 """Stage 1 (LExI section 3.1, Algorithm 1): stream a checkpoint layer by layer into the loss of each layer at each k."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -14,22 +14,31 @@ from lexi_search.ffn import ACTIVATIONS
 from lexi_search.measuring import find_needed, measure_layer
 from lexi_search.models import Model
 from lexi_search.moments import summarise
+from lexi_search.propagation import Run
+from lexi_search.sensitivities import choose_exponent, draw_samples, measure_layers
+from lexi_search.stacks import describe_decoder
 from lexi_search.weights import stream_layers
 
 SAMPLES, SAMPLE_BYTES = 1024, 4096
 
 
 def profile_layers(
-    checkpoint: Checkpoint, model: Model, *, layers: Sequence[int], settings: ProfileSettings
+    checkpoint: Checkpoint,
+    model: Model,
+    *,
+    layers: Sequence[int],
+    settings: ProfileSettings,
+    report: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[tuple[int, LayerLoss]]:
-    """Measure `layers` one after another, yielding (decoder-layer index, losses) as each is done.
+    """Measure `layers`, yielding (decoder-layer index, losses): on `paper` input as each is done, else all at the end.
 
-    What a layer yields depends on its weights, its index and `settings`, not on which other layers are measured, or in
-    what order. The device holds the weights of two layers at most, as stored; an expert that gets no token is not read.
+    What a layer yields depends on the weights, its index and `settings`, not on which other layers are measured, or in
+    what order. The device holds the weights of two layers at most, as stored; on `paper` input an expert that gets no
+    token is not read. On other input `report` hears of every decoder layer in every pass through the model.
 
     Raises:
         InputError: a layer that is no MoE layer, an activation that is not known, NaN or Inf in a weight or output,
-            a sample cap below one iteration.
+            a sample cap below one iteration; on input other than `paper` a model of which not all is known.
     """
     if extra := [layer for layer in layers if layer not in model.tensors]:
         known = ", ".join(map(str, model.layers))
@@ -37,6 +46,38 @@ def profile_layers(
     if model.activation.name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise InputError(f"{checkpoint.folder}: hidden_act {model.activation.name!r} is not known; known are {known}")
+    if settings.input == "paper":
+        return _profile_each(checkpoint, model, layers, settings)
+    run = _open_run(checkpoint, model, settings)
+    return _profile_text(run, layers, settings, report) if layers else iter(())
+
+
+def find_exponent(
+    checkpoint: Checkpoint,
+    model: Model,
+    settings: ProfileSettings,
+    *,
+    report: Callable[[int], None] = lambda layer: None,
+) -> float:
+    """The gate exponent that suits the model, found on the text that `settings` ask for."""
+    run = _open_run(checkpoint, model, settings)
+    return choose_exponent(run, draw_samples(run, settings, report=report), report=report)
+
+
+def _open_run(checkpoint: Checkpoint, model: Model, settings: ProfileSettings) -> Run:
+    return Run(checkpoint, model, describe_decoder(checkpoint, model), settings.dtype)
+
+
+def _profile_text(
+    run: Run, layers: Sequence[int], settings: ProfileSettings, report: Callable[[int], None]
+) -> Iterator[tuple[int, LayerLoss]]:
+    tokens = draw_samples(run, settings, report=report)
+    yield from measure_layers(run, tokens, layers, settings, report=report)
+
+
+def _profile_each(
+    checkpoint: Checkpoint, model: Model, layers: Sequence[int], settings: ProfileSettings
+) -> Iterator[tuple[int, LayerLoss]]:
     if settings.max_samples < settings.batch * settings.length:
         size = f"batch {settings.batch} x length {settings.length}"
         raise InputError(f"at most {settings.max_samples} samples allow no iteration of {size}; raise the cap")

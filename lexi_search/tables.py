@@ -20,9 +20,9 @@ def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> Render
     for name in ("layer", *(f"k={k}" for k in range(1, profile.max_k + 1)), "samples", "error %"):
         table.add_column(name, justify="right")
     rows = profile.losses(loss, normalised=normalised)
-    for (layer, measured), row in zip(sorted(profile.layers.items()), rows, strict=True):
-        pairs = zip(measured.rms, measured.rms_stderr, strict=True)
-        error = max((stderr / rms for rms, stderr in pairs if rms), default=0.0)
+    pairs = zip(profile.losses(loss), profile.errors(loss), strict=True)
+    for (layer, measured), row, pair in zip(sorted(profile.layers.items()), rows, pairs, strict=True):
+        error = max((abs(stderr / value) for value, stderr in zip(*pair, strict=True) if value), default=0.0)
         values = (f"{value:.3f}" if normalised else f"{value:.4g}" for value in row)
         table.add_row(str(layer), *values, str(measured.samples), f"{100 * error:.2f}")
     return _entitle(title, table)

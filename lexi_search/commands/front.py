@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def front(
     profile: str,
     outputs: tuple[str, ...],
-    loss: str,
+    loss: str | None,
     cost_file: str | None,
     mix: str | None,
     target_speedup: float | None,
@@ -63,6 +63,7 @@ def front(
     if unknown := [name for name in outputs if find_form(name) not in ("json", "csv", "png", "svg")]:
         raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png or .svg")
     measured = read_profile(profile)
+    loss = loss or measured.default_loss
     prepare_environment()
     from lexi_search import fronts
     from lexi_search.tables import tabulate_front

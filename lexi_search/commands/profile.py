@@ -3,25 +3,54 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lexi_search import __version__
 from lexi_search.artifacts import DTYPES, LayerLoss, Profile, ProfileSettings, write_profile
 from lexi_search.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
+from lexi_search.errors import InputError
 from lexi_search.files import check_writable
 from lexi_search.merging import Header
 from lexi_search.partials import Partials, keep_partials
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+AUTO = "auto"
+DEFAULTS = {  # of options, by input
+    "paper": {"relative_error": 0.01, "samples": 2**20},
+    "weights": {"relative_error": 0.0, "samples": 2**13},
+}
 
 
 @click.command()
 @click.argument("weights")
 @click.option("-o", "--output", default="profile.json", help="File to write.")
 @click.option("--layers", help="Only these decoder layers: 0:15 (both ends included), 3, or 0,2,5.  [default: all]")
+@click.option(
+    "--input",
+    "source",
+    type=click.Choice(tuple(DEFAULTS)),
+    default="paper",
+    help="paper: N(0, 1) to each layer by itself. weights: text that the model writes, through the whole model.",
+)
 @click.option("--batch", default=4, help="Sequences per iteration.")
 @click.option("--length", default=512, help="Tokens per sequence.")
-@click.option("--relative-error", default=0.01, help="Stop a layer when every k is known this well.")
-@click.option("--samples", default=2**20, help="Stop a layer before it takes more tokens than this.")
+@click.option(
+    "--relative-error",
+    type=float,
+    show_default=False,
+    help="Stop a layer when every k is known this well; paper only.  [default: 0.01]",
+)
+@click.option(
+    "--samples",
+    type=int,
+    show_default=False,
+    help="Stop before a layer takes more tokens than this.  [default: 1048576; weights: 8192]",
+)
 @click.option(
     "--control-variate",
     type=click.IntRange(1),
@@ -38,8 +67,9 @@ from lexi_search.partials import Partials, keep_partials
 @click.option("--max-k", type=int, help="Look at more experts per token than the model's own k, up to this many.")
 @click.option(
     "--gate-exponent",
-    type=float,
-    help="Let kept experts take over a part of the others' gate mass: 0 nothing, 1 all.  [default: as the model does]",
+    metavar="NUMBER|auto",
+    help="Let kept experts take over a part of the others' gate mass: 0 nothing, 1 all; auto finds out how much, with "
+    "--input weights.  [default: as the model does]",
 )
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
 @click.option("--distributed", is_flag=True, help="One of several processes of Slurm, MPI or Kubernetes.")
@@ -50,15 +80,16 @@ def profile(
     weights: str,
     output: str,
     layers: str | None,
+    source: str,
     batch: int,
     length: int,
-    relative_error: float,
-    samples: int,
+    relative_error: float | None,
+    samples: int | None,
     control_variate: int | None,
     seed: int,
     dtype: str,
     max_k: int | None,
-    gate_exponent: float | None,
+    gate_exponent: str | None,
     restart: bool,
     distributed: bool,
     coordinator: str | None,
@@ -80,28 +111,39 @@ def profile(
     else:
         check_writable(output)
     wanted = parse_layers(layers) if layers else None
+    exponent = _parse_exponent(gate_exponent, source)
+    if source != "paper":
+        _refuse(source, {"--relative-error": relative_error, "--control-variate": control_variate, "--max-k": max_k})
     prepare_environment()
     from lexi_search.checkpoint import open_checkpoint
     from lexi_search.distribution import Group, agree, estimate_costs, gather, join, spread
     from lexi_search.models import describe, find_dtype
-    from lexi_search.profiling import profile_layers, sample_weights
+    from lexi_search.profiling import find_exponent, profile_layers, sample_weights
 
     with ExitStack() as stack:
         group = stack.enter_context(join(*place)) if together else Group()
         checkpoint = open_checkpoint(weights)
-        model = describe(checkpoint, max_k=max_k, gate_exponent=gate_exponent)
+        model = describe(checkpoint, max_k=max_k, gate_exponent=None if exponent == AUTO else exponent)
         settings = ProfileSettings(
-            input="paper",
+            input=source,
             seed=seed,
             batch=batch,
             length=length,
             dtype=find_dtype(checkpoint, model) if dtype == "auto" else dtype,
-            relative_error=relative_error,
-            max_samples=samples,
+            relative_error=DEFAULTS[source]["relative_error"] if relative_error is None else relative_error,
+            max_samples=DEFAULTS[source]["samples"] if samples is None else samples,
             control_variate=control_variate,
             max_k=max_k,
-            gate_exponent=gate_exponent,
+            gate_exponent=model.routing.exponent,
         )
+        progress = stack.enter_context(make_progress(quiet=group.index > 0))
+        passes = progress.add_task("decoder layers, in passes", total=None, visible=source != "paper")
+        traits = {"report": lambda layer: progress.advance(passes)}
+        if exponent == AUTO:
+            chosen = find_exponent(checkpoint, model, settings, **traits)
+            click.echo(f"gate exponent {chosen:g}", err=True)
+            model = model._replace(routing=model.routing._replace(exponent=chosen))
+            settings = replace(settings, gate_exponent=chosen)
         made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}
         header, chosen, partials = Header(model.identity, settings, made_by), wanted or model.layers, None
         if group.index == 0:
@@ -110,12 +152,13 @@ def profile(
             _tell_what_is_there(partials, chosen)
         missing = agree(group, header, [layer for layer in chosen if not partials or layer not in partials.layers])
         own = spread(estimate_costs(checkpoint, model, missing), group.size)[group.index]
-        measured = stack.enter_context(closing(profile_layers(checkpoint, model, layers=own, settings=settings)))
+        measured = profile_layers(checkpoint, model, layers=own, settings=settings, **traits)
+        measured = stack.enter_context(closing(measured))
         results = gather(group, measured, missing)
         if partials is None:
             deque(results, maxlen=0)
             return
-        _keep(results, partials, chosen)
+        _keep(results, partials, chosen, progress)
         losses = {layer: partials.layers[layer] for layer in chosen}
         write_profile(output, Profile(model.identity, settings, losses, made_by))
         partials.drop(chosen)
@@ -130,14 +173,15 @@ def _tell_what_is_there(partials: Partials, chosen: tuple[int, ...]) -> None:
         click.echo(f"{_count_finished(partials, chosen)} are finished in {partials.folder}{damaged}", err=True)
 
 
-def _keep(results: Iterator[tuple[int, LayerLoss]], partials: Partials, chosen: tuple[int, ...]) -> None:
+def _keep(
+    results: Iterator[tuple[int, LayerLoss]], partials: Partials, chosen: tuple[int, ...], progress: "Progress"
+) -> None:
+    finished = sum(layer in partials.layers for layer in chosen)
+    task = progress.add_task("layers", total=len(chosen), completed=finished)
     try:
-        with make_progress() as progress:
-            finished = sum(layer in partials.layers for layer in chosen)
-            task = progress.add_task("layers", total=len(chosen), completed=finished)
-            for layer, loss in results:
-                partials.add(layer, loss)
-                progress.advance(task)
+        for layer, loss in results:
+            partials.add(layer, loss)
+            progress.advance(task)
     except KeyboardInterrupt:
         if not partials.layers:
             raise
@@ -147,3 +191,17 @@ def _keep(results: Iterator[tuple[int, LayerLoss]], partials: Partials, chosen: 
 
 def _count_finished(partials: Partials, chosen: tuple[int, ...]) -> str:
     return f"{sum(layer in partials.layers for layer in chosen)} of {len(chosen)} layers"
+
+
+def _parse_exponent(text: str | None, source: str) -> float | str | None:
+    if text == AUTO and source == "paper":
+        raise InputError("--gate-exponent auto is found on the model's own text; add --input weights")
+    try:
+        return text if text in (None, AUTO) else float(text)
+    except ValueError:
+        raise InputError(f"--gate-exponent {text!r} is neither a number nor auto") from None
+
+
+def _refuse(source: str, options: dict[str, Any]) -> None:
+    if given := [name for name, value in options.items() if value is not None]:
+        raise InputError(f"{given[0]} is for --input paper; leave it out with --input {source}")

@@ -48,7 +48,7 @@ def search(
     speedups: tuple[float, ...],
     times: tuple[float, ...],
     output: str | None,
-    loss: str,
+    loss: str | None,
     cost_file: str | None,
     mix: str | None,
     method: str,

@@ -14,16 +14,20 @@ from lexi_search.files import check_writable, write_atomically
 @loss_option
 @normalised_option
 @json_option
-def show(file: str, loss: str, normalised: bool, as_json: bool) -> None:
+def show(file: str, loss: str | None, normalised: bool, as_json: bool) -> None:
     """Show a profile or an allocation as a table."""
     artifact = read_artifact(file)
     from lexi_search import tables
 
-    scale, allocated = {"loss": loss, "normalised": normalised}, isinstance(artifact, Allocation)
-    if as_json:
-        print_json(tables.summarise(artifact) if allocated else tables.list_losses(artifact, **scale))
+    if isinstance(artifact, Allocation):
+        summarise, tabulate, scale = tables.summarise, tables.tabulate_allocation, {}
     else:
-        print_table(tables.tabulate_allocation(artifact) if allocated else tables.tabulate_profile(artifact, **scale))
+        summarise, tabulate = tables.list_losses, tables.tabulate_profile
+        scale = {"loss": loss or artifact.default_loss, "normalised": normalised}
+    if as_json:
+        print_json(summarise(artifact, **scale))
+    else:
+        print_table(tabulate(artifact, **scale))
 
 
 @click.command()
@@ -32,7 +36,7 @@ def show(file: str, loss: str, normalised: bool, as_json: bool) -> None:
 @click.option("-o", "--output", default="heatmap.png", help="File to write, .png or .svg.")
 @loss_option
 @normalised_option
-def plot(profile: str, allocations: tuple[str, ...], output: str, loss: str, normalised: bool) -> None:
+def plot(profile: str, allocations: tuple[str, ...], output: str, loss: str | None, normalised: bool) -> None:
     """Draw a PROFILE as a heatmap, layers by k, with the k of ALLOCATIONS over it."""
     check_writable(output)
     drawn = read_profile(profile), {path: read_allocation(path) for path in allocations}

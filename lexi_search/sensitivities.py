@@ -1,0 +1,105 @@
+"""Stage 1 on the model's own hidden states: what the whole model loses when one layer has fewer experts.
+
+The paper's input, N(0, 1), is like nothing that a layer ever sees, and how far one layer's output moves says little of
+what later layers make of it. Here text that the model writes itself (`synthesis`) is carried through it once more, with
+every layer at every k in turn (`propagation`). It needs no data; it does need to know all that the model computes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int
+
+from lexi_search.artifacts import LayerLoss, ProfileSettings
+from lexi_search.errors import InputError
+from lexi_search.propagation import Movement, Run, Variant, measure_movement
+from lexi_search.synthesis import draw_tokens
+
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+Report = Callable[[int], None]
+
+
+def measure_layers(
+    run: Run,
+    tokens: Int[np.ndarray, "sequences length"],
+    layers: Sequence[int],
+    settings: ProfileSettings,
+    *,
+    report: Report = lambda layer: None,
+) -> Iterator[tuple[int, LayerLoss]]:
+    """Yield (decoder-layer index, losses on `tokens`) for each of `layers`, after the last of them is measured.
+
+    Raises:
+        InputError: hidden states that overflow in `settings.dtype`.
+    """
+    exponent, whole = settings.gate_exponent, run.model.top_k
+    variants = [
+        Variant(tuple(k if layer == own else whole for own in run.model.layers), exponent)
+        for layer in layers
+        for k in range(1, whole)
+    ]
+    movement = measure_movement(run, tokens, variants, report=report)
+    if not np.isfinite(movement.divergence).all():
+        remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
+        raise InputError(f"{run.checkpoint.folder}: hidden states overflow in {settings.dtype}{remedy}")
+    divergence = movement.divergence.reshape(len(layers), whole - 1, -1)
+    for place, layer in enumerate(layers):
+        yield layer, summarise(movement, run.model.layers.index(layer), divergence[place], settings)
+
+
+def draw_samples(
+    run: Run, settings: ProfileSettings, *, report: Report = lambda layer: None
+) -> Int[np.ndarray, "sequences length"]:
+    """Text by the model itself, in whole iterations of `batch` sequences, as many as `max_samples` tokens hold.
+
+    Raises InputError for fewer than two sequences.
+    """
+    iterations = settings.max_samples // (settings.batch * settings.length)
+    if iterations * settings.batch < 2:
+        size = f"batch {settings.batch} x length {settings.length}"
+        raise InputError(f"{settings.max_samples} samples are fewer than two sequences in iterations of {size}")
+    return draw_tokens(
+        run, sequences=iterations * settings.batch, length=settings.length, seed=settings.seed, report=report
+    )
+
+
+def choose_exponent(
+    run: Run, tokens: Int[np.ndarray, "sequences length"], *, report: Report = lambda layer: None
+) -> float:
+    """The gate exponent, of `EXPONENTS`, with which the model diverges least at every uniform k taken together.
+
+    Each k counts alike: the divergence is taken relative to the smallest that any exponent leads to.
+    """
+    layers, ks = len(run.model.layers), range(1, run.model.top_k)
+    variants = [Variant((k,) * layers, exponent) for exponent in EXPONENTS for k in ks]
+    movement = measure_movement(run, tokens, variants, report=report)
+    divergence = movement.divergence.mean(axis=1).reshape(len(EXPONENTS), len(ks))
+    least = divergence.min(axis=0)
+    relative = np.divide(divergence, least, where=least > 0, out=np.ones_like(divergence))
+    return EXPONENTS[int(relative.mean(axis=1).argmin())]
+
+
+def summarise(
+    movement: Movement, place: int, divergence: Float64[np.ndarray, "fewer sequences"], settings: ProfileSettings
+) -> LayerLoss:
+    """The losses of the MoE layer at `place`; standard errors over sequences, whose tokens depend on one another."""
+    squares, relative = movement.squares[place], movement.relative[place]
+    sequences = len(squares)
+    iterations = sequences // settings.batch
+    mean, error = _estimate(squares)
+    rms = np.sqrt(mean)
+    share = np.divide(error, 2 * mean, where=mean > 0, out=np.zeros_like(mean))  # of a root mean square
+    norms = np.sqrt(squares.reshape(iterations, settings.batch, -1).sum(axis=1) * settings.length).mean(axis=0)
+    divergence, divergence_error = _estimate(np.pad(divergence.T, ((0, 0), (0, 1))))
+    relative, relative_error = _estimate(relative)
+    # Rounding alone could make a divergence negative.
+    values = (norms, norms * share, rms, rms * share, relative, relative_error)
+    values += (np.maximum(divergence, 0.0), divergence_error)
+    return LayerLoss(iterations, sequences * settings.length, *(tuple(value.tolist()) for value in values))
+
+
+def _estimate(
+    values: Float64[np.ndarray, "sequences K"],
+) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
+    """The mean over sequences, and its standard error."""
+    return values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))

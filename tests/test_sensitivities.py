@@ -1,0 +1,283 @@
+"""What whole models lose on text that they write themselves; transformers' own logits are the judge."""
+
+import command_line
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+from command_line import refuse, succeed
+
+import lexi_adapter
+from lexi_search import artifacts, propagation
+from lexi_search.artifacts import Allocation, ProfileSettings
+from lexi_search.checkpoint import Checkpoint, open_checkpoint
+from lexi_search.errors import InputError
+from lexi_search.models import describe
+from lexi_search.profiling import find_exponent, profile_layers
+from lexi_search.propagation import Run, Variant, measure_movement
+from lexi_search.sensitivities import EXPONENTS, measure_layers, summarise
+from lexi_search.stacks import describe_decoder
+from lexi_search.synthesis import draw_tokens
+
+FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v2")  # the last begins with a dense layer
+QUICK = ("--input", "weights", "--batch", 2, "--length", 16, "--samples", 64)
+LENGTH = 12
+
+
+def scale_up(model):
+    """Sharper routers and heads than fresh weights have, or every divergence would be next to nothing."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim > 1:
+                value.mul_(6.0 if name.endswith(("gate.weight", "lm_head.weight")) else 2.0)
+    return model
+
+
+def open_run(family, folder):
+    """The run over a checkpoint, and transformers' model of it."""
+    model = scale_up(tiny.build_reference(family))
+    checkpoint = open_checkpoint(tiny.save_checkpoint(family, model, folder / family))
+    described = describe(checkpoint)
+    return Run(checkpoint, described, describe_decoder(checkpoint, described), "float32"), model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def opened(request, tmp_path_factory):
+    return open_run(request.param, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def olmoe(tmp_path_factory):
+    return open_run("olmoe", tmp_path_factory.mktemp("checkpoint"))
+
+
+def find_log_probabilities(model, run, tokens, variant=None):
+    """[sequences, length, vocabulary] of transformers, float64, under a variant or as the model is."""
+    identity, whole = run.model.identity, run.model.top_k
+    top_k, exponent = variant or ((whole,) * len(run.model.layers), None)
+    chosen = dict(zip(identity.moe_layers, top_k, strict=True))
+    allocation = Allocation(identity, chosen, sum(top_k), 0.0, 0.0, {"lexi_search": "0"}, exponent)
+    lexi_adapter.apply(model, artifacts.to_document(allocation), check_weights=False)
+    with torch.no_grad():
+        logits = model(torch.as_tensor(np.asarray(tokens)).long(), use_cache=False).logits
+    return logits.double().log_softmax(-1).numpy()
+
+
+def make_tokens(sequences=4, seed=1):
+    return np.random.default_rng(seed).integers(3, 250, (sequences, LENGTH)).astype(np.int32)
+
+
+def make_variants(run):
+    whole, layers = run.model.top_k, len(run.model.layers)
+    single = [Variant(tuple(k if n == own else whole for n in range(layers))) for own in range(layers) for k in (1, 2)]
+    mixed = Variant(tuple(1 + n % whole for n in range(layers)))
+    return [*single, mixed, Variant((whole,) * layers), Variant((2,) * layers, 0.5), mixed._replace(exponent=0.25)]
+
+
+def test_divergence_is_that_of_transformers(opened):
+    run, model = opened
+    tokens, variants = make_tokens(), make_variants(run)
+    done = []
+    found = measure_movement(run, tokens, variants, report=done.append)
+    assert done == list(range(run.model.identity.num_hidden_layers))
+    own = find_log_probabilities(model, run, tokens)
+    for variant, divergence in zip(variants, found.divergence, strict=True):
+        other = find_log_probabilities(model, run, tokens, variant)
+        expected = (np.exp(own) * (own - other)).sum(-1).mean(1)
+        np.testing.assert_allclose(divergence, expected, rtol=2e-3, atol=1e-7)
+    assert found.divergence[: -len(variants) // 2].max() > 1e-3
+    assert (found.divergence[variants.index(Variant((run.model.top_k,) * len(run.model.layers)))] == 0).all()
+
+
+def test_local_movement_is_that_of_transformers_blocks(opened):
+    run, model = opened
+    tokens, whole = make_tokens(), run.model.top_k
+    found = measure_movement(run, tokens, [])
+    inputs, streams = {}, {}
+    blocks = tiny.find_moe_blocks(model)
+    norms = {layer: dict(model.named_modules())[f"model.layers.{layer}.post_attention_layernorm"] for layer in blocks}
+    hooks = [
+        module.register_forward_hook(lambda _, given, __, layer=layer, kept=kept: kept.update({layer: given[0]}))
+        for modules, kept in ((norms, streams), (blocks, inputs))
+        for layer, module in modules.items()
+    ]
+    find_log_probabilities(model, run, tokens)
+    for hook in hooks:
+        hook.remove()
+    for place, layer in enumerate(run.model.layers):
+        results = []
+        for k in range(1, whole + 1):
+            variant = Variant(tuple(k if own == layer else whole for own in run.model.layers))
+            find_log_probabilities(model, run, tokens[:1, :2], variant)  # sets the layer's k
+            with torch.no_grad():
+                result = blocks[layer](inputs[layer])
+            results.append((result[0] if type(result) is tuple else result).double().reshape(*tokens.shape, -1))
+        squares = np.stack([((result - results[-1]) ** 2).sum(-1).numpy() for result in results], axis=-1)
+        sizes = (streams[layer].double() ** 2).sum(-1).numpy()[..., None]
+        np.testing.assert_allclose(found.squares[place], squares.mean(1), rtol=5e-3, atol=1e-7)
+        np.testing.assert_allclose(found.relative[place], (squares / sizes).mean(1), rtol=5e-3, atol=1e-7)
+
+
+def test_what_goes_through_at_once_changes_nothing(olmoe, monkeypatch):
+    run, _ = olmoe
+    tokens, variants = make_tokens(), make_variants(run)
+    together = measure_movement(run, tokens, variants)
+    monkeypatch.setattr(propagation, "PASS_BYTES", 1)
+    monkeypatch.setattr(propagation, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(propagation, "_choose_storage", lambda run, tokens: np.asarray)
+    for one, other in zip(together, measure_movement(run, tokens, variants), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_enough_passes_write_what_sampling_in_turn_writes(olmoe):
+    run, model = olmoe
+    drawn = draw_tokens(run, sequences=2, length=6, seed=3, passes=6)
+    assert (draw_tokens(run, sequences=2, length=6, seed=3, passes=7) == drawn).all()
+    assert (draw_tokens(run, sequences=2, length=6, seed=4, passes=1) != drawn).any()
+    vocabulary = model.config.vocab_size
+    key, in_turn = jax.random.key(3), drawn[:, :1].copy()
+    for position in range(5):
+        own = find_log_probabilities(model, run, in_turn)[:, -1]
+        numbers = [sequence * 6 + position for sequence in range(2)]
+        noise = [jax.random.gumbel(jax.random.fold_in(key, number), (vocabulary,)) for number in numbers]
+        in_turn = np.concatenate([in_turn, (own + np.stack(noise)).argmax(-1)[:, None]], axis=1)
+    np.testing.assert_array_equal(drawn, in_turn)
+
+
+def test_texts_begin_as_the_config_says(olmoe, monkeypatch):
+    run, _ = olmoe
+    for token, expected in ((7, {7}), (None, None), ([1, 2], None), (10**6, None), (-1, None)):
+        config = {key: value for key, value in run.checkpoint.config.items() if key != "bos_token_id"}
+        changed = run._replace(
+            checkpoint=Checkpoint(run.checkpoint.folder, config | {"bos_token_id": token}, run.checkpoint.entries)
+        )
+        firsts = set(draw_tokens(changed, sequences=8, length=2, seed=0, passes=0)[:, 0].tolist())
+        assert firsts == expected if expected else len(firsts) > 1
+
+
+def make_settings(**changes):
+    values = dict(input="weights", seed=0, batch=2, length=LENGTH, dtype="float32", relative_error=0.0, max_samples=100)
+    return ProfileSettings(**values | changes)
+
+
+def test_losses_are_means_with_standard_errors_over_sequences():
+    rng = np.random.default_rng(0)
+    squares, relative = rng.uniform(1, 2, (2, 3, 6, 4))
+    squares[..., -1] = relative[..., -1] = 0
+    divergence = rng.uniform(0, 1, (3, 6))
+    movement = propagation.Movement(squares, relative, divergence)
+    loss = summarise(movement, 1, divergence, make_settings(batch=3))
+    assert (loss.iterations, loss.samples) == (2, 6 * LENGTH)
+    for k in range(4):
+        mean, error = squares[1, :, k].mean(), squares[1, :, k].std(ddof=1) / 6**0.5
+        norms = [np.sqrt(LENGTH * squares[1, 3 * i : 3 * i + 3, k].sum()) for i in range(2)]
+        assert loss.rms[k] == pytest.approx(mean**0.5)
+        assert loss.rms_stderr[k] == pytest.approx(0.5 * error / mean**0.5 if k < 3 else 0)
+        assert loss.frobenius[k] == pytest.approx(np.mean(norms))
+        assert loss.relative[k] == pytest.approx(relative[1, :, k].mean())
+        assert loss.relative_stderr[k] == pytest.approx(relative[1, :, k].std(ddof=1) / 6**0.5)
+        assert loss.divergence[k] == pytest.approx(divergence[k].mean() if k < 3 else 0)
+        assert loss.divergence_stderr[k] == pytest.approx(divergence[k].std(ddof=1) / 6**0.5 if k < 3 else 0)
+
+
+def test_the_gate_exponent_is_that_which_diverges_least(olmoe):
+    run, model = olmoe
+    settings, whole = make_settings(), run.model.top_k
+    tokens = draw_tokens(run, sequences=8, length=LENGTH, seed=0)
+    own = find_log_probabilities(model, run, tokens)
+    divergence = np.zeros((len(EXPONENTS), whole - 1))
+    for i, exponent in enumerate(EXPONENTS):
+        for k in range(1, whole):
+            other = find_log_probabilities(model, run, tokens, Variant((k,) * len(run.model.layers), exponent))
+            divergence[i, k - 1] = (np.exp(own) * (own - other)).sum(-1).mean()
+    best = (divergence / divergence.min(axis=0)).mean(axis=1).argmin()
+    assert find_exponent(run.checkpoint, run.model, settings) == EXPONENTS[best]
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(olmoe):
+    return olmoe[0].checkpoint.folder
+
+
+def test_profile_of_the_models_own_text(folder, checkpoint):
+    succeed("profile", checkpoint, *QUICK)
+    profile = artifacts.read_profile("profile.json")
+    assert profile.loss_kinds == ("frobenius", "rms", "squared", "relative", "divergence")
+    assert (profile.settings.input, profile.settings.max_samples, profile.layers[0].samples) == ("weights", 64, 64)
+    layers = len(profile.layers)
+    succeed("search", "profile.json", "--budget", layers + 1)
+    allocation = artifacts.read_allocation("allocation.json")
+    assert allocation.made_by["loss"] == "divergence"
+    table = profile.losses("divergence")
+    assert allocation.loss == pytest.approx(sum(table[i][allocation.top_k[i] - 1] for i in range(layers)))
+    assert "divergence loss of each layer" in succeed("show", "profile.json")
+    for command in (("plot", "profile.json"), ("front", "profile.json", "--knee")):
+        succeed(*command)
+    assert artifacts.read_allocation("allocation.json").made_by["loss"] == "divergence"
+
+
+def test_parts_make_the_same_profile(folder, checkpoint):
+    succeed("profile", checkpoint, *QUICK)
+    for name, layers in (("a", "0"), ("b", "1")):
+        succeed("profile", checkpoint, *QUICK, "--layers", layers, "-o", f"{name}.json")
+    whole = artifacts.read_profile("profile.json")
+    parts = [artifacts.read_profile(f"{name}.json") for name in "ab"]
+    for part in parts:
+        for layer, loss in part.layers.items():
+            assert loss.rms == whole.layers[layer].rms
+            assert loss.divergence == pytest.approx(whole.layers[layer].divergence, rel=1e-4)
+
+
+def test_a_gate_exponent_can_be_found(folder, checkpoint):
+    result = command_line.run("profile", checkpoint, *QUICK, "--gate-exponent", "auto")
+    found = artifacts.read_profile("profile.json").settings.gate_exponent
+    assert found in EXPONENTS
+    assert (result.stdout, result.stderr) == ("profile.json\n", f"gate exponent {found:g}\n")
+    succeed("profile", checkpoint, *QUICK, "--gate-exponent", found, "-o", "given.json")
+    assert (folder / "given.json").read_bytes() == (folder / "profile.json").read_bytes()
+    succeed("search", "profile.json", "--budget", len(artifacts.read_profile("profile.json").layers) + 1)
+    assert artifacts.read_allocation("allocation.json").gate_exponent == found
+
+
+REFUSED = [
+    (("--relative-error", "0.1"), "--relative-error is for --input paper; leave it out with --input weights"),
+    (("--control-variate", "2"), "--control-variate is for --input paper"),
+    (("--max-k", "8"), "--max-k is for --input paper"),
+    (("--samples", "20"), "20 samples are fewer than two sequences in iterations of batch 2 x length 16"),
+    (("--gate-exponent", "half"), "--gate-exponent 'half' is neither a number nor auto"),
+    (("--layers", "77"), "layer 77 is no MoE layer"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED)
+def test_bad_options_are_refused(folder, checkpoint, options, message):
+    assert message in refuse("profile", checkpoint, *QUICK, *options)
+    assert not list(folder.iterdir())
+
+
+def test_auto_needs_the_models_own_text(folder, checkpoint):
+    assert "auto is found on the model's own text; add --input weights" in refuse(
+        "profile", checkpoint, "--gate-exponent", "auto"
+    )
+
+
+def test_a_family_whose_attention_is_not_known_is_refused(folder):
+    jamba = tiny.make_checkpoint("jamba", folder / "jamba")
+    assert "use --input paper" in refuse("profile", jamba, *QUICK)
+
+
+def test_overflow_is_refused(checkpoint):
+    opened = open_checkpoint(checkpoint)
+    model, settings = describe(opened), make_settings(dtype="float16")
+    decoder = describe_decoder(opened, model)._replace(embedding_scale=6e4)
+    with pytest.raises(InputError, match="hidden states overflow in float16; try --dtype float32"):
+        list(measure_layers(Run(opened, model, decoder, "float16"), make_tokens(), model.layers, settings))
+
+
+def test_no_layers_need_no_text(checkpoint):
+    opened = open_checkpoint(checkpoint)
+    assert list(profile_layers(opened, describe(opened), layers=(), settings=make_settings(max_samples=1))) == []
