@@ -3,6 +3,7 @@
 lm-eval is imported only where one of its tasks is asked for. `run` is called where the model lives.
 """
 
+import functools
 import math
 import os
 import statistics
@@ -69,13 +70,12 @@ def _load(names: Sequence[str], include_paths: Sequence[str], backend: str) -> s
             raise AllocationError(f"--include-path {path} is not a folder; name one with task files")
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
 
         if backend == "transformers":
             import lm_eval.models.huggingface  # noqa: F401  (asks for more packages than lm-eval itself)
     except ImportError as error:
         raise AllocationError(f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]'") from error
-    manager = TaskManager(include_path=list(include_paths))
+    manager = _index_tasks(tuple(include_paths))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise AllocationError(
@@ -83,8 +83,16 @@ def _load(names: Sequence[str], include_paths: Sequence[str], backend: str) -> s
         )
     for name in names:
         with _in_one_line(name):
-            manager.load([name]) if hasattr(manager, "load") else manager.load_task_or_group(name)
+            manager.load([name])
     return lm_eval.__version__
+
+
+@functools.cache
+def _index_tasks(include_paths: tuple[str, ...]) -> Any:
+    """lm-eval's index of all task files that it finds, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(include_paths))
 
 
 @contextmanager
@@ -103,13 +111,12 @@ def run(lm: Any, task: str, include_paths: Sequence[str], max_items: int | None,
     A group of tasks gives its own metrics, or those of its members if it has none.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     with _in_one_line(task):
         results = simple_evaluate(
             model=lm,
             tasks=[task],
-            task_manager=TaskManager(include_path=list(include_paths)),
+            task_manager=_index_tasks(tuple(include_paths)),
             limit=max_items,
             num_fewshot=num_fewshot,
             log_samples=True,
