@@ -3,6 +3,7 @@
 import click
 
 from lexi_search import __version__
+from lexi_search.commands.compare import compare
 from lexi_search.commands.export import export
 from lexi_search.commands.front import front
 from lexi_search.commands.merge import merge_profiles
@@ -26,5 +27,5 @@ def main() -> None:
     """
 
 
-for command in (profile, merge_profiles, search, front, show, plot, export, prune):
+for command in (profile, merge_profiles, search, front, show, plot, compare, export, prune):
     main.add_command(command)

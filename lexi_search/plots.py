@@ -20,7 +20,7 @@ STEP_COLOURS = ("#ffffff", "#ff7f11", "#ff4d9d", "#7fd8ff", "#ff2c2c", "#d0b3ff"
 
 
 def draw_heatmap(
-    profile: Profile,
+    profile: Profile | Mapping[str, Profile],
     allocations: Mapping[str, Allocation] = MappingProxyType({}),
     *,
     loss: str | None = None,
@@ -28,22 +28,42 @@ def draw_heatmap(
 ) -> Figure:
     """Layers on x, k on y, colour the loss; the k per layer of `allocations`, by the names to call them, as steps.
 
-    Raises InputError for an allocation made for another model.
+    Several profiles of one model, by the names to call them, stand side by side, each in its own colours; without
+    `loss` each shows its `default_loss`.
+
+    Raises InputError for an allocation or a profile of another model than the first profile.
     """
-    for name, allocation in allocations.items():
-        if allocation.model != profile.model:
-            raise InputError(f"allocation {name} is for another model than the profile")
-    loss = loss or profile.default_loss
+    profiles = {"": profile} if isinstance(profile, Profile) else dict(profile)
+    first = next(iter(profiles.values()))
+    others = {f"profile {name}": other for name, other in profiles.items()}
+    others |= {f"allocation {name}": allocation for name, allocation in allocations.items()}
+    for name, other in others.items():
+        if other.model != first.model:
+            raise InputError(f"{name} is for another model than the {'first ' * (len(profiles) > 1)}profile")
+    width, height = (max(count) for count in zip(*((len(p.layers), p.max_k) for p in profiles.values()), strict=True))
+    size = (len(profiles) * (2.6 + 0.2 * max(width, 18)), 1.6 + 0.3 * max(height, 6))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(profiles), squeeze=False)[0]
+    for axes, (name, each) in zip(panels, profiles.items(), strict=True):
+        _draw_panel(axes, each, loss or each.default_loss, normalised)
+        axes.set_title(name or f"{each.model.model_type}: loss of each layer at each k", loc="left")
+        _draw_steps(axes, allocations, sorted(each.layers))
+    if allocations:
+        columns = max(1, len(profiles) * width // 7)
+        handles, labels = panels[0].get_legend_handles_labels()
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, labelcolor="white")
+        legend.get_frame().set(facecolor="#404040", edgecolor="none")
+    return figure
+
+
+def _draw_panel(axes: Axes, profile: Profile, loss: str, normalised: bool) -> None:
     rows = profile.losses(loss, normalised=normalised)
     layers, top_k = sorted(profile.layers), profile.max_k
-    figure = Figure(figsize=(2.6 + 0.2 * max(len(layers), 18), 1.6 + 0.3 * max(top_k, 6)), layout="constrained")
-    axes = figure.add_subplot()
     extent = (-0.5, len(layers) - 0.5, 0.5, top_k + 0.5)
     image = axes.imshow(
         list(zip(*rows, strict=True)), origin="lower", aspect="auto", extent=extent, cmap="viridis", vmin=0
     )
-    figure.colorbar(image, label=_label(loss, normalised), pad=0.01)
-    axes.set_title(f"{profile.model.model_type}: loss of each layer at each k", loc="left")
+    axes.figure.colorbar(image, ax=axes, label=_label(loss, normalised), pad=0.01)
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("experts per token, k")
     step = -(-len(layers) // 32)  # at most 32 labels: more would run into each other
@@ -52,8 +72,6 @@ def draw_heatmap(
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _draw_steps(axes, allocations, layers)
-    return figure
 
 
 def draw_front(front: Front, chosen: Point | None = None, *, title: str) -> Figure:
@@ -127,6 +145,3 @@ def _draw_steps(axes: Axes, allocations: Mapping[str, Allocation], layers: Seque
             label=f"{name}, B = {allocation.budget}",
             path_effects=[patheffects.withStroke(linewidth=3.2, foreground="#00000099")],
         )
-    if allocations:
-        legend = axes.figure.legend(loc="outside lower center", ncols=max(1, len(layers) // 7), labelcolor="white")
-        legend.get_frame().set(facecolor="#404040", edgecolor="none")

@@ -1,6 +1,7 @@
 """Profiles, allocations and search results as tables for a terminal, and the same as JSON objects for machines."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from lexi_search.allocations import Found
 from lexi_search.artifacts import Allocation, Profile
+from lexi_search.comparisons import Comparison
 from lexi_search.fronts import Front, Point, thin
 
 
@@ -120,6 +122,36 @@ def summarise(allocation: Allocation) -> dict[str, Any]:
         "gap": allocation.gap,
         "top_k": {str(layer): k for layer, k in allocation.top_k.items()},
     }
+
+
+def tabulate_comparisons(found: Mapping[tuple[str, str], Comparison], *, title: str) -> RenderableType:
+    """One row for each (profile, loss): its rank correlation, how far it goes from uniform to optimum."""
+    table = _table()
+    first = next(iter(found.values()))
+    for name in ("profile", "loss"):
+        table.add_column(name)
+    for name in ("Spearman", *(f"B={budget}" for budget in first.budgets.tolist())):
+        table.add_column(name, justify="right")
+    for (path, kind), comparison in found.items():
+        closed = ("" if math.isnan(share) else f"{100 * share:.0f} %" for share in comparison.closed.tolist())
+        table.add_row(path, kind, f"{comparison.correlation:.3f}", *closed)
+    pairs = zip(first.uniform.tolist(), first.optimum.tolist(), strict=True)
+    gains = (f"{100 * (1 - optimum / uniform):.1f} %" if uniform else "" for uniform, optimum in pairs)
+    table.add_row("", "gain of the optimum over uniform", "", *gains, style="dim")
+    return _entitle(title, table)
+
+
+def list_comparisons(found: Mapping[tuple[str, str], Comparison]) -> list[dict[str, Any]]:
+    """The same for machines; entry j of a list is the budget j."""
+    return [
+        {
+            "profile": path,
+            "loss": kind,
+            "spearman": None if math.isnan(comparison.correlation) else comparison.correlation,
+            **{name: getattr(comparison, name).tolist() for name in ("budgets", "uniform", "found", "optimum")},
+        }
+        for (path, kind), comparison in found.items()
+    ]
 
 
 def list_losses(profile: Profile, *, loss: str, normalised: bool) -> dict[str, Any]:

@@ -57,6 +57,7 @@ LINE = [
     "costs",
     "allocations",
     "fronts",
+    "comparisons",
     "exporters",
     "importance",
     "slicing",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lexi_search.artifacts import Allocation, read_allocation, read_artifact, read_profile
+from lexi_search.artifacts import Allocation, read_artifact, read_profile
 from lexi_search.console import json_option, loss_option, normalised_option, print_json, print_table
 from lexi_search.files import check_writable, write_atomically
 
@@ -32,16 +32,20 @@ def show(file: str, loss: str | None, normalised: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("profile")
-@click.argument("allocations", nargs=-1)
+@click.argument("others", nargs=-1)
 @click.option("-o", "--output", default="heatmap.png", help="File to write, .png or .svg.")
 @loss_option
 @normalised_option
-def plot(profile: str, allocations: tuple[str, ...], output: str, loss: str | None, normalised: bool) -> None:
-    """Draw a PROFILE as a heatmap, layers by k, with the k of ALLOCATIONS over it."""
+def plot(profile: str, others: tuple[str, ...], output: str, loss: str | None, normalised: bool) -> None:
+    """Draw a PROFILE as a heatmap, layers by k, with OTHERS: profiles beside it, allocations as steps over all."""
     check_writable(output)
-    drawn = read_profile(profile), {path: read_allocation(path) for path in allocations}
+    profiles, allocations = {profile: read_profile(profile)}, {}
+    for path in others:
+        found = read_artifact(path)
+        (allocations if isinstance(found, Allocation) else profiles)[path] = found
     from lexi_search.plots import draw_heatmap, render
 
-    figure = draw_heatmap(*drawn, loss=loss, normalised=normalised)
+    shown = profiles if len(profiles) > 1 else profiles[profile]
+    figure = draw_heatmap(shown, allocations, loss=loss, normalised=normalised)
     write_atomically(output, render(figure, Path(output).suffix.lstrip(".").lower()))
     click.echo(output)

@@ -1,0 +1,76 @@
+"""How well the losses of one profile stand in for those of another, such as one measured on a user's own text."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from lexi_search.artifacts import Profile
+from lexi_search.errors import InputError
+from lexi_search.exact import solve
+from lexi_search.problems import pose, sum_over_layers
+
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the base's budget
+
+
+class Comparison(NamedTuple):
+    """What a loss table is worth by the losses of a reference.
+
+    `correlation` is Spearman's, over all layers and all k below the base. At each of `budgets`, the reference gives
+    `found` to the allocation that is best by the compared table, `optimum` to its own best, and `uniform` to the same k
+    in every layer, or between two k what lies between them.
+    """
+
+    correlation: float
+    budgets: Int64[np.ndarray, " budgets"]
+    uniform: Float64[np.ndarray, " budgets"]
+    found: Float64[np.ndarray, " budgets"]
+    optimum: Float64[np.ndarray, " budgets"]
+
+    @property
+    def closed(self) -> Float64[np.ndarray, " budgets"]:
+        """The share of the way from uniform to optimum, negative where worse than uniform; NaN where there is none."""
+        way = self.uniform - self.optimum
+        return np.divide(self.uniform - self.found, way, where=way > 0, out=np.full_like(way, np.nan))
+
+
+def compare(
+    reference: Profile, other: Profile, *, reference_loss: str | None = None, loss: str | None = None
+) -> Comparison:
+    """Judge `loss` of the other profile by `reference_loss`; where None, each one's `default_loss`.
+
+    Budgets are `SHARES` of the base's, those that leave a choice: more than one expert in every layer.
+
+    Raises InputError for profiles of different models, layers or k.
+    """
+    for name in ("model", "max_k"):
+        if getattr(reference, name) != getattr(other, name):
+            raise InputError(f"the profiles have a different {name}; only those of one model can be compared")
+    if set(reference.layers) != set(other.layers):
+        raise InputError("the profiles have different layers; profile both without --layers")
+    truth, table = (
+        np.asarray(profile.losses(kind or profile.default_loss))
+        for profile, kind in ((reference, reference_loss), (other, loss))
+    )
+    layers, base = truth.shape
+    budgets = np.unique([round(share * layers * base) for share in SHARES])
+    budgets = budgets[(budgets > layers) & (budgets < layers * base)]
+    uniform = np.interp(budgets / layers, np.arange(1, base + 1), truth.sum(axis=0))
+    optimum, found = (
+        sum_over_layers(truth, solve(pose(losses, budgets)).top_k) if len(budgets) else np.empty(0)
+        for losses in (truth, table)
+    )
+    return Comparison(correlate(truth[:, :-1], table[:, :-1]), budgets, uniform, found, optimum)
+
+
+def correlate(one: Float64[np.ndarray, "*shape"], other: Float64[np.ndarray, "*shape"]) -> float:
+    """Spearman's rank correlation; equal values share their mean rank; NaN where all values of one are equal."""
+    ranks = [_rank(np.ravel(values)) for values in (one, other)]
+    spread = [rank - rank.mean() for rank in ranks]
+    size = np.sqrt(np.prod([(rank * rank).sum() for rank in spread]))
+    return float((spread[0] * spread[1]).sum() / size) if size else float("nan")
+
+
+def _rank(values: Float64[np.ndarray, " values"]) -> Float64[np.ndarray, " values"]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]

@@ -1,0 +1,100 @@
+"""One profile judged by another."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from command_line import refuse, succeed, write
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from synthetic import add_model_losses, make_allocation, make_profile
+
+from lexi_search.artifacts import LOSS_KINDS
+from lexi_search.comparisons import SHARES, compare, correlate
+from lexi_search.errors import InputError
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=30))
+def test_correlation_is_spearmans(pairs):
+    one, other = np.array(pairs, float).T
+    if len(set(one)) == 1 or len(set(other)) == 1:
+        assert np.isnan(correlate(one, other))
+    else:
+        assert correlate(one, other) == pytest.approx(spearmanr(one, other)[0], abs=1e-12)
+
+
+def find_best(table, budget):
+    """The loss and k of every allocation of the budget, the slow way."""
+    reached = {0: [(0.0, ())]}
+    for row in table:
+        ways = [
+            (b + k, loss + value, top_k + (k,))
+            for b, all_ways in reached.items()
+            for loss, top_k in all_ways
+            for k, value in enumerate(row, 1)
+        ]
+        reached = {}
+        for b, loss, top_k in ways:
+            reached.setdefault(b, []).append((loss, top_k))
+    return min(reached[budget])
+
+
+@given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)), top_k=st.sampled_from([2, 3, 4]))
+def test_allocations_of_one_table_are_judged_by_the_other(seeds, top_k):
+    truth, other = (make_profile(4, top_k, seed=seed) for seed in seeds)
+    found = compare(truth, other, reference_loss="squared", loss="rms")
+    budgets = sorted({round(share * 4 * top_k) for share in SHARES})
+    assert found.budgets.tolist() == [budget for budget in budgets if budget > 4]
+    table = truth.losses("squared")
+    for place, budget in enumerate(found.budgets.tolist()):
+        below = budget // 4
+        between = budget / 4 - below
+        sums = [sum(row[k - 1] for row in table) for k in (below, min(below + 1, top_k))]
+        assert found.uniform[place] == pytest.approx((1 - between) * sums[0] + between * sums[1])
+        assert found.optimum[place] == pytest.approx(find_best(table, budget)[0])
+        chosen = find_best(other.losses("rms"), budget)[1]
+        assert found.found[place] == pytest.approx(sum(row[k - 1] for row, k in zip(table, chosen, strict=True)))
+    assert (found.found >= found.optimum - 1e-12).all()
+
+
+def test_a_profile_judges_itself_perfect():
+    profile = make_profile(5, 4)
+    found = compare(profile, profile)
+    assert found.correlation == pytest.approx(1)
+    assert [share for share in found.closed if not np.isnan(share)] == pytest.approx([1] * len(found.closed))
+
+
+def test_other_models_are_refused():
+    with pytest.raises(InputError, match="a different model"):
+        compare(make_profile(), make_profile(router_sha256="f" * 64))
+    part = dataclasses.replace(make_profile(), layers={0: make_profile().layers[0]})
+    with pytest.raises(InputError, match="different layers"):
+        compare(make_profile(), part)
+
+
+def test_the_command_judges_every_loss(folder):
+    write(folder / "truth.json", add_model_losses(make_profile(5, 4)))
+    write(folder / "paper.json", make_profile(5, 4, seed=3))
+    lines = succeed("compare", "truth.json", "paper.json", "truth.json").splitlines()
+    assert lines[0].strip() == "by increase of truth.json"
+    rows = json.loads(succeed("compare", "truth.json", "paper.json", "truth.json", "--json"))
+    kinds = [("paper.json", kind) for kind in ("frobenius", "rms", "squared")]
+    kinds += [("truth.json", kind) for kind in LOSS_KINDS]
+    assert [(row["profile"], row["loss"]) for row in rows] == kinds
+    own = rows[-1]
+    assert own["loss"] == "increase" and own["spearman"] == pytest.approx(1) and own["found"] == own["optimum"]
+    assert "holds frobenius, rms, squared, no increase" in refuse(
+        "compare", "paper.json", "truth.json", "--loss", "increase"
+    )
+
+
+def test_profiles_stand_side_by_side(folder):
+    write(folder / "a.json", make_profile(5, 4))
+    write(folder / "b.json", add_model_losses(make_profile(5, 4)))
+    write(folder / "c.json", make_allocation(5, 4))
+    assert succeed("plot", "a.json", "b.json", "c.json", "-o", "both.png") == "both.png\n"
+    assert (folder / "both.png").read_bytes().startswith(b"\x89PNG")
+    write(folder / "d.json", make_profile(6, 4))
+    assert "profile d.json is for another model than the first profile" in refuse("plot", "a.json", "d.json")
