@@ -45,11 +45,11 @@ $(SEARCH)/installed: pyproject.toml
 $(SERVE)/installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVE)
 ifeq ($(DEVICE),cuda)
-	$(SERVE)/bin/python -m pip install -q -e '.[serve,dev]'
+	$(SERVE)/bin/python -m pip install -q -e '.[serve,eval,dev]'
 else
 	$(SERVE)/bin/python -m pip install -q 'torch==2.13.0+cpu' 2>/dev/null \
 		|| $(SERVE)/bin/python -m pip install -q --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
-	$(SERVE)/bin/python -m pip install -q -e '.[serve-cpu,dev]'
+	$(SERVE)/bin/python -m pip install -q -e '.[serve-cpu,eval,dev]'
 	$(SERVE)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 endif
 	touch $@

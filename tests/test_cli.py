@@ -228,7 +228,6 @@ def test_plot_writes_the_format_of_its_suffix(folder):
     assert refuse("plot", "p", "-o", "map.pdf") == "cannot draw 'pdf'; name a file in .png or .svg"
     assert "cannot write absent/map.png" in refuse("plot", "p", "-o", "absent/map.png")
     assert "expected 'lexi-profile'" in refuse("plot", "a")
-    assert "expected 'lexi-allocation'" in refuse("plot", "p", "p")
 
 
 @pytest.fixture
