@@ -1,14 +1,14 @@
 """What each expert, and each channel of an expert, adds to its layer's output: from the weights, no data.
 
-The inputs are Stage 1's, X ~ N(0, 1) (LExI, arXiv 2509.02753, section 3.1). Importance is a root mean square over
+The inputs are Stage 1's, X ~ N(0, 1) (LExI, arXiv 2509.02753, section 3.1), or what the layer sees of text that the
+model writes itself (`synthesis`). Importance is a root mean square over
 tokens. For an expert it is that of its mixing weight times the norm of its output, zero where it is not chosen: how far
 the layer's output moves if nothing replaces it. For a channel, that of its activation times the norm of its column of
 `down`. REAP (arXiv 2510.13999) has the first product too, as a mean over the tokens of a text that choose the expert.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +26,14 @@ ROWS = 1024  # tokens at a time
 LEAST_ROWS = 256  # tokens for the channels of one expert
 
 
-class Sample(NamedTuple):
-    """The random inputs: how many tokens, rounded up to whole batches of `ROWS`, from which seed, of which type."""
-
-    tokens: int
-    seed: int
-    dtype: str
+Batches = Iterable[Float[Array, "rows hidden"]]
 
 
-def score_experts(model: Model, weights: LayerWeights, layer: int, sample: Sample) -> Float[np.ndarray, " experts"]:
-    """The importance of every expert of one layer, in units of the layer's output; `layer` seeds the draws."""
+def score_experts(model: Model, weights: LayerWeights, batches: Batches) -> Float[np.ndarray, " experts"]:
+    """The importance of every expert of one layer, in units of the layer's output."""
     total = np.zeros(len(weights.experts))
     routing, count = model.routing, 0
-    for x in draw_batches(model.hidden_size, layer, sample):
+    for x in batches:
         choice = route(x, weights.router, weights.bias, routing=routing, top_k=model.identity.top_k)
         outputs = compute_outputs(x, choice, weights.experts, routing=routing, activation=model.activation)
         total += np.asarray(_sum_squares(outputs, choice, routing=routing, num_experts=total.size), np.float64)
@@ -47,13 +42,13 @@ def score_experts(model: Model, weights: LayerWeights, layer: int, sample: Sampl
 
 
 def score_channels(
-    model: Model, weights: LayerWeights, kept: Sequence[int], layer: int, sample: Sample
+    model: Model, weights: LayerWeights, kept: Sequence[int], batches: Batches
 ) -> Iterator[Float[np.ndarray, " width"]]:
     """The importance of every channel of each of the experts `kept`, in turn, in units of the expert's output.
 
     Over the tokens that the router likes best for it: as many as each expert would get if all got the same.
     """
-    x = jnp.concatenate(list(draw_batches(model.hidden_size, layer, sample)))
+    x = jnp.concatenate(list(batches))
     num_experts = len(weights.experts)
     choice = route(x, weights.router, weights.bias, routing=model.routing, top_k=num_experts)
     count = min(max(x.shape[0] * model.identity.top_k // num_experts, LEAST_ROWS), x.shape[0])
@@ -63,12 +58,14 @@ def score_channels(
         )
 
 
-def draw_batches(hidden_size: int, layer: int, sample: Sample) -> Iterator[Float[Array, "rows hidden"]]:
-    """N(0, 1) in batches of `ROWS` tokens; the key of a batch is (seed, layer, batch)."""
-    key = jax.random.fold_in(jax.random.key(sample.seed), layer)
-    for batch in range(-(-sample.tokens // ROWS)):
+def draw_batches(
+    hidden_size: int, number: int, *, tokens: int, seed: int, dtype: str
+) -> Iterator[Float[Array, "rows hidden"]]:
+    """N(0, 1) in batches of `ROWS`, at least `tokens` in all; the key of a batch is (seed, number, batch)."""
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    for batch in range(-(-tokens // ROWS)):
         drawn = jax.random.normal(jax.random.fold_in(key, batch), (ROWS, hidden_size), jnp.float32)
-        yield drawn.astype(sample.dtype)  # drawn in bfloat16, the variance would be wrong
+        yield drawn.astype(dtype)  # drawn in bfloat16, the variance would be wrong
 
 
 @partial(jax.jit, static_argnames=("routing", "num_experts"))

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Float64, Int, Int32
 
 from lexi_search.carrying import attend, embed, finish, read_logits
 from lexi_search.checkpoint import Checkpoint
-from lexi_search.decoders import Block
 from lexi_search.models import Model
 from lexi_search.moe import compute_outputs, mix, squared_distances
 from lexi_search.routing import route
@@ -59,9 +58,11 @@ class Run(NamedTuple):
     dtype: str
 
 
-class _Mixture(NamedTuple):
-    """One MoE layer on some tokens: each token's K expert outputs and scores, and the residual stream."""
+class Mixture(NamedTuple):
+    """A MoE layer on some tokens: what goes in, each token's K expert outputs and scores, and the residual stream."""
 
+    layer: int  # of the decoder
+    x: Float[Array, "tokens hidden"]
     outputs: Float[Array, "tokens K hidden"]
     scores: Float[Array, "tokens K"]
     hidden: Hidden
@@ -81,7 +82,7 @@ def measure_movement(
     """
     losses: list[np.ndarray] = []
 
-    def observe(mixture: _Mixture) -> None:
+    def observe(mixture: Mixture) -> None:
         losses.append(_measure_layer(mixture, run))
 
     ways = carry(run, tokens, variants, observe=observe, report=report)
@@ -97,7 +98,7 @@ def carry(
     tokens: Int[np.ndarray, "sequences length"],
     variants: Sequence[Variant] = (),
     *,
-    observe: Callable[[_Mixture], None] = lambda mixture: None,
+    observe: Callable[[Mixture], None] = lambda mixture: None,
     report: Callable[[int], None] = lambda layer: None,
 ) -> list[dict[int, Hidden]]:
     """The hidden states after the last layer, for some sequences after others: way -> states.
@@ -122,7 +123,7 @@ def carry(
         moe = weights.moe
         if moe is not None:  # dequantised once
             weights = weights._replace(moe=moe._replace(experts=tuple(moe.experts)))
-        step = partial(_pass, run, run.decoder.blocks[layer], weights)
+        step = partial(_pass, run, layer, weights)
         for way in ways:
             others = [number for number in way if number != MODEL]
             starting = [number for number, start in enumerate(starts) if moe is not None and start == place]
@@ -146,13 +147,13 @@ def carry(
 
 def _pass(
     run: Run,
-    block: Block,
+    layer: int,
     weights: BlockWeights,
     hidden: Hidden,
     mixings: Sequence[tuple[int | Int32[np.ndarray, "tokens 1"], float | None]],
-) -> tuple[list[Hidden], _Mixture | None]:
+) -> tuple[list[Hidden], Mixture | None]:
     """The hidden states after a layer for each of `mixings`: a k, of all tokens or of each, and a gate exponent."""
-    model, moe = run.model, weights.moe
+    block, model, moe = run.decoder.blocks[layer], run.model, weights.moe
     hidden, x = attend(block, weights, jnp.asarray(hidden))
     if moe is None:
         return [finish(block, weights, hidden, x, None)] * len(mixings), None
@@ -163,10 +164,10 @@ def _pass(
     for k, exponent in mixings:
         mixed = mix(outputs, choice.scores, jnp.asarray(k, jnp.int32), routing=plain._replace(exponent=exponent))
         results.append(finish(block, weights, hidden, x, mixed))
-    return results, _Mixture(outputs, choice.scores, hidden)
+    return results, Mixture(layer, x, outputs, choice.scores, hidden)
 
 
-def _measure_layer(mixture: _Mixture, run: Run) -> Float64[np.ndarray, "2 sequences K"]:
+def _measure_layer(mixture: Mixture, run: Run) -> Float64[np.ndarray, "2 sequences K"]:
     distances = squared_distances(mixture.outputs, mixture.scores, routing=run.model.routing)
     return np.asarray(_average(distances, mixture.hidden), np.float64)
 

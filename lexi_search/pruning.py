@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from math import floor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,17 +25,21 @@ from lexi_search.documents import encode
 from lexi_search.errors import InputError
 from lexi_search.exporters import UNLINKED, build_folder
 from lexi_search.files import json_bytes
-from lexi_search.importance import Sample, score_channels, score_experts
+from lexi_search.importance import Batches, draw_batches, score_channels, score_experts
 from lexi_search.layouts import BIASES, LayerTensors
 from lexi_search.models import Model, describe, find_dtype
+from lexi_search.propagation import Run, carry
 from lexi_search.shards import write_shards
 from lexi_search.sizes import Sizes, change_config, check_width, find_blocks, find_sizes, is_single, pad_shared
 from lexi_search.slicing import Kept, Output, find_unit, slice_experts, slice_rows
+from lexi_search.stacks import describe_decoder
+from lexi_search.synthesis import draw_tokens
 from lexi_search.tensors import Tensors
 from lexi_search.weights import stream_layers
 
 FORMAT, VERSION = "lexi-pruning", 1
 NOTE = "lexi-pruning.json"
+LENGTH = 512  # tokens of one text
 WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 
 
@@ -52,6 +57,7 @@ class Pruning:
     shared_experts: tuple[int, int]
     size: tuple[int, int]
     kept_experts: Mapping[str, tuple[int, ...]]
+    input: str
     samples: int
     seed: int
     made_by: Mapping[str, Any]
@@ -74,6 +80,7 @@ def prune(
     *,
     experts: Fraction = Fraction(0),
     width: Fraction = Fraction(0),
+    input: str = "paper",
     samples: int = 4096,
     seed: int = 0,
     report: Callable[[float], None] = lambda share: None,
@@ -81,7 +88,8 @@ def prune(
     """Write the checkpoint in the folder `weights`, less these shares of experts and of channels, as `folder`.
 
     One layer at a time is in memory, then one tensor. `folder` appears whole or not at all; what holds no weights is
-    linked. `samples` random tokens, drawn by `seed`, tell what is important. `report` is told how much is done.
+    linked. `samples` tokens, drawn by `seed`, tell what is important: N(0, 1) for `paper` input, text that the model
+    writes itself for `weights`. `report` is told how much is done.
 
     Raises:
         InputError: a checkpoint that cannot be read or be pruned so, or a place that cannot be written to.
@@ -89,9 +97,8 @@ def prune(
     with build_folder(folder, weights, unlinked=(*UNLINKED, *WEIGHT_FILES)) as building:
         source = _open_source(weights, experts, width)
         checkpoint = source.checkpoint
-        sample = Sample(samples, seed, find_dtype(checkpoint, source.model))
         kept = {}
-        for name, chosen in _choose(source, sample):
+        for name, chosen in _choose(source, _draw_inputs(source, input, samples, seed)):
             kept[name] = chosen
             report(len(kept) / len(source.blocks) / 2)
         changes = _plan(source, kept)
@@ -105,6 +112,7 @@ def prune(
             shared_experts=(source.before.shared_experts, source.after.shared_experts),
             size=sizes,
             kept_experts={name: chosen.experts for name, chosen in kept.items()},
+            input=input,
             samples=samples,
             seed=seed,
             made_by={"lexi_search": __version__},
@@ -178,7 +186,26 @@ def _count_experts(checkpoint: Checkpoint, model: Model, share: Fraction) -> int
     return left
 
 
-def _choose(source: _Source, sample: Sample) -> Iterator[tuple[str, Kept]]:
+def _draw_inputs(source: _Source, input: str, samples: int, seed: int) -> Callable[[int], Batches]:
+    """What each block of experts, by its number, is to be judged on.
+
+    Blocks that predict further tokens see no text here: theirs are random on any input.
+    """
+    checkpoint, model = source.checkpoint, source.model
+    dtype = find_dtype(checkpoint, model)
+    random = partial(draw_batches, model.hidden_size, tokens=samples, seed=seed, dtype=dtype)
+    if input == "paper" or source.before == source.after:
+        return random
+    run = Run(checkpoint, model, describe_decoder(checkpoint, model), dtype)
+    length = min(LENGTH, samples)
+    tokens = draw_tokens(run, sequences=samples // length, length=length, seed=seed)
+    seen: dict[str, list[np.ndarray]] = {model.identity.router.format(layer): [] for layer in model.layers}
+    carry(run, tokens, observe=lambda mixture: seen[model.identity.router.format(mixture.layer)].append(mixture.x))
+    routers = [block.router for block in source.blocks.values()]
+    return lambda number: seen[routers[number]] if routers[number] in seen else random(number)
+
+
+def _choose(source: _Source, inputs: Callable[[int], Batches]) -> Iterator[tuple[str, Kept]]:
     """What stays in each block, in turn."""
     model, before, after = source.model, source.before, source.after
     everything = tuple(range(before.num_experts))
@@ -190,11 +217,11 @@ def _choose(source: _Source, sample: Sample) -> Iterator[tuple[str, Kept]]:
         for name, (number, weights) in zip(source.blocks, streamed, strict=True):
             kept = everything
             if after.num_experts < before.num_experts:
-                scores = score_experts(model, weights, number, sample)
+                scores = score_experts(model, weights, inputs(number))
                 kept = select(scores, after.num_experts, num_groups=model.routing.num_groups)
             units = None
             if after.width < before.width:
-                channels = score_channels(model, weights, kept, number, sample)
+                channels = score_channels(model, weights, kept, inputs(number))
                 whole = [np.square(scores).reshape(-1, source.unit).sum(axis=1) for scores in channels]
                 units = tuple(select(scores, after.width // source.unit) for scores in whole)
             yield name, Kept(kept, units)

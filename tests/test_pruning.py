@@ -23,6 +23,9 @@ from lexi_search import pruning
 from lexi_search.checkpoint import INDEX, open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models import describe
+from lexi_search.propagation import Run
+from lexi_search.stacks import describe_decoder
+from lexi_search.synthesis import draw_tokens
 from lexi_search.weights import stream_layers
 
 QUARTER = Fraction(1, 4)
@@ -342,6 +345,31 @@ def test_shared_experts_are_filled_up(tmp_path):
             assert after[name].shape[axis] == extent
             assert torch.equal(after[name].narrow(axis, 0, 64), before[name])
             assert not after[name].narrow(axis, 64, extent - 64).any()
+
+
+def test_experts_are_judged_on_text_that_the_model_writes(folder):
+    reference = tiny.build_reference("olmoe")
+    checkpoint = open_checkpoint(tiny.save_checkpoint("olmoe", reference, folder / "whole"))
+    succeed("prune", "whole", "--experts", "25%", "--input", "weights", "--samples", "64", "-o", "pruned")
+    model = describe(checkpoint)
+    run = Run(checkpoint, model, describe_decoder(checkpoint, model), "float32")
+    tokens = torch.tensor(draw_tokens(run, sequences=1, length=64, seed=0)).long()
+    seen, blocks = {}, tiny.find_moe_blocks(reference)
+    for layer, block in blocks.items():
+        block.register_forward_hook(lambda _, inputs, __, layer=layer: seen.update({layer: inputs[0][0]}))
+    with torch.no_grad():
+        reference(tokens, use_cache=False)
+    kept = json.loads((folder / "pruned/lexi-pruning.json").read_text())["kept_experts"]
+    for layer, weights in stream_layers(checkpoint, model, model.layers):
+        x = seen[layer].double().numpy()
+        scores = torch.tensor(x @ np.asarray(weights.router, np.float64).T).softmax(-1).numpy()
+        importance = np.zeros(len(weights.experts))
+        for token, score in zip(x, scores, strict=True):
+            for number in np.argsort(-score)[: model.top_k]:
+                gate, up, down = (np.asarray(part, np.float64) for part in weights.experts[number][:3])
+                silu = gate @ token / (1 + np.exp(-gate @ token))
+                importance[number] += (score[number] * np.linalg.norm(down @ (silu * (up @ token)))) ** 2
+        assert kept[f"model.layers.{layer}.mlp"] == sorted(np.argsort(-importance)[:12].tolist())
 
 
 def test_profile_search_and_export_of_a_pruned_checkpoint(folder):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 DEFAULTS = {  # of options, by input
     "paper": {"relative_error": 0.01, "samples": 2**20},
-    "weights": {"relative_error": 0.0, "samples": 2**13},
+    "weights": {"relative_error": 0.0, "samples": 2**12},
 }
 
 
@@ -49,7 +49,7 @@ DEFAULTS = {  # of options, by input
     "--samples",
     type=int,
     show_default=False,
-    help="Stop before a layer takes more tokens than this.  [default: 1048576; weights: 8192]",
+    help="Stop before a layer takes more tokens than this.  [default: 1048576; weights: 4096]",
 )
 @click.option(
     "--control-variate",

@@ -18,9 +18,18 @@ if TYPE_CHECKING:
 @click.option("--experts", metavar="PERCENT", help="Leave out this share of every layer's experts, such as 25%.")
 @click.option("--width", metavar="PERCENT", help="Leave out this share of every expert's channels, such as 25%.")
 @click.option("-o", "--output", required=True, help="Model folder to make.")
-@click.option("--samples", default=4096, type=click.IntRange(1), help="Random tokens that tell what is important.")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the random tokens.")
-def prune(weights: str, experts: str | None, width: str | None, output: str, samples: int, seed: int) -> None:
+@click.option(
+    "--input",
+    "source",
+    type=click.Choice(("paper", "weights")),
+    default="paper",
+    help="paper: N(0, 1) to each layer by itself. weights: text that the model writes, through the whole model.",
+)
+@click.option("--samples", default=4096, type=click.IntRange(1), help="Tokens that tell what is important.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the tokens.")
+def prune(
+    weights: str, experts: str | None, width: str | None, output: str, source: str, samples: int, seed: int
+) -> None:
     """Write a smaller checkpoint of WEIGHTS, a folder, from the weights alone.
 
     Whole experts go, or channels of each expert, or both: the same number in every layer, the least important first.
@@ -38,6 +47,7 @@ def prune(weights: str, experts: str | None, width: str | None, output: str, sam
             weights,
             output,
             **shares,
+            input=source,
             samples=samples,
             seed=seed,
             report=lambda share: progress.update(task, completed=int(100 * share)),
