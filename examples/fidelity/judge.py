@@ -1,0 +1,81 @@
+"""What allocations of a few profiles really lose on a model's held-out tokens, at a few budgets; on a CPU in minutes.
+
+    python judge.py MODEL_DIR --tokens held_out.npz --budget 24
+
+Without --profile it makes those of `tables.COMMANDS`. `study.py` asks for much more.
+"""
+
+import os
+import platform
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import numpy as np
+import tables
+from gaps import interpolate_uniform
+from judging import Choice, Judge, load
+from windows import cut, read_streams
+
+from lexi_adapter.files import describe_call, write_json
+from lexi_search.artifacts import read_profile
+
+LENGTH = 512
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--tokens", type=click.Path(exists=True, path_type=Path), required=True, help="An .npz, ids by domain.")
+@click.option("--profile", "files", type=click.Path(exists=True, path_type=Path), multiple=True, help="Repeat it.")
+@click.option("--budget", "budgets", type=int, multiple=True, required=True, help="Experts over layers; repeat it.")
+@click.option("--sequences", type=click.IntRange(2), default=10, show_default=True, help="Of each domain.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("-o", "--output", help="The same as JSON.")
+def main(
+    model: Path,
+    tokens: Path,
+    files: tuple[Path, ...],
+    budgets: tuple[int, ...],
+    sequences: int,
+    device: str,
+    output: str | None,
+) -> None:
+    """Print what the exact optimum of each loss of each profile really loses at each budget."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not files:
+            files = tuple(Path(folder) / f"{name}.json" for name in tables.COMMANDS)
+            for name, file in zip(tables.COMMANDS, files, strict=True):
+                click.echo(f"profile {name}", err=True)
+                tables.make_profile(name, model, file)
+        profiles = {file.stem: read_profile(file) for file in files}
+    _, judging = cut(read_streams(tokens), measure=0, judge=sequences, length=LENGTH)
+    loaded = load(model, device=device)
+    judge, rows = Judge(loaded, judging, batch=sequences), []
+    layers, base = len(loaded.identity.moe_layers), loaded.identity.top_k
+    near = {k for budget in budgets for k in (budget // layers, -(-budget // layers))}
+    uniform = dict(zip(near, judge.judge(Choice((k,) * layers) for k in near), strict=True))
+    known = [uniform[k]["increase"]["mean"] if k in near else float("nan") for k in range(1, base + 1)]
+    for budget in budgets:
+        rows.append(("uniform", "", None, budget, interpolate_uniform(known, budget, layers), ()))
+        for name, profile in profiles.items():
+            for kind in profile.loss_kinds:
+                [top_k] = tables.search(np.array(profile.losses(kind)), [budget])
+                choice = Choice(top_k, profile.settings.gate_exponent)
+                [found] = judge.judge([choice])
+                rows.append((name, kind, choice.exponent, budget, found["increase"]["mean"], top_k))
+    click.echo(f"{'profile':12s} {'loss':12s} {'exponent':>8s} {'budget':>6s} {'increase':>9s}  k per layer")
+    for name, kind, exponent, budget, increase, top_k in rows:
+        shown = "" if exponent is None else f"{exponent:g}"
+        click.echo(f"{name:12s} {kind:12s} {shown:>8s} {budget:6d} {increase:9.4f}  {' '.join(map(str, top_k))}")
+    if output:
+        names = ("profile", "loss", "gate_exponent", "budget", "increase", "top_k")
+        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "device": device}
+        made_by = {"machine": machine, "torch": version("torch"), "date": date.today().isoformat()}
+        document = {"rows": [dict(zip(names, row, strict=True)) for row in rows], "made_by": made_by}
+        write_json(output, document | {"call": describe_call("judge.py")})
+
+
+if __name__ == "__main__":
+    main()
