@@ -51,6 +51,15 @@ CHANGES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads wait for each other longer than such small products take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Makes each family's tiny checkpoint once: (folder, identity)."""
