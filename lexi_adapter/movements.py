@@ -152,7 +152,8 @@ class Probe:
         # The layer where its block gives nothing is the residual stream, however a family scales what it adds to it.
         with replaced(block, lambda *inputs, **options: _silence(self.given)):
             stream = _first(forward(*args, **kwargs))
-        lengths = stream.double().reshape(*self.shape, -1).square().sum(-1)
+        # A token that the model never saw may be all zero, and so is then what the block makes of it.
+        lengths = stream.double().reshape(*self.shape, -1).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         squares = torch.stack(self.squares)
         self.movements = Movements(_tabulate(squares.sum(-1)), _tabulate((squares / lengths).mean(-1)))
         return output

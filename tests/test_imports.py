@@ -75,7 +75,18 @@ MAY_IMPORT = {
     "lexi_search": STANDARD
     | {"click", "huggingface_hub", "jax", "jaxtyping", "matplotlib", "ml_dtypes", "numpy", "rich", "safetensors"},
     "lexi_adapter": set(sys.stdlib_module_names)
-    | {"click", "lexi_adapter", "lm_eval", "matplotlib", "numpy", "rich", "safetensors", "torch", "transformers", "vllm"},
+    | {
+        "click",
+        "lexi_adapter",
+        "lm_eval",
+        "matplotlib",
+        "numpy",
+        "rich",
+        "safetensors",
+        "torch",
+        "transformers",
+        "vllm",
+    },
 }
 
 

@@ -156,6 +156,18 @@ def test_texts_begin_as_the_config_says(olmoe, monkeypatch):
         assert firsts == expected if expected else len(firsts) > 1
 
 
+def test_a_token_without_an_embedding_moves_nothing(tmp_path):
+    """As one that no text has may be left by weight decay, or a padding token that begins a text."""
+    model = tiny.build_reference("olmoe")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = 0
+    checkpoint = open_checkpoint(tiny.save_checkpoint("olmoe", model, tmp_path / "olmoe"))
+    described = describe(checkpoint)
+    run = Run(checkpoint, described, describe_decoder(checkpoint, described), "float32")
+    movement = measure_movement(run, np.full((2, 4), 7, np.int32), [])
+    assert (movement.squares == 0).all() and (movement.relative == 0).all()
+
+
 def make_settings(**changes):
     values = dict(input="weights", seed=0, batch=2, length=LENGTH, dtype="float32", relative_error=0.0, max_samples=100)
     return ProfileSettings(**values | changes)

@@ -466,3 +466,14 @@ def test_a_model_that_lacks_tensors_or_k_is_refused(folder, checkpoints):
     refuse(r"lacking lacks 1 tensors, such as model.layers.1.input_layernorm.weight", "lacking", *own)
     refuse("num_experts_per_tok is 1: each token runs one expert, none can be saved", "single", *own)
     refuse("dense: no tensor with a router's name and 8 rows: unknown family", "dense", *own)
+
+
+def test_a_token_without_an_embedding_moves_nothing(checkpoints):
+    """As one that no text has may be left by weight decay, or a padding token that begins a text."""
+    folder, identity = checkpoints("olmoe")
+    model = load(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = 0
+    windows = torch.cat([torch.full((3, 1), 7), WINDOWS], dim=1)
+    for _, _, movements in measure(model, identity, windows, batch=3):
+        assert all(np.isfinite(values).all() for values in movements)

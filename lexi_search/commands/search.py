@@ -117,7 +117,7 @@ def search(
     else:
         print_table(tabulate_search(found))
         click.echo(target)
-    warn_of_noise(names, found)
+    warn_of_noise(names, found, measured.settings.input)
 
 
 def find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
@@ -144,15 +144,16 @@ def list_histories(names: Sequence[str], found: Sequence["Found"]) -> dict[str, 
     }
 
 
-def warn_of_noise(names: Sequence[str], found: Sequence["Found"]) -> None:
+def warn_of_noise(names: Sequence[str], found: Sequence["Found"], source: str) -> None:
     """One line on stderr where a better measured profile would likely lead to another, better allocation."""
     from lexi_search.uncertainty import NOISY
 
     noisy = {name: result.regret for name, result in zip(names, found, strict=True) if (result.regret or 0) > NOISY}
     if noisy:
         worst = max(noisy, key=noisy.get)
+        remedy = "a smaller --relative-error" if source == "paper" else "more text (--samples, --sequences)"
         click.echo(
             f"the profile is too noisy for budget {', '.join(noisy)}: another sample of it would have led to losses "
-            f"{100 * noisy[worst]:.2g} % smaller (budget {worst}); profile again with a smaller --relative-error",
+            f"{100 * noisy[worst]:.2g} % smaller (budget {worst}); profile again with {remedy}",
             err=True,
         )
