@@ -61,8 +61,17 @@ def mixing_changes(scores: Float[Array, "tokens K"], *, routing: Routing) -> Flo
 
 @partial(jax.jit, static_argnames="routing")
 def mix(
-    outputs: Float[Array, "tokens K hidden"], scores: Float[Array, "tokens K"], k: Int[Array, ""], *, routing: Routing
+    outputs: Float[Array, "tokens K hidden"],
+    scores: Float[Array, "tokens K"],
+    k: Int[Array, "..."],
+    *,
+    routing: Routing,
 ) -> Float[Array, "tokens hidden"]:
-    """The layer's output at `k`, without shared experts, float32; for comparing with others: losses need none."""
+    """The layer's output at `k`, of all tokens or [tokens, 1] of each, without shared experts, float32.
+
+    For carrying tokens on, and for comparing with others: local losses need none.
+    """
     weights = mixing_weights(scores, k, routing=routing)
-    return jnp.einsum("tk,tkh->th", weights, outputs.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return (weights[:, :, None] * outputs.astype(jnp.float32)).sum(
+        axis=1
+    )  # no product: outputs are read once, as stored

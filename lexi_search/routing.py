@@ -80,9 +80,12 @@ def _choose_in_turn(logits: Float[Array, "tokens experts"], jitter: float, top_k
 
 
 def mixing_weights(
-    scores: Float[Array, "tokens K"], k: Int[Array, ""], *, routing: Routing
+    scores: Float[Array, "tokens K"], k: Int[Array, "..."], *, routing: Routing
 ) -> Float[Array, "tokens K"]:
-    """The weights c_k that mix the K expert outputs into the layer's output at `k` <= K; `k` may be traced."""
+    """The weights c_k that mix the K expert outputs into the layer's output at `k` <= K, which may be traced.
+
+    `k` is one number, or [tokens, 1].
+    """
     weights = jnp.ones_like(scores) if routing.scales_input else scores
     kept = jnp.where(jnp.arange(scores.shape[-1])[None, :] < k, weights, 0.0)
     mass = kept.sum(axis=-1, keepdims=True)

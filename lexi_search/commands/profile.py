@@ -62,7 +62,7 @@ DEFAULTS = {  # of options, by input
     "--dtype",
     type=click.Choice(("auto", *DTYPES)),
     default="auto",
-    help="Element type of the input; auto: the weights'.",
+    help="Element type of the input; auto: the weights', or on a CPU float32 for --input weights.",
 )
 @click.option("--max-k", type=int, help="Look at more experts per token than the model's own k, up to this many.")
 @click.option(
@@ -129,7 +129,7 @@ def profile(
             seed=seed,
             batch=batch,
             length=length,
-            dtype=find_dtype(checkpoint, model) if dtype == "auto" else dtype,
+            dtype=_choose_dtype(source, find_dtype(checkpoint, model)) if dtype == "auto" else dtype,
             relative_error=DEFAULTS[source]["relative_error"] if relative_error is None else relative_error,
             max_samples=DEFAULTS[source]["samples"] if samples is None else samples,
             control_variate=control_variate,
@@ -191,6 +191,13 @@ def _keep(
 
 def _count_finished(partials: Partials, chosen: tuple[int, ...]) -> str:
     return f"{sum(layer in partials.layers for layer in chosen)} of {len(chosen)} layers"
+
+
+def _choose_dtype(source: str, stored: str) -> str:
+    """CPUs multiply 16-bit floats several times slower, which a whole model carried along makes felt."""
+    import jax
+
+    return "float32" if source != "paper" and jax.default_backend() == "cpu" else stored
 
 
 def _parse_exponent(text: str | None, source: str) -> float | str | None:
