@@ -6,6 +6,7 @@ from lexi_search import __version__
 from lexi_search.commands.compare import compare
 from lexi_search.commands.export import export
 from lexi_search.commands.front import front
+from lexi_search.commands.judge import judge
 from lexi_search.commands.merge import merge_profiles
 from lexi_search.commands.profile import profile
 from lexi_search.commands.prune import prune
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (profile, merge_profiles, search, front, show, plot, compare, export, prune):
+for command in (profile, merge_profiles, search, front, show, plot, compare, judge, export, prune):
     main.add_command(command)

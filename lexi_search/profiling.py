@@ -15,8 +15,7 @@ from lexi_search.measuring import find_needed, measure_layer
 from lexi_search.models import Model
 from lexi_search.moments import summarise
 from lexi_search.propagation import Run
-from lexi_search.sensitivities import choose_exponent, draw_samples, measure_layers
-from lexi_search.stacks import describe_decoder
+from lexi_search.sensitivities import choose_exponent, draw_samples, measure_layers, open_run
 from lexi_search.weights import stream_layers
 
 SAMPLES, SAMPLE_BYTES = 1024, 4096
@@ -48,7 +47,7 @@ def profile_layers(
         raise InputError(f"{checkpoint.folder}: hidden_act {model.activation.name!r} is not known; known are {known}")
     if settings.input == "paper":
         return _profile_each(checkpoint, model, layers, settings)
-    run = _open_run(checkpoint, model, settings)
+    run = open_run(checkpoint, model, settings.dtype)
     return _profile_text(run, layers, settings, report) if layers else iter(())
 
 
@@ -60,12 +59,8 @@ def find_exponent(
     report: Callable[[int], None] = lambda layer: None,
 ) -> float:
     """The gate exponent that suits the model, found on the text that `settings` ask for."""
-    run = _open_run(checkpoint, model, settings)
+    run = open_run(checkpoint, model, settings.dtype)
     return choose_exponent(run, draw_samples(run, settings, report=report), report=report)
-
-
-def _open_run(checkpoint: Checkpoint, model: Model, settings: ProfileSettings) -> Run:
-    return Run(checkpoint, model, describe_decoder(checkpoint, model), settings.dtype)
 
 
 def _profile_text(

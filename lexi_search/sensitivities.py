@@ -6,17 +6,33 @@ every layer at every k in turn (`propagation`). It needs no data; it does need t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int
 
 from lexi_search.artifacts import LayerLoss, ProfileSettings
+from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
+from lexi_search.models import Model
 from lexi_search.propagation import Movement, Run, Variant, measure_movement
+from lexi_search.stacks import describe_decoder
 from lexi_search.synthesis import draw_tokens
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 Report = Callable[[int], None]
+
+
+class Judgement(NamedTuple):
+    """The divergence of a way to run the model from the model itself, in nats per token, and its standard error."""
+
+    divergence: float
+    stderr: float
+
+
+def open_run(checkpoint: Checkpoint, model: Model, dtype: str) -> Run:
+    """How tokens are carried through a checkpoint in `dtype`; InputError where not all that it computes is known."""
+    return Run(checkpoint, model, describe_decoder(checkpoint, model), dtype)
 
 
 def measure_layers(
@@ -45,6 +61,16 @@ def measure_layers(
     divergence = movement.divergence.reshape(len(layers), whole - 1, -1)
     for place, layer in enumerate(layers):
         yield layer, summarise(movement, run.model.layers.index(layer), divergence[place], settings)
+
+
+def judge_variants(
+    run: Run, settings: ProfileSettings, variants: Sequence[Variant], *, report: Report = lambda layer: None
+) -> list[Judgement]:
+    """What the whole model loses under each variant, on text drawn as `settings` say."""
+    tokens = draw_samples(run, settings, report=report)
+    movement = measure_movement(run, tokens, variants, report=report)
+    means, errors = _estimate(movement.divergence.T)
+    return [Judgement(*pair) for pair in zip(means.tolist(), errors.tolist(), strict=True)]
 
 
 def draw_samples(

@@ -12,6 +12,8 @@ from lexi_search.allocations import Found
 from lexi_search.artifacts import Allocation, Profile
 from lexi_search.comparisons import Comparison
 from lexi_search.fronts import Front, Point, thin
+from lexi_search.propagation import Variant
+from lexi_search.sensitivities import Judgement
 
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
@@ -151,6 +153,26 @@ def list_comparisons(found: Mapping[tuple[str, str], Comparison]) -> list[dict[s
             **{name: getattr(comparison, name).tolist() for name in ("budgets", "uniform", "found", "optimum")},
         }
         for (path, kind), comparison in found.items()
+    ]
+
+
+def tabulate_judgements(variants: Mapping[str, Variant], judged: Mapping[str, Judgement]) -> RenderableType:
+    """One row for each way to run the model, the best first."""
+    table = _table()
+    table.add_column("allocation")
+    for name in ("budget", "exponent", "divergence", "±"):
+        table.add_column(name, justify="right")
+    for row in list_judgements(variants, judged):
+        exponent = "" if row["gate_exponent"] is None else f"{row['gate_exponent']:g}"
+        table.add_row(row["name"], str(row["budget"]), exponent, f"{row['divergence']:.4f}", f"{row['stderr']:.4f}")
+    return _entitle("divergence of next-token distributions from the model's own, nats per token", table)
+
+
+def list_judgements(variants: Mapping[str, Variant], judged: Mapping[str, Judgement]) -> list[dict[str, Any]]:
+    """The same for machines."""
+    return [
+        {"name": name, "budget": sum(variants[name].top_k), "gate_exponent": variants[name].exponent, **found._asdict()}
+        for name, found in sorted(judged.items(), key=lambda item: item[1].divergence)
     ]
 
 

@@ -1,5 +1,8 @@
 """What whole models lose on text that they write themselves; transformers' own logits are the judge."""
 
+import json
+from dataclasses import replace
+
 import command_line
 import jax
 import numpy as np
@@ -296,3 +299,31 @@ def test_overflow_is_refused(tmp_path):
 def test_no_layers_need_no_text(checkpoint):
     opened = open_checkpoint(checkpoint)
     assert list(profile_layers(opened, describe(opened), layers=(), settings=make_settings(max_samples=1))) == []
+
+
+def test_whole_allocations_are_judged(folder, olmoe):
+    run, model = olmoe
+    weights, identity, whole = run.checkpoint.folder, run.model.identity, run.model.top_k
+    layers = len(identity.moe_layers)
+    top_k = {layer: 1 + place % whole for place, layer in enumerate(identity.moe_layers)}
+    allocation = Allocation(identity, top_k, sum(top_k.values()), 0.0, 0.0, {"lexi_search": "0"}, 0.5)
+    artifacts.write_allocation("a.json", allocation)
+    options = ("--batch", 2, "--length", LENGTH, "--samples", 4 * LENGTH)
+    rows = json.loads(succeed("judge", weights, "a.json", *options, "--json"))
+    assert [row["divergence"] for row in rows] == sorted(row["divergence"] for row in rows)
+    tokens = draw_tokens(run, sequences=4, length=LENGTH, seed=1)
+    own = find_log_probabilities(model, run, tokens)
+    variants = {"a.json": Variant(tuple(top_k.values()), 0.5)}
+    near = {allocation.budget // layers, -(-allocation.budget // layers)}
+    variants |= {f"k = {k} in every layer": Variant((k,) * layers) for k in near}
+    assert {row["name"] for row in rows} == set(variants)
+    for row in rows:
+        other = find_log_probabilities(model, run, tokens, variants[row["name"]])
+        expected = (np.exp(own) * (own - other)).sum(-1).mean(1)
+        assert row["divergence"] == pytest.approx(expected.mean(), rel=1e-2)
+        assert row["stderr"] == pytest.approx(expected.std(ddof=1) / 2, rel=2e-2)
+        assert row["budget"] == sum(variants[row["name"]].top_k)
+    lines = succeed("judge", weights, "a.json", *options).splitlines()
+    assert "a.json" in lines[2 + [row["name"] for row in rows].index("a.json")]
+    artifacts.write_allocation("b.json", replace(allocation, model=replace(identity, router_sha256="f" * 64)))
+    assert "b.json is for another model than" in refuse("judge", weights, "b.json", *options)

@@ -129,7 +129,7 @@ def profile(
             seed=seed,
             batch=batch,
             length=length,
-            dtype=_choose_dtype(source, find_dtype(checkpoint, model)) if dtype == "auto" else dtype,
+            dtype=choose_dtype(source, find_dtype(checkpoint, model)) if dtype == "auto" else dtype,
             relative_error=DEFAULTS[source]["relative_error"] if relative_error is None else relative_error,
             max_samples=DEFAULTS[source]["samples"] if samples is None else samples,
             control_variate=control_variate,
@@ -193,7 +193,7 @@ def _count_finished(partials: Partials, chosen: tuple[int, ...]) -> str:
     return f"{sum(layer in partials.layers for layer in chosen)} of {len(chosen)} layers"
 
 
-def _choose_dtype(source: str, stored: str) -> str:
+def choose_dtype(source: str, stored: str) -> str:
     """CPUs multiply 16-bit floats several times slower, which a whole model carried along makes felt."""
     import jax
 

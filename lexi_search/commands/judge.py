@@ -1,0 +1,79 @@
+"""`lexi-search judge`."""
+
+import click
+
+from lexi_search.artifacts import DTYPES, ProfileSettings, read_allocation
+from lexi_search.commands.profile import choose_dtype
+from lexi_search.console import json_option, make_progress, prepare_environment, print_json, print_table
+from lexi_search.errors import InputError
+
+
+@click.command()
+@click.argument("weights")
+@click.argument("allocations", nargs=-1, required=True)
+@click.option("--batch", default=4, type=click.IntRange(1), help="Sequences per iteration.")
+@click.option("--length", default=512, type=click.IntRange(1), help="Tokens per sequence.")
+@click.option("--samples", default=2**12, help="Tokens in all.")
+@click.option("--seed", default=1, type=click.IntRange(0, 2**32 - 1), help="Seed of the text; a profile's own is 0.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("auto", *DTYPES)),
+    default="auto",
+    help="Element type to compute in; auto: the weights', or on a CPU float32.",
+)
+@json_option
+def judge(
+    weights: str,
+    allocations: tuple[str, ...],
+    batch: int,
+    length: int,
+    samples: int,
+    seed: int,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """How far the predictions of WEIGHTS move under whole ALLOCATIONS, on text that the model writes itself.
+
+    Losses of single layers add up to less than layers lose together, and the text is not that of the profile: this
+    says, without any data, whether an allocation is better than the same k in every layer, which stands beside it.
+    """
+    read = {path: read_allocation(path) for path in allocations}
+    prepare_environment()
+    from lexi_search.checkpoint import open_checkpoint
+    from lexi_search.models import describe, find_dtype
+    from lexi_search.propagation import Variant
+    from lexi_search.sensitivities import judge_variants, open_run
+    from lexi_search.tables import list_judgements, tabulate_judgements
+
+    checkpoint = open_checkpoint(weights)
+    model = describe(checkpoint)
+    for path, allocation in read.items():
+        if allocation.model != model.identity:
+            raise InputError(f"{path} is for another model than {weights}")
+        if allocation.max_k is not None:
+            raise InputError(f"{path} has layers with more experts than the model's own k, which cannot be judged yet")
+    settings = ProfileSettings(
+        input="weights",
+        seed=seed,
+        batch=batch,
+        length=length,
+        dtype=choose_dtype("weights", find_dtype(checkpoint, model)) if dtype == "auto" else dtype,
+        relative_error=0.0,
+        max_samples=samples,
+    )
+    layers = len(model.layers)
+    variants = {
+        path: Variant(tuple(found.top_k[layer] for layer in model.layers), found.gate_exponent)
+        for path, found in read.items()
+    }
+    near = {k for found in read.values() for k in (found.budget // layers, -(-found.budget // layers))}
+    variants |= {f"k = {k} in every layer": Variant((k,) * layers) for k in sorted(near - {model.top_k})}
+    with make_progress() as progress:
+        task = progress.add_task("decoder layers, in passes", total=None)
+        run = open_run(checkpoint, model, settings.dtype)
+        found = judge_variants(run, settings, list(variants.values()), report=lambda layer: progress.advance(task))
+    judged = dict(zip(variants, found, strict=True))
+    if as_json:
+        print_json(list_judgements(variants, judged))
+    else:
+        print_table(tabulate_judgements(variants, judged))
