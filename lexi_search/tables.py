@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,8 +12,10 @@ from lexi_search.allocations import Found
 from lexi_search.artifacts import Allocation, Profile
 from lexi_search.comparisons import Comparison
 from lexi_search.fronts import Front, Point, thin
-from lexi_search.propagation import Variant
-from lexi_search.sensitivities import Judgement
+
+if TYPE_CHECKING:
+    from lexi_search.propagation import Variant
+    from lexi_search.sensitivities import Judgement
 
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
@@ -156,7 +158,7 @@ def list_comparisons(found: Mapping[tuple[str, str], Comparison]) -> list[dict[s
     ]
 
 
-def tabulate_judgements(variants: Mapping[str, Variant], judged: Mapping[str, Judgement]) -> RenderableType:
+def tabulate_judgements(variants: Mapping[str, "Variant"], judged: Mapping[str, "Judgement"]) -> RenderableType:
     """One row for each way to run the model, the best first."""
     table = _table()
     table.add_column("allocation")
@@ -168,7 +170,7 @@ def tabulate_judgements(variants: Mapping[str, Variant], judged: Mapping[str, Ju
     return _entitle("divergence of next-token distributions from the model's own, nats per token", table)
 
 
-def list_judgements(variants: Mapping[str, Variant], judged: Mapping[str, Judgement]) -> list[dict[str, Any]]:
+def list_judgements(variants: Mapping[str, "Variant"], judged: Mapping[str, "Judgement"]) -> list[dict[str, Any]]:
     """The same for machines."""
     return [
         {"name": name, "budget": sum(variants[name].top_k), "gate_exponent": variants[name].exponent, **found._asdict()}
