@@ -126,8 +126,8 @@ def _label(loss: str, normalised: bool) -> str:
         "rms": r"rms of $\|y_k - y_\mathrm{base}\|$ over tokens",
         "squared": r"mean $\|y_k - y_\mathrm{base}\|^2$ over tokens",
         "relative": r"mean $\|y_k - y_\mathrm{base}\|^2 / \|h\|^2$ over tokens",
-        "divergence": "divergence of next-token distributions (nats)",
-        "increase": "increase of cross-entropy (nats per token)",
+        "divergence": "divergence of predictions, nats per token",
+        "increase": "increase of cross-entropy, nats per token",
     }[loss]
     return f"{name},\nrelative to the largest" if normalised else name
 
