@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.transformers_model import find_device
+from lexi_adapter.transformers_model import check_whole, find_device
 
 
 def load_model(folder: str, *, device: str | None = None, dtype: str = "float32") -> torch.nn.Module:
@@ -30,9 +30,7 @@ def load_model(folder: str, *, device: str | None = None, dtype: str = "float32"
         raise AllocationError(f"{folder} does not fit on {place}; try --dtype bfloat16") from error
     except Exception as error:  # what it raises depends on the file that is missing, broken or unknown to it
         raise AllocationError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
-    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if lacking:
-        raise AllocationError(f"{folder} lacks {len(lacking)} tensors, such as {lacking[0]}; fetch it again")
+    check_whole(folder, info)
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         text.output_router_logits = False  # they are for a loss of training, and layers that are not run give none

@@ -1,7 +1,7 @@
 """One variant in transformers, for evaluation: the folder's model with the allocation applied."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,13 @@ def find_device(device: str | None) -> str:
     return device
 
 
+def check_whole(folder: str, info: Mapping[str, Collection[Any]]) -> None:
+    """Raise AllocationError for tensors that transformers, by its loading info, did not find and made up."""
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
+        raise AllocationError(f"{folder} lacks {len(lacking)} tensors, such as {lacking[0]}; fetch it again")
+
+
 @contextmanager
 def open_model(
     variant: Variant, tokenizer: Any, *, device: str, dtype: str, batch_size: int, trust_remote_code: bool
@@ -109,7 +116,8 @@ def open_model(
     """The variant's model, in memory inside the block.
 
     Raises:
-        AllocationError: transformers cannot load the folder, the allocation does not fit, or memory runs out.
+        AllocationError: transformers cannot load the folder, it lacks a tensor, the allocation does not fit, or memory
+            runs out.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -118,12 +126,14 @@ def open_model(
 
     asked = find_allocation(variant)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             variant.folder,
             dtype=dtype,
             device_map="auto" if device == "auto" else None,
             trust_remote_code=trust_remote_code,
-        ).eval()
+            output_loading_info=True,
+        )
+        model.eval()
         if device != "auto":
             model.to(device)
     except torch.OutOfMemoryError as error:
@@ -134,6 +144,7 @@ def open_model(
         raise AllocationError(
             f"transformers cannot load {variant.folder}: {' '.join(str(error).split())[:300]}"
         ) from error
+    check_whole(variant.folder, info)
     if asked is not None:
         apply(model, asked)
     try:

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from copying import save_copying_model
 from engine import allocate, export
+from safetensors.torch import load_file, save_file
 from tiny import find_moe_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -254,3 +255,14 @@ def test_two_allocations_at_once_are_refused(folder):
     write_allocation(Path("other.json"), top_k=(3,))
     arguments = (exported, "--task", "passkey", "--passkey-length", "120", "--depths", "1", "--trials", "1")
     assert "exported with another allocation" in refuse(*arguments, "--allocation", "other.json")
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(folder):
+    """transformers would make it up."""
+    shutil.copytree(MODEL, "lacking")
+    tensors = load_file("lacking/model.safetensors")
+    del tensors["model.layers.1.input_layernorm.weight"]
+    Path("lacking/model.safetensors").unlink()
+    save_file(tensors, "lacking/model.safetensors", metadata={"format": "pt"})
+    found = refuse("lacking", "--task", "passkey", "--passkey-length", "120", "--depths", "1", "--trials", "1")
+    assert "lacking lacks 1 tensors, such as model.layers.1.input_layernorm.weight" in found

@@ -1,5 +1,6 @@
 """Loss tables [layers, top_k] of one model: measured here on windows, or by a command into a profile file."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from judging import Loaded
 from windows import Windows
 
 from lexi_adapter.movements import measure
+from lexi_search import comparisons
 from lexi_search.artifacts import read_profile
 from lexi_search.exact import solve
 from lexi_search.problems import pose
@@ -117,18 +119,10 @@ def predict(table: np.ndarray, top_k: tuple[int, ...]) -> float:
     return float(table[np.arange(len(table)), np.array(top_k) - 1].sum())
 
 
-def rank(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
-
-
 def correlate(first: np.ndarray, second: np.ndarray) -> float | None:
     """Spearman's rank correlation; None where either is constant."""
-    first, second = rank(np.ravel(first)), rank(np.ravel(second))
-    if len(first) < 2 or not first.std() or not second.std():
-        return None
-    return float(np.corrcoef(first, second)[0, 1])
+    found = comparisons.correlate(first, second) if np.size(first) else math.nan
+    return None if math.isnan(found) else found
 
 
 def compare(table: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from lexi_adapter.allocation import AllocationError, read_allocation
 from lexi_adapter.commands.options import read_engine_options, takes_engine_options
 from lexi_adapter.console import print_table
 from lexi_adapter.files import check_writable, describe_call, write_json
+from lexi_adapter.texts import encode, load_tokenizer, read_text
 
 
 @click.command()
@@ -78,9 +79,7 @@ def _read_tokens(path: str) -> list[list[int]]:
 
 
 def _cut(model: str, path: str, prompts: int, length: int) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(model)(Path(path).read_text(), verbose=False)["input_ids"]
+    ids = encode(load_tokenizer(model), read_text(path))
     if len(ids) < prompts * length:
         raise AllocationError(f"{path} has {len(ids)} tokens, {prompts} prompts of {length} need {prompts * length}")
     return [ids[place * length : (place + 1) * length] for place in range(prompts)]

@@ -2,8 +2,8 @@
 
 import click
 
-from lexi_search.artifacts import DTYPES, ProfileSettings, read_allocation
-from lexi_search.commands.profile import choose_dtype
+from lexi_search.artifacts import ProfileSettings, read_allocation
+from lexi_search.commands.options import choose_dtype, dtype_option
 from lexi_search.console import json_option, make_progress, prepare_environment, print_json, print_table
 from lexi_search.errors import InputError
 
@@ -15,12 +15,7 @@ from lexi_search.errors import InputError
 @click.option("--length", default=512, type=click.IntRange(1), help="Tokens per sequence.")
 @click.option("--samples", default=2**12, help="Tokens in all.")
 @click.option("--seed", default=1, type=click.IntRange(0, 2**32 - 1), help="Seed of the text; a profile's own is 0.")
-@click.option(
-    "--dtype",
-    type=click.Choice(("auto", *DTYPES)),
-    default="auto",
-    help="Element type to compute in; auto: the weights', or on a CPU float32.",
-)
+@dtype_option
 @json_option
 def judge(
     weights: str,
@@ -57,7 +52,7 @@ def judge(
         seed=seed,
         batch=batch,
         length=length,
-        dtype=choose_dtype("weights", find_dtype(checkpoint, model)) if dtype == "auto" else dtype,
+        dtype=choose_dtype(dtype, "weights", find_dtype(checkpoint, model)),
         relative_error=0.0,
         max_samples=samples,
     )

@@ -1,11 +1,11 @@
-"""Options that the searches share: what an allocation must look like, and what it may cost."""
+"""Options that commands share: what an allocation must look like, what it may cost, what tokens are computed in."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search.artifacts import Profile, read_cost_table
+from lexi_search.artifacts import DTYPES, Profile, read_cost_table
 from lexi_search.console import parse_layers
 from lexi_search.errors import InputError
 
@@ -30,6 +30,25 @@ COSTS = (
         "a prefill of 16384.  [default: the table's only step]",
     ),
 )
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(("auto", *DTYPES)),
+    default="auto",
+    help="Element type of the tokens; auto: the weights', or on a CPU float32 where they go through the whole model.",
+)
+
+
+def choose_dtype(dtype: str, source: str, stored: str) -> str:
+    """What `--dtype` asks for; where that is auto, what suits the input and the `stored` weights.
+
+    CPUs multiply 16-bit floats several times slower, which a whole model carried along makes felt.
+    """
+    import jax
+
+    if dtype != "auto":
+        return dtype
+    return "float32" if source != "paper" and jax.default_backend() == "cpu" else stored
 
 
 def add_options(options: Sequence[Callable]) -> Callable:

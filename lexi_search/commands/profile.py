@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lexi_search import __version__
-from lexi_search.artifacts import DTYPES, LayerLoss, Profile, ProfileSettings, write_profile
+from lexi_search.artifacts import LayerLoss, Profile, ProfileSettings, write_profile
+from lexi_search.commands.options import choose_dtype, dtype_option
 from lexi_search.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
 from lexi_search.errors import InputError
 from lexi_search.files import check_writable
@@ -58,12 +59,7 @@ DEFAULTS = {  # of options, by input
     help="Send RATIO times as many tokens through the router alone, to need fewer in all.  [default: off]",
 )
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the random input.")
-@click.option(
-    "--dtype",
-    type=click.Choice(("auto", *DTYPES)),
-    default="auto",
-    help="Element type of the input; auto: the weights', or on a CPU float32 for --input weights.",
-)
+@dtype_option
 @click.option("--max-k", type=int, help="Look at more experts per token than the model's own k, up to this many.")
 @click.option(
     "--gate-exponent",
@@ -129,7 +125,7 @@ def profile(
             seed=seed,
             batch=batch,
             length=length,
-            dtype=choose_dtype(source, find_dtype(checkpoint, model)) if dtype == "auto" else dtype,
+            dtype=choose_dtype(dtype, source, find_dtype(checkpoint, model)),
             relative_error=DEFAULTS[source]["relative_error"] if relative_error is None else relative_error,
             max_samples=DEFAULTS[source]["samples"] if samples is None else samples,
             control_variate=control_variate,
@@ -191,13 +187,6 @@ def _keep(
 
 def _count_finished(partials: Partials, chosen: tuple[int, ...]) -> str:
     return f"{sum(layer in partials.layers for layer in chosen)} of {len(chosen)} layers"
-
-
-def choose_dtype(source: str, stored: str) -> str:
-    """CPUs multiply 16-bit floats several times slower, which a whole model carried along makes felt."""
-    import jax
-
-    return "float32" if source != "paper" and jax.default_backend() == "cpu" else stored
 
 
 def _parse_exponent(text: str | None, source: str) -> float | str | None:
