@@ -28,17 +28,17 @@ KINDS: tuple[tuple[str, str], ...] = (
     (COMMUNICATION, r"all_?to_?all|_a2a_|deep_?ep|nvshmem"),
     # Before gemm, because experts are multiplied by CUTLASS kernels too, and before attention for `_fwd_kernel_ep`.
     (MOE, r"moe|expert|top_?k_?(gating|softmax|sigmoid)|grouped_(top_?k|mm|gemm)|groupproblemshape|group_?gemm"),
-    (MOE, r"(expand|shuffle)inputrows|preprocesstopkid|_ep_(scatter|gather)|vectorized_topk|batched_triton_kernel"),
+    (MOE, r"(expand|shuffle)inputrows|preprocesstopkid|_ep_(scatter|gather)|batched_triton_kernel"),
     # The activation between an expert's products. A shared expert's is the same kernel, and a dense MLP's unless
     # torch.compile made it a triton_ one.
     (MOE, r"(act|silu|gelu|swiglu)\w*_mul|swiglu"),
     # Before gemm: FlashAttention 3 is a CUTLASS kernel. Writing keys and values belongs here.
-    (ATTENTION, r"flash|attention|attn|fmha|\bmla|_mla|paged|prepare_varlen|_and_cache|reduce_segments"),
+    (ATTENTION, r"flash(?!infer)|attention|attn|fmha|\bmla|_mla|paged|prepare_varlen|_and_cache|reduce_segments"),
     (ATTENTION, r"^_fwd_(grouped_)?kernel|concat_mla"),
     (GEMM, r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|matmul|marlin|machete|\bbmm|(^|_)(mm|addmm|linear)(_|$)"),
     (GEMM, r"::(linear|addmm|mm|bmm|matmul|onednn_mm)"),
 )
-LONGEST = 12  # kernels named in a record
+LONGEST, LETTERS = 12, 200  # kernels named in a record, and how much of a name: templates can fill a page
 STATE = "lexi_recording"
 
 
@@ -99,7 +99,7 @@ def summarise(kernels: Sequence[Kernel]) -> dict[str, Any]:
         "kernels": len(kernels),
         "collectives": [(kernel.end - kernel.start) * 1e-9 for kernel in collectives],
         "longest": [
-            {"name": name, "kind": classify(name), "seconds": duration * 1e-9, "count": counts[name]}
+            {"name": name[:LETTERS], "kind": classify(name), "seconds": duration * 1e-9, "count": counts[name]}
             for name, duration in spent.most_common(LONGEST)
         ],
     }
@@ -132,8 +132,9 @@ def combine(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def start_recording(worker: Any) -> None:
     """Record this worker's kernels from now on.
 
-    The first time in a process takes a second or so, and CUPTI may stay attached afterwards and slow the process:
-    take measured times before.
+    CUPTI stays attached afterwards and may slow the process: take measured times before. Its first recording prepares
+    every CUDA graph it meets, in each worker at another pace, while the others wait in a collective: run the workload
+    in a recording that is thrown away, then in the one that counts.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile

@@ -83,6 +83,8 @@ KNOWN = {
         "void vllm::rotary_embedding_kernel<c10::BFloat16, true>",
         "void at::native::vectorized_gather_kernel<16, long>",
         "_topk_topp_kernel",
+        "_topk_log_softmax_kernel",
+        "void flashinfer::sampling::TopKTopPSamplingFromProbKernel<1024, float, int>",
     ],
 }
 
