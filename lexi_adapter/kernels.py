@@ -5,6 +5,7 @@ take a worker first and are sent there by `LLM.collective_rpc`; `combine` puts t
 there is no GPU, operators that no other operator contains stand in for kernels; torch.compile leaves few of those.
 """
 
+import math
 import re
 import statistics
 import time
@@ -33,7 +34,10 @@ KINDS: tuple[tuple[str, str], ...] = (
     # torch.compile made it a triton_ one.
     (MOE, r"(act|silu|gelu|swiglu)\w*_mul|swiglu"),
     # Before gemm: FlashAttention 3 is a CUTLASS kernel. Writing keys and values belongs here.
-    (ATTENTION, r"flash(?!infer)|attention|attn|fmha|\bmla|_mla|paged|prepare_varlen|_and_cache|reduce_segments"),
+    (
+        ATTENTION,
+        r"flash(?!infer)|attention|attn|fmha|\bmla|_mla|paged|prepare_varlen|_and_cache|kv_cache|reduce_segments",
+    ),
     (ATTENTION, r"^_fwd_(grouped_)?kernel|concat_mla"),
     (GEMM, r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|matmul|marlin|machete|\bbmm|(^|_)(mm|addmm|linear)(_|$)"),
     (GEMM, r"::(linear|addmm|mm|bmm|matmul|onednn_mm)"),
@@ -123,7 +127,7 @@ def combine(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "workers": len(workers),
         "seconds": {kind: statistics.fmean(w["seconds"][kind] for w in workers) for kind in workers[0]["seconds"]},
         "least_communication": min(worker["seconds"][COMMUNICATION] for worker in workers),
-        "transfer": sum(map(min, zip(*collectives, strict=True))) if same else None,
+        "transfer": math.fsum(map(min, zip(*collectives, strict=True))) if same else None,
         **{key: statistics.fmean(worker[key] for worker in workers) for key in means},
         "longest": list(workers[0]["longest"]),
     }
