@@ -36,9 +36,9 @@ KINDS: tuple[tuple[str, str], ...] = (
     # Before gemm: FlashAttention 3 is a CUTLASS kernel. Writing keys and values belongs here.
     (
         ATTENTION,
-        r"flash(?!infer)|attention|attn|fmha|\bmla|_mla|paged|prepare_varlen|_and_cache|kv_cache|reduce_segments",
+        r"flash(?!infer)|attention|attn|fmha|\bmla|_mla|paged|prepare_varlen|_and_cache|kv_cache",
     ),
-    (ATTENTION, r"^_fwd_(grouped_)?kernel|concat_mla"),
+    (ATTENTION, r"^_fwd_(grouped_)?kernel|reduce_segments"),
     (GEMM, r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|matmul|marlin|machete|\bbmm|(^|_)(mm|addmm|linear)(_|$)"),
     (GEMM, r"::(linear|addmm|mm|bmm|matmul|onednn_mm)"),
 )

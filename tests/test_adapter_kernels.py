@@ -58,6 +58,8 @@ KNOWN = {
         "kernel_unified_attention",
         "_fwd_grouped_kernel_stage1",
         "_fwd_kernel_stage2",
+        "reduce_segments",
+        "vllm::unified_kv_cache_update",
         "void vllm::merge_attn_states_kernel<__nv_bfloat16, 128>",
     ],
     "gemm": [
