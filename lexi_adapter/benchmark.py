@@ -8,6 +8,7 @@ so that what drifts meets all of them alike.
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,10 +18,12 @@ from lexi_adapter.engines import (
     describe_engine,
     draw_weights,
     make_options,
+    record_kernels,
     start_engines,
     switch_layers,
     time_run,
 )
+from lexi_adapter.turns import measure_alone, start_beside
 from lexi_adapter.variants import RANDOM, Variant
 from lexi_adapter.workloads import Workload, parse_workload
 
@@ -28,6 +31,7 @@ FORMAT, VERSION = "lexi-bench", 1
 # Before the first round: unmeasured runs, in which kernels compile, and answers that tell variants apart.
 WARM_UP_RUNS, WARM_UP_TOKENS = 2, 16  # at most so many output tokens
 ANSWERS = 2
+RECORDED_TOKENS = 32  # output tokens of a run whose kernels are recorded, at most: further steps are the same again
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,17 @@ class Summary:
 Seat = tuple[Variant, tuple[Variant, ...]]
 
 
-def assign(variants: Sequence[Variant], *, in_place: bool) -> tuple[Seat, ...]:
+def assign(variants: Sequence[Variant], *, in_place: bool, experts_spread: bool = False) -> tuple[Seat, ...]:
     """An engine for every variant; with `in_place` those of the first one's weights share its engine.
 
-    A gate exponent is built into the layers, so an allocation that has one keeps an engine of its own.
+    A gate exponent is built into the layers, so an allocation that has one keeps an engine of its own; so does a pruned
+    model whose experts are spread over several cards.
     """
     base = variants[0]
 
     def shares(variant: Variant) -> bool:
         same = (variant.folder, variant.environment) == (base.folder, base.environment)
-        known = variant.kept or variant.overrides == base.overrides
+        known = (variant.kept and not experts_spread) or variant.overrides == base.overrides
         return same and known and (variant.allocation is None or variant.allocation.gate_exponent is None)
 
     if not in_place:
@@ -83,32 +88,40 @@ def measure(
     in_place: bool,
     engine: Mapping[str, Any],
     report: Callable[[Mapping[str, Any]], None],
+    locks: Sequence[str] = (),
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Measure, and give `report` the document after every round; returns the last one.
 
     Args:
         together: engines on the card at once; None for all of them.
         engine: arguments of `make_options`.
+        locks: files of `turns`, for runs that share cards.
+        kernels: after the rounds, record every variant's kernels at every workload, by kind.
 
     Raises:
         EngineError: an engine that did not come up, or did less than was asked.
     """
-    seats = assign(variants, in_place=in_place)
+    seats = assign(variants, in_place=in_place, experts_spread=engine["parallel"].get("enable_expert_parallel", False))
     size = together or len(seats)
     runs: list[Run] = []
     facts: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[list[int]]] = {}
+    recorded: list[dict[str, Any]] = []
     document: dict[str, Any] = {}
     for group in (seats[first : first + size] for first in range(0, len(seats), size)):
         wanted = [(v.name, make_options(v, workloads, **engine), v.environment) for v, _ in group]
-        with start_engines(wanted) as engines:
-            if engine["load_format"] == RANDOM:
-                for running in engines:
-                    running.call(draw_weights)
+        with ExitStack() as stack:
+            with start_beside(locks):
+                engines = stack.enter_context(start_engines(wanted))
+                if engine["load_format"] == RANDOM:
+                    for running in engines:
+                        running.call(draw_weights)
+            stack.enter_context(measure_alone(locks))
             seated = [chair for pair in zip(engines, group, strict=True) for chair in _seat(*pair)]
             for chair in seated:
                 facts[chair.variant.name] = chair.take()
-                short = [replace(w, output_length=min(w.output_length, WARM_UP_TOKENS)) for w in workloads]
+                short = [_shorten(workload, WARM_UP_TOKENS) for workload in workloads]
                 for _, workload in itertools.product(range(WARM_UP_RUNS), short):
                     chair.engine.call(time_run, workload, 0)
                 answers[chair.variant.name] = chair.engine.call(answer_greedily, replace(short[0], batch=ANSWERS))
@@ -117,7 +130,11 @@ def measure(
                     chair.take()
                     seconds = chair.engine.call(time_run, workload, 1 + turn)
                     runs.append(Run(chair.variant.name, str(workload), turn, seconds))
-                document = make_document(variants, workloads, runs, facts, answers)
+                document = make_document(variants, workloads, runs, facts, answers, recorded)
+                report(document)
+            if kernels:
+                recorded += _record(seated, [_shorten(workload, RECORDED_TOKENS) for workload in workloads])
+                document = make_document(variants, workloads, runs, facts, answers, recorded)
                 report(document)
     return document
 
@@ -135,6 +152,17 @@ class Seated:
         if self.top_k is not None:
             self.engine.call(switch_layers, self.top_k, self.variant.kept)
         return self.engine.call(describe_engine)
+
+
+def _record(seated: Sequence[Seated], workloads: Sequence[Workload]) -> Iterator[dict[str, Any]]:
+    for chair, workload in itertools.product(seated, workloads):
+        chair.take()
+        kernels = chair.engine.call(record_kernels, workload, 0)
+        yield {"variant": chair.variant.name, "workload": str(workload), **kernels}
+
+
+def _shorten(workload: Workload, output_length: int) -> Workload:
+    return replace(workload, output_length=min(workload.output_length, output_length))
 
 
 def _seat(engine: Engine, seat: Seat) -> Iterator[Seated]:
@@ -170,8 +198,12 @@ def make_document(
     runs: Sequence[Run],
     facts: Mapping[str, Mapping[str, Any]],
     answers: Mapping[str, list[list[int]]],
+    kernels: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The JSON object of what was measured so far; "answers" are greedy tokens: the same model, the same tokens."""
+    """The JSON object of what was measured so far; "answers" are greedy tokens: the same model, the same tokens.
+
+    kernels: what `kernels.combine` gives, with its variant and workload; left out if there are none.
+    """
     described = [
         {"name": v.name, "overrides": dict(v.overrides), "engine": _to_json(facts[v.name]), "answers": answers[v.name]}
         for v in variants
@@ -185,6 +217,7 @@ def make_document(
         "workloads": [str(workload) for workload in workloads],
         "runs": [asdict(run) for run in runs],
         "summary": [asdict(line) for line in summarise(runs, variants[0].name)],
+        **({"kernels": list(kernels)} if kernels else {}),
     }
 
 

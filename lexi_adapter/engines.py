@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lexi_adapter import vllm_live
+from lexi_adapter import kernels, vllm_live
 from lexi_adapter.allocation import KEY, AllocationError, to_document
 from lexi_adapter.variants import Variant
 from lexi_adapter.workloads import Workload, draw_prompts
@@ -209,6 +209,13 @@ def describe_engine(llm: Any) -> dict[str, Any]:
         "workers": len(workers),
         "vllm": vllm.__version__,
     }
+
+
+def record_kernels(llm: Any, workload: Workload, seed: int) -> dict[str, Any]:
+    """`kernels.combine` of what every worker records while the workload runs once."""
+    llm.collective_rpc(kernels.start_recording)
+    time_run(llm, workload, seed)
+    return kernels.combine(llm.collective_rpc(kernels.stop_recording))
 
 
 def watch_experts(llm: Any, dropped: Mapping[int, list[int]]) -> None:

@@ -12,6 +12,7 @@ one of b tokens for every further output token. So its seconds under an allocati
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from lexi_adapter.engines import (
     switch_layers,
     time_run,
 )
+from lexi_adapter.turns import measure_alone, start_beside
 from lexi_adapter.variants import RANDOM, Variant, draw_top_k
 from lexi_adapter.workloads import Workload
 
@@ -63,6 +65,7 @@ def measure(
     checks: int,
     engine: Mapping[str, Any],
     progress: Callable[[str], None],
+    locks: Sequence[str] = (),
 ) -> tuple[list[Step], list[Check], dict[str, Any]]:
     """Steps of every workload, `checks` random allocations run against what they predict, and what measured it.
 
@@ -77,10 +80,14 @@ def measure(
     budgets = range(len(model.moe_layers), len(model.moe_layers) * model.top_k + 1)
     drawn = [draw_top_k(model, budgets[(2 * i + 1) * len(budgets) // (2 * checks)], seed=i) for i in range(checks)]
     base = Variant("base", folder)
-    with start_engines([("base", make_options(base, workloads, **engine), {})]) as (running,):
+    with ExitStack() as stack:
+        with start_beside(locks):
+            wanted = [("base", make_options(base, workloads, **engine), {})]
+            (running,) = stack.enter_context(start_engines(wanted))
+            if engine["load_format"] == RANDOM:
+                running.call(draw_weights)
+        stack.enter_context(measure_alone(locks))
         facts = running.call(describe_engine)
-        if engine["load_format"] == RANDOM:
-            running.call(draw_weights)
         seconds = _time(running, [*states, *drawn], workloads, rounds, progress)
     steps = [step for workload in workloads for step in _divide(workload, seconds, len(states), len(model.moe_layers))]
     return steps, _compare(model, workloads, steps, seconds, len(states), drawn), facts

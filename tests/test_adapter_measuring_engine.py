@@ -155,6 +155,7 @@ def test_bench_end_to_end(folder, tmp_path):
     exported = str(export(allocation, folder, tmp_path / "exported"))
     output, figure = tmp_path / "bench.json", tmp_path / "bench.svg"
     arguments = ("--allocation", str(tmp_path / "allocation.json"), "--folder", exported, "--in-place", "--rounds", "2")
+    arguments += ("--kernels", "--lock", str(tmp_path / "card"))
     table = run("bench", str(folder), "--workload", "2x12x6", *arguments, "-o", str(output), "--plot", str(figure))
     document = json.loads(output.read_text())
     base, in_place, fresh = document["variants"]
@@ -165,6 +166,8 @@ def test_bench_end_to_end(folder, tmp_path):
     assert sorted((r["variant"], r["round"]) for r in document["runs"]) == sorted((n, t) for n in names for t in (0, 1))
     assert all(line["lowest"] <= line["median"] <= line["highest"] for line in document["summary"])
     assert document["made_by"]["command"].startswith("lexi-adapter bench ") and "base" in table
+    assert [(record["variant"], record["workload"]) for record in document["kernels"]] == [(n, "2x12x6") for n in names]
+    assert all(record["seconds"]["moe"] > 0 and record["busy"] <= record["span"] for record in document["kernels"])
     assert figure.read_bytes().startswith(b"<?xml")
 
 

@@ -1,17 +1,21 @@
-"""Throughput of the paper's six models with fewer active experts and with pruned ones: the README's serving table.
+"""Throughput of the paper's six models with fewer active experts and with pruned ones: the README's serving tables.
 
-    python examples/benchmarks/serving_models.py [--model NAME ...] [-o FOLDER] [-- --tensor-parallel-size 4 ...]
+    python examples/benchmarks/serving_models.py [--model NAME ...] [--gpus N] [-o FOLDER] [-- --kernels ...]
 
-Runs `lexi-adapter bench` on the shapes in `configs/` with random weights, one model after the other, each within
---limit seconds, and prints what all result files in FOLDER say as one table: tokens/s of the base, and the others'
-factors on it. All variants of a model are measured in one engine, in place, so that their runs are interleaved and the
-model has to fit only once; MiniCPM's k is compiled into its graph, so that each of its variants is started.
+Runs `lexi-adapter bench` on the shapes in `configs/` with random weights, up to --at-once models side by side, each
+within --limit seconds, and prints what all result files in FOLDER say as one table: tokens/s of the base, and the
+others' factors on it. Models are dealt to the host's cards, --tensor-parallel-size of them each, the DeepSeek models
+at most two, as in the paper; on one card nothing is measured while another model starts or is measured. All variants
+of a model are measured in one engine, in place, so that their runs are interleaved and the model has to fit only once;
+MiniCPM's k is compiled into its graph, so that each of its variants is started.
 """
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -20,6 +24,7 @@ SHAPES = Path(os.path.relpath(Path(__file__).parent / "configs"))  # as results 
 BENCH = [sys.executable, "-c", "from lexi_adapter.cli import main; main()", "bench"]
 SHARES = (0.75, 0.5)
 PRUNED = (0.25, 0.5)
+CARDS = (("deepseek-v2-lite", 2), ("deepseek-vl2-tiny", 2))
 OWN_CODE = {"deepseek-vl2-tiny", "minicpm-moe-8x2b"}  # configs with a configuration.py
 COMPILED_K = {"minicpm-moe-8x2b"}
 COLUMNS = (
@@ -28,14 +33,26 @@ COLUMNS = (
 )
 
 
-def make_command(name, output, *, workloads, rounds, together, others):
+def make_command(name, output, *, workloads, rounds, together, pruned, cards, locks, others):
     options = ["--load-format", "dummy", "--rounds", str(rounds), "-o", str(output), *others]
     options += [word for workload in workloads for word in ("--workload", workload)]
     options += [word for share in SHARES for word in ("--budget-share", str(share))]
-    options += [word for share in PRUNED for word in ("--drop-experts", str(share), "--narrow-experts", str(share))]
+    options += [word for share in pruned for word in ("--drop-experts", str(share), "--narrow-experts", str(share))]
     options += ["--together", str(together)] if name in COMPILED_K else ["--in-place"]
     options += ["--engine", json.dumps({"trust_remote_code": True})] if name in OWN_CODE else []
+    options += ["--tensor-parallel-size", str(len(cards))] if len(cards) > 1 else []
+    options += [word for card in cards for word in ("--lock", str(Path(locks) / card))]
     return [*BENCH, str(SHAPES / name), *options]
+
+
+def deal(names, there, most, fewer):
+    """The cards of each model, `most` or what `fewer` allows it, one model after the other around the host."""
+    first = 0
+    for name in names:
+        count = min(most, fewer.get(name, most))
+        first += -first % count  # pairs begin at even cards, and so on
+        yield name, [there[(first + i) % len(there)] for i in range(count)]
+        first += count
 
 
 def find_column(variant):
@@ -52,26 +69,43 @@ def make_table(documents):
         for workload in document["workloads"]:
             lines = [line for line in document["summary"] if line["workload"] == workload]
             factors = {find_column(line["variant"]): f"{line['speedup']:.2f}" for line in lines[1:]}
-            cells = [Path(document["model"]).name, workload, f"{lines[0]['median']:,.0f}"]
+            cards = document["variants"][0]["engine"]["workers"]
+            name = Path(document["model"]).name + (f", {cards} cards" if cards > 1 else "")
+            cells = [name, workload, f"{lines[0]['median']:,.0f}"]
             yield f"| {' | '.join([*cells, *(factors.get(column, '') for column in COLUMNS)])} |"
 
 
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--model", "names", multiple=True, help="[default: all in configs/]")
 @click.option("--workload", "workloads", multiple=True, default=("16x512x256", "16x1024x16"), show_default=True)
+@click.option("--pruned", multiple=True, type=float, default=PRUNED, show_default=True, help="Shares that are pruned.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--together", default=2, show_default=True, help="Engines on the card at once, where each is started.")
+@click.option("--together", default=2, show_default=True, help="Engines of one model at once, where each is started.")
+@click.option("--gpus", default=1, show_default=True, help="Cards of this host to deal the models to.")
+@click.option("--tensor-parallel-size", "most", default=1, show_default=True, help="Cards of one model, at most.")
+@click.option("--most-cards", "fewer", type=(str, int), multiple=True, default=CARDS, help="The same for one model.")
+@click.option("--at-once", default=1, show_default=True, help="Models at the same time; they have to fit together.")
 @click.option("--limit", default=3600, show_default=True, help="Seconds for one model.")
 @click.option("-o", "--output", "folder", default=".", help="Result files go here, serving_bench_NAME.json.")
 @click.argument("others", nargs=-1, type=click.UNPROCESSED)
-def main(names, workloads, rounds, together, limit, folder, others):
-    settings = {"workloads": workloads, "rounds": rounds, "together": together, "others": others}
-    for name in names or sorted(path.parent.name for path in SHAPES.glob("*/config.json")):
-        command = make_command(name, Path(folder) / f"serving_bench_{name}.json", **settings)
+def main(names, gpus, most, fewer, at_once, limit, folder, **settings):
+    names = names or sorted(path.parent.name for path in SHAPES.glob("*/config.json"))
+    there = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
+    if len(there) < most:
+        raise click.UsageError(f"--tensor-parallel-size {most} is more than the {len(there)} cards that there are")
+
+    def run(place, locks):
+        name, cards = place
+        output = Path(folder) / f"serving_bench_{name}.json"
+        command = make_command(name, output, cards=cards, locks=locks, **settings)
         try:
-            subprocess.run(command, timeout=limit, check=True)
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
+            subprocess.run(command, timeout=limit, check=True, env=environment)
         except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
             click.echo(f"{name}: {type(error).__name__}, going on with the next", err=True)
+
+    with tempfile.TemporaryDirectory() as locks, ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(lambda place: run(place, locks), deal(names, there, most, dict(fewer))))
     files = sorted(Path(folder).glob("serving_bench_*.json"))
     for line in make_table(json.loads(path.read_text()) for path in files):
         click.echo(line)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import read_allocation
-from lexi_adapter.commands.options import read_engine_options, takes_engine_options
+from lexi_adapter.commands.options import read_engine_options, takes_engine_options, takes_locks
 from lexi_adapter.console import print_table
 from lexi_adapter.files import check_writable, describe_call, write_atomically, write_json
 
@@ -59,8 +59,15 @@ from lexi_adapter.files import check_writable, describe_call, write_atomically, 
     help="Engines on the card at once; runs are interleaved among those.  [default: all]",
     show_default=False,
 )
+@click.option(
+    "--kernels",
+    is_flag=True,
+    show_default=False,
+    help="Record every variant's kernels too: time of communication beside that of MoE layers, attention and the rest.",
+)
 @click.option("--seed", default=0, help="Of the made-up k.")
 @takes_engine_options
+@takes_locks
 @click.option("-o", "--output", default="bench.json", help="The results, as JSON; written after every round.")
 @click.option("--plot", help="And as bars, like the paper's figure 2: a .png, .svg or .pdf.")
 def bench(
@@ -77,6 +84,8 @@ def bench(
     narrowed: Sequence[float],
     folders: Sequence[str],
     seed: int,
+    kernels: bool,
+    locks: Sequence[str],
     **engine: Any,
 ) -> None:
     """Throughput of MODEL, a folder, beside variants of it, in vLLM on this machine.
@@ -115,6 +124,8 @@ def bench(
         in_place=in_place,
         engine=read_engine_options(**engine),
         report=lambda document: write_json(output, {**document, "made_by": made_by}),
+        locks=locks,
+        kernels=kernels,
     )
     if plot:
         write_atomically(plot, draw_bench(document, file_format))

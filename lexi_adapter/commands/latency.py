@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lexi_adapter.commands.options import read_engine_options, takes_engine_options
+from lexi_adapter.commands.options import read_engine_options, takes_engine_options, takes_locks
 from lexi_adapter.console import print_table
 from lexi_adapter.files import check_writable, describe_call, write_json
 
@@ -25,8 +25,11 @@ from lexi_adapter.files import check_writable, describe_call, write_json
     "--checks", type=click.IntRange(0), default=0, help="Random allocations to run end to end against the prediction."
 )
 @takes_engine_options
+@takes_locks
 @click.option("-o", "--output", default="cost.json", help="The cost table, for lexi-search search --cost.")
-def latency(model: str, workloads: Sequence[str], rounds: int, checks: int, output: str, **engine: Any) -> None:
+def latency(
+    model: str, workloads: Sequence[str], rounds: int, checks: int, output: str, locks: Sequence[str], **engine: Any
+) -> None:
     """Time of MODEL's MoE layers at each k on this card, as the cost table that a search takes."""
     from lexi_adapter import latency as timing
     from lexi_adapter.reports import tabulate_checks, tabulate_latency
@@ -43,6 +46,7 @@ def latency(model: str, workloads: Sequence[str], rounds: int, checks: int, outp
         checks=checks,
         engine=read_engine_options(**engine),
         progress=lambda text: click.echo(text, err=True),
+        locks=locks,
     )
     write_json(output, timing.make_document(identity, steps, compared, facts, describe_call()))
     print_table(tabulate_latency(steps))

@@ -15,6 +15,13 @@ ENGINE_OPTIONS = (
     click.option("--enable-expert-parallel", is_flag=True, show_default=False),
     click.option("--engine", default="{}", metavar="JSON", help="Other arguments of vllm.LLM, as a JSON object."),
 )
+takes_locks = click.option(
+    "--lock",
+    "locks",
+    multiple=True,
+    metavar="FILE",
+    help="A card that runs share, as a file: none is measured while another starts or is measured; repeat it.",
+)
 
 
 def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:

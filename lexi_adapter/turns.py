@@ -1,0 +1,30 @@
+"""Turns of runs that share cards: engines start side by side, and none is measured while another starts or is measured.
+
+A file stands for a card, and is locked as flock(1) locks it, so that other programs can take part.
+"""
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+
+@contextmanager
+def start_beside(files: Sequence[str]) -> Iterator[None]:
+    """Inside, others may start on these cards, and nobody measures."""
+    with _lock(files, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def measure_alone(files: Sequence[str]) -> Iterator[None]:
+    """Inside, nobody else starts or measures on these cards."""
+    with _lock(files, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def _lock(files: Sequence[str], kind: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for path in sorted(set(files)):  # everybody in one order, so that no two wait for each other
+            fcntl.flock(stack.enter_context(open(path, "a")), kind)  # closing lets go
+        yield
