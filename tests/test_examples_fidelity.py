@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,12 @@ import gaps  # noqa: E402
 import judging  # noqa: E402
 import refining  # noqa: E402
 import routers  # noqa: E402
+import run  # noqa: E402
 import sections  # noqa: E402
 import tables  # noqa: E402
 import windows  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-from views import View  # noqa: E402
+from views import View, read_views  # noqa: E402
 
 from lexi_adapter.transformers_patch import apply  # noqa: E402
 from lexi_adapter.variants import allocate  # noqa: E402
@@ -45,6 +47,9 @@ def test_windows_to_measure_and_to_judge_on_share_no_token_and_domains_take_turn
     assert measure.take_domain("prose").tokens.min() >= 1000
     with pytest.raises(ValueError, match="code has room for 5 windows of 10 to measure on, not 6"):
         windows.cut(streams, measure=6, judge=1, length=10)
+    streams["prose"] = np.arange(40)
+    short = windows.find_short(streams, measure=5, judge=4, length=10)
+    assert short == {"prose": "prose has room for 2 windows of 10 to measure on, not 5"}
 
 
 def test_every_domain_counts_alike():
@@ -139,6 +144,36 @@ def test_brute_force_of_one_layer_is_the_judges_answer_for_it(loaded):
 def test_a_command_that_fails_is_left_out_in_its_own_words(tmp_path):
     with pytest.raises(tables.Failed, match="nowhere"):
         tables.make_profile("paper", tmp_path / "nowhere", tmp_path / "profiles" / "paper.json")
+
+
+def test_models_get_gpus_in_turn_and_cores_of_their_own():
+    slots = run.share_out(["2", "5"], range(10), 4)
+    assert [slot.gpu for slot in slots] == ["2", "5", "2", "5"]
+    assert [slot.cores for slot in slots] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert run.share_out([], range(2), 3) == [("", (0,)), ("", (1,)), ("", (0,))]
+
+
+def test_one_model_that_fails_stops_no_other(tmp_path, capsys):
+    job = run.Job(tmp_path, ("study",), seconds=1.0, until=math.inf, train_options=(), study_options=())
+    (tmp_path / "models" / "olmoe-45m-seed-0").mkdir(parents=True)
+    slots = run.share_out([], run.find_cores(), 2)
+    assert run.follow_all(job, ["olmoe-45m:0", "olmoe-45m:1"], slots) == ["olmoe-45m:0"]
+    assert "olmoe-45m-seed-0: study: failed with exit status 2" in (said := capsys.readouterr().err)
+    assert "held_out.npz" in said and "held_out.npz" in (tmp_path / "logs" / "olmoe-45m-seed-0.log").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_one_product_where_it_is_exact(dtype, monkeypatch):
+    assert judging.choose_experts("cpu", dtype) == "grouped_mm"
+    monkeypatch.setattr(judging.F, "grouped_mm", lambda rows, weights, offs: rows.round())
+    assert judging.choose_experts("cpu", torch.float32) == "eager"
+
+
+def test_results_of_several_models_are_one_report(tmp_path):
+    done = {"base": {}, "uniform": {}, "cells": {"oracle/increase": {}}}
+    for name, found in {"one": done, "two": done, "begun": {"base": {}}}.items():
+        (tmp_path / name).write_text(json.dumps({"models": {name: found}}))
+    assert [view.name for view in read_views(sorted(tmp_path.iterdir()))] == ["one", "two"]
 
 
 def test_the_report_counts_cells_of_the_default():

@@ -1,10 +1,11 @@
 """The pieces of the study of one model, in order; each is a function of the study so far and gives plain JSON."""
 
-import statistics
-import tempfile
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ EXPONENTS = (None, 0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
 EXPONENT = 0.5  # the one that every allocation is also judged with
 RANDOM = 150  # allocations
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # thousand tokens
-PRUNED = (0.25, 0.375, 0.5)  # share of experts dropped, or of every expert's width
+PRUNED = tuple(product(("experts", "width"), (0.25, 0.375, 0.5)))  # the share of them that is left out
 GENERATED = 32  # sequences that the model writes itself
 REFINED_WINDOWS = 5  # of each domain, that the search over whole allocations runs on
 TIMED_RUNS = 5
@@ -36,7 +37,10 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """One model under study. `found` holds the pieces that are done, as results.json does."""
+    """One model under study. `found` holds the pieces that are done, as results.json does.
+
+    `files` are what commands write meanwhile, profiles and pruned models, by name: waited for where they are needed.
+    """
 
     folder: Path
     loaded: Loaded
@@ -45,6 +49,7 @@ class Study:
     batch: int
     profiles: Path
     found: dict[str, Any]
+    files: Mapping[str, Future[Path]]
 
     @property
     def layers(self) -> int:
@@ -60,14 +65,23 @@ class Study:
 
     def find_profile(self, name: str) -> Path:
         """Where the profile of a command is, or will be."""
-        return self.profiles / self.folder.name / f"{name}.json"
+        return self.profiles / f"{name}.json"
 
     def shorten(self, error: Exception) -> str:
         """A message without the folders that the model happens to be in."""
         return str(error).replace(str(self.folder), self.folder.name)
 
+    def get(self, *names: str) -> Any:
+        """What earlier pieces found. Raises `Failed` where it is missing."""
+        found = self.found
+        for name in names:
+            if name not in found:
+                raise tables.Failed(f"{name} is missing")
+            found = found[name]
+        return found
+
     def read_table(self, name: str) -> np.ndarray:
-        return np.array(self.found["tables"][name])
+        return np.array(self.get("tables", name))
 
 
 def judge_base(study: Study) -> Result:
@@ -144,10 +158,27 @@ def generate_tables(study: Study) -> Result:
     return {f"generated/{kind}": round_table(table) for kind, table in found.items()}
 
 
+def start_commands(
+    pool: Executor, model: Path, profiles: Path, scratch: Path, *, until: float = math.inf
+) -> dict[str, Future[Path]]:
+    """Have commands write what the study needs of a model, by name: its profiles, and pruned models."""
+
+    def make(function: Callable[..., None], what: tuple[Any, ...], file: Path) -> Path:
+        function(*what, model, file, until=until)
+        return file
+
+    files = {
+        name: pool.submit(make, tables.make_profile, (name,), profiles / f"{name}.json") for name in tables.COMMANDS
+    }
+    for option, share in PRUNED:
+        name = f"{option} {share:g}"
+        files[name] = pool.submit(make, tables.make_pruned, (option, share), scratch / name)
+    return files
+
+
 def profile(study: Study, name: str) -> Result:
     """The tables of a profile that a command makes."""
-    file = study.find_profile(name)
-    tables.make_profile(name, study.folder, file)
+    file = study.files[name].result()
     return {f"{name}/{kind}": round_table(table) for kind, table in tables.read_tables(name, file)}
 
 
@@ -169,18 +200,18 @@ def judge_cells(study: Study, name: str) -> Result:
 def correlate(study: Study) -> Result:
     """Every table against the oracle's, of all the text and of each domain, and its sums against the real losses of the
     random allocations."""
-    truth, drawn = study.read_table("oracle/increase"), study.found["random"]
+    truth, drawn = study.read_table("oracle/increase"), study.get("random")
     real = np.array([row["increase"]["mean"] for row in drawn])
     sums = np.array([sum(row["top_k"]) for row in drawn])
     found = {}
-    for name in study.found["tables"]:
+    for name in study.get("tables"):
         table = study.read_table(name)
         predicted = np.array([tables.predict(table, row["top_k"]) for row in drawn])
         within = [tables.correlate(predicted[sums == budget], real[sums == budget]) for budget in sorted(set(sums))]
         known = [value for value in within if value is not None]
         domains = {
             domain: tables.compare(table, study.read_table(f"oracle/increase@{domain}"))["layers"]
-            for domain in study.found["base"]["domains"]
+            for domain in study.get("base")["domains"]
         }
         found[name] = {
             **tables.compare(table, truth),
@@ -194,9 +225,9 @@ def correlate(study: Study) -> Result:
 def compound(study: Study) -> list[Result]:
     """The sum of single-layer increases beside the real one: of uniform k, the oracle and random allocations."""
     table = study.read_table("oracle/increase")
-    uniform = [((k,) * study.layers, row) for k, row in enumerate(study.found["uniform"]["plain"], 1)]
-    oracle = [(cell["top_k"], cell["plain"]) for cell in study.found["cells"]["oracle/increase"].values()]
-    drawn = [(row["top_k"], row) for row in study.found["random"]]
+    uniform = [((k,) * study.layers, row) for k, row in enumerate(study.get("uniform")["plain"], 1)]
+    oracle = [(cell["top_k"], cell["plain"]) for cell in study.get("cells", "oracle/increase").values()]
+    drawn = [(row["top_k"], row) for row in study.get("random")]
     return [
         {"of": of, "budget": sum(top_k), "sum": tables.predict(table, top_k), "real": row["increase"]["mean"]}
         for of, rows in (("uniform", uniform[:-1]), ("oracle", oracle), ("random", drawn))
@@ -228,7 +259,8 @@ def refine_oracle(study: Study) -> Result:
 
 
 def time_forward(loaded: Loaded, tokens: torch.Tensor) -> float:
-    """Milliseconds of one pass over tokens [sequences, length] without the output layer, the median of some."""
+    """Milliseconds of one pass over tokens [sequences, length] without the output layer: the least, as others may run
+    beside it."""
     on_gpu = loaded.model.device.type == "cuda"
     tokens, times = tokens.to(loaded.model.device), []
     with torch.inference_mode():
@@ -238,7 +270,7 @@ def time_forward(loaded: Loaded, tokens: torch.Tensor) -> float:
             if on_gpu:
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def time_uniform(study: Study) -> Result:
@@ -246,7 +278,7 @@ def time_uniform(study: Study) -> Result:
     loaded = load_to_time(study, study.folder)
     identity = study.loaded.identity
     uniform = {f"uniform {k}": (k,) * study.layers for k in range(1, study.top_k + 1)}
-    oracle = {f"oracle {budget}": cell["top_k"] for budget, cell in study.found["cells"]["oracle/increase"].items()}
+    oracle = {f"oracle {budget}": cell["top_k"] for budget, cell in study.get("cells", "oracle/increase").items()}
     found = {}
     for name, top_k in (uniform | oracle).items():
         allocation = allocate(identity, dict(zip(identity.moe_layers, top_k, strict=True)))
@@ -262,22 +294,18 @@ def load_to_time(study: Study, folder: Path) -> Loaded:
 
 def judge_pruned(study: Study) -> Result:
     """What dropping experts, or narrowing them, loses, and the time a pruned model takes; a reason where it cannot."""
-    base, windows, found = study.found["base"]["cross_entropy"], study.judge.windows, {}
+    base, windows, found = study.get("base")["cross_entropy"], study.judge.windows, {}
     device = study.loaded.model.device.type
-    for option in ("experts", "width"):
-        for share in PRUNED:
-            with tempfile.TemporaryDirectory() as folder:
-                pruned = Path(folder) / "pruned"
-                words = ("prune", str(study.folder), f"--{option}", f"{100 * share:g}%", "-o", str(pruned))
-                try:
-                    tables.run(("lexi_search.cli", *words))
-                except tables.Failed as error:
-                    found[f"{option} {share:g}"] = {"left_out": study.shorten(error)}
-                    continue
-                losses = find_losses(load(pruned, device=device).model, windows.tokens, batch=study.batch)
-                increase = {name: float(loss) - base[name] for name, loss in windows.average(losses).items()}
-                ms = time_forward(load_to_time(study, pruned), study.measuring.tokens)
-                found[f"{option} {share:g}"] = {"increase": increase, "ms": ms}
+    for option, share in PRUNED:
+        name = f"{option} {share:g}"
+        try:
+            pruned = study.files[name].result()
+        except tables.Failed as error:
+            found[name] = {"left_out": study.shorten(error)}
+            continue
+        losses = find_losses(load(pruned, device=device).model, windows.tokens, batch=study.batch)
+        increase = {domain: float(loss) - base[domain] for domain, loss in windows.average(losses).items()}
+        found[name] = {"increase": increase, "ms": time_forward(load_to_time(study, pruned), study.measuring.tokens)}
     return found
 
 

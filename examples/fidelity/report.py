@@ -1,6 +1,6 @@
 """Tables, plots and conclusions of the fidelity study, every number from its results.
 
-python examples/fidelity/report.py results.json -o report
+python examples/fidelity/report.py results/*.json -o report
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def describe_exponent(views: Sequence[View]) -> str:
 
 
 def describe_compounding(views: Sequence[View]) -> str:
-    rows = [row for view in views for row in view.found["compounding"] if row["sum"] > 0]
+    rows = [row for view in views for row in view.found.get("compounding", ()) if row["sum"] > 0]
     ratios = {
         of: [row["real"] / row["sum"] for row in rows if row["of"] == of] for of in ("uniform", "oracle", "random")
     }
@@ -110,14 +110,15 @@ def write(views: Sequence[View], default: str) -> list[str]:
 
 
 @click.command()
-@click.argument("results", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("report"), show_default=True)
 @click.option("--default", default="weights/divergence", show_default=True, help="The table that is held to the floor.")
-def main(results: Path, output: Path, default: str) -> None:
-    """Write report.md and its plots to the folder OUTPUT."""
+def main(results: tuple[Path, ...], output: Path, default: str) -> None:
+    """Write report.md and its plots to the folder OUTPUT, from the files that study.py wrote for each model."""
     views = read_views(results)
     if not views:
-        raise click.UsageError(f"{results} holds no model with an oracle yet: let study.py finish one")
+        names = ", ".join(map(str, results))
+        raise click.UsageError(f"there is no model with an oracle yet in {names}: let study.py finish one")
     output.mkdir(parents=True, exist_ok=True)
     methods = dict.fromkeys(("oracle/increase", "calibrated/relative", default, "paper/frobenius", "paper/squared"))
     plot_losses(views, list(methods), output / FIGURES[0])

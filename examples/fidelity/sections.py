@@ -154,7 +154,7 @@ def tabulate_correlations(views: Sequence[View]) -> list[str]:
     domains = views[0].found["base"]["domains"]
     rows = []
     for view in views:
-        for name, found in view.found["correlations"].items():
+        for name, found in view.found.get("correlations", {}).items():
             if "@" not in name:
                 values = [found[key] for key in ("entries", "layers", "random", "random_at_a_budget")]
                 values += [found["domains"].get(domain) for domain in domains]
@@ -173,7 +173,9 @@ def tabulate_compounding(views: Sequence[View]) -> list[str]:
     for view in views:
         for of in ("uniform", "oracle", "random"):
             ratios = [
-                row["real"] / row["sum"] for row in view.found["compounding"] if row["of"] == of and row["sum"] > 0
+                row["real"] / row["sum"]
+                for row in view.found.get("compounding", ())
+                if row["of"] == of and row["sum"] > 0
             ]
             if ratios:
                 rows.append(
@@ -204,7 +206,7 @@ def tabulate_parts(views: Sequence[View], method: str, parts: Callable[[str], bo
                 average(view.increase(name, budget, domain=domain) for budget in view.budgets.values())
                 for domain in domains
             ]
-            ranks = view.found["correlations"].get(name, {})
+            ranks = view.found.get("correlations", {}).get(name, {})
             label = name.partition("@")[2] or "all"
             rows.append((view.name, label, *map(number, means), _short(ranks.get("layers"))))
     domains = [*views[0].found["base"]["domains"], "mean"]

@@ -1,6 +1,6 @@
-"""The fidelity study: what allocations from each kind of profile really lose, on each of several trained models.
+"""The fidelity study of one model: what allocations from each kind of profile really lose.
 
-    python examples/fidelity/study.py MODEL_DIR... -o results.json
+    python examples/fidelity/study.py MODEL_DIR -o results.json
 
 A model folder is a checkpoint with its held-out tokens, as `examples/train_small_moe/train.py` leaves one, or any other
 beside `--tokens`. The file is written again after every piece, and a second run goes on where the first one ended. What
@@ -13,8 +13,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # searches are small, and the GPU's memory 
 
 import json  # noqa: E402
 import platform  # noqa: E402
+import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from datetime import date  # noqa: E402
 from functools import partial  # noqa: E402
 from importlib.metadata import version  # noqa: E402
@@ -27,8 +29,9 @@ import torch  # noqa: E402
 from judging import Judge, load  # noqa: E402
 from pieces import Study  # noqa: E402
 from tables import COMMANDS, Failed  # noqa: E402
-from windows import cut, read_streams  # noqa: E402
+from windows import cut, find_short, read_streams  # noqa: E402
 
+import lexi_search  # noqa: E402
 from lexi_adapter.allocation import AllocationError  # noqa: E402
 from lexi_adapter.files import write_json  # noqa: E402
 
@@ -49,36 +52,47 @@ class Piece(NamedTuple):
 
 
 def plan(study: Study) -> Iterator[Piece]:
-    """The pieces in order; those that depend on earlier ones are known only when these are done."""
+    """The pieces in order; those that depend on earlier ones are known only when these are done.
+
+    What waits for a command comes late.
+    """
     yield Piece("base", pieces.judge_base, ("base",))
     yield Piece("uniform", pieces.judge_uniform, ("uniform",))
     yield Piece("random", pieces.judge_random, ("random",))
     yield Piece("measured", pieces.measure_tables, (TABLES,), merge=True)
     yield Piece("generated", pieces.generate_tables, (TABLES,), merge=True)
+    yield from plan_cells(study)
+    yield Piece("refined", pieces.refine_oracle, ("refined",))
     for name in COMMANDS:
         yield Piece(f"profile {name}", partial(pieces.profile, name=name), (TABLES,), merge=True)
-    for name in study.found.get(TABLES, {}):
-        if "@" not in name or name.startswith(JUDGED_PARTS):
-            yield Piece(f"cells {name}", partial(pieces.judge_cells, name=name), (CELLS, name))
+    yield from plan_cells(study)
     yield Piece("correlations", pieces.correlate, ("correlations",), always=True)
     yield Piece("compounding", pieces.compound, ("compounding",), always=True)
-    yield Piece("refined", pieces.refine_oracle, ("refined",))
     yield Piece("times", pieces.time_uniform, ("times",))
     yield Piece("pruned", pieces.judge_pruned, ("pruned",))
 
 
+def plan_cells(study: Study) -> Iterator[Piece]:
+    """Every table that there is so far, judged."""
+    for name in list(study.found.get(TABLES, {})):
+        if "@" not in name or name.startswith(JUDGED_PARTS):
+            yield Piece(f"cells {name}", partial(pieces.judge_cells, name=name), (CELLS, name))
+
+
 def run(study: Study, save: Callable[[], None], until: float) -> bool:
-    """Make what is missing, saving after each piece; False if time ran out."""
+    """Make what is missing, saving after each piece; False if time ran out. What fails is left out by name."""
+    finished = True
     seconds, skipped = (study.found.setdefault(name, {}) for name in ("seconds", "skipped"))
     for piece in plan(study):
         if piece.name in seconds and not piece.always:
             continue
-        if time.monotonic() > until:
-            return False
+        if time.monotonic() > until and not piece.always:
+            finished = False
+            continue
         started = time.monotonic()
         try:
             result = piece.make(study)
-        except Failed as error:
+        except (Failed, AllocationError, RuntimeError) as error:  # PyTorch's own are RuntimeError
             skipped[piece.name] = study.shorten(error)
             click.echo(f"  {piece.name}: left out: {skipped[piece.name]}")
         else:
@@ -91,7 +105,7 @@ def run(study: Study, save: Callable[[], None], until: float) -> bool:
             seconds[piece.name] = round(time.monotonic() - started, 3)
             click.echo(f"  {piece.name}: {seconds[piece.name]:.1f} s")
         save()
-    return True
+    return finished
 
 
 def read_results(output: Path) -> dict[str, Any]:
@@ -110,15 +124,17 @@ def describe_run(device: str, dtype: str) -> dict[str, str]:
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "dtype": dtype,
-        **{name: version(name) for name in ("torch", "transformers", "jax", "numpy", "lexi-moe")},
+        **{name: version(name) for name in ("torch", "transformers", "jax", "numpy")},
+        "lexi-moe": lexi_search.__version__,
     }
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("results.json"), show_default=True)
 @click.option("--tokens", type=click.Path(path_type=Path, exists=True), help="Held-out tokens, if not in the folder.")
-@click.option("--profiles", type=click.Path(path_type=Path), help="Folder for profiles.  [default: beside OUTPUT]")
+@click.option("--profiles", type=click.Path(path_type=Path), help="Its profiles.  [default: profiles/, beside OUTPUT]")
+@click.option("--jobs", default=4, show_default=True, help="Commands that make profiles and pruned models at a time.")
 @click.option("--measure", default=42, show_default=True, help="Windows of each domain to measure on.")
 @click.option("--judge", default=10, show_default=True, help="Windows of each domain to judge on.")
 @click.option("--length", default=512, show_default=True, help="Tokens of a window.")
@@ -127,10 +143,11 @@ def describe_run(device: str, dtype: str) -> dict[str, str]:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there, or cpu")
 @click.option("--minutes", default=1e6, show_default="no limit", help="Start no piece after so long.")
 def main(
-    models: tuple[Path, ...],
+    model: Path,
     output: Path,
     tokens: Path | None,
     profiles: Path | None,
+    jobs: int,
     measure: int,
     judge: int,
     length: int,
@@ -139,28 +156,36 @@ def main(
     device: str,
     minutes: float,
 ) -> None:
-    """Study each of MODELS and write what was found to OUTPUT."""
+    """Study MODEL and write what was found to OUTPUT."""
     until = time.monotonic() + 60 * minutes
-    results = read_results(output)
-    save = partial(write_json, output, results)
-    for folder in models:
-        folder = folder.resolve()
-        click.echo(folder.name)
-        file = tokens or folder / "held_out.npz"
-        if not file.is_file():
-            raise click.UsageError(f"{folder} holds no held_out.npz: name held-out tokens with --tokens")
+    results, folder = read_results(output), model.resolve()
+    file = tokens or folder / "held_out.npz"
+    if not file.is_file():
+        raise click.UsageError(f"{folder} holds no held_out.npz: name held-out tokens with --tokens")
+    place = profiles or output.absolute().parent / "profiles" / folder.name
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    found = results["models"].setdefault(folder.name, {})
+    found["made_by"] = describe_run(device, dtype)
+    counts = {"measure": measure, "judge": judge, "length": length}
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
+        files = pieces.start_commands(pool, folder, place, Path(scratch), until=until)
         try:
-            measuring, judging = cut(read_streams(file), measure=measure, judge=judge, length=length)
+            streams = read_streams(file)
+            short = find_short(streams, **counts)
+            left = {domain: stream for domain, stream in streams.items() if domain not in short}
+            if not left:
+                raise ValueError("; ".join(short.values()))
+            measuring, judging = cut(left, **counts)
+            found.setdefault("skipped", {}).update({f"domain {domain}": why for domain, why in short.items()})
             loaded = load(folder, device=device, dtype=getattr(torch, dtype))
-            found = results["models"].setdefault(folder.name, {})
-            found["made_by"] = describe_run(device, dtype)
-            place = profiles or output.absolute().parent / "profiles"
-            study = Study(folder, loaded, measuring, Judge(loaded, judging, batch=batch), batch, place, found)
-            if not run(study, save, until):
-                click.echo("time is up; the same command goes on from here")
-                return
+            judged = Judge(loaded, judging, batch=batch)
+            study = Study(folder, loaded, measuring, judged, batch, place, found, files)
+            finished = run(study, partial(write_json, output, results), until)
         except (AllocationError, ValueError) as error:
             raise click.UsageError(f"{folder}: {error}") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    click.echo(f"{folder.name} is done" if finished else "time is up; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,8 @@ class Command(NamedTuple):
     kinds: tuple[str, ...]
 
 
+LONGEST = 1e6  # seconds that are waited for a command; the system's own limit is not far above
+PRUNE = ("lexi_search.cli", "prune")
 PROFILE = ("lexi_search.cli", "profile", "{model}", "-o", "{output}")
 # {model} and {output} are filled in. The kinds that a profile does not hold are left out.
 COMMANDS: Mapping[str, Command] = {
@@ -79,18 +82,30 @@ def tabulate(measured: Measured, windows: Windows) -> dict[str, np.ndarray]:
     return {kind: np.pad(table.clip(0), ((0, 0), (0, 1))) for kind, table in kinds.items()}
 
 
-def make_profile(name: str, model: Path, output: Path) -> None:
+def make_profile(name: str, model: Path, output: Path, *, until: float = math.inf) -> None:
     """Have a command of `COMMANDS` write its profile, unless it is there. Raises `Failed`."""
     if not output.is_file():
         output.parent.mkdir(parents=True, exist_ok=True)
-        run([word.format(model=model, output=output) for word in COMMANDS[name].words])
+        run([word.format(model=model, output=output) for word in COMMANDS[name].words], until=until)
 
 
-def run(words: Sequence[str]) -> None:
-    """Run the `main` of a module with arguments; `Failed` with its own last line if it fails."""
+def make_pruned(option: str, share: float, model: Path, output: Path, *, until: float = math.inf) -> None:
+    """Have `lexi-search prune` leave out a share of the experts or of their width. Raises `Failed`."""
+    run((*PRUNE, str(model), f"--{option}", f"{100 * share:g}%", "-o", str(output)), until=until)
+
+
+def run(words: Sequence[str], *, until: float = math.inf) -> None:
+    """Run the `main` of a module with arguments, until a time on the monotonic clock at most; it gives way to others.
+
+    `Failed` with its own last line if it fails.
+    """
     module, *arguments = words
-    program = f"from {module} import main; main()"
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    program = f"import os; os.nice(5); from {module} import main; main()"
+    left = max(0.0, min(until - time.monotonic(), LONGEST))
+    try:
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        raise Failed("no time was left for it; the next run goes on") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
         raise Failed(lines[-1])

@@ -1,7 +1,7 @@
-"""What results.json says, read in the terms of the report. Nothing is computed here but differences and means."""
+"""What the results say, read in the terms of the report. Nothing is computed here but differences and means."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,14 @@ class View:
         return -find_gain(self.uniform(budget), self.increase(method, budget))
 
 
-def read_views(file: Path) -> list[View]:
-    """The models that were judged."""
-    models = json.loads(file.read_text())["models"]
-    return [View(name, found) for name, found in models.items() if ORACLE in found.get("cells", {})]
+def read_views(files: Iterable[Path]) -> list[View]:
+    """The models that were judged; one that is in several files as in the last of them."""
+    models = {name: found for file in files for name, found in json.loads(file.read_text())["models"].items()}
+    return [
+        View(name, found)
+        for name, found in models.items()
+        if {"base", "uniform"} <= found.keys() and ORACLE in found.get("cells", {})
+    ]
 
 
 def list_cells(views: list[View]) -> Iterator[tuple[View, int]]:

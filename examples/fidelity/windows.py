@@ -50,6 +50,17 @@ def cut(streams: Mapping[str, np.ndarray], *, measure: int, judge: int, length: 
     return halves[0], halves[1]
 
 
+def find_short(streams: Mapping[str, np.ndarray], *, measure: int, judge: int, length: int) -> dict[str, str]:
+    """The domains that `cut` would refuse, each with the reason."""
+    reasons = {}
+    for domain, stream in streams.items():
+        try:
+            cut({domain: stream}, measure=measure, judge=judge, length=length)
+        except ValueError as error:
+            reasons[domain] = str(error)
+    return reasons
+
+
 def read_streams(file: Path) -> dict[str, np.ndarray]:
     """Domain -> token ids [tokens]."""
     with np.load(file) as held:

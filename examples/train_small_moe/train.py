@@ -221,7 +221,7 @@ def main(
         raise InputError(f"{len(stream)} training tokens are fewer than --length {shape.length}: give more text")
     held_out = {domain: torch.from_numpy(tokens.astype(np.int32)) for domain, tokens in held.held_out.items()}
     spread = partial(spread_windows, sequences=HELD_OUT_SEQUENCES, length=shape.length)
-    windows = {domain: spread(tokens) for domain, tokens in held_out.items()}
+    windows = {domain: spread(tokens) for domain, tokens in held_out.items() if len(tokens) >= shape.length}
 
     torch.manual_seed(seed)
     # Experts as one grouped matrix product, whose fast path on a GPU is bfloat16's.
@@ -234,10 +234,7 @@ def main(
     curve = train(model, stream.to(device), batch=batch, length=shape.length, peak=peak, seed=seed, **limit)
     last = curve[-1]
     tokens = last["step"] * batch * shape.length
-    click.echo(f"{last['step']} steps, {tokens / 1e6:.1f} M tokens, {tokens / last['seconds'] / 1e3:.0f} k tokens/s")
     losses = {domain: held_out_loss(model, each) for domain, each in windows.items()}
-    for domain, loss in losses.items():
-        click.echo(f"held-out loss of {domain}: {loss:.4f} nats per token")
     log = {
         "preset": preset,
         "family": family,
@@ -255,6 +252,9 @@ def main(
         "curve": curve,
     }
     save(output, model, held.tokenizer, held.held_out, log)
+    told = ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
+    speed = f"{tokens / 1e6:.1f} M tokens, {tokens / last['seconds'] / 1e3:.0f} k tokens/s"
+    click.echo(f"{last['step']} steps, {speed}; held-out loss, nats per token: {told}")
 
 
 if __name__ == "__main__":
