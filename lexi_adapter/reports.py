@@ -99,6 +99,26 @@ def tabulate_checks(checks: Sequence[Check]) -> Table:
     return table
 
 
+def tabulate_kernels(document: Mapping[str, Any]) -> Table:
+    """One row a variant and workload: milliseconds of a card's kernels by kind, as `kernels.combine` gives them.
+
+    "transfer" is communication without the waiting for peers, "exposed" the communication beside which nothing ran.
+    """
+    kinds = list(document["kernels"][0]["seconds"])
+    table = Table(title="milliseconds of kernels on one card", title_justify="left")
+    for name in ("variant", "workload"):
+        table.add_column(name)
+    for name in (*kinds, "transfer", "exposed", "busy"):
+        table.add_column(name, justify="right")
+    for record in document["kernels"]:
+        values = [record["seconds"][kind] for kind in kinds]
+        values += [record["transfer"], record["exposed_communication"], record["busy"]]
+        table.add_row(
+            record["variant"], record["workload"], *("" if value is None else f"{1e3 * value:.2f}" for value in values)
+        )
+    return table
+
+
 def tabulate_loads(loads: Mapping[str, Mapping[int, Load]]) -> Table:
     """One row a variant and layer."""
     table = Table(title="tokens per expert", title_justify="left")

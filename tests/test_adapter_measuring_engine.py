@@ -166,6 +166,7 @@ def test_bench_end_to_end(folder, tmp_path):
     assert sorted((r["variant"], r["round"]) for r in document["runs"]) == sorted((n, t) for n in names for t in (0, 1))
     assert all(line["lowest"] <= line["median"] <= line["highest"] for line in document["summary"])
     assert document["made_by"]["command"].startswith("lexi-adapter bench ") and "base" in table
+    assert "milliseconds of kernels" in table
     assert [(record["variant"], record["workload"]) for record in document["kernels"]] == [(n, "2x12x6") for n in names]
     assert all(record["seconds"]["moe"] > 0 and record["busy"] <= record["span"] for record in document["kernels"])
     assert figure.read_bytes().startswith(b"<?xml")

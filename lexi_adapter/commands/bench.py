@@ -94,7 +94,7 @@ def bench(
     """
     from lexi_adapter import benchmark
     from lexi_adapter import workloads as known
-    from lexi_adapter.reports import draw_bench, find_format, tabulate_bench
+    from lexi_adapter.reports import draw_bench, find_format, tabulate_bench, tabulate_kernels
     from lexi_adapter.variants import make_variants
 
     for path in (output, plot) if plot else (output,):
@@ -130,3 +130,5 @@ def bench(
     if plot:
         write_atomically(plot, draw_bench(document, file_format))
     print_table(tabulate_bench(document))
+    if kernels:
+        print_table(tabulate_kernels(document))
