@@ -153,6 +153,16 @@ def test_models_get_gpus_in_turn_and_cores_of_their_own():
     assert run.share_out([], range(2), 3) == [("", (0,)), ("", (1,)), ("", (0,))]
 
 
+def test_gpus_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert run.find_gpus(None) == ["3", "GPU-5"] and run.find_gpus(1) == ["3"] and run.find_gpus(0) == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert run.find_gpus(None) == ["0", "1"]
+    with pytest.raises(run.click.UsageError, match="there are 2"):
+        run.find_gpus(3)
+
+
 def test_one_model_that_fails_stops_no_other(tmp_path, capsys):
     job = run.Job(tmp_path, ("study",), seconds=1.0, until=math.inf, train_options=(), study_options=())
     (tmp_path / "models" / "olmoe-45m-seed-0").mkdir(parents=True)

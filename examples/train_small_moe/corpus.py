@@ -2,16 +2,18 @@
 
 import hashlib
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import torch
+import numpy as np
 from sources import EXCLUDED_FOLDERS
 from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".py", ".rst", ".md")
 HELD_OUT_ONE_IN = 50
+ENCODED_AT_ONCE = 4096  # texts; an encoding takes far more memory than its ids
 
 
 class InputError(click.ClickException):
@@ -57,8 +59,11 @@ def read_texts(folders: tuple[Path, ...]) -> tuple[list[str], list[str]]:
     return training, held_out
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
-    """All texts as one stream of token ids, int32 [tokens], each text ending with END_OF_TEXT."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """All texts as one stream of token ids, uint16 [tokens], each text ending with END_OF_TEXT."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    return torch.cat([torch.tensor([*encoding.ids, end], dtype=torch.int32) for encoding in encodings])
+    streams = []
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        encodings = tokenizer.encode_batch_fast(list(texts[start : start + ENCODED_AT_ONCE]), add_special_tokens=False)
+        streams += [np.array([*encoding.ids, end], np.uint16) for encoding in encodings]
+    return np.concatenate(streams)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from corpus import END_OF_TEXT, HELD_OUT_ONE_IN, InputError, standard_library
+from corpus import END_OF_TEXT, HELD_OUT_ONE_IN, InputError, encode, standard_library
 from sources import find_files, read_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -47,7 +47,8 @@ def find_folders() -> tuple[Path, ...]:
     paths = sysconfig.get_paths()
     system = sorted(Path("/usr/lib").glob("python3*"))
     folders = [standard_library(), Path(paths["purelib"]), Path(paths["platlib"]), *system]
-    folders += [Path("/usr/local/lib/python3/dist-packages"), Path("/usr/share/doc"), Path("/usr/share/man")]
+    folders += [folder / "dist-packages" for folder in (*system, *Path("/usr/local/lib").glob("python3*"))]
+    folders += [Path("/usr/share/doc"), Path("/usr/share/man")]
     return tuple(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
 
 
@@ -84,13 +85,6 @@ def train_tokenizer(texts: Sequence[str], *, vocab: int) -> Tokenizer:
     if tokenizer.get_vocab_size() != vocab:
         raise InputError(f"the text gives {tokenizer.get_vocab_size()} tokens, not {vocab}: give more text or --vocab")
     return tokenizer
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """All texts as one stream of token ids, uint16 [tokens], each text ending with END_OF_TEXT."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return np.concatenate([np.array([*encoding.ids, end], np.uint16) for encoding in encodings])
 
 
 def make_corpus(folders: Sequence[Path], *, vocab: int, most: int) -> Corpus:

@@ -68,7 +68,7 @@ def main(checkpoint: Path, text: tuple[Path, ...], sequences: int, length: int |
     if bad := [k for k in top_ks if k > config.num_experts_per_tok]:
         raise InputError(f"top-k {bad[0]} is above the model's own {config.num_experts_per_tok}")
     _, held_out = read_texts(text or (standard_library(),))
-    stream = encode(AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer, held_out)
+    stream = torch.from_numpy(encode(AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer, held_out).astype(int))
     windows = spread_windows(stream, sequences=sequences, length=length or config.max_position_embeddings)
 
     click.echo(f"{len(held_out)} held-out files, {len(stream)} tokens; {windows.numel()} tokens evaluated")

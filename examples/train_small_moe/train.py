@@ -15,10 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
-import corpus as plain
 import numpy as np
 import torch
-from corpus import END_OF_TEXT, InputError, read_texts, standard_library
+from corpus import END_OF_TEXT, InputError, encode, read_texts, standard_library
 from domains import Corpus, read_corpus, train_tokenizer
 from evaluate import held_out_loss, next_token_loss, spread_windows
 from families import AUX_LOSS_COEFFICIENT, FAMILIES, PRESETS, Preset, Shape, build_config
@@ -137,7 +136,7 @@ def read_plain(folders: tuple[Path, ...], *, vocab: int) -> Corpus:
     """A corpus of one domain, `text`, from folders of files, with a tokenizer of its own."""
     training, held_out = read_texts(folders)
     tokenizer = train_tokenizer(training, vocab=vocab)
-    streams = [{"text": plain.encode(tokenizer, texts).numpy().astype(np.uint16)} for texts in (training, held_out)]
+    streams = [{"text": encode(tokenizer, texts)} for texts in (training, held_out)]
     counts = {"text": {"files": len(training) + len(held_out), "characters": sum(map(len, training + held_out))}}
     return Corpus(tokenizer, *streams, counts=counts)
 
