@@ -48,8 +48,11 @@ def test_windows_to_measure_and_to_judge_on_share_no_token_and_domains_take_turn
     with pytest.raises(ValueError, match="code has room for 5 windows of 10 to measure on, not 6"):
         windows.cut(streams, measure=6, judge=1, length=10)
     streams["prose"] = np.arange(40)
-    short = windows.find_short(streams, measure=5, judge=4, length=10)
-    assert short == {"prose": "prose has room for 2 windows of 10 to measure on, not 5"}
+    assert windows.cut_what_fits(streams, measure=5, judge=4, length=10)[2] == {
+        "prose": "prose has room for 2 windows of 10 to measure on, not 5"
+    }
+    with pytest.raises(ValueError, match="code has room .* prose has room"):
+        windows.cut_what_fits(streams, measure=6, judge=1, length=10)
 
 
 def test_every_domain_counts_alike():

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from judging import Judge, load  # noqa: E402
 from pieces import Study  # noqa: E402
 from tables import COMMANDS, Failed  # noqa: E402
-from windows import cut, find_short, read_streams  # noqa: E402
+from windows import cut_what_fits, read_streams  # noqa: E402
 
 import lexi_search  # noqa: E402
 from lexi_adapter.allocation import AllocationError  # noqa: E402
@@ -166,16 +166,10 @@ def main(
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     found = results["models"].setdefault(folder.name, {})
     found["made_by"] = describe_run(device, dtype)
-    counts = {"measure": measure, "judge": judge, "length": length}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
         files = pieces.start_commands(pool, folder, place, Path(scratch), until=until)
         try:
-            streams = read_streams(file)
-            short = find_short(streams, **counts)
-            left = {domain: stream for domain, stream in streams.items() if domain not in short}
-            if not left:
-                raise ValueError("; ".join(short.values()))
-            measuring, judging = cut(left, **counts)
+            measuring, judging, short = cut_what_fits(read_streams(file), measure=measure, judge=judge, length=length)
             found.setdefault("skipped", {}).update({f"domain {domain}": why for domain, why in short.items()})
             loaded = load(folder, device=device, dtype=getattr(torch, dtype))
             judged = Judge(loaded, judging, batch=batch)

@@ -50,15 +50,19 @@ def cut(streams: Mapping[str, np.ndarray], *, measure: int, judge: int, length: 
     return halves[0], halves[1]
 
 
-def find_short(streams: Mapping[str, np.ndarray], *, measure: int, judge: int, length: int) -> dict[str, str]:
-    """The domains that `cut` would refuse, each with the reason."""
-    reasons = {}
+def cut_what_fits(
+    streams: Mapping[str, np.ndarray], *, measure: int, judge: int, length: int
+) -> tuple[Windows, Windows, dict[str, str]]:
+    """As `cut`, without the domains that it would refuse, and these with the reason. ValueError if none is left."""
+    counts, short = {"measure": measure, "judge": judge, "length": length}, {}
     for domain, stream in streams.items():
         try:
-            cut({domain: stream}, measure=measure, judge=judge, length=length)
+            cut({domain: stream}, **counts)
         except ValueError as error:
-            reasons[domain] = str(error)
-    return reasons
+            short[domain] = str(error)
+    if len(short) == len(streams):
+        raise ValueError("; ".join(short.values()) or "there are no held-out tokens")
+    return *cut({domain: stream for domain, stream in streams.items() if domain not in short}, **counts), short
 
 
 def read_streams(file: Path) -> dict[str, np.ndarray]:
