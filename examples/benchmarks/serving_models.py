@@ -12,6 +12,7 @@ MiniCPM's k is compiled into its graph, so that each of its variants is started.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,11 +99,15 @@ def main(names, gpus, most, fewer, at_once, limit, folder, **settings):
         name, cards = place
         output = Path(folder) / f"serving_bench_{name}.json"
         command = make_command(name, output, cards=cards, locks=locks, **settings)
-        try:
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
-            subprocess.run(command, timeout=limit, check=True, env=environment)
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            click.echo(f"{name}: {type(error).__name__}, going on with the next", err=True)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
+        with subprocess.Popen(command, env=environment, start_new_session=True) as bench:
+            try:
+                outcome = f"exit status {bench.wait(limit)}"
+            except subprocess.TimeoutExpired:
+                os.killpg(bench.pid, signal.SIGKILL)  # the engines' processes too, which hold the card's memory
+                outcome = f"not done after {limit} s"
+        if bench.returncode:
+            click.echo(f"{name}: {outcome}, going on with the next", err=True)
 
     with tempfile.TemporaryDirectory() as locks, ThreadPoolExecutor(at_once) as pool:
         list(pool.map(lambda place: run(place, locks), deal(names, there, most, dict(fewer))))
