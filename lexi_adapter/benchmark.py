@@ -7,7 +7,8 @@ so that what drifts meets all of them alike.
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -36,7 +37,7 @@ RECORDED_TOKENS = 32  # output tokens of a run whose kernels are recorded, at mo
 
 @dataclass(frozen=True)
 class Run:
-    """One measured run: `seconds` of `workload` under `variant`."""
+    """One measured run: `seconds` of `workload` under `variant`; a round has as many as it takes."""
 
     variant: str
     workload: str
@@ -90,6 +91,7 @@ def measure(
     report: Callable[[Mapping[str, Any]], None],
     locks: Sequence[str] = (),
     kernels: bool = False,
+    seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Measure, and give `report` the document after every round; returns the last one.
 
@@ -97,6 +99,7 @@ def measure(
         together: engines on the card at once; None for all of them.
         engine: arguments of `make_options`.
         locks: files of `turns`, for runs that share cards.
+        seconds: a round repeats a short workload, with other tokens, until so long has been measured.
         kernels: after the rounds, record every variant's kernels at every workload, by kind.
 
     Raises:
@@ -128,8 +131,11 @@ def measure(
             for turn in range(rounds):
                 for workload, chair in itertools.product(workloads, seated):
                     chair.take()
-                    seconds = chair.engine.call(time_run, workload, 1 + turn)
-                    runs.append(Run(chair.variant.name, str(workload), turn, seconds))
+                    seeds = range(1 + turn, sys.maxsize, rounds)  # of the tokens; the same for every variant
+                    runs += [
+                        Run(chair.variant.name, str(workload), turn, taken)
+                        for taken in chair.repeat(workload, seeds, seconds)
+                    ]
                 document = make_document(variants, workloads, runs, facts, answers, recorded)
                 report(document)
             if kernels:
@@ -152,6 +158,14 @@ class Seated:
         if self.top_k is not None:
             self.engine.call(switch_layers, self.top_k, self.variant.kept)
         return self.engine.call(describe_engine)
+
+    def repeat(self, workload: Workload, seeds: Iterable[int], seconds: float) -> Iterator[float]:
+        """Seconds of runs of a workload, at least one, until they are `seconds` together."""
+        spent = 0.0
+        for seed in seeds:
+            yield (taken := self.engine.call(time_run, workload, seed))
+            if (spent := spent + taken) >= seconds:
+                return
 
 
 def _record(seated: Sequence[Seated], workloads: Sequence[Workload]) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,7 @@ from lexi_adapter.variants import RANDOM, Variant, draw_top_k
 from lexi_adapter.workloads import Workload
 
 FORMAT, VERSION = "lexi-cost", 1
+FIRST_STEPS = 3  # runs of the prompts alone, which take little time and vary more than whole runs do
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,12 @@ def _time(
     for turn, (index, state) in itertools.product(range(rounds + 1), enumerate(states)):
         engine.call(switch_layers, state)
         for workload in workloads:
-            first = engine.call(time_run, replace(workload, output_length=1), turn)
+            first = [engine.call(time_run, replace(workload, output_length=1), turn + i) for i in range(FIRST_STEPS)]
             if turn == 0:  # unmeasured: kernels compile on their first call
                 engine.call(time_run, replace(workload, output_length=2), turn)
                 continue
-            found.setdefault((index, workload), []).append((first, engine.call(time_run, workload, turn)))
+            last = engine.call(time_run, workload, turn)
+            found.setdefault((index, workload), []).append((statistics.median(first), last))
         progress(f"round {turn} of {rounds}, state {index + 1} of {len(states)}")
     return {
         key: (statistics.median(first for first, _ in pairs), statistics.median(last for _, last in pairs))

@@ -155,6 +155,7 @@ def test_bench_end_to_end(folder, tmp_path):
     exported = str(export(allocation, folder, tmp_path / "exported"))
     output, figure = tmp_path / "bench.json", tmp_path / "bench.svg"
     arguments = ("--allocation", str(tmp_path / "allocation.json"), "--folder", exported, "--in-place", "--rounds", "2")
+    arguments += ("--seconds", "0.05")
     arguments += ("--kernels", "--lock", str(tmp_path / "card"))
     table = run("bench", str(folder), "--workload", "2x12x6", *arguments, "-o", str(output), "--plot", str(figure))
     document = json.loads(output.read_text())
@@ -163,7 +164,11 @@ def test_bench_end_to_end(folder, tmp_path):
     assert in_place["answers"] == fresh["answers"] != base["answers"]
     names = [variant["name"] for variant in document["variants"]]
     assert names == ["base", str(tmp_path / "allocation.json"), exported]
-    assert sorted((r["variant"], r["round"]) for r in document["runs"]) == sorted((n, t) for n in names for t in (0, 1))
+    spent = dict.fromkeys(((name, turn) for name in names for turn in (0, 1)), 0.0)
+    for one in document["runs"]:
+        assert spent[one["variant"], one["round"]] < 0.05
+        spent[one["variant"], one["round"]] += one["seconds"]
+    assert all(seconds >= 0.05 for seconds in spent.values())
     assert all(line["lowest"] <= line["median"] <= line["highest"] for line in document["summary"])
     assert document["made_by"]["command"].startswith("lexi-adapter bench ") and "base" in table
     assert "milliseconds of kernels" in table

@@ -79,6 +79,7 @@ def main(folder, load_format, workloads, rounds, together, engine, output):
         rounds=rounds,
         together=together,
         in_place=True,
+        seconds=0.5,
         engine={"load_format": load_format, "parallel": {}, **json.loads(engine)},
         report=report,
     )

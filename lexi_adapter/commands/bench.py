@@ -46,7 +46,8 @@ from lexi_adapter.files import check_writable, describe_call, write_atomically, 
     help="Repeat it.  [default: 16x512x512, 16x1024x16, 16x32x512]",
     show_default=False,
 )
-@click.option("--rounds", type=click.IntRange(1), default=3, help="Measured runs of every variant and workload.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="In each, every variant runs every workload.")
+@click.option("--seconds", type=click.FloatRange(0), default=0.5, help="A round repeats a short workload for so long.")
 @click.option(
     "--in-place",
     is_flag=True,
@@ -75,6 +76,7 @@ def bench(
     files: Sequence[str],
     workloads: Sequence[str],
     rounds: int,
+    seconds: float,
     in_place: bool,
     together: int | None,
     output: str,
@@ -125,6 +127,7 @@ def bench(
         engine=read_engine_options(**engine),
         report=lambda document: write_json(output, {**document, "made_by": made_by}),
         locks=locks,
+        seconds=seconds,
         kernels=kernels,
     )
     if plot:
