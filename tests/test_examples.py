@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic import make_profile
 
 from lexi_search.evolution import search
@@ -29,3 +31,53 @@ def test_pipeline_stages_are_balanced_and_the_loss_is_the_least_that_allows_it()
     balanced = everything[np.abs(everything[:, :3].sum(axis=1) - 5.5) < 1]
     least = losses[np.arange(6), balanced - 1].sum(axis=1).min()
     np.testing.assert_allclose(found.loss[0], least)
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=8),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([1, 2, 4, 8]),
+    st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from([1, 2])),
+)
+def test_models_are_dealt_cards_of_the_host_that_no_part_of_them_shares(names, gpus, most, fewer):
+    there = [str(card) for card in range(gpus)]
+    most = min(most, gpus)
+    dealt = list(load("benchmarks/serving_models").deal(names, there, most, fewer))
+    assert [name for name, _ in dealt] == names
+    for name, cards in dealt:
+        assert len(set(cards)) == len(cards) == min(most, fewer.get(name, most))
+        assert cards == there[int(cards[0]) :][: len(cards)]  # neighbours, and in one order, as locks are taken
+
+
+def test_a_models_table_has_every_factor_in_its_column_and_says_which_are_unsure():
+    table = load("benchmarks/serving_models")
+    lines = [
+        {"variant": "base", "workload": "1x2x3", "median": 1000.4, "lowest": 990, "highest": 1010, "speedup": 1.0},
+        {
+            "variant": "mixed k, 50 %",
+            "workload": "1x2x3",
+            "median": 1500,
+            "lowest": 1499,
+            "highest": 1501,
+            "speedup": 1.5,
+        },
+        {
+            "variant": "uniform k = 4, 75 %",
+            "workload": "1x2x3",
+            "median": 900,
+            "lowest": 700,
+            "highest": 910,
+            "speedup": 0.9,
+        },
+    ]
+    document = {
+        "model": "configs/some-moe",
+        "variants": [{"engine": {"workers": 2}}],
+        "workloads": ["1x2x3"],
+        "summary": lines,
+    }
+    heads, _, row = table.make_table([document])
+    cells = dict(zip(heads.split("|"), row.split("|"), strict=True))
+    assert cells[" model "] == " some-moe, 2 cards " and cells[" base [tokens/s] "] == " 1,000 "
+    filled = {head.strip(): cell.strip() for head, cell in cells.items() if cell.strip() and "%" in head}
+    assert filled == {"mixed 50 %": "1.50", "uniform 75 %": "~0.90"}
