@@ -38,6 +38,8 @@ def test_every_variant_has_an_engine_and_in_place_those_of_the_same_weights_shar
     (base, guests), *others = benchmark.assign(variants, in_place=True)
     assert base.name == "base" and [variant.name for variant in guests] == ["base", "half", "pruned"]
     assert [variant.name for variant, _ in others] == ["compensated", "elsewhere", "alone"]
+    (_, guests), *others = benchmark.assign(variants, in_place=True, experts_spread=True)
+    assert [variant.name for variant in guests] == ["base", "half"] and "pruned" in [v.name for v, _ in others]
 
 
 @given(st.lists(seconds, min_size=3, max_size=3), st.lists(seconds, min_size=3, max_size=3))
