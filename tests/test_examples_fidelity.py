@@ -21,14 +21,17 @@ sys.path += [str(EXAMPLES / "fidelity"), str(EXAMPLES / "train_small_moe")]
 
 import domains  # noqa: E402
 import families  # noqa: E402
+import floors  # noqa: E402
 import gaps  # noqa: E402
 import judging  # noqa: E402
 import refining  # noqa: E402
+import report  # noqa: E402
 import routers  # noqa: E402
 import run  # noqa: E402
 import sections  # noqa: E402
 import tables  # noqa: E402
 import windows  # noqa: E402
+import wording  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from views import View, read_views  # noqa: E402
 
@@ -61,16 +64,28 @@ def test_every_domain_counts_alike():
     assert found == {"code": 6.0, "prose": 2.0, "mean": 4.0}
 
 
+@given(st.integers(0, 2**32 - 1))
+def test_the_standard_error_is_the_spread_of_the_mean_over_domains(seed):
+    random = np.random.default_rng(seed)
+    domains = ("code",) * 40 + ("prose",) * 10
+    held = windows.Windows(torch.zeros(50, 1), domains)
+    values = np.r_[random.normal(0, 1, 40), random.normal(5, 3, 10)]
+    resampled = np.c_[values[random.integers(0, 40, (1000, 40))], values[random.integers(40, 50, (1000, 10))]]
+    spread = held.average(resampled)["mean"].std()
+    assert held.find_error(values) == pytest.approx(spread, rel=0.25)
+
+
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(3, 12))
 def test_uniform_between_two_k_is_the_mean_over_layers(increases, budget):
     k = [budget // 3 + (layer < budget % 3) for layer in range(3)]
-    assert gaps.interpolate_uniform(increases, budget, 3) == pytest.approx(np.mean([increases[i - 1] for i in k]))
+    losses = dict(enumerate(increases, 1))
+    assert gaps.interpolate_uniform(losses, budget, 3) == pytest.approx(np.mean([increases[i - 1] for i in k]))
 
 
 def test_budgets_below_one_expert_a_layer_are_left_out():
     assert gaps.find_budgets((0.25, 0.5, 0.625, 0.75), 12, 2) == {"0.625": 15, "0.75": 18}
     assert gaps.find_closed(0.9, 1.0, 0.8) == pytest.approx(0.5)
-    assert gaps.find_closed(0.9, 1.0, 1.0) is None
+    assert gaps.find_closed(0.9, 1.0, 0.95) is None  # too little to gain
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=12))
@@ -132,6 +147,17 @@ def test_the_judge_says_what_a_plain_loop_says(loaded):
     assert found["increase"]["code"] == pytest.approx(np.mean(moved[::2]), abs=1e-5)
     assert judge.judge(choices) == [found, own] and judge.count == 2
 
+    # Budget 4 of 3 layers lies a third of the way from k = 1 to k = 2.
+    [compared] = judge.compare(choices[:1])
+    low, high = judge.judge([judging.Choice((1, 1, 1)), judging.Choice((2, 2, 2))])
+    for name, difference in compared.pop("against_uniform").items():
+        uniform = low[name]["mean"] + (high[name]["mean"] - low[name]["mean"]) / 3
+        assert difference["mean"] == pytest.approx(found[name]["mean"] - uniform, abs=1e-6)
+        assert difference["stderr"] > 0
+    assert compared == found and judge.count == 4
+    [same] = judge.compare([judging.Choice((2, 2, 2))])
+    assert same["against_uniform"]["increase"] == {"mean": 0, "stderr": 0}
+
 
 def test_brute_force_of_one_layer_is_the_judges_answer_for_it(loaded):
     tokens = torch.randint(0, loaded.model.config.vocab_size, (4, 12), generator=torch.Generator().manual_seed(1))
@@ -189,19 +215,63 @@ def test_results_of_several_models_are_one_report(tmp_path):
     assert [view.name for view in read_views(sorted(tmp_path.iterdir()))] == ["one", "two"]
 
 
-def test_the_report_counts_cells_of_the_default():
-    cell = {"top_k": [1, 2], "exponent": None}
-    rows = [{"increase": {"mean": value}} for value in (1.0, 0.4, 0.0)]
+def make_view(**more):
+    """Two layers, budget 3 of 6; uniform loses 0.7 there, the oracle 0.5, the default 0.6, half of it with b = 0.5."""
+
+    def judged(loss):
+        return {"increase": {"mean": loss}, "divergence": {"mean": loss}, "stderr": 0.1}
+
     cells = {
-        name: {"3": cell | {"plain": {"increase": {"mean": plain}}, "0.5": {"increase": {"mean": plain / 2}}}}
-        for name, plain in {"oracle/increase": 0.5, "weights/divergence": 0.6}.items()
+        name: {"3": {"top_k": [1, 2], "exponent": None, "plain": judged(plain), "0.5": judged(plain / 2)}}
+        for name, plain in {"oracle/increase": 0.5, "oracle/divergence": 0.68, "weights/divergence": 0.6}.items()
     }
+    rows = [judged(value) for value in (1.0, 0.4, 0.0)]
     base = {"layers": 2, "top_k": 3, "budgets": {"0.5": 3}}
-    view = View("one", {"base": base, "uniform": {"plain": rows, "0.5": rows}, "cells": cells})
+    return View("one", {"base": base, "uniform": {"plain": rows, "0.5": rows}, "cells": cells, "skipped": {}, **more})
+
+
+def test_the_report_counts_cells_of_the_default():
+    view = make_view()
     assert view.uniform(3) == pytest.approx(0.7) and view.closed("weights/divergence", 3) == pytest.approx(0.5)
-    lines = "\n".join(sections.judge_default([view], "weights/divergence"))
-    assert "1 of 1 cells" in lines and "50 %" in lines
+    found = floors.check_floor([view], "weights/divergence")
+    assert found["there below uniform (floor: all)"] == "1 of 1"
+    assert found["there gap closed, mean (floor: 50 %)"] == "50 %"
+    assert found["there at least 80 % closed (aim: all)"] == "0 of 1"
+    # By divergence its own oracle gains too little for a share to say something.
+    found = floors.check_floor([replace(view, measure="divergence")], "weights/divergence")
+    assert found["there gap closed, mean (floor: 50 %)"] == "-"
+    assert found["elsewhere at most 5 % above uniform (floor: all)"] == "1 of 1"
     assert sections.interpolate([(1.0, 5.0), (3.0, 1.0)], 2.0) == 3.0
+    assert [wording.share(value) for value in (None, -3.0, -0.5, 1.02)] == ["-", "< -100 %", "-50 %", "102 %"]
+
+
+def test_what_is_within_noise_is_told_from_the_paired_difference():
+    view = make_view()
+    cell = view.found["cells"]["weights/divergence"]["3"]["plain"]
+    assert view.is_beyond_noise("weights/divergence", 3) is None
+    cell["against_uniform"] = {"increase": {"mean": 0.07, "stderr": 0.03}}
+    assert view.difference("weights/divergence", 3) == pytest.approx((0.1, 0.03 / 0.7))
+    assert view.is_beyond_noise("weights/divergence", 3)
+    cell["against_uniform"]["increase"]["stderr"] = 0.04
+    assert not view.is_beyond_noise("weights/divergence", 3)
+
+
+def test_times_that_were_taken_beside_others_are_not_shown():
+    ms = {"uniform 1": 1.0, "uniform 2": 2.0, "uniform 3": 3.0, "oracle 3": 1.5, "width 0.5": 2.5}
+    more = {"pruned": {"width 0.5": {"increase": {"mean": 0.9}}}, "times": {"tokens": 64, "dtype": "bf16", "ms": ms}}
+    shared = make_view(**more)
+    assert "2.50" not in (text := "\n".join(sections.tabulate_times([shared]))) and sections.SHARED in text
+    assert sections.tabulate_pruned([shared])[2] == "| one | width 0.5 | 0.9000 | 0.7000 | 0.5000 |"
+    more["times"]["alone"] = True
+    alone = make_view(**more)
+    assert "| 2.50 |" in "\n".join(sections.tabulate_times([alone]))
+    assert sections.tabulate_pruned([alone])[2].endswith("| 2.50 | 0.2000 | - |")
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+    folder = EXAMPLES / "fidelity" / "results"
+    views = read_views(sorted((folder / "models").glob("*.json")))
+    assert "\n".join(report.write(views, "weights/divergence")) == (folder / "report.md").read_text()
 
 
 def test_a_corpus_keeps_a_source_and_its_docstrings_in_one_part(tmp_path):

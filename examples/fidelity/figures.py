@@ -9,32 +9,37 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-from views import View  # noqa: E402
+from views import ERRORS, View  # noqa: E402
 
-COLUMNS = 3
+COLUMNS, DPI = 3, 75
+TICKS = (0.25, 0.5, 0.7, 1, 1.4, 2, 4, 8, 16, 32)
 SIDE_BY_SIDE = ("oracle/increase", "oracle/divergence", "calibrated/relative", "generated/relative", "paper/squared")
 
 
 def plot_losses(views: Sequence[View], methods: Sequence[str], file: Path) -> None:
-    """Loss increase over the budget, a panel for each model."""
+    """Loss increase relative to uniform k over the budget, a panel for each model; bars are two standard errors."""
     columns = min(len(views), COLUMNS)
     rows = -(-len(views) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, layout="constrained")
     for panel, view in zip(panels.flat, views, strict=False):
         shares = [100 * float(share) for share in view.budgets]
         budgets = list(view.budgets.values())
-        panel.plot(shares, [view.uniform(budget) for budget in budgets], "k--", label="uniform")
+        panel.axhline(1, color="black", linestyle="--", label="uniform")
         for method in methods:
             if method in view.found["cells"]:
-                panel.plot(shares, [view.increase(method, budget) for budget in budgets], ".-", label=method)
-        panel.set(
-            title=view.name, xlabel="active experts, % of the model's own", ylabel="loss increase, nats per token"
-        )
+                ratios = [1 + view.above(method, budget) for budget in budgets]
+                errors = [ERRORS * view.judged(method, budget)["stderr"] / view.uniform(budget) for budget in budgets]
+                panel.errorbar(shares, ratios, yerr=errors, fmt=".-", elinewidth=0.7, label=method)
+        panel.set(title=view.name, xlabel="active experts, % of the model's own", ylabel="loss increase over uniform's")
+        panel.set_yscale("log")
+        ticks = [tick for tick in TICKS if panel.get_ylim()[0] <= tick <= panel.get_ylim()[1]]
+        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(views) :]:
         panel.remove()
-    panels.flat[0].legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(file, dpi=DPI)
     plt.close(figure)
 
 
@@ -55,5 +60,5 @@ def plot_tables(views: Sequence[View], default: str, file: Path) -> None:
             panel.set_title(f"{view.name}\n{name}", fontsize=7)
     figure.supxlabel("k; colour: square root of the loss relative to the table's largest")
     figure.supylabel("MoE layer")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=DPI)
     plt.close(figure)

@@ -2,14 +2,10 @@
 
     python judge.py MODEL_DIR --tokens held_out.npz --budget 24
 
-Without --profile it makes those of `tables.COMMANDS`. `study.py` asks for much more.
+Without --profile it makes those of --only first. `study.py` asks for much more.
 """
 
-import os
-import platform
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -17,9 +13,10 @@ import numpy as np
 import tables
 from gaps import interpolate_uniform
 from judging import Choice, Judge, load
+from origins import describe_run
 from windows import cut, read_streams
 
-from lexi_adapter.files import describe_call, write_json
+from lexi_adapter.files import write_json
 from lexi_search.artifacts import read_profile
 
 LENGTH = 512
@@ -29,6 +26,15 @@ LENGTH = 512
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--tokens", type=click.Path(exists=True, path_type=Path), required=True, help="An .npz, ids by domain.")
 @click.option("--profile", "files", type=click.Path(exists=True, path_type=Path), multiple=True, help="Repeat it.")
+@click.option(
+    "--only",
+    "names",
+    type=click.Choice(list(tables.COMMANDS)),
+    multiple=True,
+    default=("paper", "weights"),
+    show_default=True,
+    help="Profiles to make where no --profile is given; repeat it.",
+)
 @click.option("--budget", "budgets", type=int, multiple=True, required=True, help="Experts over layers; repeat it.")
 @click.option("--sequences", type=click.IntRange(2), default=10, show_default=True, help="Of each domain.")
 @click.option("--device", default="cpu", show_default=True)
@@ -37,6 +43,7 @@ def main(
     model: Path,
     tokens: Path,
     files: tuple[Path, ...],
+    names: tuple[str, ...],
     budgets: tuple[int, ...],
     sequences: int,
     device: str,
@@ -45,18 +52,18 @@ def main(
     """Print what the exact optimum of each loss of each profile really loses at each budget."""
     with tempfile.TemporaryDirectory() as folder:
         if not files:
-            files = tuple(Path(folder) / f"{name}.json" for name in tables.COMMANDS)
-            for name, file in zip(tables.COMMANDS, files, strict=True):
+            files = tuple(Path(folder) / f"{name}.json" for name in names)
+            for name, file in zip(names, files, strict=True):
                 click.echo(f"profile {name}", err=True)
                 tables.make_profile(name, model, file)
         profiles = {file.stem: read_profile(file) for file in files}
     _, judging = cut(read_streams(tokens), measure=0, judge=sequences, length=LENGTH)
     loaded = load(model, device=device)
     judge, rows = Judge(loaded, judging, batch=sequences), []
-    layers, base = len(loaded.identity.moe_layers), loaded.identity.top_k
+    layers = judge.layers
     near = {k for budget in budgets for k in (budget // layers, -(-budget // layers))}
     uniform = dict(zip(near, judge.judge(Choice((k,) * layers) for k in near), strict=True))
-    known = [uniform[k]["increase"]["mean"] if k in near else float("nan") for k in range(1, base + 1)]
+    known = {k: found["increase"]["mean"] for k, found in uniform.items()}
     for budget in budgets:
         rows.append(("uniform", "", None, budget, interpolate_uniform(known, budget, layers), ()))
         for name, profile in profiles.items():
@@ -70,11 +77,10 @@ def main(
         shown = "" if exponent is None else f"{exponent:g}"
         click.echo(f"{name:12s} {kind:12s} {shown:>8s} {budget:6d} {increase:9.4f}  {' '.join(map(str, top_k))}")
     if output:
-        names = ("profile", "loss", "gate_exponent", "budget", "increase", "top_k")
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "device": device}
-        made_by = {"machine": machine, "torch": version("torch"), "date": date.today().isoformat()}
-        document = {"rows": [dict(zip(names, row, strict=True)) for row in rows], "made_by": made_by}
-        write_json(output, document | {"call": describe_call("judge.py")})
+        columns = ("profile", "loss", "gate_exponent", "budget", "increase", "top_k")
+        rounded = [(*row[:4], round(row[4], 6), row[5]) for row in rows]
+        document = {"rows": [dict(zip(columns, row, strict=True)) for row in rounded]}
+        write_json(output, document | {"made_by": describe_run(device)})
 
 
 if __name__ == "__main__":

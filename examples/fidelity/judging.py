@@ -1,13 +1,13 @@
 """One loaded model, and the real loss of whole allocations on its held-out windows."""
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gaps import MEASURES, interpolate_uniform
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from windows import Windows
@@ -16,6 +16,8 @@ from lexi_adapter.allocation import ModelIdentity
 from lexi_adapter.divergences import judge_allocations
 from lexi_adapter.identity import describe_checkpoint
 from lexi_adapter.variants import allocate
+
+DIGITS = 7
 
 
 class Choice(NamedTuple):
@@ -69,19 +71,47 @@ class Judge:
 
     def __init__(self, loaded: Loaded, windows: Windows, *, batch: int) -> None:
         self.loaded, self.windows, self.batch = loaded, windows, batch
-        self._known: dict[Choice, tuple[np.ndarray, np.ndarray]] = {}
+        self._known: dict[Choice, dict[str, np.ndarray]] = {}
 
     @property
     def count(self) -> int:
         """How many allocations have been run."""
         return len(self._known)
 
-    def judge(self, choices: Iterable[Choice]) -> list[dict[str, dict[str, float]]]:
+    def judge(self, choices: Iterable[Choice]) -> list[dict[str, Any]]:
         """For each choice: `increase` of the cross-entropy by domain and on average, its `stderr` over windows, and
         `divergence` (nats per token) likewise."""
         choices = list(choices)
         self._run(dict.fromkeys(choices))
-        return [self._summarise(*self._known[choice]) for choice in choices]
+        return [self._summarise(choice) for choice in choices]
+
+    def compare(self, choices: Iterable[Choice]) -> list[dict[str, Any]]:
+        """As `judge`, and under `against_uniform` the `mean` and `stderr` of the differences, window by window, to
+        plain uniform k at the same budget, in `increase` and in `divergence`."""
+        choices = list(choices)
+        budgets = {choice: sum(choice.top_k) for choice in choices}
+        near = {k for budget in budgets.values() for k in (budget // self.layers, -(-budget // self.layers))}
+        uniform = {k: Choice((k,) * self.layers) for k in sorted(near)}
+        self._run(dict.fromkeys([*choices, *uniform.values()]))
+        known = {k: self._known[choice] for k, choice in uniform.items()}
+        found = []
+        for choice in choices:
+            ours, theirs = self._known[choice], self._interpolate(known, budgets[choice])
+            against = {
+                name: {"mean": round_off(self.windows.average(ours[name] - theirs[name])["mean"])}
+                | {"stderr": round_off(self.windows.find_error(ours[name] - theirs[name]))}
+                for name in MEASURES
+            }
+            found.append(self._summarise(choice) | {"against_uniform": against})
+        return found
+
+    @property
+    def layers(self) -> int:
+        return len(self.loaded.identity.moe_layers)
+
+    def _interpolate(self, known: Mapping[int, Mapping[str, np.ndarray]], budget: int) -> dict[str, np.ndarray]:
+        rows = {name: {k: values[name] for k, values in known.items()} for name in MEASURES}
+        return {name: interpolate_uniform(each, budget, self.layers) for name, each in rows.items()}
 
     def _run(self, choices: Iterable[Choice]) -> None:
         missing = [choice for choice in choices if choice not in self._known]
@@ -95,17 +125,19 @@ class Judge:
         found = judge_allocations(
             self.loaded.model, self.windows.tokens, allocations, batch=self.batch, check_weights=False
         )
-        pairs = zip(found.increase.numpy(), found.divergence.numpy(), strict=True)
-        self._known.update(zip(missing, pairs, strict=True))
+        for choice, *values in zip(missing, *(getattr(found, name).numpy() for name in MEASURES), strict=True):
+            self._known[choice] = dict(zip(MEASURES, values, strict=True))
 
-    def _summarise(self, increase: np.ndarray, divergence: np.ndarray) -> dict[str, dict[str, float]]:
-        return {
-            "increase": to_floats(self.windows.average(increase)),
-            "divergence": to_floats(self.windows.average(divergence)),
-            "stderr": float(increase.std(ddof=1) / math.sqrt(len(increase))),
-        }
+    def _summarise(self, choice: Choice) -> dict[str, Any]:
+        means = {name: to_floats(self.windows.average(values)) for name, values in self._known[choice].items()}
+        return means | {"stderr": round_off(self.windows.find_error(self._known[choice]["increase"]))}
 
 
 def to_floats(values: dict[str, np.ndarray]) -> dict[str, float]:
     """Plain numbers, for JSON."""
-    return {name: float(value) for name, value in values.items()}
+    return {name: round_off(value) for name, value in values.items()}
+
+
+def round_off(value: float) -> float:
+    """As many digits as can mean something."""
+    return float(f"{value:.{DIGITS}g}")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import tables
 import torch
-from gaps import find_budgets
-from judging import Choice, Judge, Loaded, find_losses, load, to_floats
+from gaps import MEASURES, find_budgets
+from judging import DIGITS, Choice, Judge, Loaded, find_losses, load, to_floats
 from refining import refine
 from windows import Windows
 
@@ -25,12 +26,13 @@ SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the model's own sum of k
 EXPONENTS = (None, 0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
 EXPONENT = 0.5  # the one that every allocation is also judged with
 RANDOM = 150  # allocations
+RANDOM_WINDOWS = 10  # of each domain, that these are judged on: they are many
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # thousand tokens
+PARTS = ("oracle/increase", "calibrated/relative")  # tables that are also made of parts of the text, and judged
 PRUNED = tuple(product(("experts", "width"), (0.25, 0.375, 0.5)))  # the share of them that is left out
 GENERATED = 32  # sequences that the model writes itself
 REFINED_WINDOWS = 5  # of each domain, that the search over whole allocations runs on
-TIMED_RUNS = 5
-DIGITS = 7
+TIMED_ROUNDS = 5
 
 Result = Mapping[str, Any]
 
@@ -107,7 +109,7 @@ def judge_uniform(study: Study) -> Result:
     """Every uniform k under every exponent: exponent -> a list, k = 1 first."""
     ks = range(1, study.top_k + 1)
     choices = [Choice((k,) * study.layers, exponent) for exponent in EXPONENTS for k in ks]
-    found = study.judge.judge(choices)
+    found = study.judge.compare(choices)
     rows = [found[first : first + study.top_k] for first in range(0, len(found), study.top_k)]
     return dict(zip(map(name_exponent, EXPONENTS), rows, strict=True))
 
@@ -119,9 +121,11 @@ def judge_random(study: Study) -> list[Result]:
     for number in range(RANDOM):
         top_k = draw_top_k(study.loaded.identity, budgets[number % len(budgets)], seed=number)
         drawn.append(tuple(top_k[layer] for layer in study.loaded.identity.moe_layers))
+    domains = len(study.get("base")["domains"])
+    judge = Judge(study.loaded, study.judge.windows.take(RANDOM_WINDOWS * domains), batch=study.batch)
     return [
-        {"top_k": list(top_k), **result}
-        for top_k, result in zip(drawn, study.judge.judge([Choice(top_k) for top_k in drawn]), strict=True)
+        {"top_k": list(top_k), **{name: {"mean": found[name]["mean"]} for name in MEASURES}}
+        for top_k, found in zip(drawn, judge.judge([Choice(top_k) for top_k in drawn]), strict=True)
     ]
 
 
@@ -133,13 +137,13 @@ def measure_tables(study: Study) -> Result:
     domains = np.array(windows.domains)
     for domain in dict.fromkeys(windows.domains):
         part = tables.tabulate(measured.take(domains == domain), windows.take_domain(domain))
-        found |= {f"{name}@{domain}": table for name, table in name_tables(part)}
+        found |= {f"{name}@{domain}": table for name, table in name_tables(part) if name in PARTS}
     length = windows.tokens.shape[1]
     for size in SIZES:
         count = size * 1024 // length
         if 1 <= count <= len(domains):
             part = tables.tabulate(measured.take(np.arange(len(domains)) < count), windows.take(count))
-            found |= {f"{name}@{size}k": table for name, table in name_tables(part)}
+            found |= {f"{name}@{size}k": table for name, table in name_tables(part) if name in PARTS}
     return {name: round_table(table) for name, table in found.items()}
 
 
@@ -183,14 +187,15 @@ def profile(study: Study, name: str) -> Result:
 
 
 def judge_cells(study: Study, name: str) -> Result:
-    """Budget -> the table's optimal allocation and its real loss: plain, with `EXPONENT`, and with the exponent of the
-    profile's own (`own`) where it has one."""
+    """Budget -> the table's optimal allocation and its real loss: plain, and of tables of all the text with `EXPONENT`,
+    and with the exponent of the profile's own (`own`) where it has one."""
     source = name.partition("/")[0]
     own = tables.read_exponent(study.find_profile(source)) if source in tables.COMMANDS else None
-    exponents = {"plain": None, name_exponent(EXPONENT): EXPONENT} | ({} if own is None else {"own": own})
+    exponents = {"plain": None} | ({} if "@" in name else {name_exponent(EXPONENT): EXPONENT})
+    exponents |= {} if own is None else {"own": own}
     budgets = list(study.budgets.values())
     allocations = tables.search(study.read_table(name), budgets)
-    found = iter(study.judge.judge([Choice(top_k, b) for top_k in allocations for b in exponents.values()]))
+    found = iter(study.judge.compare([Choice(top_k, b) for top_k in allocations for b in exponents.values()]))
     return {
         str(budget): {"top_k": list(top_k), "exponent": own, **{label: next(found) for label in exponents}}
         for budget, top_k in zip(budgets, allocations, strict=True)
@@ -247,7 +252,7 @@ def refine_oracle(study: Study) -> Result:
     prior = study.read_table("oracle/divergence")
     for budget in study.budgets.values():
         best = refine(prior, budget, evaluate)
-        plain, compensated = study.judge.judge([Choice(best.top_k), Choice(best.top_k, EXPONENT)])
+        plain, compensated = study.judge.compare([Choice(best.top_k), Choice(best.top_k, EXPONENT)])
         found[str(budget)] = {
             "top_k": list(best.top_k),
             "evaluated": best.evaluated,
@@ -258,33 +263,51 @@ def refine_oracle(study: Study) -> Result:
     return found
 
 
-def time_forward(loaded: Loaded, tokens: torch.Tensor) -> float:
-    """Milliseconds of one pass over tokens [sequences, length] without the output layer: the least, as others may run
-    beside it."""
-    on_gpu = loaded.model.device.type == "cuda"
-    tokens, times = tokens.to(loaded.model.device), []
-    with torch.inference_mode():
-        for _ in range(TIMED_RUNS + 1):
-            started = time.perf_counter()
-            loaded.model.model(tokens, use_cache=False)
-            if on_gpu:
-                torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - started))
-    return min(times[1:])
+def judge_pruned(study: Study) -> Result:
+    """What dropping experts, or narrowing them, loses; a reason where it cannot be had."""
+    base, windows, found = study.get("base")["cross_entropy"], study.judge.windows, {}
+    device = study.loaded.model.device.type
+    for name, file in find_pruned(study):
+        if isinstance(file, tables.Failed):
+            found[name] = {"left_out": study.shorten(file)}
+            continue
+        losses = find_losses(load(file, device=device).model, windows.tokens, batch=study.batch)
+        increase = {domain: float(loss) - base[domain] for domain, loss in windows.average(losses).items()}
+        found[name] = {"increase": increase}
+    return found
 
 
-def time_uniform(study: Study) -> Result:
-    """k -> milliseconds, and each budget of the oracle's allocations; bfloat16 on a GPU, as models are served."""
-    loaded = load_to_time(study, study.folder)
-    identity = study.loaded.identity
-    uniform = {f"uniform {k}": (k,) * study.layers for k in range(1, study.top_k + 1)}
-    oracle = {f"oracle {budget}": cell["top_k"] for budget, cell in study.get("cells", "oracle/increase").items()}
-    found = {}
-    for name, top_k in (uniform | oracle).items():
+def find_pruned(study: Study) -> Iterator[tuple[str, Path | tables.Failed]]:
+    """Every pruned model by name, or why there is none."""
+    for option, share in PRUNED:
+        name = f"{option} {share:g}"
+        try:
+            yield name, study.files[name].result()
+        except tables.Failed as error:
+            yield name, error
+
+
+def time_passes(study: Study) -> Result:
+    """Milliseconds of a forward pass without the output layer: uniform k, the oracle's allocations and pruned models.
+
+    They take turns, and the least of several rounds counts; bfloat16 on a GPU, as models are served. `alone`: nothing
+    that this study knows of used the GPU meanwhile.
+    """
+    identity, tokens = study.loaded.identity, study.measuring.tokens.to(study.loaded.model.device)
+    whole = load_to_time(study, study.folder)
+    chosen = {f"uniform {k}": (k,) * study.layers for k in range(1, study.top_k + 1)}
+    chosen |= {f"oracle {budget}": cell["top_k"] for budget, cell in study.get("cells", "oracle/increase").items()}
+    passes: dict[str, Callable[[], float]] = {}
+    for name, top_k in chosen.items():
         allocation = allocate(identity, dict(zip(identity.moe_layers, top_k, strict=True)))
-        apply(loaded.model, allocation, check_weights=False)
-        found[name] = time_forward(loaded, study.measuring.tokens)
-    return {"tokens": study.measuring.tokens.numel(), "dtype": str(loaded.model.dtype), "ms": found}
+        prepare = partial(apply, whole.model, allocation, check_weights=False)
+        passes[name] = partial(time_pass, whole.model, tokens, prepare)
+    for name, file in find_pruned(study):
+        if isinstance(file, Path):
+            passes[name] = partial(time_pass, load_to_time(study, file).model, tokens)
+    rounds = [{name: run() for name, run in passes.items()} for _ in range(TIMED_ROUNDS + 1)]
+    found = {name: min(times[name] for times in rounds[1:]) for name in passes}  # the first warms up
+    return {"tokens": tokens.numel(), "dtype": str(whole.model.dtype), "alone": True, "ms": found}
 
 
 def load_to_time(study: Study, folder: Path) -> Loaded:
@@ -292,21 +315,15 @@ def load_to_time(study: Study, folder: Path) -> Loaded:
     return load(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
 
 
-def judge_pruned(study: Study) -> Result:
-    """What dropping experts, or narrowing them, loses, and the time a pruned model takes; a reason where it cannot."""
-    base, windows, found = study.get("base")["cross_entropy"], study.judge.windows, {}
-    device = study.loaded.model.device.type
-    for option, share in PRUNED:
-        name = f"{option} {share:g}"
-        try:
-            pruned = study.files[name].result()
-        except tables.Failed as error:
-            found[name] = {"left_out": study.shorten(error)}
-            continue
-        losses = find_losses(load(pruned, device=device).model, windows.tokens, batch=study.batch)
-        increase = {domain: float(loss) - base[domain] for domain, loss in windows.average(losses).items()}
-        found[name] = {"increase": increase, "ms": time_forward(load_to_time(study, pruned), study.measuring.tokens)}
-    return found
+@torch.inference_mode()
+def time_pass(model: torch.nn.Module, tokens: torch.Tensor, prepare: Callable[[], None] = lambda: None) -> float:
+    """Milliseconds of one pass over tokens [sequences, length] without the output layer."""
+    prepare()
+    started = time.perf_counter()
+    model.model(tokens, use_cache=False)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - started)
 
 
 def name_exponent(exponent: float | None) -> str:

@@ -4,98 +4,53 @@ python examples/fidelity/report.py results/*.json -o report
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import click
+import floors
 import sections
+from conclusions import conclude
 from figures import plot_losses, plot_tables
-from sections import percent
-from views import ORACLE, PLAIN, View, is_wide, list_cells, read_views
+from gaps import LEAST_GAIN, MEASURES
+from views import ERRORS, View, read_views
+from wording import percent
 
 FIGURES = ("losses.png", "tables.png")
 
 
-def conclude(views: Sequence[View], default: str) -> list[str]:
-    """Plain sentences, with the numbers of the study."""
-    cells = list(list_cells(views))
-    wide = [cell for cell in cells if is_wide(*cell)]
-    families = {view.found["base"]["model_type"] for view in views}
-    lines = [
-        f"{len(views)} trained models of {len(families)} families, {len(cells)} cells of model and budget; in "
-        f"{len(wide)} of them the oracle gains at least {percent(sections.LEAST_GAIN)} over uniform."
+def explain() -> list[str]:
+    """What the words of the report mean."""
+    return [
+        "Losses are those of whole allocations on held-out text that nothing was measured on, in nats per token, mean",
+        "over domains: the increase of the cross-entropy over the unreduced model, or the divergence from it, which is",
+        "less noisy. Differences are relative to plain uniform k at the same budget; between two k, uniform is",
+        "interpolated linearly in the budget. Gap closed is (uniform - x) / (uniform - oracle), the oracle being the",
+        "exact search on brute-force losses of the same measure, and is given only where that gains at least",
+        f"{percent(LEAST_GAIN)}. Beyond noise is a paired difference, over windows, of more than {ERRORS} standard",
+        "errors.",
+        "",
     ]
-    lines += [describe_method(name, cells) for name in dict.fromkeys((default, "paper/frobenius", "paper/squared"))]
-    lines += [describe_exponent(views), describe_compounding(views)]
-    refined = [
-        view.found["refined"][str(budget)][PLAIN]["increase"]["mean"] / view.increase(ORACLE, budget) - 1
-        for view, budget in cells
-        if "refined" in view.found and view.increase(ORACLE, budget) > 0
-    ]
-    if refined:
-        lines.append(
-            "A search that runs whole allocations changes the held-out loss increase, against the oracle's, "
-            f"by {percent(fmean(refined))} in the mean, {percent(min(refined))} at best and "
-            f"{percent(max(refined))} at worst."
-        )
-    left_out = sorted({piece for view in views for piece in view.found["skipped"]})
-    if left_out:
-        lines.append(f"Left out of at least one model: {', '.join(left_out)}; the reasons are at the end.")
-    return [f"- {line}" for line in lines] + [""]
 
 
-def describe_method(name: str, cells: Sequence[tuple[View, int]]) -> str:
-    known = [cell for cell in cells if name in cell[0].found["cells"]]
-    if not known:
-        return f"`{name}` was not measured."
-    above = sum(view.above(name, budget) > 0 for view, budget in known)
-    wide = [cell for cell in known if is_wide(*cell)]
-    closed = sections.average(view.closed(name, budget) for view, budget in wide)
-    there = f", and closes {percent(closed)} of the gap in the mean where the oracle gains enough" if wide else ""
-    return f"`{name}` loses more than uniform in {above} of {len(known)} cells{there}."
-
-
-def describe_exponent(views: Sequence[View]) -> str:
-    better, all_of, best = 0, 0, []
-    for view in views:
-        rows = view.found["uniform"]
-        for k in range(view.found["base"]["top_k"] - 1):
-            increases = {name: rows_of_k[k]["increase"]["mean"] for name, rows_of_k in rows.items()}
-            better += increases[sections.HALF] < increases[PLAIN]
-            all_of += 1
-            best.append(float(min(sections.list_exponents(view), key=increases.get)))
-    return (
-        f"With gate exponent {sections.HALF}, uniform k loses less than plain in {better} of {all_of} cases of model "
-        f"and k; the best exponent tried lies between {min(best):g} and {max(best):g}, {fmean(best):.2f} in the mean."
-    )
-
-
-def describe_compounding(views: Sequence[View]) -> str:
-    rows = [row for view in views for row in view.found.get("compounding", ()) if row["sum"] > 0]
-    ratios = {
-        of: [row["real"] / row["sum"] for row in rows if row["of"] == of] for of in ("uniform", "oracle", "random")
-    }
-    parts = [f"{fmean(values):.2f} times for {of} allocations" for of, values in ratios.items() if values]
-    return f"Losses compound: whole allocations lose the sum of their single-layer increases {', '.join(parts)}."
+def list_origins(views: Sequence[View]) -> list[str]:
+    """What made the results, once for all models that say the same."""
+    origins = {tuple(view.found["made_by"].items()): None for view in views}
+    return [f"Made by {', '.join(f'{name} {value}' for name, value in origin)}." for origin in origins] + [""]
 
 
 def write(views: Sequence[View], default: str) -> list[str]:
     """The report's lines."""
     domains = {domain for view in views for domain in view.found["base"]["domains"]}
-    made_by = views[0].found["made_by"]
     lines = ["# Fidelity: what allocations really lose", "", "## Conclusions", *conclude(views, default)]
-    lines += sections.judge_default(views, default)
-    lines += ["## Models", *sections.list_models(views)]
-    lines += [f"Made with {', '.join(f'{name} {value}' for name, value in made_by.items())}.", ""]
-    lines += [
-        "Loss increases are in nats per token over the unreduced model, held-out text that nothing was measured on,"
-    ]
-    lines += ["mean over domains. Between two uniform k, uniform is interpolated linearly in the budget. Gap closed is"]
-    lines += ["(uniform - x) / (uniform - oracle), the oracle being the exact search on brute-force increases.", ""]
-    lines += ["## Ways to make the table", *sections.compare_methods(views), f"![losses]({FIGURES[0]})", ""]
-    lines += ["## Every cell", ""]
-    for view in views:
-        lines += [f"### {view.name}", "", *sections.tabulate_cells(view)]
+    lines += [*floors.judge_default(views, default), *explain()]
+    lines += ["## Cells in which the default misses its aim", *floors.list_doubtful(views, default)]
+    lines += ["## Models", *sections.list_models(views), *list_origins(views)]
+    for measure in MEASURES:
+        measured = [replace(view, measure=measure) for view in views]
+        lines += [f"## Ways to make the table, by {measure}", *floors.compare_methods(measured)]
+    lines += [f"![losses]({FIGURES[0]})", ""]
+    lines += ["## Budgets met by one k, and between", *floors.compare_budgets(views, default)]
     lines += ["## Rank correlations (Spearman)", *sections.tabulate_correlations(views), f"![tables]({FIGURES[1]})", ""]
     lines += ["## Gate exponent, uniform k", *sections.tabulate_exponents(views)]
     lines += ["## Compounding", *sections.tabulate_compounding(views)]
@@ -106,6 +61,9 @@ def write(views: Sequence[View], default: str) -> list[str]:
         lines += [f"## Measured on fewer tokens: {title}"]
         lines += sections.tabulate_parts(views, method, lambda name: name.partition("@")[2] not in domains, "tokens")
     lines += ["## Pruning", *sections.tabulate_pruned(views), "## Times", *sections.tabulate_times(views)]
+    lines += ["## Every cell: increase of the cross-entropy", ""]
+    for view in views:
+        lines += [f"### {view.name}", "", *sections.tabulate_cells(view, default)]
     return [*lines, "## Left out", *sections.list_skipped(views)]
 
 

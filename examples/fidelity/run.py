@@ -3,8 +3,8 @@
     python examples/fidelity/run.py --seconds 100 --at-once 3
 
 Several models share the GPUs and the CPU's cores: as soon as one has a place it goes through all stages there, whatever
-becomes of the others. What a model's programs say is in WORK/logs. What is cut short, by `--minutes` or otherwise, is
-taken up again by the same command.
+becomes of the others. Times are taken while no other uses the GPU. What a model's programs say is in WORK/logs. What is
+cut short, by `--minutes` or otherwise, is taken up again by the same command.
 """
 
 import os
@@ -20,6 +20,9 @@ from typing import NamedTuple
 
 import click
 import torch
+from origins import name_call
+
+from lexi_adapter.turns import start_beside
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 TRAINING, FIDELITY = EXAMPLES / "train_small_moe", EXAMPLES / "fidelity"
@@ -64,6 +67,7 @@ class Job:
         preset, _, seed = model.partition(":")
         name = model.replace(":", "-seed-")
         place, log = self.work / "models" / name, self.work / "logs" / f"{name}.log"
+        card = self.work / "cards" / (slot.gpu or "cpu")
         late = time.monotonic() + self.seconds + OVERHEAD > self.until
         try:
             if "train" in self.stages and not place.exists():
@@ -72,11 +76,13 @@ class Job:
                     return True
                 words = [TRAINING / "train.py", place, "--preset", preset, "--seed", seed or 0]
                 words += ["--corpus", self.work / "corpus", "--seconds", self.seconds, *self.train_options]
-                run_logged(f"{name}: train", words, slot, log)
+                with start_beside([str(card)]):
+                    run_logged(f"{name}: train", words, slot, log)
             if "study" in self.stages and place.exists():
                 left = max(0.0, (self.until - time.monotonic()) / 60)
                 words = [FIDELITY / "study.py", place, "-o", self.work / "results" / f"{name}.json", "--minutes", left]
-                words += ["--profiles", self.work / "profiles" / name, *self.study_options]
+                words += ["--profiles", self.work / "profiles" / name, "--card", card, "--command", name_call()]
+                words += self.study_options
                 run_logged(f"{name}: study", words, slot, log)
         except Failed as error:
             click.echo(error, err=True)
@@ -127,7 +133,7 @@ def find_cores() -> list[int]:
 
 def follow_all(job: Job, models: Sequence[str], slots: Sequence[Slot]) -> list[str]:
     """Take the models through the stages, one to a slot at a time; which of them failed."""
-    for folder in ("models", "results", "logs"):
+    for folder in ("models", "results", "logs", "cards"):
         (job.work / folder).mkdir(exist_ok=True)
     free: SimpleQueue[Slot] = SimpleQueue()
     for slot in slots:

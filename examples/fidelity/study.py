@@ -12,14 +12,12 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"  # searches are small, and the GPU's memory is PyTorch's
 
 import json  # noqa: E402
-import platform  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from datetime import date  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor, wait  # noqa: E402
+from contextlib import AbstractContextManager, nullcontext  # noqa: E402
 from functools import partial  # noqa: E402
-from importlib.metadata import version  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
 
@@ -27,28 +25,33 @@ import click  # noqa: E402
 import pieces  # noqa: E402
 import torch  # noqa: E402
 from judging import Judge, load  # noqa: E402
+from origins import describe_run  # noqa: E402
 from pieces import Study  # noqa: E402
 from tables import COMMANDS, Failed  # noqa: E402
 from windows import cut_what_fits, read_streams  # noqa: E402
 
-import lexi_search  # noqa: E402
 from lexi_adapter.allocation import AllocationError  # noqa: E402
-from lexi_adapter.files import write_json  # noqa: E402
+from lexi_adapter.files import write_atomically  # noqa: E402
+from lexi_adapter.turns import measure_alone, start_beside  # noqa: E402
 
 FORMAT, VERSION = "lexi-fidelity", 1
 TABLES, CELLS = "tables", "cells"
-# Parts of the measured text, by domain and size, whose tables are judged too.
-JUDGED_PARTS = ("oracle/increase", "calibrated/relative")
+
+Hold = Callable[[Sequence[str]], AbstractContextManager[None]]
 
 
 class Piece(NamedTuple):
-    """`name` says whether it is done; the result goes to `into`, merged with what is there where that is `TABLES`."""
+    """`name` says whether it is done; the result goes to `into`, merged with what is there where that is `TABLES`.
+
+    `hold` is how the GPU is held meanwhile, if at all: with others, or alone.
+    """
 
     name: str
     make: Callable[[Study], Any]
     into: tuple[str, ...]
     merge: bool = False
     always: bool = False  # cheap, and depends on what else is there
+    hold: Hold = start_beside
 
 
 def plan(study: Study) -> Iterator[Piece]:
@@ -64,23 +67,27 @@ def plan(study: Study) -> Iterator[Piece]:
     yield from plan_cells(study)
     yield Piece("refined", pieces.refine_oracle, ("refined",))
     for name in COMMANDS:
-        yield Piece(f"profile {name}", partial(pieces.profile, name=name), (TABLES,), merge=True)
+        make = partial(pieces.profile, name=name)
+        yield Piece(f"profile {name}", make, (TABLES,), merge=True, hold=nullcontext)
     yield from plan_cells(study)
-    yield Piece("correlations", pieces.correlate, ("correlations",), always=True)
-    yield Piece("compounding", pieces.compound, ("compounding",), always=True)
-    yield Piece("times", pieces.time_uniform, ("times",))
+    yield Piece("correlations", pieces.correlate, ("correlations",), always=True, hold=nullcontext)
+    yield Piece("compounding", pieces.compound, ("compounding",), always=True, hold=nullcontext)
+    wait(study.files.values())  # and not while the GPU is held
     yield Piece("pruned", pieces.judge_pruned, ("pruned",))
+    yield Piece("times", pieces.time_passes, ("times",), hold=measure_alone)
 
 
 def plan_cells(study: Study) -> Iterator[Piece]:
     """Every table that there is so far, judged."""
     for name in list(study.found.get(TABLES, {})):
-        if "@" not in name or name.startswith(JUDGED_PARTS):
-            yield Piece(f"cells {name}", partial(pieces.judge_cells, name=name), (CELLS, name))
+        yield Piece(f"cells {name}", partial(pieces.judge_cells, name=name), (CELLS, name))
 
 
-def run(study: Study, save: Callable[[], None], until: float) -> bool:
-    """Make what is missing, saving after each piece; False if time ran out. What fails is left out by name."""
+def run(study: Study, save: Callable[[], None], until: float, cards: Sequence[str] = ()) -> bool:
+    """Make what is missing, saving after each piece; False if time ran out. What fails is left out by name.
+
+    `cards` are files that stand for the GPU, as in `lexi_adapter.turns`.
+    """
     finished = True
     seconds, skipped = (study.found.setdefault(name, {}) for name in ("seconds", "skipped"))
     for piece in plan(study):
@@ -89,9 +96,10 @@ def run(study: Study, save: Callable[[], None], until: float) -> bool:
         if time.monotonic() > until and not piece.always:
             finished = False
             continue
-        started = time.monotonic()
         try:
-            result = piece.make(study)
+            with piece.hold(cards):
+                started = time.monotonic()
+                result = piece.make(study)
         except (Failed, AllocationError, RuntimeError) as error:  # PyTorch's own are RuntimeError
             skipped[piece.name] = study.shorten(error)
             click.echo(f"  {piece.name}: left out: {skipped[piece.name]}")
@@ -118,15 +126,9 @@ def read_results(output: Path) -> dict[str, Any]:
     return results
 
 
-def describe_run(device: str, dtype: str) -> dict[str, str]:
-    """What the numbers depend on besides the models."""
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "dtype": dtype,
-        **{name: version(name) for name in ("torch", "transformers", "jax", "numpy")},
-        "lexi-moe": lexi_search.__version__,
-    }
+def write_results(output: Path, results: dict[str, Any]) -> None:
+    """The study so far, in one line: it is long."""
+    write_atomically(output, (json.dumps(results, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 @click.command()
@@ -136,12 +138,14 @@ def describe_run(device: str, dtype: str) -> dict[str, str]:
 @click.option("--profiles", type=click.Path(path_type=Path), help="Its profiles.  [default: profiles/, beside OUTPUT]")
 @click.option("--jobs", default=4, show_default=True, help="Commands that make profiles and pruned models at a time.")
 @click.option("--measure", default=42, show_default=True, help="Windows of each domain to measure on.")
-@click.option("--judge", default=10, show_default=True, help="Windows of each domain to judge on.")
+@click.option("--judge", type=click.IntRange(2), default=40, show_default=True, help="And to judge on.")
 @click.option("--length", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--batch", default=32, show_default=True, help="Windows in one forward pass.")
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16")), default="float32", show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there, or cpu")
 @click.option("--minutes", default=1e6, show_default="no limit", help="Start no piece after so long.")
+@click.option("--card", type=click.Path(), help="A file, the same for all that share a GPU: times are taken alone.")
+@click.option("--command", help="What the results say made them.  [default: this call]")
 def main(
     model: Path,
     output: Path,
@@ -155,6 +159,8 @@ def main(
     dtype: str,
     device: str,
     minutes: float,
+    card: str | None,
+    command: str | None,
 ) -> None:
     """Study MODEL and write what was found to OUTPUT."""
     until = time.monotonic() + 60 * minutes
@@ -165,16 +171,18 @@ def main(
     place = profiles or output.absolute().parent / "profiles" / folder.name
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     found = results["models"].setdefault(folder.name, {})
-    found["made_by"] = describe_run(device, dtype)
+    found["made_by"] = describe_run(device, dtype=dtype, command=command)
+    cards = [card] if card else []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
         files = pieces.start_commands(pool, folder, place, Path(scratch), until=until)
         try:
             measuring, judging, short = cut_what_fits(read_streams(file), measure=measure, judge=judge, length=length)
             found.setdefault("skipped", {}).update({f"domain {domain}": why for domain, why in short.items()})
-            loaded = load(folder, device=device, dtype=getattr(torch, dtype))
+            with start_beside(cards):
+                loaded = load(folder, device=device, dtype=getattr(torch, dtype))
             judged = Judge(loaded, judging, batch=batch)
             study = Study(folder, loaded, measuring, judged, batch, place, found, files)
-            finished = run(study, partial(write_json, output, results), until)
+            finished = run(study, partial(write_results, output, results), until, cards)
         except (AllocationError, ValueError) as error:
             raise click.UsageError(f"{folder}: {error}") from error
         finally:

@@ -6,19 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaps import LEAST_GAIN, find_closed, find_gain, interpolate_uniform
+from gaps import find_closed, find_gain, interpolate_uniform, is_wide
 
-ORACLE = "oracle/increase"
 PLAIN = "plain"
+HALF = "0.5"  # the gate exponent that every allocation was judged with
 ORDER = ("oracle", "calibrated", "generated", "weights", "weights+b", "paper")
+ERRORS = 2  # standard errors that are taken for noise
 
 
 @dataclass(frozen=True)
 class View:
-    """One model of the study."""
+    """One model of the study, its losses as a measure of the judge's: `increase` or `divergence`."""
 
     name: str
     found: Mapping[str, Any]
+    measure: str = "increase"
+
+    @property
+    def oracle(self) -> str:
+        """The table of brute force in the same measure."""
+        return f"oracle/{self.measure}"
 
     @property
     def layers(self) -> int:
@@ -36,48 +43,70 @@ class View:
         return sorted(names, key=lambda name: (ORDER.index(name.partition("/")[0]), name))
 
     def uniform(self, budget: int, *, exponent: str = PLAIN, domain: str = "mean") -> float:
-        """Loss increase of uniform k, between two k interpolated."""
-        rows = self.found["uniform"][exponent]
-        return interpolate_uniform([row["increase"][domain] for row in rows], budget, self.layers)
+        """Loss of uniform k, between two k interpolated."""
+        rows = enumerate(self.found["uniform"][exponent], 1)
+        return interpolate_uniform({k: row[self.measure][domain] for k, row in rows}, budget, self.layers)
 
-    def increase(self, method: str, budget: int, *, exponent: str | None = None, domain: str = "mean") -> float:
-        """Loss increase of a table's allocation: with the gate exponent of the profile's own if it has one, or the
+    def judged(self, method: str, budget: int, *, exponent: str | None = None) -> Mapping[str, Any]:
+        """What was found of a table's allocation: with the gate exponent of the profile's own if it has one, or the
         given one."""
         exponent = exponent or (PLAIN if self.find_own(method) is None else "own")
-        return self.found["cells"][method][str(budget)][exponent]["increase"][domain]
+        return self.found["cells"][method][str(budget)][exponent]
+
+    def loss(self, method: str, budget: int, *, exponent: str | None = None, domain: str = "mean") -> float:
+        """Loss of a table's allocation."""
+        return self.judged(method, budget, exponent=exponent)[self.measure][domain]
 
     def find_own(self, method: str) -> float | None:
         """The gate exponent of the profile that a table is from."""
         return next(iter(self.found["cells"][method].values()))["exponent"]
 
     def closed(self, method: str, budget: int) -> float | None:
-        """Share of the way from uniform to the oracle."""
-        return find_closed(self.increase(method, budget), self.uniform(budget), self.increase(ORACLE, budget))
+        """Share of the way from uniform to the oracle; None where that is too short to tell."""
+        return find_closed(self.loss(method, budget), self.uniform(budget), self.loss(self.oracle, budget))
 
     def gain(self, budget: int) -> float:
         """How much less the oracle loses than uniform, relative to it."""
-        return find_gain(self.uniform(budget), self.increase(ORACLE, budget))
+        return find_gain(self.uniform(budget), self.loss(self.oracle, budget))
 
-    def above(self, method: str, budget: int) -> float:
-        """How far a table's allocation is above uniform, relative to it; negative below."""
-        return -find_gain(self.uniform(budget), self.increase(method, budget))
+    def above(self, method: str, budget: int, *, exponent: str | None = None) -> float:
+        """How far a table's allocation is above plain uniform, relative to it; negative below."""
+        return -find_gain(self.uniform(budget), self.loss(method, budget, exponent=exponent))
+
+    def difference(self, method: str, budget: int) -> tuple[float, float] | None:
+        """Allocation less uniform, window by window, and its standard error, relative to uniform; None where older
+        results do not hold it."""
+        against = self.judged(method, budget).get("against_uniform")
+        if against is None:
+            return None
+        return tuple(against[self.measure][name] / self.uniform(budget) for name in ("mean", "stderr"))
+
+    def is_beyond_noise(self, method: str, budget: int) -> bool | None:
+        """Whether an allocation is above uniform by more than noise; None where that is not known."""
+        found = self.difference(method, budget)
+        return None if found is None else found[0] > ERRORS * found[1]
+
+    def is_wide(self, budget: int) -> bool:
+        """Whether the oracle gains enough over uniform for a share of that gain to say something."""
+        return is_wide(self.uniform(budget), self.loss(self.oracle, budget))
 
 
 def read_views(files: Iterable[Path]) -> list[View]:
     """The models that were judged; one that is in several files as in the last of them."""
-    models = {name: found for file in files for name, found in json.loads(file.read_text())["models"].items()}
+    models = {name: found for file in files for name, found in json.loads(file.read_text()).get("models", {}).items()}
+    views = [View(name, found) for name, found in models.items()]
     return [
-        View(name, found)
-        for name, found in models.items()
-        if {"base", "uniform"} <= found.keys() and ORACLE in found.get("cells", {})
+        view
+        for view in views
+        if {"base", "uniform"} <= view.found.keys() and view.oracle in view.found.get("cells", {})
     ]
 
 
-def list_cells(views: list[View]) -> Iterator[tuple[View, int]]:
-    """Every model at every budget."""
-    return ((view, budget) for view in views for budget in view.budgets.values())
-
-
-def is_wide(view: View, budget: int) -> bool:
-    """Whether the oracle gains enough over uniform for a share of that gain to say something."""
-    return view.gain(budget) >= LEAST_GAIN
+def list_cells(views: Iterable[View], method: str | None = None) -> Iterator[tuple[View, int]]:
+    """Every model at every budget, of those models that have a method."""
+    return (
+        (view, budget)
+        for view in views
+        if method is None or method in view.found["cells"]
+        for budget in view.budgets.values()
+    )

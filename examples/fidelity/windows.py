@@ -1,5 +1,6 @@
 """Held-out tokens as windows to measure on and windows to judge on, of every domain alike."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,12 @@ class Windows(NamedTuple):
         domains = np.array(self.domains)
         means = {name: values[..., domains == name].mean(-1) for name in dict.fromkeys(self.domains)}
         return means | {"mean": np.mean(list(means.values()), axis=0)}
+
+    def find_error(self, values: np.ndarray) -> float:
+        """Standard error of the mean over domains of values [sequences], windows drawn at random within each domain."""
+        domains = np.array(self.domains)
+        parts = [values[domains == name] for name in dict.fromkeys(self.domains)]
+        return math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / len(parts)
 
     def take(self, count: int) -> "Windows":
         """The first windows."""
