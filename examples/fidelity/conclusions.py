@@ -88,17 +88,20 @@ def describe_compounding(views: Sequence[View]) -> str:
 
 
 def describe_refined(views: Sequence[View]) -> str:
-    changes = [
-        view.found["refined"][str(budget)][PLAIN]["increase"]["mean"] / view.loss("oracle/increase", budget) - 1
-        for view, budget in list_cells(views)
-        if "refined" in view.found and view.loss("oracle/increase", budget) > 0
-    ]
-    if not changes:
+    cells = [cell for cell in list_cells(views) if "refined" in cell[0].found]
+    parts = []
+    for name in ("oracle/divergence", "oracle/increase"):
+        changes = [
+            view.found["refined"][str(budget)][PLAIN]["increase"]["mean"] / view.loss(name, budget) - 1
+            for view, budget in cells
+            if view.loss(name, budget) > 0
+        ]
+        if changes:
+            found = (fmean(changes), min(changes), max(changes))
+            parts.append("{} in the mean ({} to {}) against {}".format(*map(change, found), name))
+    if not parts:
         return ""
-    return (
-        "A search that runs whole allocations changes the held-out loss increase, against that of the oracle's, by "
-        f"{change(fmean(changes))} in the mean, {change(min(changes))} at best and {change(max(changes))} at worst."
-    )
+    return f"A search that runs whole allocations changes the held-out loss increase by {', '.join(parts)}."
 
 
 def describe_pruned(views: Sequence[View]) -> str:

@@ -1,25 +1,21 @@
 """The pieces of the study of one model, in order; each is a function of the study so far and gives plain JSON."""
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tables
-import torch
 from gaps import MEASURES, find_budgets
 from judging import DIGITS, Choice, Judge, Loaded, find_losses, load, to_floats
 from refining import refine
 from windows import Windows
 
-from lexi_adapter.transformers_patch import apply
-from lexi_adapter.variants import allocate, draw_top_k
+from lexi_adapter.variants import draw_top_k
 from lexi_adapter.windows import generate
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the model's own sum of k
@@ -32,7 +28,6 @@ PARTS = ("oracle/increase", "calibrated/relative")  # tables that are also made 
 PRUNED = tuple(product(("experts", "width"), (0.25, 0.375, 0.5)))  # the share of them that is left out
 GENERATED = 32  # sequences that the model writes itself
 REFINED_WINDOWS = 5  # of each domain, that the search over whole allocations runs on
-TIMED_ROUNDS = 5
 
 Result = Mapping[str, Any]
 
@@ -285,45 +280,6 @@ def find_pruned(study: Study) -> Iterator[tuple[str, Path | tables.Failed]]:
             yield name, study.files[name].result()
         except tables.Failed as error:
             yield name, error
-
-
-def time_passes(study: Study) -> Result:
-    """Milliseconds of a forward pass without the output layer: uniform k, the oracle's allocations and pruned models.
-
-    They take turns, and the least of several rounds counts; bfloat16 on a GPU, as models are served. `alone`: nothing
-    that this study knows of used the GPU meanwhile.
-    """
-    identity, tokens = study.loaded.identity, study.measuring.tokens.to(study.loaded.model.device)
-    whole = load_to_time(study, study.folder)
-    chosen = {f"uniform {k}": (k,) * study.layers for k in range(1, study.top_k + 1)}
-    chosen |= {f"oracle {budget}": cell["top_k"] for budget, cell in study.get("cells", "oracle/increase").items()}
-    passes: dict[str, Callable[[], float]] = {}
-    for name, top_k in chosen.items():
-        allocation = allocate(identity, dict(zip(identity.moe_layers, top_k, strict=True)))
-        prepare = partial(apply, whole.model, allocation, check_weights=False)
-        passes[name] = partial(time_pass, whole.model, tokens, prepare)
-    for name, file in find_pruned(study):
-        if isinstance(file, Path):
-            passes[name] = partial(time_pass, load_to_time(study, file).model, tokens)
-    rounds = [{name: run() for name, run in passes.items()} for _ in range(TIMED_ROUNDS + 1)]
-    found = {name: min(times[name] for times in rounds[1:]) for name in passes}  # the first warms up
-    return {"tokens": tokens.numel(), "dtype": str(whole.model.dtype), "alone": True, "ms": found}
-
-
-def load_to_time(study: Study, folder: Path) -> Loaded:
-    device = study.loaded.model.device.type
-    return load(folder, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-
-
-@torch.inference_mode()
-def time_pass(model: torch.nn.Module, tokens: torch.Tensor, prepare: Callable[[], None] = lambda: None) -> float:
-    """Milliseconds of one pass over tokens [sequences, length] without the output layer."""
-    prepare()
-    started = time.perf_counter()
-    model.model(tokens, use_cache=False)
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - started)
 
 
 def name_exponent(exponent: float | None) -> str:

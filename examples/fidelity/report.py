@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import floors
+import parts
 import sections
 from conclusions import conclude
 from figures import plot_losses, plot_tables
@@ -17,6 +18,7 @@ from views import ERRORS, View, read_views
 from wording import percent
 
 FIGURES = ("losses.png", "tables.png")
+PARTS = ("oracle/increase", "calibrated/relative")  # tables that were also measured on parts of the text
 
 
 def explain() -> list[str]:
@@ -41,7 +43,6 @@ def list_origins(views: Sequence[View]) -> list[str]:
 
 def write(views: Sequence[View], default: str) -> list[str]:
     """The report's lines."""
-    domains = {domain for view in views for domain in view.found["base"]["domains"]}
     lines = ["# Fidelity: what allocations really lose", "", "## Conclusions", *conclude(views, default)]
     lines += [*floors.judge_default(views, default), *explain()]
     lines += ["## Cells in which the default misses its aim", *floors.list_doubtful(views, default)]
@@ -51,19 +52,20 @@ def write(views: Sequence[View], default: str) -> list[str]:
         lines += [f"## Ways to make the table, by {measure}", *floors.compare_methods(measured)]
     lines += [f"![losses]({FIGURES[0]})", ""]
     lines += ["## Budgets met by one k, and between", *floors.compare_budgets(views, default)]
-    lines += ["## Rank correlations (Spearman)", *sections.tabulate_correlations(views), f"![tables]({FIGURES[1]})", ""]
-    lines += ["## Gate exponent, uniform k", *sections.tabulate_exponents(views)]
+    lines += ["## Rank correlations (Spearman) with brute force", *sections.average_correlations(views)]
+    lines += [f"![tables]({FIGURES[1]})", ""]
+    lines += ["## Tables from one domain, and from fewer tokens"]
+    lines += [line for method in PARTS for line in parts.average_parts(views, method)]
     lines += ["## Compounding", *sections.tabulate_compounding(views)]
     lines += ["## Beyond sums", *sections.tabulate_refined(views)]
-    for title, method in (("oracle", "oracle/increase"), ("calibrated", "calibrated/relative")):
-        lines += [f"## Measured on one domain, judged on each: {title}"]
-        lines += sections.tabulate_parts(views, method, lambda name: name.partition("@")[2] in domains, "measured on")
-        lines += [f"## Measured on fewer tokens: {title}"]
-        lines += sections.tabulate_parts(views, method, lambda name: name.partition("@")[2] not in domains, "tokens")
     lines += ["## Pruning", *sections.tabulate_pruned(views), "## Times", *sections.tabulate_times(views)]
+    lines += ["## Gate exponent, uniform k", *sections.tabulate_exponents(views)]
     lines += ["## Every cell: increase of the cross-entropy", ""]
     for view in views:
         lines += [f"### {view.name}", "", *sections.tabulate_cells(view, default)]
+    lines += ["## Every model: rank correlations", *sections.tabulate_correlations(views)]
+    lines += ["## Every model: tables from one domain, and from fewer tokens; loss, mean over budgets"]
+    lines += [line for method in PARTS for line in parts.tabulate_parts(views, method)]
     return [*lines, "## Left out", *sections.list_skipped(views)]
 
 

@@ -1,6 +1,6 @@
 """The tables of the report, as Markdown, each from the views alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from views import HALF, PLAIN, View, list_cells
@@ -70,18 +70,46 @@ def list_exponents(view: View) -> list[str]:
     return sorted((name for name in view.found["uniform"] if name != PLAIN), key=float)
 
 
+RANKS = {
+    "all entries": "entries",
+    "layers at one k": "layers",
+    "random allocations": "random",
+    "of one budget": "random_at_a_budget",
+}
+
+
+def read_ranks(view: View) -> dict[str, list[float | None]]:
+    """Table -> its Spearman correlations with brute force, with random allocations, and with each domain's."""
+    domains = view.found["base"]["domains"]
+    return {
+        name: [*(found[key] for key in RANKS.values()), *(found["domains"].get(domain) for domain in domains)]
+        for name, found in view.found.get("correlations", {}).items()
+        if "@" not in name
+    }
+
+
 def tabulate_correlations(views: Sequence[View]) -> list[str]:
     """Spearman of every table with brute force, on all the text and on each domain, and with random allocations."""
-    domains = views[0].found["base"]["domains"]
+    rows = [
+        (view.name, name, *(number(value, 3) for value in values))
+        for view in views
+        for name, values in read_ranks(view).items()
+    ]
+    return draw_table(("model", "table", *name_ranks(views)), rows)
+
+
+def average_correlations(views: Sequence[View]) -> list[str]:
+    """The same, mean over models."""
+    ranks = [read_ranks(view) for view in views]
     rows = []
-    for view in views:
-        for name, found in view.found.get("correlations", {}).items():
-            if "@" not in name:
-                values = [found[key] for key in ("entries", "layers", "random", "random_at_a_budget")]
-                values += [found["domains"].get(domain) for domain in domains]
-                rows.append((view.name, name, *(number(value, 3) for value in values)))
-    headers = ("model", "table", "all entries", "layers at one k", "random allocations", "of one budget")
-    return draw_table((*headers, *(f"layers at one k, {domain}" for domain in domains)), rows)
+    for name in dict.fromkeys(name for each in ranks for name in each):
+        columns = zip(*(each[name] for each in ranks if name in each), strict=True)
+        rows.append((name, *(number(average(column), 3) for column in columns)))
+    return draw_table(("table, mean over models", *name_ranks(views)), rows)
+
+
+def name_ranks(views: Sequence[View]) -> list[str]:
+    return [*RANKS, *(f"layers at one k, {domain}" for domain in views[0].found["base"]["domains"])]
 
 
 def tabulate_compounding(views: Sequence[View]) -> list[str]:
@@ -104,30 +132,6 @@ def tabulate_compounding(views: Sequence[View]) -> list[str]:
                     )
                 )
     return draw_table(("model", "allocations", "number", "real / sum: least", "mean", "most"), rows)
-
-
-def tabulate_parts(views: Sequence[View], method: str, parts: Callable[[str], bool], what: str) -> list[str]:
-    """Allocations from tables measured on a part of the text: real increase by domain, mean over budgets."""
-    rows = []
-    for view in views:
-        names = [
-            name for name in view.found["cells"] if name == method or (name.startswith(f"{method}@") and parts(name))
-        ]
-        domains = [*view.found["base"]["domains"], "mean"]
-        uniform = [
-            average(view.uniform(budget, domain=domain) for budget in view.budgets.values()) for domain in domains
-        ]
-        rows.append((view.name, "uniform", *map(number, uniform), "-"))
-        for name in names:
-            means = [
-                average(view.loss(name, budget, domain=domain) for budget in view.budgets.values())
-                for domain in domains
-            ]
-            ranks = view.found.get("correlations", {}).get(name, {})
-            label = name.partition("@")[2] or "all"
-            rows.append((view.name, label, *map(number, means), number(ranks.get("layers"), 3)))
-    domains = [*views[0].found["base"]["domains"], "mean"]
-    return draw_table(("model", what, *domains, "Spearman, layers at one k"), rows)
 
 
 def tabulate_refined(views: Sequence[View]) -> list[str]:

@@ -28,6 +28,7 @@ from judging import Judge, load  # noqa: E402
 from origins import describe_run  # noqa: E402
 from pieces import Study  # noqa: E402
 from tables import COMMANDS, Failed  # noqa: E402
+from timing import time_passes  # noqa: E402
 from windows import cut_what_fits, read_streams  # noqa: E402
 
 from lexi_adapter.allocation import AllocationError  # noqa: E402
@@ -74,7 +75,7 @@ def plan(study: Study) -> Iterator[Piece]:
     yield Piece("compounding", pieces.compound, ("compounding",), always=True, hold=nullcontext)
     wait(study.files.values())  # and not while the GPU is held
     yield Piece("pruned", pieces.judge_pruned, ("pruned",))
-    yield Piece("times", pieces.time_passes, ("times",), hold=measure_alone)
+    yield Piece("times", time_passes, ("times",), hold=measure_alone)
 
 
 def plan_cells(study: Study) -> Iterator[Piece]:

@@ -10,12 +10,12 @@ def draw_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> list
 
 
 def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
+    return "-" if value is None else f"{round(100 * value)} %"
 
 
 def change(value: float | None) -> str:
     """A relative difference, its sign shown."""
-    return "-" if value is None else f"{100 * value:+.0f} %"
+    return "-" if value is None else f"{round(100 * value):+d} %"
 
 
 def share(value: float | None) -> str:
