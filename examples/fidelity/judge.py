@@ -6,6 +6,7 @@ Without --profile it makes those of --only first. `study.py` asks for much more.
 """
 
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import click
@@ -59,19 +60,24 @@ def main(
         profiles = {file.stem: read_profile(file) for file in files}
     _, judging = cut(read_streams(tokens), measure=0, judge=sequences, length=LENGTH)
     loaded = load(model, device=device)
-    judge, rows = Judge(loaded, judging, batch=sequences), []
+    judge = Judge(loaded, judging, batch=sequences)
     layers = judge.layers
     near = {k for budget in budgets for k in (budget // layers, -(-budget // layers))}
-    uniform = dict(zip(near, judge.judge(Choice((k,) * layers) for k in near), strict=True))
-    known = {k: found["increase"]["mean"] for k, found in uniform.items()}
-    for budget in budgets:
-        rows.append(("uniform", "", None, budget, interpolate_uniform(known, budget, layers), ()))
-        for name, profile in profiles.items():
-            for kind in profile.loss_kinds:
-                [top_k] = tables.search(np.array(profile.losses(kind)), [budget])
-                choice = Choice(top_k, profile.settings.gate_exponent)
-                [found] = judge.judge([choice])
-                rows.append((name, kind, choice.exponent, budget, found["increase"]["mean"], top_k))
+    chosen = {}
+    for (name, profile), budget in product(profiles.items(), budgets):
+        for kind in profile.loss_kinds:
+            [top_k] = tables.search(np.array(profile.losses(kind)), [budget])
+            chosen[name, kind, budget] = Choice(top_k, profile.settings.gate_exponent)
+    uniform = {k: Choice((k,) * layers) for k in near}
+    choices = [*uniform.values(), *chosen.values()]
+    increases = {choice: found["increase"]["mean"] for choice, found in zip(choices, judge.judge(choices), strict=True)}
+    known = {k: increases[choice] for k, choice in uniform.items()}
+    rows = [("uniform", "", None, budget, interpolate_uniform(known, budget, layers), ()) for budget in budgets]
+    rows += [
+        (name, kind, choice.exponent, budget, increases[choice], choice.top_k)
+        for (name, kind, budget), choice in chosen.items()
+    ]
+    rows.sort(key=lambda row: budgets.index(row[3]))
     click.echo(f"{'profile':12s} {'loss':12s} {'exponent':>8s} {'budget':>6s} {'increase':>9s}  k per layer")
     for name, kind, exponent, budget, increase, top_k in rows:
         shown = "" if exponent is None else f"{exponent:g}"
