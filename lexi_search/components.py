@@ -113,7 +113,8 @@ class Finder:
         found = self.take(modules, shape)
         if found is None:
             wanted = " or ".join(f"{self.prefix}{module}.weight" for module in modules)
-            raise InputError(f"{self.tensors.folder}: tensor {wanted} is missing; is the download complete?")
+            remedy = "complete the download, or use --input paper, which takes the MoE layers alone"
+            raise InputError(f"{self.tensors.folder}: tensor {wanted} is missing; {remedy}")
         return found
 
     def take_tensor(self, name: str, shape: Shape) -> Stored | None:

@@ -8,7 +8,7 @@ their next layer; one that dies without a word is noticed by JAX, which then end
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from lexi_search.models import Model
 
 HEARTBEAT_SECONDS = 60  # after this long without a sign of life JAX takes a process for dead
 POLL_SECONDS = 0.1
-STARTED, STOPPED, LAYERS, DONE = (f"lexi/{name}/" for name in ("started", "stopped", "layers", "done"))
+SHARED, STOPPED, LAYERS, DONE = (f"lexi/{name}/" for name in ("shared", "stopped", "layers", "done"))
 
 
 class Group(NamedTuple):
@@ -73,20 +73,22 @@ class PeerError(InputError):
     """Another process has stopped; the message says which and why."""
 
 
-def agree(group: Group, header: Header, layers: Sequence[int]) -> tuple[int, ...]:
-    """The `layers` that process 0 asks for, in every process.
-
-    Raises InputError in a process whose `header` is not process 0's, since what they measure would not be one profile.
-    """
+def share(group: Group, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns in process 0, in every process; the others wait for it. JSON values, each name once."""
     if group.store is None:
-        return tuple(layers)
-    ours = header.to_document()
+        return make()
     if group.index == 0:
-        group.store.key_value_set_bytes(STARTED + "0", json_bytes({"header": ours, "layers": list(layers)}))
-    agreed = json.loads(_await(group, STARTED)[0])
-    if difference := find_difference(ours, agreed["header"]):
+        made = make()
+        group.store.key_value_set_bytes(f"{SHARED}{name}/0", json_bytes(made))
+        return made
+    return json.loads(_await(group, f"{SHARED}{name}/")[0])
+
+
+def agree(group: Group, header: Header) -> None:
+    """Raise InputError in a process whose `header` is not process 0's: what they measure would not be one profile."""
+    ours = header.to_document()
+    if difference := find_difference(ours, share(group, "header", lambda: ours)):
         raise InputError(f"process {group.index}: its {difference} in process 0; start all alike")
-    return tuple(agreed["layers"])
 
 
 def spread(costs: Mapping[int, int], size: int) -> tuple[tuple[int, ...], ...]:
@@ -103,8 +105,14 @@ def spread(costs: Mapping[int, int], size: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted(share)) for share in shares)
 
 
-def estimate_costs(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> dict[int, int]:
-    """Layer -> bytes of its tensors in the checkpoint, which both reading and computing take time for."""
+def estimate_costs(checkpoint: Checkpoint, model: Model, layers: Sequence[int], source: str) -> dict[int, int]:
+    """Layer -> work of measuring it on the input `source`.
+
+    On `paper` input the bytes of its tensors in the checkpoint, which both reading and computing take time for. On
+    other input the decoder layers that tokens go through from it on: each process reads the whole model.
+    """
+    if source != "paper":
+        return {layer: model.identity.num_hidden_layers - layer for layer in layers}
     prefix, _, _ = model.identity.router.partition("{}")
     costs = dict.fromkeys(layers, 0)
     for name, entry in checkpoint.entries.items():

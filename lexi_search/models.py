@@ -108,7 +108,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
     if max_k is None and top_k == 1:
         raise InputError(
             f"{config.place}: {top_k_key} is 1: each token runs one expert, none can be saved; "
-            "--max-k 2 profiles the layers with more than their own"
+            "--input paper --max-k 2 profiles the layers with more than their own"
         )
     if gate_exponent is not None and architecture.routing.scales_input:
         raise InputError(f"{config.place}: scores scale the experts' inputs, so a gate exponent has nothing to act on")

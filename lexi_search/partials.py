@@ -29,6 +29,27 @@ class Partials:
     layers: dict[int, LayerLoss] = field(default_factory=dict)
     damaged: int = 0
 
+    def load(self, header: Header, *, but_exponent: bool = False) -> None:
+        """Take up the layers that are there, of the run that `header` describes, perhaps but for its gate exponent.
+
+        Raises InputError where they are another run's.
+        """
+        self.header, self.layers, self.damaged = header, {}, 0
+        for path in sorted(self.folder.glob("*.json")):
+            found = _read(path)
+            if found is None:
+                self.damaged += 1
+                continue
+            theirs, ours = read_header(found).to_document(), header.to_document()
+            if but_exponent:
+                theirs["settings"]["gate_exponent"] = ours["settings"]["gate_exponent"]
+            if difference := find_difference(theirs, ours):
+                raise InputError(
+                    f"{self.folder} has finished layers of another run, whose {difference} now; repeat that run to "
+                    "finish it, or throw them away with --restart"
+                )
+            self.layers |= found.layers
+
     def add(self, layer: int, loss: LayerLoss) -> None:
         """Keep one more layer; when this returns, it is on disk."""
         data = to_bytes(Profile(self.header.model, self.header.settings, {layer: loss}, self.header.made_by))
@@ -51,11 +72,14 @@ class Partials:
 
 
 @contextmanager
-def keep_partials(output: str | os.PathLike[str], header: Header, *, restart: bool = False) -> Iterator[Partials]:
+def keep_partials(
+    output: str | os.PathLike[str], header: Header, *, restart: bool = False, but_exponent: bool = False
+) -> Iterator[Partials]:
     """The finished layers of the profile that is to be written to `output`, locked against other runs meanwhile.
 
     A file whose bytes are not those that were written counts as not there: its layer is to be measured again. The
-    folder goes when no layer is left in it.
+    folder goes when no layer is left in it. With `but_exponent` the header's gate exponent is not known yet: `load` is
+    to be called again when it is.
 
     Raises:
         InputError: another run is at work on `output`; the folder holds layers of another model, other settings or
@@ -71,7 +95,7 @@ def keep_partials(output: str | os.PathLike[str], header: Header, *, restart: bo
         if restart:
             partials.clear()
         else:
-            _load(partials)
+            partials.load(header, but_exponent=but_exponent)
         yield partials
     finally:
         if not any(partials.folder.glob("*.json")):
@@ -93,20 +117,6 @@ def _lock(path: Path, output: str | os.PathLike[str]) -> int:
         raise
     os.close(lock)
     raise InputError(f"another run is writing {output}; wait for it to end, or name another file with -o")
-
-
-def _load(partials: Partials) -> None:
-    for path in sorted(partials.folder.glob("*.json")):
-        found = _read(path)
-        if found is None:
-            partials.damaged += 1
-        elif difference := find_difference(read_header(found).to_document(), partials.header.to_document()):
-            raise InputError(
-                f"{partials.folder} has finished layers of another run, whose {difference} now; repeat that run to "
-                "finish it, or throw them away with --restart"
-            )
-        else:
-            partials.layers |= found.layers
 
 
 def _read(path: Path) -> Profile | None:

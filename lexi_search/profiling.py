@@ -6,6 +6,7 @@ from contextlib import closing
 from functools import partial
 
 import numpy as np
+from jaxtyping import Int
 
 from lexi_search.artifacts import LayerLoss, ProfileSettings
 from lexi_search.checkpoint import Checkpoint
@@ -15,7 +16,7 @@ from lexi_search.measuring import find_needed, measure_layer
 from lexi_search.models import Model
 from lexi_search.moments import summarise
 from lexi_search.propagation import Run
-from lexi_search.sensitivities import choose_exponent, draw_samples, measure_layers, open_run
+from lexi_search.sensitivities import draw_samples, measure_layers, open_run
 from lexi_search.weights import stream_layers
 
 SAMPLES, SAMPLE_BYTES = 1024, 4096
@@ -27,46 +28,46 @@ def profile_layers(
     *,
     layers: Sequence[int],
     settings: ProfileSettings,
+    tokens: Int[np.ndarray, "sequences length"] | None = None,
     report: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[tuple[int, LayerLoss]]:
     """Measure `layers`, yielding (decoder-layer index, losses): on `paper` input as each is done, else all at the end.
 
     What a layer yields depends on the weights, its index and `settings`, not on which other layers are measured, or in
     what order. The device holds the weights of two layers at most, as stored; on `paper` input an expert that gets no
-    token is not read. On other input `report` hears of every decoder layer in every pass through the model.
+    token is not read. On other input the text is `tokens`, if they are drawn already, and `report` hears of every
+    decoder layer in every pass through the model.
 
     Raises:
         InputError: a layer that is no MoE layer, an activation that is not known, NaN or Inf in a weight or output,
             a sample cap below one iteration; on input other than `paper` a model of which not all is known.
     """
-    if extra := [layer for layer in layers if layer not in model.tensors]:
-        known = ", ".join(map(str, model.layers))
-        raise InputError(f"{checkpoint.folder}: layer {extra[0]} is no MoE layer; those are {known}")
+    check_layers(checkpoint, model, layers)
     if model.activation.name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise InputError(f"{checkpoint.folder}: hidden_act {model.activation.name!r} is not known; known are {known}")
     if settings.input == "paper":
         return _profile_each(checkpoint, model, layers, settings)
     run = open_run(checkpoint, model, settings.dtype)
-    return _profile_text(run, layers, settings, report) if layers else iter(())
+    return _profile_text(run, layers, settings, tokens, report) if layers else iter(())
 
 
-def find_exponent(
-    checkpoint: Checkpoint,
-    model: Model,
-    settings: ProfileSettings,
-    *,
-    report: Callable[[int], None] = lambda layer: None,
-) -> float:
-    """The gate exponent that suits the model, found on the text that `settings` ask for."""
-    run = open_run(checkpoint, model, settings.dtype)
-    return choose_exponent(run, draw_samples(run, settings, report=report), report=report)
+def check_layers(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> None:
+    """Raise InputError for a layer that is no MoE layer."""
+    if extra := [layer for layer in layers if layer not in model.tensors]:
+        known = ", ".join(map(str, model.layers))
+        raise InputError(f"{checkpoint.folder}: layer {extra[0]} is no MoE layer; those are {known}")
 
 
 def _profile_text(
-    run: Run, layers: Sequence[int], settings: ProfileSettings, report: Callable[[int], None]
+    run: Run,
+    layers: Sequence[int],
+    settings: ProfileSettings,
+    tokens: Int[np.ndarray, "sequences length"] | None,
+    report: Callable[[int], None],
 ) -> Iterator[tuple[int, LayerLoss]]:
-    tokens = draw_samples(run, settings, report=report)
+    if tokens is None:
+        tokens = draw_samples(run, settings, layers=len(layers), report=report)
     yield from measure_layers(run, tokens, layers, settings, report=report)
 
 

@@ -4,6 +4,7 @@ Many ways to run the model go through a layer while its weights are on the devic
 a layer share its hidden states up to there, and what differs there is mixed from one pass over the experts.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Float64, Int, Int32
 
 from lexi_search.carrying import attend, embed, finish, read_logits
 from lexi_search.checkpoint import Checkpoint
+from lexi_search.errors import InputError
 from lexi_search.models import Model
 from lexi_search.moe import compute_outputs, mix, squared_distances
 from lexi_search.routing import route
@@ -223,9 +225,20 @@ def _limit_tokens(run: Run) -> int:
 
 def _choose_storage(run: Run, tokens: int) -> Callable[[Hidden], Any]:
     """Where hidden states of so many tokens wait for the next layer: on the device, or in host memory."""
-    memory = jax.local_devices()[0].memory_stats()
-    size = tokens * run.model.hidden_size * jnp.dtype(run.dtype).itemsize
+    memory, size = jax.local_devices()[0].memory_stats(), check_room(run, tokens)
     return (lambda hidden: hidden) if memory is None or size <= HIDDEN_SHARE * memory["bytes_limit"] else np.asarray
+
+
+def check_room(run: Run, tokens: int) -> int:
+    """The bytes of the hidden states of so many tokens, of all ways together; InputError for more than the host has."""
+    size = tokens * run.model.hidden_size * jnp.dtype(run.dtype).itemsize
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > host:
+        raise InputError(
+            f"hidden states under all changes of k take {size / 1e9:.1f} GB, this machine has {host / 1e9:.1f} GB; "
+            "lower --samples, or take --layers in parts"
+        )
+    return size
 
 
 def _group(numbers: Sequence[int], variants: Sequence[Variant], size: int) -> Iterator[list[int]]:

@@ -45,7 +45,9 @@ def read_parameters(config: Config, *, theta: float, layer_type: str | None = No
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in SCALINGS:
         known = ", ".join(SCALINGS)
-        raise InputError(f"{config.place}: rope_type {kind!r} is not known; known are {known}; use --input paper")
+        raise InputError(
+            f"{config.place}: rope_type {kind!r} is not known; use --input paper, which does without; known are {known}"
+        )
     length = values.get("max_position_embeddings")
     original = values.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
     return parameters | {

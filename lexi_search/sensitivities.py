@@ -15,7 +15,7 @@ from lexi_search.artifacts import LayerLoss, ProfileSettings
 from lexi_search.checkpoint import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models import Model
-from lexi_search.propagation import Movement, Run, Variant, measure_movement
+from lexi_search.propagation import Movement, Run, Variant, check_room, measure_movement
 from lexi_search.stacks import describe_decoder
 from lexi_search.synthesis import draw_tokens
 
@@ -74,16 +74,19 @@ def judge_variants(
 
 
 def draw_samples(
-    run: Run, settings: ProfileSettings, *, report: Report = lambda layer: None
+    run: Run, settings: ProfileSettings, *, layers: int = 0, report: Report = lambda layer: None
 ) -> Int[np.ndarray, "sequences length"]:
     """Text by the model itself, in whole iterations of `batch` sequences, as many as `max_samples` tokens hold.
 
-    Raises InputError for fewer than two sequences.
+    Raises InputError for fewer than two sequences, or too many to measure so many `layers` on.
     """
     iterations = settings.max_samples // (settings.batch * settings.length)
     if iterations * settings.batch < 2:
         size = f"batch {settings.batch} x length {settings.length}"
-        raise InputError(f"{settings.max_samples} samples are fewer than two sequences in iterations of {size}")
+        raise InputError(
+            f"{settings.max_samples} samples are fewer than two sequences in iterations of {size}; raise --samples"
+        )
+    check_room(run, iterations * settings.batch * settings.length * (1 + layers * (run.model.top_k - 1)))
     return draw_tokens(
         run, sequences=iterations * settings.batch, length=settings.length, seed=settings.seed, report=report
     )

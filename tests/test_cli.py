@@ -23,7 +23,7 @@ from lexi_search.cli import main
 from lexi_search.console import parse_budgets, parse_layers
 from lexi_search.errors import InputError
 
-FAST = ["--batch", "2", "--length", "32", "--relative-error", "0.2"]
+FAST = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
 CALL = [sys.executable, "-c", "from lexi_search.cli import main; main()"]
 
 
@@ -400,7 +400,7 @@ def test_a_profile_cut_short_in_its_first_layer_leaves_nothing_to_read(folder, c
     # A shell that runs the tests in the background has SIGINT ignored, and a child would inherit that.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     call = [sys.executable, "-c", heed + "from lexi_search.cli import main; main()"]
-    command = [*call, "profile", str(checkpoint), "--relative-error", "0", "--samples", str(10**9)]
+    command = [*call, "profile", str(checkpoint), "--input", "paper", "--relative-error", "0", "--samples", str(10**9)]
     environment = make_environment(XDG_CACHE_HOME=str(folder))
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     try:

@@ -281,7 +281,10 @@ def rewrite_config(folder, **changes):
 @pytest.mark.parametrize("name", ["jamba", "nemotron_h", "qwen3_next"])
 def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
-    message = f"config.json: what {name} computes outside its MoE layers is not known; use --input paper; known are afm"
+    message = (
+        f"config.json: what {name} computes outside its MoE layers is not known; "
+        "use --input paper, which takes the MoE layers alone; known are afm"
+    )
     with pytest.raises(InputError, match=message):
         describe_folder(tmp_path)
 
@@ -292,7 +295,7 @@ def test_refuses_families_that_it_does_not_know(name, tmp_path):
         (
             {"rope_parameters": {"rope_type": "spiral"}},
             {},
-            "rope_type 'spiral' is not known; known are default, .*paper",
+            "rope_type 'spiral' is not known; use --input paper.*; known are default",
         ),
         (
             {"rope_parameters": {"rope_type": "llama3"}},

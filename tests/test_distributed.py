@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import lexi_search
+from lexi_search.artifacts import read_profile
 from lexi_search.checkpoint import open_checkpoint
 from lexi_search.distribution import estimate_costs, spread
 from lexi_search.models import describe
 
-FAST = ["--batch", "2", "--length", "32", "--relative-error", "0.2"]
+FAST = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
 CALL = "from lexi_search.cli import main; main()"
 # The same with a shorter patience, and a process that dies as soon as it has measured a layer, before it tells.
 CALL_AND_DIE = """
@@ -105,6 +106,18 @@ def test_two_processes_make_what_one_makes(start, checkpoint, alone, tmp_path):
     assert os.listdir(tmp_path / "0") == ["profile.json"] and os.listdir(tmp_path / "1") == []
 
 
+def test_two_processes_share_a_text_and_measure_their_layers_on_it(start, checkpoint, tmp_path):
+    """Equal up to rounding: what goes through a layer together decides in what order it is summed."""
+    call = [checkpoint, "--batch", 2, "--length", 16, "--samples", 64, "--gate-exponent", "auto"]
+    alone = run_here("profile", *call, "-o", tmp_path / "alone.json")
+    assert start(call, call) == [(0, "profile.json\n", alone.stderr), (0, "", "")]
+    whole, shared = (read_profile(tmp_path / path) for path in ("alone.json", "0/profile.json"))
+    assert (shared.settings, shared.layers.keys()) == (whole.settings, whole.layers.keys())
+    for layer, loss in shared.layers.items():
+        assert loss.rms == pytest.approx(whole.layers[layer].rms, rel=1e-5)
+        assert loss.divergence == pytest.approx(whole.layers[layer].divergence, rel=1e-3)
+
+
 def test_a_lost_process_ends_the_others_and_the_rest_is_kept(start, checkpoint, alone, tmp_path):
     call = [checkpoint, *FAST]
     one_line = "Error: another process was lost; what is finished is kept, start all again\n"
@@ -167,10 +180,11 @@ def test_layers_are_spread_evenly(costs, size, random):
     assert spread(dict(shuffled), size) == shares
 
 
-def test_the_cost_of_a_layer_is_its_bytes(checkpoint):
+def test_the_cost_of_a_layer_is_its_bytes_or_the_layers_after_it(checkpoint):
     opened = open_checkpoint(checkpoint)
     model = describe(opened)
-    costs = estimate_costs(opened, model, [0, 2])
+    assert estimate_costs(opened, model, [0, 2], "weights") == {0: 3, 2: 1}
+    costs = estimate_costs(opened, model, [0, 2], "paper")
     assert costs.keys() == {0, 2}
     assert costs[2] == sum(opened[name].nbytes for name in opened if name.startswith("model.layers.2."))
 

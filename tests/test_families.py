@@ -214,7 +214,7 @@ def rewrite_config(folder, **changes):
 
 def test_a_single_expert_is_refused_unless_more_are_asked_for(tmp_path):
     tiny.make_checkpoint("llama4_text", tmp_path)
-    with pytest.raises(InputError, match="num_experts_per_tok is 1.*; --max-k 2 profiles"):
+    with pytest.raises(InputError, match="num_experts_per_tok is 1.*; --input paper --max-k 2 profiles"):
         describe(open_checkpoint(tmp_path))
     for wrong in (1, 17):
         with pytest.raises(InputError, match=f"max_k {wrong} is not between 2 and 16"):

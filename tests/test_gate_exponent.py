@@ -6,7 +6,7 @@ from command_line import refuse, succeed
 
 from lexi_search import artifacts
 
-QUICK = ("--batch", 2, "--length", 32, "--samples", 256, "--relative-error", 0)
+QUICK = ("--input", "paper", "--batch", 2, "--length", 32, "--samples", 256, "--relative-error", 0)
 
 
 def read_losses(folder, checkpoint, *options):
@@ -38,7 +38,8 @@ def test_exponents_that_cannot_be_are_refused(folder):
     checkpoint = tiny.make_checkpoint("olmoe", folder / "olmoe")
     for value in ("-1", "nan", "inf"):
         assert "gate_exponent is" in refuse("profile", checkpoint, "--gate-exponent", value)
-    assert "leave max_k out" in refuse("profile", checkpoint, "--gate-exponent", "0.5", "--max-k", "8")
+    paper = ("--input", "paper", "--gate-exponent", "0.5")
+    assert "leave max_k out" in refuse("profile", checkpoint, *paper, "--max-k", "8")
     llama = tiny.make_checkpoint("llama4_text", folder / "llama")
-    assert "has nothing to act on" in refuse("profile", llama, "--gate-exponent", "0.5", "--max-k", "2")
+    assert "has nothing to act on" in refuse("profile", llama, *paper, "--max-k", "2")
     assert not list(folder.glob("*.json*"))

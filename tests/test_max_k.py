@@ -18,7 +18,7 @@ from lexi_search.errors import InputError
 from lexi_search.measuring import draw
 from lexi_search.models import describe
 
-QUICK = ("--batch", 2, "--length", 32, "--samples", 128, "--relative-error", 0)
+QUICK = ("--input", "paper", "--batch", 2, "--length", 32, "--samples", 128, "--relative-error", 0)
 
 
 @pytest.fixture(scope="module")
@@ -72,5 +72,5 @@ def test_settings_without_max_k_have_the_bytes_they_had():
 
 def test_the_command_refuses(llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "--max-k 2 profiles" in refuse("profile", llama)
-    assert "max_k 17 is not between 2 and 16" in refuse("profile", llama, "--max-k", 17)
+    assert "; --input paper --max-k 2 profiles" in refuse("profile", llama)
+    assert "max_k 17 is not between 2 and 16" in refuse("profile", llama, "--input", "paper", "--max-k", 17)

@@ -171,7 +171,7 @@ def test_it_stops_earlier(opened):
 
 def test_the_command_says_so_in_the_file(opened, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    fast = ["--batch", "2", "--length", "32", "--relative-error", "0.2"]
+    fast = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
     for name, options in (("with", ["--control-variate", "4"]), ("without", [])):
         arguments = ["profile", str(opened[0].folder), *fast, *options, "-o", str(tmp_path / name)]
         assert CliRunner().invoke(main, arguments, catch_exceptions=False).exit_code == 0

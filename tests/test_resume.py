@@ -21,7 +21,7 @@ from lexi_search.errors import InputError
 from lexi_search.merging import read_header
 from lexi_search.partials import Partials, keep_partials
 
-FAST = ["--batch", "2", "--length", "32", "--relative-error", "0.2"]
+FAST = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
 STORE = Path("profile.json.partial")
 # Ends in the n-th call of a function that writes, either before or after it.
 DIE = """
@@ -149,6 +149,30 @@ def test_other_weights_are_refused(cut_short, checkpoint, part, words):
     done = run(other, *FAST)
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert words in done.stderr
+
+
+def test_another_input_is_refused_before_anything_is_drawn(cut_short, checkpoint, monkeypatch):
+    monkeypatch.setattr("lexi_search.sensitivities.draw_tokens", None)
+    for options in ([], ["--gate-exponent", "auto"]):
+        done = run(checkpoint, *options)
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert "whose settings." in done.stderr and "throw them away with --restart" in done.stderr
+
+
+def test_a_found_exponent_must_be_that_of_the_finished_layers(folder, checkpoint):
+    small = ["--batch", "2", "--length", "16", "--samples", "64"]
+    found = run(checkpoint, *small, "--gate-exponent", "auto").stderr.split()[-1]
+    unbroken = artifacts.read_profile("profile.json")
+    for exponent, code in ((found, 0), ("0.4", 2)):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_after(patch, 1)
+            assert run(checkpoint, *small, "--gate-exponent", exponent).exit_code == 130
+        done = run(checkpoint, *small, "--gate-exponent", "auto")
+        assert done.exit_code == code
+        assert ("1 of 3 layers are finished" if code == 0 else "gate_exponent is 0.4, not ") in done.stderr
+    again = artifacts.read_profile("profile.json")
+    for layer, loss in unbroken.layers.items():
+        assert again.layers[layer].divergence == pytest.approx(loss.divergence, rel=1e-3)
 
 
 def test_restart_throws_away(cut_short, checkpoint):

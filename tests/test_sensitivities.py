@@ -1,7 +1,10 @@
 """What whole models lose on text that they write themselves; transformers' own logits are the judge."""
 
+import itertools
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import command_line
 import jax
@@ -10,6 +13,7 @@ import pytest
 import tiny
 import torch
 from command_line import refuse, succeed
+from safetensors.numpy import load_file, save_file
 
 import lexi_adapter
 from lexi_search import artifacts, propagation
@@ -17,14 +21,14 @@ from lexi_search.artifacts import Allocation, ProfileSettings
 from lexi_search.checkpoint import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models import describe
-from lexi_search.profiling import find_exponent, profile_layers
+from lexi_search.profiling import profile_layers
 from lexi_search.propagation import Run, Variant, measure_movement
-from lexi_search.sensitivities import EXPONENTS, measure_layers, summarise
+from lexi_search.sensitivities import EXPONENTS, choose_exponent, measure_layers, summarise
 from lexi_search.stacks import describe_decoder
 from lexi_search.synthesis import draw_tokens
 
 FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v2")  # the last begins with a dense layer
-QUICK = ("--input", "weights", "--batch", 2, "--length", 16, "--samples", 64)
+QUICK = ("--batch", 2, "--length", 16, "--samples", 64)
 LENGTH = 12
 
 
@@ -198,7 +202,7 @@ def test_losses_are_means_with_standard_errors_over_sequences():
 
 def test_the_gate_exponent_is_that_which_diverges_least(olmoe):
     run, model = olmoe
-    settings, whole = make_settings(), run.model.top_k
+    whole = run.model.top_k
     tokens = draw_tokens(run, sequences=8, length=LENGTH, seed=0)
     own = find_log_probabilities(model, run, tokens)
     divergence = np.zeros((len(EXPONENTS), whole - 1))
@@ -207,7 +211,7 @@ def test_the_gate_exponent_is_that_which_diverges_least(olmoe):
             other = find_log_probabilities(model, run, tokens, Variant((k,) * len(run.model.layers), exponent))
             divergence[i, k - 1] = (np.exp(own) * (own - other)).sum(-1).mean()
     best = (divergence / divergence.min(axis=0)).mean(axis=1).argmin()
-    assert find_exponent(run.checkpoint, run.model, settings) == EXPONENTS[best]
+    assert choose_exponent(run, tokens) == EXPONENTS[best]
 
 
 # --- the command
@@ -216,6 +220,35 @@ def test_the_gate_exponent_is_that_which_diverges_least(olmoe):
 @pytest.fixture(scope="module")
 def checkpoint(olmoe):
     return olmoe[0].checkpoint.folder
+
+
+def test_without_options_the_models_own_text_decides(folder, olmoe):
+    """Profile, search and export; the losses are those of transformers on the text that the model writes."""
+    run, model = olmoe
+    succeed("profile", run.checkpoint.folder)
+    profile, whole = artifacts.read_profile("profile.json"), run.model.top_k
+    assert profile.settings == ProfileSettings("weights", 0, 4, 512, "float32", 0.0, 4096)
+    tokens = draw_tokens(run, sequences=8, length=512, seed=0)
+    own = find_log_probabilities(model, run, tokens)
+    layers = run.model.layers
+    for layer in layers:
+        for k in range(1, whole):
+            variant = Variant(tuple(k if other == layer else whole for other in layers))
+            other = find_log_probabilities(model, run, tokens, variant)
+            means = (np.exp(own) * (own - other)).sum(-1).mean(1)
+            found = profile.layers[layer]
+            assert found.divergence[k - 1] == pytest.approx(means.mean(), rel=2e-3)
+            assert found.divergence_stderr[k - 1] == pytest.approx(means.std(ddof=1) / 8**0.5, rel=2e-2)
+    command_line.run("search", "profile.json", "--budget", 2 * len(layers) + 1)  # may be told to be noisy
+    allocation = artifacts.read_allocation("allocation.json")
+    table = np.array(profile.losses("divergence"))
+    every = itertools.product(range(1, whole + 1), repeat=len(layers))
+    fitting = [ks for ks in every if sum(ks) == 2 * len(layers) + 1]
+    best = min(sum(table[row, k - 1] for row, k in enumerate(ks)) for ks in fitting)
+    assert allocation.loss == pytest.approx(best)
+    succeed("export", "allocation.json", "--to", "vllm", "--model", run.checkpoint.folder, "-o", "out")
+    written = json.loads((folder / "out" / "config.json").read_text())["per_layer_config"]
+    assert written == {str(layer): {"num_experts_per_tok": k} for layer, k in allocation.top_k.items()}
 
 
 def test_profile_of_the_models_own_text(folder, checkpoint):
@@ -259,10 +292,11 @@ def test_a_gate_exponent_can_be_found(folder, checkpoint):
 
 
 REFUSED = [
-    (("--relative-error", "0.1"), "--relative-error is for --input paper; leave it out with --input weights"),
-    (("--control-variate", "2"), "--control-variate is for --input paper"),
-    (("--max-k", "8"), "--max-k is for --input paper"),
-    (("--samples", "20"), "20 samples are fewer than two sequences in iterations of batch 2 x length 16"),
+    (("--relative-error", "0.1"), "--relative-error is for --input paper; add that, or leave --relative-error out"),
+    (("--control-variate", "2"), "--control-variate is for --input paper; add that"),
+    (("--max-k", "8"), "--max-k is for --input paper; add that"),
+    (("--samples", "20"), "20 samples are fewer than two sequences in iterations of batch 2 x length 16; raise --samp"),
+    (("--samples", 2**50), "GB; lower --samples, or take --layers in parts"),
     (("--gate-exponent", "half"), "--gate-exponent 'half' is neither a number nor auto"),
     (("--layers", "77"), "layer 77 is no MoE layer"),
 ]
@@ -275,14 +309,23 @@ def test_bad_options_are_refused(folder, checkpoint, options, message):
 
 
 def test_auto_needs_the_models_own_text(folder, checkpoint):
-    assert "auto is found on the model's own text; add --input weights" in refuse(
-        "profile", checkpoint, "--gate-exponent", "auto"
-    )
+    message = "auto is found on the model's own text; leave --input paper out"
+    assert message in refuse("profile", checkpoint, "--input", "paper", "--gate-exponent", "auto")
 
 
 def test_a_family_whose_attention_is_not_known_is_refused(folder):
     jamba = tiny.make_checkpoint("jamba", folder / "jamba")
-    assert "use --input paper" in refuse("profile", jamba, *QUICK)
+    assert "; use --input paper, which takes the MoE layers alone; known are" in refuse("profile", jamba)
+
+
+def test_a_folder_of_moe_layers_alone_is_refused(folder, checkpoint):
+    alone = Path(shutil.copytree(checkpoint, folder / "alone"))
+    kept = {name: value for name, value in load_file(alone / "model.safetensors").items() if ".mlp." in name}
+    save_file(kept, alone / "model.safetensors", {"format": "pt"})
+    missing = "tensor model.layers.0.self_attn.q_proj.weight is missing"
+    remedy = "complete the download, or use --input paper, which takes the MoE layers alone"
+    assert refuse("profile", alone) == f"{alone}: {missing}; {remedy}"
+    succeed("profile", alone, *QUICK, "--input", "paper")
 
 
 def test_overflow_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DEFAULTS = {  # of options, by input
-    "paper": {"relative_error": 0.01, "samples": 2**20},
     "weights": {"relative_error": 0.0, "samples": 2**12},
+    "paper": {"relative_error": 0.01, "samples": 2**20},
 }
 
 
@@ -35,8 +36,8 @@ DEFAULTS = {  # of options, by input
     "--input",
     "source",
     type=click.Choice(tuple(DEFAULTS)),
-    default="paper",
-    help="paper: N(0, 1) to each layer by itself. weights: text that the model writes, through the whole model.",
+    default="weights",
+    help="weights: text that the model writes, through the whole model. paper: N(0, 1) to each layer by itself.",
 )
 @click.option("--batch", default=4, help="Sequences per iteration.")
 @click.option("--length", default=512, help="Tokens per sequence.")
@@ -44,28 +45,28 @@ DEFAULTS = {  # of options, by input
     "--relative-error",
     type=float,
     show_default=False,
-    help="Stop a layer when every k is known this well; paper only.  [default: 0.01]",
+    help="Stop a layer when every k is known this well; with --input paper.  [default: 0.01]",
 )
 @click.option(
     "--samples",
     type=int,
     show_default=False,
-    help="Stop before a layer takes more tokens than this.  [default: 1048576; weights: 4096]",
+    help="Tokens of text; with --input paper the most that a layer takes.  [default: 4096; paper: 1048576]",
 )
 @click.option(
     "--control-variate",
     type=click.IntRange(1),
     metavar="RATIO",
-    help="Send RATIO times as many tokens through the router alone, to need fewer in all.  [default: off]",
+    help="Send RATIO times as many tokens through the router alone, to need fewer; with --input paper.  [default: off]",
 )
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the random input.")
 @dtype_option
-@click.option("--max-k", type=int, help="Look at more experts per token than the model's own k, up to this many.")
+@click.option("--max-k", type=int, help="Look at more experts per token than the model's own k; with --input paper.")
 @click.option(
     "--gate-exponent",
     metavar="NUMBER|auto",
-    help="Let kept experts take over a part of the others' gate mass: 0 nothing, 1 all; auto finds out how much, with "
-    "--input weights.  [default: as the model does]",
+    help="Let kept experts take over a part of the others' gate mass: 0 nothing, 1 all; auto finds out how much.  "
+    "[default: as the model does]",
 )
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
 @click.option("--distributed", is_flag=True, help="One of several processes of Slurm, MPI or Kubernetes.")
@@ -92,10 +93,15 @@ def profile(
     num_processes: int | None,
     process_id: int | None,
 ) -> None:
-    """Measure how much each layer of WEIGHTS loses at each k.
+    """Measure how much the model in WEIGHTS loses with each layer at each k.
 
-    WEIGHTS is a folder with config.json and safetensors shards, or a hub id. Reads one layer at a time. Finished layers
-    are kept in OUTPUT.partial until all are: cut short, the same command goes on from there.
+    WEIGHTS is a folder with config.json and safetensors shards, or a hub id; two layers at most are in memory. The
+    model writes a text and is then run on it, with every layer at every k in turn: seven times through the files.
+    Hidden states take tokens x (1 + MoE layers x (k - 1)) x hidden size numbers, in host memory where the GPU has none
+    to spare. Without attention and embeddings, or for families that this does not know, use --input paper.
+
+    On --input paper, finished layers are kept in OUTPUT.partial until all are: cut short, the same command goes on from
+    there. On --input weights all are measured together, and it begins anew.
 
     Several processes, on one host or many, share out the layers: start all with the same arguments, on their own GPUs
     each (CUDA_VISIBLE_DEVICES). Process 0 writes OUTPUT.
@@ -109,17 +115,22 @@ def profile(
     wanted = parse_layers(layers) if layers else None
     exponent = _parse_exponent(gate_exponent, source)
     if source != "paper":
-        _refuse(source, {"--relative-error": relative_error, "--control-variate": control_variate, "--max-k": max_k})
+        _refuse({"--relative-error": relative_error, "--control-variate": control_variate, "--max-k": max_k})
     prepare_environment()
+    import numpy as np
+
     from lexi_search.checkpoint import open_checkpoint
-    from lexi_search.distribution import Group, agree, estimate_costs, gather, join, spread
+    from lexi_search.distribution import Group, agree, estimate_costs, gather, join, share, spread
     from lexi_search.models import describe, find_dtype
-    from lexi_search.profiling import find_exponent, profile_layers, sample_weights
+    from lexi_search.profiling import check_layers, profile_layers, sample_weights
+    from lexi_search.sensitivities import choose_exponent, draw_samples, open_run
 
     with ExitStack() as stack:
         group = stack.enter_context(join(*place)) if together else Group()
         checkpoint = open_checkpoint(weights)
         model = describe(checkpoint, max_k=max_k, gate_exponent=None if exponent == AUTO else exponent)
+        chosen = wanted or model.layers
+        check_layers(checkpoint, model, chosen)
         settings = ProfileSettings(
             input=source,
             seed=seed,
@@ -132,23 +143,37 @@ def profile(
             max_k=max_k,
             gate_exponent=model.routing.exponent,
         )
-        progress = stack.enter_context(make_progress(quiet=group.index > 0))
-        passes = progress.add_task("decoder layers, in passes", total=None, visible=source != "paper")
-        traits = {"report": lambda layer: progress.advance(passes)}
-        if exponent == AUTO:
-            chosen = find_exponent(checkpoint, model, settings, **traits)
-            click.echo(f"gate exponent {chosen:g}", err=True)
-            model = model._replace(routing=model.routing._replace(exponent=chosen))
-            settings = replace(settings, gate_exponent=chosen)
+        run = None if source == "paper" else open_run(checkpoint, model, settings.dtype)
         made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}
-        header, chosen, partials = Header(model.identity, settings, made_by), wanted or model.layers, None
+        header, partials = Header(model.identity, settings, made_by), None
+        agree(group, header)
         if group.index == 0:
             check_writable(output)
-            partials = stack.enter_context(keep_partials(output, header, restart=restart))
+            partials = keep_partials(output, header, restart=restart, but_exponent=exponent == AUTO)
+            partials = stack.enter_context(partials)
+        progress = stack.enter_context(make_progress(quiet=group.index > 0))
+        passes = progress.add_task("decoder layers, in passes", total=None, visible=run is not None)
+        traits = {"report": lambda layer: progress.advance(passes)}
+
+        @cache
+        def get_text() -> Any:
+            count = -(-len(chosen) // group.size)
+            drawn = share(group, "text", lambda: draw_samples(run, settings, layers=count, **traits).tolist())
+            return np.asarray(drawn, np.int32)
+
+        if exponent == AUTO:
+            found = share(group, "exponent", lambda: choose_exponent(run, get_text(), **traits))
+            model = model._replace(routing=model.routing._replace(exponent=found))
+            settings = replace(settings, gate_exponent=found)
+            if partials is not None:
+                click.echo(f"gate exponent {found:g}", err=True)
+                partials.load(Header(model.identity, settings, made_by))
+        if partials is not None:
             _tell_what_is_there(partials, chosen)
-        missing = agree(group, header, [layer for layer in chosen if not partials or layer not in partials.layers])
-        own = spread(estimate_costs(checkpoint, model, missing), group.size)[group.index]
-        measured = profile_layers(checkpoint, model, layers=own, settings=settings, **traits)
+        missing = share(group, "missing", lambda: [layer for layer in chosen if layer not in partials.layers])
+        own = spread(estimate_costs(checkpoint, model, missing, source), group.size)[group.index]
+        tokens = get_text() if own and run is not None else None
+        measured = profile_layers(checkpoint, model, layers=own, settings=settings, tokens=tokens, **traits)
         measured = stack.enter_context(closing(measured))
         results = gather(group, measured, missing)
         if partials is None:
@@ -191,13 +216,13 @@ def _count_finished(partials: Partials, chosen: tuple[int, ...]) -> str:
 
 def _parse_exponent(text: str | None, source: str) -> float | str | None:
     if text == AUTO and source == "paper":
-        raise InputError("--gate-exponent auto is found on the model's own text; add --input weights")
+        raise InputError("--gate-exponent auto is found on the model's own text; leave --input paper out")
     try:
         return text if text in (None, AUTO) else float(text)
     except ValueError:
         raise InputError(f"--gate-exponent {text!r} is neither a number nor auto") from None
 
 
-def _refuse(source: str, options: dict[str, Any]) -> None:
+def _refuse(options: dict[str, Any]) -> None:
     if given := [name for name, value in options.items() if value is not None]:
-        raise InputError(f"{given[0]} is for --input paper; leave it out with --input {source}")
+        raise InputError(f"{given[0]} is for --input paper; add that, or leave {given[0]} out")
