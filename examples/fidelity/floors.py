@@ -57,14 +57,13 @@ def list_doubtful(views: Sequence[View], default: str) -> list[str]:
         if above <= 0 and (closed is None or closed >= AIM):
             continue
         other = replace(view, measure="divergence")
-        error = view.judged(default, budget)["stderr"] / view.uniform(budget)
         rows.append(
             (
                 view.name,
                 budget,
                 change(-view.gain(budget)),
                 change(above),
-                f"{percent(error)}",
+                percent(view.error(default, budget)),
                 show_difference(view.difference(default, budget)),
                 share(closed),
                 change(other.above(default, budget)),

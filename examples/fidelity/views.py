@@ -73,13 +73,17 @@ class View:
         """How far a table's allocation is above plain uniform, relative to it; negative below."""
         return -find_gain(self.uniform(budget), self.loss(method, budget, exponent=exponent))
 
+    def error(self, method: str, budget: int) -> float:
+        """Standard error of a table's allocation's own loss increase, relative to uniform."""
+        return self.judged(method, budget)["stderr"] / abs(self.uniform(budget))
+
     def difference(self, method: str, budget: int) -> tuple[float, float] | None:
         """Allocation less uniform, window by window, and its standard error, relative to uniform; None where older
         results do not hold it."""
         against = self.judged(method, budget).get("against_uniform")
         if against is None:
             return None
-        return tuple(against[self.measure][name] / self.uniform(budget) for name in ("mean", "stderr"))
+        return tuple(against[self.measure][name] / abs(self.uniform(budget)) for name in ("mean", "stderr"))
 
     def is_beyond_noise(self, method: str, budget: int) -> bool | None:
         """Whether an allocation is above uniform by more than noise; None where that is not known."""
