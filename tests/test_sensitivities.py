@@ -222,13 +222,13 @@ def checkpoint(olmoe):
     return olmoe[0].checkpoint.folder
 
 
-def test_without_options_the_models_own_text_decides(folder, olmoe):
+def test_by_default_the_models_own_text_decides(folder, olmoe):
     """Profile, search and export; the losses are those of transformers on the text that the model writes."""
     run, model = olmoe
-    succeed("profile", run.checkpoint.folder)
+    succeed("profile", run.checkpoint.folder, "--length", 32, "--samples", 256)
     profile, whole = artifacts.read_profile("profile.json"), run.model.top_k
-    assert profile.settings == ProfileSettings("weights", 0, 4, 512, "float32", 0.0, 4096)
-    tokens = draw_tokens(run, sequences=8, length=512, seed=0)
+    assert profile.settings == ProfileSettings("weights", 0, 4, 32, "float32", 0.0, 256)
+    tokens = draw_tokens(run, sequences=8, length=32, seed=0)
     own = find_log_probabilities(model, run, tokens)
     layers = run.model.layers
     for layer in layers:
