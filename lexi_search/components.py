@@ -113,7 +113,7 @@ class Finder:
         found = self.take(modules, shape)
         if found is None:
             wanted = " or ".join(f"{self.prefix}{module}.weight" for module in modules)
-            remedy = "complete the download, or use --input paper, which takes the MoE layers alone"
+            remedy = "complete the download, or use lexi-search profile --input paper, which takes the MoE layers alone"
             raise InputError(f"{self.tensors.folder}: tensor {wanted} is missing; {remedy}")
         return found
 

@@ -32,7 +32,7 @@ JOINED = ("input_linear", "output_linear")  # gate and up in one
 # What a layer's output does not depend on: buffers that follow from the config, scales of activations and caches.
 LEFT_OUT = ("rotary_emb.inv_freq", ".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 EXPERT = re.compile(r"\.experts\.\d+\.")  # known to `layouts`
-REMEDY = "use --input paper, which takes the MoE layers alone"
+REMEDY = "use lexi-search profile --input paper, which takes the MoE layers alone"
 
 
 class Decoder(NamedTuple):

@@ -283,7 +283,7 @@ def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
     message = (
         f"config.json: what {name} computes outside its MoE layers is not known; "
-        "use --input paper, which takes the MoE layers alone; known are afm"
+        "use lexi-search profile --input paper, which takes the MoE layers alone; known are afm"
     )
     with pytest.raises(InputError, match=message):
         describe_folder(tmp_path)
@@ -295,7 +295,7 @@ def test_refuses_families_that_it_does_not_know(name, tmp_path):
         (
             {"rope_parameters": {"rope_type": "spiral"}},
             {},
-            "rope_type 'spiral' is not known; use --input paper.*; known are default",
+            "rope_type 'spiral' is not known; use lexi-search profile --input paper.*; known are default",
         ),
         (
             {"rope_parameters": {"rope_type": "llama3"}},
@@ -303,7 +303,11 @@ def test_refuses_families_that_it_does_not_know(name, tmp_path):
             "parameters of type 'llama3' are incomplete .*low_freq_factor",
         ),
         ({"layer_types": None}, {}, "config.json: layer_types is missing"),
-        ({"layer_types": ["full_attention", "mamba"]}, {}, "layer_types 'mamba' is not known; use --input paper"),
+        (
+            {"layer_types": ["full_attention", "mamba"]},
+            {},
+            "layer_types 'mamba' is not known; use lexi-search profile --input paper",
+        ),
         ({"layer_types": ["full_attention"]}, {}, "layer_types is of 1 layers, expected 2"),
         ({"num_attention_heads": 3}, {}, "3 heads and 2 of keys do not fit .*q_proj.weight of 128 rows"),
         ({"hidden_act": "relu6"}, {}, "hidden_act 'relu6' is not known"),

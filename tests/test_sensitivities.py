@@ -315,7 +315,9 @@ def test_auto_needs_the_models_own_text(folder, checkpoint):
 
 def test_a_family_whose_attention_is_not_known_is_refused(folder):
     jamba = tiny.make_checkpoint("jamba", folder / "jamba")
-    assert "; use --input paper, which takes the MoE layers alone; known are" in refuse("profile", jamba)
+    assert "; use lexi-search profile --input paper, which takes the MoE layers alone; known are" in refuse(
+        "profile", jamba
+    )
 
 
 def test_a_folder_of_moe_layers_alone_is_refused(folder, checkpoint):
@@ -323,7 +325,7 @@ def test_a_folder_of_moe_layers_alone_is_refused(folder, checkpoint):
     kept = {name: value for name, value in load_file(alone / "model.safetensors").items() if ".mlp." in name}
     save_file(kept, alone / "model.safetensors", {"format": "pt"})
     missing = "tensor model.layers.0.self_attn.q_proj.weight is missing"
-    remedy = "complete the download, or use --input paper, which takes the MoE layers alone"
+    remedy = "complete the download, or use lexi-search profile --input paper, which takes the MoE layers alone"
     assert refuse("profile", alone) == f"{alone}: {missing}; {remedy}"
     succeed("profile", alone, *QUICK, "--input", "paper")
 
