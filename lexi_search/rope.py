@@ -46,8 +46,8 @@ def read_parameters(config: Config, *, theta: float, layer_type: str | None = No
     if kind not in SCALINGS:
         known = ", ".join(SCALINGS)
         raise InputError(
-            f"{config.place}: rope_type {kind!r} is not known; use lexi-search profile --input paper, which does without; "
-            f"known are {known}"
+            f"{config.place}: rope_type {kind!r} is not known; use lexi-search profile --input paper, which does "
+            f"without; known are {known}"
         )
     length = values.get("max_position_embeddings")
     original = values.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
