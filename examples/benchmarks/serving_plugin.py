@@ -51,8 +51,9 @@ def find_variants(folder, load_format):
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--together", default=4, show_default=True, help="Engines on the card at once.")
 @click.option("--engine", default="{}", help="Other arguments of vllm.LLM, as JSON.")
+@click.option("--lock", "locks", multiple=True, help="A file for a card that others use too.")
 @click.option("-o", "--output", default="serving_plugin.json", show_default=True)
-def main(folder, load_format, workloads, rounds, together, engine, output):
+def main(folder, load_format, workloads, rounds, together, engine, locks, output):
     variants, pairs = find_variants(folder, load_format)
     made_by = describe_call("python examples/benchmarks/serving_plugin.py")
 
@@ -80,6 +81,7 @@ def main(folder, load_format, workloads, rounds, together, engine, output):
         together=together,
         in_place=True,
         seconds=0.5,
+        locks=locks,
         engine={"load_format": load_format, "parallel": {}, **json.loads(engine)},
         report=report,
     )
