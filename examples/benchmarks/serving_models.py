@@ -39,7 +39,8 @@ def make_command(name, output, *, workloads, rounds, together, pruned, cards, lo
     options = ["--load-format", "dummy", "--rounds", str(rounds), "-o", str(output), *others]
     options += [word for workload in workloads for word in ("--workload", workload)]
     options += [word for share in SHARES for word in ("--budget-share", str(share))]
-    options += [word for share in filter(None, pruned) for word in ("--drop-experts", str(share), "--narrow-experts", str(share))]
+    kinds = ("--drop-experts", "--narrow-experts")
+    options += [word for share in filter(None, pruned) for kind in kinds for word in (kind, str(share))]
     options += ["--together", str(together)] if name in COMPILED_K else ["--in-place"]
     options += ["--engine", json.dumps({"trust_remote_code": True})] if name in OWN_CODE else []
     options += ["--tensor-parallel-size", str(len(cards))] if len(cards) > 1 else []
@@ -86,7 +87,7 @@ def make_table(documents):
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--model", "names", multiple=True, help="[default: all in configs/]")
 @click.option("--workload", "workloads", multiple=True, default=("16x512x256", "16x1024x16"), show_default=True)
-@click.option("--pruned", multiple=True, type=float, default=PRUNED, show_default=True, help="Shares to prune; 0: none.")
+@click.option("--pruned", multiple=True, type=float, default=PRUNED, help="Shares to prune.  [default: 0.25, 0.5; 0: none]")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--together", default=2, show_default=True, help="Engines of one model at once, where each is started.")
 @click.option("--gpus", default=1, show_default=True, help="Cards of this host to deal the models to.")
