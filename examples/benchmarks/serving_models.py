@@ -87,7 +87,7 @@ def make_table(documents):
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--model", "names", multiple=True, help="[default: all in configs/]")
 @click.option("--workload", "workloads", multiple=True, default=("16x512x256", "16x1024x16"), show_default=True)
-@click.option("--pruned", multiple=True, type=float, default=PRUNED, help="Shares to prune.  [default: 0.25, 0.5; 0: none]")
+@click.option("--pruned", multiple=True, type=float, default=PRUNED, help="Shares to prune; 0: none.  [0.25, 0.5]")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--together", default=2, show_default=True, help="Engines of one model at once, where each is started.")
 @click.option("--gpus", default=1, show_default=True, help="Cards of this host to deal the models to.")
