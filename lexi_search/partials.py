@@ -1,32 +1,40 @@
 """The finished layers of a profile that is not whole yet, kept beside it so that a run cut short goes on from there.
 
 `profile.json.partial/` holds one file per finished layer, a canonical profile of that layer alone with the start of its
-bytes' SHA-256 in its name, and a lock that the run holds while it lives.
+bytes' SHA-256 in its name; likewise what all layers take and took long to find, such as the text that they are measured
+on; and a lock that the run holds while it lives.
 """
 
 import fcntl
 import hashlib
+import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lexi_search.artifacts import LayerLoss, Profile, read_profile, to_bytes
 from lexi_search.errors import InputError
-from lexi_search.files import write_atomically
+from lexi_search.files import json_bytes, write_atomically
 from lexi_search.merging import Header, find_difference, read_header
 
 LOCK = "lock"
+LAYERS, FINDINGS = "*.json", "*.found"  # files
 
 
 @dataclass
 class Partials:
-    """The finished layers of one run, in `folder` and here. `damaged` counts files that are not what was written."""
+    """The finished layers of one run, in `folder` and here, and what all layers take, by name.
+
+    `damaged` counts files that are not what was written.
+    """
 
     header: Header
     folder: Path
     layers: dict[int, LayerLoss] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
     damaged: int = 0
 
     def load(self, header: Header, *, but_exponent: bool = False) -> None:
@@ -34,41 +42,57 @@ class Partials:
 
         Raises InputError where they are another run's.
         """
-        self.header, self.layers, self.damaged = header, {}, 0
-        for path in sorted(self.folder.glob("*.json")):
+        self.header, self.layers, self.findings, self.damaged = header, {}, {}, 0
+        for path in sorted((*self.folder.glob(LAYERS), *self.folder.glob(FINDINGS))):
             found = _read(path)
             if found is None:
                 self.damaged += 1
-                continue
-            theirs, ours = read_header(found).to_document(), header.to_document()
-            if but_exponent:
-                theirs["settings"]["gate_exponent"] = ours["settings"]["gate_exponent"]
-            if difference := find_difference(theirs, ours):
-                raise InputError(
-                    f"{self.folder} has finished layers of another run, whose {difference} now; repeat that run to "
-                    "finish it, or throw them away with --restart"
-                )
-            self.layers |= found.layers
+            elif isinstance(found, Profile):
+                self._check(read_header(found).to_document(), but_exponent)
+                self.layers |= found.layers
+            else:
+                self._check(found["run"], but_exponent=True)  # nor does it depend on one
+                self.findings[path.name.partition("-")[0]] = found["value"]
+
+    def _check(self, theirs: dict[str, Any], but_exponent: bool) -> None:
+        ours = self.header.to_document()
+        if but_exponent:
+            theirs["settings"]["gate_exponent"] = ours["settings"]["gate_exponent"]
+        if difference := find_difference(theirs, ours):
+            raise InputError(
+                f"{self.folder} has finished layers of another run, whose {difference} now; repeat that run to "
+                "finish it, or throw them away with --restart"
+            )
+
+    def find(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value of this name, plain JSON: found by an earlier run of this kind, or made now and kept."""
+        if name not in self.findings:
+            data = json_bytes({"run": self.header.to_document(), "value": make()})
+            write_atomically(self.folder / _name(name, data, FINDINGS), data)
+            self.findings[name] = json.loads(data)["value"]
+        return self.findings[name]
 
     def add(self, layer: int, loss: LayerLoss) -> None:
         """Keep one more layer; when this returns, it is on disk."""
         data = to_bytes(Profile(self.header.model, self.header.settings, {layer: loss}, self.header.made_by))
-        write_atomically(self.folder / _name(layer, data), data)
+        write_atomically(self.folder / _name(layer, data, LAYERS), data)
         self.layers[layer] = loss
 
     def clear(self) -> None:
-        """Remove every layer, and what writes cut short left."""
+        """Remove everything, and what writes cut short left."""
         for path in self.folder.iterdir():
-            if path.suffix in (".json", ".tmp"):
+            if path.suffix in (".json", ".found", ".tmp"):
                 path.unlink()
-        self.layers, self.damaged = {}, 0
+        self.layers, self.findings, self.damaged = {}, {}, 0
 
     def drop(self, layers: Collection[int]) -> None:
-        """Remove these layers, which are in the output now; others, that it was not to have, stay."""
+        """Remove these layers, which are in the output now. Others that it was not to have stay, with what all take."""
         for layer in set(layers) & set(self.layers):
             for path in self.folder.glob(f"{layer}-*.json"):
                 path.unlink()
             del self.layers[layer]
+        if not self.layers:
+            self.clear()
 
 
 @contextmanager
@@ -78,7 +102,7 @@ def keep_partials(
     """The finished layers of the profile that is to be written to `output`, locked against other runs meanwhile.
 
     A file whose bytes are not those that were written counts as not there: its layer is to be measured again. The
-    folder goes when no layer is left in it. With `but_exponent` the header's gate exponent is not known yet: `load` is
+    folder goes when nothing is left in it. With `but_exponent` the header's gate exponent is not known yet: `load` is
     to be called again when it is.
 
     Raises:
@@ -98,7 +122,7 @@ def keep_partials(
             partials.load(header, but_exponent=but_exponent)
         yield partials
     finally:
-        if not any(partials.folder.glob("*.json")):
+        if not any((*partials.folder.glob(LAYERS), *partials.folder.glob(FINDINGS))):
             _remove(partials)
         os.close(lock)
 
@@ -119,18 +143,19 @@ def _lock(path: Path, output: str | os.PathLike[str]) -> int:
     raise InputError(f"another run is writing {output}; wait for it to end, or name another file with -o")
 
 
-def _read(path: Path) -> Profile | None:
-    """The profile of one layer in `path`; None where the bytes are not those that the name was made for."""
+def _read(path: Path) -> Profile | Mapping[str, Any] | None:
+    """What was written to `path`; None where the bytes are not those that the name was made for."""
     try:
-        found = read_profile(path)
-        (layer,) = found.layers
-        return found if path.name == _name(layer, path.read_bytes()) else None
+        data = path.read_bytes()
+        if path.name != _name(path.name.partition("-")[0], data, f"*{path.suffix}"):
+            return None
+        return read_profile(path) if path.match(LAYERS) else json.loads(data)
     except (InputError, OSError, ValueError):
         return None
 
 
-def _name(layer: int, data: bytes) -> str:
-    return f"{layer}-{hashlib.sha256(data).hexdigest()[:16]}.json"
+def _name(what: int | str, data: bytes, pattern: str) -> str:
+    return f"{what}-{hashlib.sha256(data).hexdigest()[:16]}{pattern[1:]}"
 
 
 def _remove(partials: Partials) -> None:

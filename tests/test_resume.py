@@ -188,7 +188,7 @@ def test_damaged_layers_are_measured_again(cut_short, checkpoint, unbroken, dama
     path.write_bytes(damage(path.read_bytes()))
     done = run(checkpoint, *FAST)
     assert done.exit_code == 0
-    assert "1 of 3 layers are finished" in done.stderr and "measured again: 1" in done.stderr
+    assert "1 of 3 layers are finished" in done.stderr and "made again: 1" in done.stderr
     assert Path("profile.json").read_bytes() == unbroken
     assert os.listdir() == ["profile.json"]
 
@@ -272,3 +272,58 @@ def test_what_others_put_into_the_folder_stays(folder, checkpoint, unbroken):
     assert run(checkpoint, *FAST).exit_code == 0
     assert Path("profile.json").read_bytes() == unbroken
     assert os.listdir(STORE) == ["notes.txt"]
+
+
+WRITES = ["--length", "32", "--samples", "256", "--dtype", "float32"]
+
+
+@pytest.fixture
+def text_kept(folder, checkpoint):
+    """A run on the model's own text that was interrupted after it had the text; the whole profile is in `whole`."""
+    assert run(checkpoint, *WRITES, "-o", "whole").exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lexi_search.profiling.measure_layers", interrupt)
+        done = run(checkpoint, *WRITES)
+    kept = f"the text and 0 of 3 layers are kept in {folder / STORE}"
+    assert (done.exit_code, done.stderr) == (
+        130,
+        f"Error: interrupted; {kept}, and the same command goes on from there\n",
+    )
+    assert [path.name.partition("-")[0] for path in STORE.glob("*.found")] == ["text"]
+    return folder
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_the_text_is_drawn_once(text_kept, checkpoint, monkeypatch):
+    monkeypatch.setattr("lexi_search.sensitivities.draw_samples", interrupt)
+    done = run(checkpoint, *WRITES)
+    assert (done.exit_code, done.stdout) == (0, "profile.json\n")
+    assert done.stderr == f"the text and 0 of 3 layers are finished in {text_kept / STORE}\n"
+    assert Path("profile.json").read_bytes() == Path("whole").read_bytes() and not STORE.exists()
+
+
+def test_a_text_that_is_damaged_is_drawn_again_and_another_runs_is_refused(text_kept, checkpoint):
+    (kept,) = STORE.glob("*.found")
+    done = run(checkpoint, *WRITES, "--seed", "1")
+    assert done.exit_code == 2 and "settings.seed is 0, not 1 as now; repeat that run" in done.stderr
+    assert run(checkpoint, *FAST).exit_code == 2
+    assert list(STORE.glob("*.found")) == [kept]
+    kept.write_bytes(kept.read_bytes().replace(b"[", b" [", 1))
+    done = run(checkpoint, *WRITES)
+    assert done.exit_code == 0 and "files that are damaged there, and made again: 1\n" in done.stderr
+    assert Path("profile.json").read_bytes() == Path("whole").read_bytes() and not STORE.exists()
+
+
+def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, monkeypatch):
+    auto = [*WRITES, "--gate-exponent", "auto"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lexi_search.profiling.measure_layers", interrupt)
+        assert run(checkpoint, *auto).exit_code == 130
+    assert sorted(path.name.partition("-")[0] for path in STORE.glob("*.found")) == ["exponent", "text"]
+    for name in ("draw_samples", "choose_exponent"):
+        monkeypatch.setattr(f"lexi_search.sensitivities.{name}", interrupt)
+    assert run(checkpoint, *auto).exit_code == 0 and not STORE.exists()
+    assert run(checkpoint, *WRITES, "-o", "other").exit_code == 1  # which draws, so that the above did not

@@ -100,8 +100,8 @@ def profile(
     Hidden states take tokens x (1 + MoE layers x (k - 1)) x hidden size numbers, in host memory where the GPU has none
     to spare. Without attention and embeddings, or for families that this does not know, use --input paper.
 
-    On --input paper, finished layers are kept in OUTPUT.partial until all are: cut short, the same command goes on from
-    there. On --input weights all are measured together, and it begins anew.
+    Cut short, the same command goes on from what is kept in OUTPUT.partial: the text, which is six of the seven times
+    through the files, or on --input paper every finished layer.
 
     Several processes, on one host or many, share out the layers: start all with the same arguments, on their own GPUs
     each (CUDA_VISIBLE_DEVICES). Process 0 writes OUTPUT.
@@ -151,6 +151,7 @@ def profile(
             check_writable(output)
             partials = keep_partials(output, header, restart=restart, but_exponent=exponent == AUTO)
             partials = stack.enter_context(partials)
+            _tell_what_is_there(partials, chosen)
         progress = stack.enter_context(make_progress(quiet=group.index > 0))
         passes = progress.add_task("decoder layers, in passes", total=None, visible=run is not None)
         traits = {"report": lambda layer: progress.advance(passes)}
@@ -158,18 +159,23 @@ def profile(
         @cache
         def get_text() -> Any:
             count = -(-len(chosen) // group.size)
-            drawn = share(group, "text", lambda: draw_samples(run, settings, layers=count, **traits).tolist())
-            return np.asarray(drawn, np.int32)
+
+            def draw() -> list[list[int]]:
+                return draw_samples(run, settings, layers=count, **traits).tolist()
+
+            return np.asarray(share(group, "text", lambda: partials.find("text", draw)), np.int32)
 
         if exponent == AUTO:
-            found = share(group, "exponent", lambda: choose_exponent(run, get_text(), **traits))
+
+            def choose() -> float:
+                return choose_exponent(run, get_text(), **traits)
+
+            found = share(group, "exponent", lambda: partials.find("exponent", choose))
             model = model._replace(routing=model.routing._replace(exponent=found))
             settings = replace(settings, gate_exponent=found)
             if partials is not None:
                 click.echo(f"gate exponent {found:g}", err=True)
                 partials.load(Header(model.identity, settings, made_by))
-        if partials is not None:
-            _tell_what_is_there(partials, chosen)
         missing = share(group, "missing", lambda: [layer for layer in chosen if layer not in partials.layers])
         own = spread(estimate_costs(checkpoint, model, missing, source), group.size)[group.index]
         tokens = get_text() if own and run is not None else None
@@ -189,9 +195,9 @@ def profile(
 
 
 def _tell_what_is_there(partials: Partials, chosen: tuple[int, ...]) -> None:
-    if partials.layers or partials.damaged:
-        damaged = f"; files that are damaged there, and measured again: {partials.damaged}" if partials.damaged else ""
-        click.echo(f"{_count_finished(partials, chosen)} are finished in {partials.folder}{damaged}", err=True)
+    if partials.layers or partials.findings or partials.damaged:
+        damaged = f"; files that are damaged there, and made again: {partials.damaged}" if partials.damaged else ""
+        click.echo(f"{_describe_kept(partials, chosen, 'are finished')} in {partials.folder}{damaged}", err=True)
 
 
 def _keep(
@@ -204,14 +210,15 @@ def _keep(
             partials.add(layer, loss)
             progress.advance(task)
     except KeyboardInterrupt:
-        if not partials.layers:
+        if not partials.layers and not partials.findings:
             raise
-        kept = f"{_count_finished(partials, chosen)} are kept in {partials.folder}"
+        kept = f"{_describe_kept(partials, chosen, 'are kept')} in {partials.folder}"
         raise Interruption(f"interrupted; {kept}, and the same command goes on from there") from None
 
 
-def _count_finished(partials: Partials, chosen: tuple[int, ...]) -> str:
-    return f"{sum(layer in partials.layers for layer in chosen)} of {len(chosen)} layers"
+def _describe_kept(partials: Partials, chosen: tuple[int, ...], verb: str) -> str:
+    text = "the text and " if "text" in partials.findings else ""
+    return f"{text}{sum(layer in partials.layers for layer in chosen)} of {len(chosen)} layers {verb}"
 
 
 def _parse_exponent(text: str | None, source: str) -> float | str | None:
