@@ -69,6 +69,7 @@ def pose(
     Budgets in costs include `fixed_cost`, which is spent whatever the k; those of the `Problem` do not.
     Without budgets (None) the problem is that of the whole front, `frontiers.trace`.
     A table need not fall as k grows, nor be convex: a fewer k that loses less is taken where the constraints allow it.
+    Subnormal numbers count as zero.
 
     Raises InputError: a loss or cost that is NaN, infinite or negative, by layer and k; tables of different shapes;
     constraints that contradict each other or name a layer or k that is not there; a budget that no allocation meets.
@@ -177,6 +178,8 @@ def _check_table(table: Real[np.ndarray, "layers ks"], what: str) -> Float64[np.
         layer, column = wrong[0]
         value = table[layer, column]
         raise InputError(f"{what} of layer {layer} at k={column + 1} is {value}; it must be finite and at least 0")
+    # Where compiled code takes subnormal numbers for zero and NumPy does not, they would disagree about what is best.
+    table[table < np.finfo(np.float64).tiny] = 0.0
     return table
 
 
