@@ -1,11 +1,14 @@
 """Turns of runs that share cards: engines start side by side, and none is measured while another starts or is measured.
 
-A file stands for a card, and is locked as flock(1) locks it, so that other programs can take part.
+A file stands for a card, and is locked as flock(1) locks it, so that other programs can take part. It is made where it
+is not there; AllocationError where it cannot be.
 """
 
 import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+
+from lexi_adapter.allocation import AllocationError
 
 
 @contextmanager
@@ -26,5 +29,8 @@ def measure_alone(files: Sequence[str]) -> Iterator[None]:
 def _lock(files: Sequence[str], kind: int) -> Iterator[None]:
     with ExitStack() as stack:
         for path in sorted(set(files)):  # everybody in one order, so that no two wait for each other
-            fcntl.flock(stack.enter_context(open(path, "a")), kind)  # closing lets go
+            try:
+                fcntl.flock(stack.enter_context(open(path, "a")), kind)  # closing lets go
+            except OSError as error:
+                raise AllocationError(f"cannot lock {path} ({error.strerror}); name a file that can be made") from error
         yield

@@ -1,12 +1,14 @@
 """Runs that share cards take turns."""
 
 import fcntl
+import re
 import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lexi_adapter.allocation import AllocationError
 from lexi_adapter.turns import measure_alone, start_beside
 
 CARDS = st.lists(st.sampled_from("012"), min_size=1, max_size=3)
@@ -26,6 +28,13 @@ def test_starts_share_a_card_and_a_measurement_does_not(tmp_path):
 
 def test_a_card_that_is_named_twice_is_locked_once(tmp_path):
     with measure_alone([str(tmp_path / "card")] * 2):
+        pass
+
+
+@pytest.mark.parametrize("place", ["nowhere/card", "."])
+def test_a_file_that_cannot_be_made_is_refused(tmp_path, place):
+    path = str(tmp_path / place)
+    with pytest.raises(AllocationError, match=re.escape(f"cannot lock {path} (")), measure_alone([path]):
         pass
 
 
