@@ -33,7 +33,7 @@ import tables  # noqa: E402
 import windows  # noqa: E402
 import wording  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-from views import View, read_views  # noqa: E402
+from views import View, list_cells, read_views  # noqa: E402
 
 from lexi_adapter.transformers_patch import apply  # noqa: E402
 from lexi_adapter.variants import allocate  # noqa: E402
@@ -56,6 +56,16 @@ def test_windows_to_measure_and_to_judge_on_share_no_token_and_domains_take_turn
     }
     with pytest.raises(ValueError, match="code has room .* prose has room"):
         windows.cut_what_fits(streams, measure=6, judge=1, length=10)
+
+
+def test_more_windows_to_judge_on_begin_with_the_fewer_and_end_where_the_shortest_domain_does():
+    streams = {"code": np.arange(100), "prose": np.arange(1000, 1081)}
+    measure, judge = windows.cut(streams, measure=4, judge=2, length=10)
+    for asked, got in ((3, 3), (9, 4)):  # prose has room for 4
+        more = windows.cut_more(streams, judge=asked, length=10)
+        assert len(more.tokens) == len(more.domains) == 2 * got
+        assert more.take(4).tokens.equal(judge.tokens) and more.take(4).domains == judge.domains
+        assert not set(more.tokens.flatten().tolist()) & set(measure.tokens.flatten().tolist())
 
 
 def test_every_domain_counts_alike():
@@ -226,7 +236,7 @@ def make_view(**more):
         for name, plain in {"oracle/increase": 0.5, "oracle/divergence": 0.68, "weights/divergence": 0.6}.items()
     }
     rows = [judged(value) for value in (1.0, 0.4, 0.0)]
-    base = {"layers": 2, "top_k": 3, "budgets": {"0.5": 3}}
+    base = {"layers": 2, "top_k": 3, "budgets": {"0.5": 3}, "judged_tokens": 100}
     return View("one", {"base": base, "uniform": {"plain": rows, "0.5": rows}, "cells": cells, "skipped": {}, **more})
 
 
@@ -254,6 +264,42 @@ def test_what_is_within_noise_is_told_from_the_paired_difference():
     assert view.is_beyond_noise("weights/divergence", 3)
     cell["against_uniform"]["increase"]["stderr"] = 0.04
     assert not view.is_beyond_noise("weights/divergence", 3)
+
+
+def test_what_was_judged_on_more_tokens_is_compared_with_uniform_and_the_oracle_on_the_same():
+    view = make_view()
+    cells = view.found["cells"]
+    text = json.dumps({"uniform": view.found["uniform"], "cells": cells})
+    more = json.loads(text, parse_float=lambda number: 2 * float(number))
+    more["cells"]["weights/divergence"]["3"]["plain"]["increase"]["mean"] = 1.5
+    view.found["floors"] = more | {"judged_tokens": 400}
+    cells["paper/squared"] = cells["weights/divergence"]
+    [(more, _)] = list_cells([view], "weights/divergence")
+    [(same, _)] = list_cells([view], "paper/squared")
+    assert (more.tokens, same.tokens) == (400, 100)
+    assert more.uniform(3) == pytest.approx(1.4) and same.uniform(3) == pytest.approx(0.7)
+    assert more.above("weights/divergence", 3) == pytest.approx(0.1 / 1.4)
+    assert more.closed("weights/divergence", 3) == pytest.approx(-0.1 / 0.4)
+    assert same.closed("paper/squared", 3) == pytest.approx(0.5)
+    assert floors.check_floor([view], "weights/divergence")["anywhere above uniform (aim: none)"] == "1 of 1"
+    text = "\n".join(sections.tabulate_cells(view, "weights/divergence"))
+    first, second = text.split("Judged on 100 tokens.")
+    assert "400 tokens" in first and "| uniform | 1.4000 |" in first and "paper/squared" not in first
+    assert "| uniform | 0.7000 |" in second and "weights/divergence" not in second
+    del view.found["floors"]["cells"]["oracle/divergence"]  # cut short: nothing is compared yet
+    assert view.on("weights/divergence") is view
+
+
+@given(st.floats(0.02, 0.2), st.integers(0, 2**32 - 1))
+def test_the_expected_error_is_the_spread_of_the_log_ratio(step, seed):
+    random = np.random.default_rng(seed)
+    first = random.dirichlet(np.ones(8))
+    second = first * np.exp(step * random.normal(size=8))
+    second /= second.sum()
+    ratio = np.log(first / second)
+    divergence = first @ ratio
+    spread = math.sqrt(first @ ratio**2 - divergence**2)
+    assert floors.expect_noise(divergence, 100) == pytest.approx(spread / 10, rel=0.3)
 
 
 def test_times_that_were_taken_beside_others_are_not_shown():

@@ -16,7 +16,7 @@ PAPER = ("paper/frobenius", "paper/squared")
 
 def conclude(views: Sequence[View], default: str) -> list[str]:
     """What was found, a sentence each."""
-    cells = list(list_cells(views))
+    cells = list(list_cells(views, views[0].oracle))
     families = {view.found["base"]["model_type"] for view in views}
     lines = [
         f"{len(views)} trained models of {len(families)} families, {len(cells)} cells of model and budget; in "

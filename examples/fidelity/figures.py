@@ -27,8 +27,9 @@ def plot_losses(views: Sequence[View], methods: Sequence[str], file: Path) -> No
         panel.axhline(1, color="black", linestyle="--", label="uniform")
         for method in methods:
             if method in view.found["cells"]:
-                ratios = [1 + view.above(method, budget) for budget in budgets]
-                errors = [ERRORS * view.error(method, budget) for budget in budgets]
+                judged = view.on(method)
+                ratios = [1 + judged.above(method, budget) for budget in budgets]
+                errors = [ERRORS * judged.error(method, budget) for budget in budgets]
                 panel.errorbar(shares, ratios, yerr=errors, fmt=".-", elinewidth=0.7, label=method)
         panel.set(title=view.name, xlabel="active experts, % of the model's own", ylabel="loss increase over uniform's")
         panel.set_yscale("log")

@@ -1,11 +1,12 @@
 """Every way to make a table beside uniform k, and the default against its floor and its aim."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
 from gaps import LEAST_GAIN, MEASURES
-from views import HALF, View, list_cells
+from views import HALF, PLAIN, View, list_cells
 from wording import average, change, count, draw_table, percent, share
 
 ABOVE = 0.05  # how far above uniform an allocation may be where there is little to gain
@@ -18,7 +19,43 @@ def judge_default(views: Sequence[View], default: str) -> list[str]:
         return [f"No model has a table {default}: its profile is among what is left out.", ""]
     columns = [check_floor([replace(view, measure=name) for view in views], default) for name in MEASURES]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
-    return draw_table((f"default: {default}", *(f"by {name}" for name in MEASURES)), rows)
+    lines = draw_table((f"default: {default}", *(f"by {name}" for name in MEASURES)), rows)
+    return [*lines, describe_noise(views, default), ""]
+
+
+def describe_noise(views: Sequence[View], default: str) -> str:
+    """How many tokens stand behind the floors, what noise is to be expected of so many, and how much more was found."""
+    cells = list(list_cells(views, default))
+    judged = f"Judged on {show_tokens(cells)} tokens."
+    rows = [
+        (view.found["uniform"][PLAIN][k]["divergence"]["mean"], view.found["uniform"][PLAIN][k]["stderr"], view.tokens)
+        for view in {view.name: view for view, _ in cells}.values()
+        for k in range(view.found["base"]["top_k"] - 1)
+    ]
+    rows = [row for row in rows if row[0] > 0]
+    if not rows:
+        return judged
+    least, _, tokens = min(rows)
+    ratio = median(error / expect_noise(divergence, count) for divergence, error, count in rows)
+    return (
+        f"{judged} Over N tokens the increase of the cross-entropy is expected to have a standard error of sqrt(2 d / "
+        f"N), d being the divergence, or sqrt(2 / (d N)) of it: {percent(expect_noise(least, tokens) / least)} for the "
+        f"uniform k that diverges least, by {least:.4f} nats, with N = {tokens:,}. Those found for uniform k are "
+        f"{ratio:.1f} times as large in the median."
+    )
+
+
+def expect_noise(divergence: float, tokens: int) -> float:
+    """Standard error of an increase of the cross-entropy over so many tokens, in nats, from the divergence.
+
+    The log-ratio of two predictions that differ little has a variance of twice their divergence.
+    """
+    return math.sqrt(2 * divergence / tokens)
+
+
+def show_tokens(cells: Sequence[tuple[View, int]]) -> str:
+    """How many tokens cells were judged on."""
+    return " or ".join(f"{count:,}" for count in sorted({view.tokens for view, _ in cells}))
 
 
 def check_floor(views: Sequence[View], default: str) -> dict[str, str]:
@@ -95,6 +132,7 @@ def compare_methods(views: Sequence[View]) -> list[str]:
         rows.append(
             (
                 method,
+                show_tokens(cells),
                 change(average(above)),
                 change(max(above)),
                 f"{len(over)} of {len(cells)}",
@@ -105,8 +143,9 @@ def compare_methods(views: Sequence[View]) -> list[str]:
                 change(average_half(cells, method)),
             )
         )
-    headers = ("allocation from", "against uniform, mean", "worst cell", "cells above uniform", "of these beyond noise")
-    headers += ("gap closed, mean", "median", f"above by more than {percent(ABOVE)} where the oracle gains little")
+    headers = ("allocation from", "tokens", "against uniform, mean", "worst cell", "cells above uniform")
+    headers += ("of these beyond noise", "gap closed, mean", "median")
+    headers += (f"above by more than {percent(ABOVE)} where the oracle gains little",)
     return draw_table((*headers, f"against plain uniform with exponent {HALF}, mean"), rows)
 
 

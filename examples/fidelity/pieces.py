@@ -25,6 +25,16 @@ RANDOM = 150  # allocations
 RANDOM_WINDOWS = 10  # of each domain, that these are judged on: they are many
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # thousand tokens
 PARTS = ("oracle/increase", "calibrated/relative")  # tables that are also made of parts of the text, and judged
+# Tables whose allocations are held to the floors, or that these are told by: judged on more windows than the rest.
+FLOORS = (
+    "oracle/increase",
+    "oracle/divergence",
+    "calibrated/relative",
+    "weights/divergence",
+    "weights/relative",
+    "weights+b/divergence",
+    "paper/frobenius",
+)
 PRUNED = tuple(product(("experts", "width"), (0.25, 0.375, 0.5)))  # the share of them that is left out
 GENERATED = 32  # sequences that the model writes itself
 REFINED_WINDOWS = 5  # of each domain, that the search over whole allocations runs on
@@ -36,13 +46,15 @@ Result = Mapping[str, Any]
 class Study:
     """One model under study. `found` holds the pieces that are done, as results.json does.
 
-    `files` are what commands write meanwhile, profiles and pruned models, by name: waited for where they are needed.
+    `more` judges what is held to the floors, on the windows of `judge` and more. `files` are what commands write
+    meanwhile, profiles and pruned models, by name: waited for where they are needed.
     """
 
     folder: Path
     loaded: Loaded
     measuring: Windows
     judge: Judge
+    more: Judge
     batch: int
     profiles: Path
     found: dict[str, Any]
@@ -101,12 +113,24 @@ def judge_base(study: Study) -> Result:
 
 
 def judge_uniform(study: Study) -> Result:
-    """Every uniform k under every exponent: exponent -> a list, k = 1 first."""
+    """Every uniform k under every exponent."""
+    return compare_uniform(study, study.judge, EXPONENTS)
+
+
+def judge_uniform_on_more(study: Study) -> Result:
+    """The same beside what is held to the floors, and on how many tokens that is judged."""
+    return {
+        "judged_tokens": study.more.windows.tokens.numel(),
+        "uniform": compare_uniform(study, study.more, (None, EXPONENT)),
+    }
+
+
+def compare_uniform(study: Study, judge: Judge, exponents: Sequence[float | None]) -> Result:
+    """Exponent -> the losses of uniform k, a list, k = 1 first."""
     ks = range(1, study.top_k + 1)
-    choices = [Choice((k,) * study.layers, exponent) for exponent in EXPONENTS for k in ks]
-    found = study.judge.compare(choices)
+    found = judge.compare([Choice((k,) * study.layers, exponent) for exponent in exponents for k in ks])
     rows = [found[first : first + study.top_k] for first in range(0, len(found), study.top_k)]
-    return dict(zip(map(name_exponent, EXPONENTS), rows, strict=True))
+    return dict(zip(map(name_exponent, exponents), rows, strict=True))
 
 
 def judge_random(study: Study) -> list[Result]:
@@ -181,16 +205,17 @@ def profile(study: Study, name: str) -> Result:
     return {f"{name}/{kind}": round_table(table) for kind, table in tables.read_tables(name, file)}
 
 
-def judge_cells(study: Study, name: str) -> Result:
+def judge_cells(study: Study, name: str, *, on_more: bool = False) -> Result:
     """Budget -> the table's optimal allocation and its real loss: plain, and of tables of all the text with `EXPONENT`,
     and with the exponent of the profile's own (`own`) where it has one."""
+    judge = study.more if on_more else study.judge
     source = name.partition("/")[0]
     own = tables.read_exponent(study.find_profile(source)) if source in tables.COMMANDS else None
     exponents = {"plain": None} | ({} if "@" in name else {name_exponent(EXPONENT): EXPONENT})
     exponents |= {} if own is None else {"own": own}
     budgets = list(study.budgets.values())
     allocations = tables.search(study.read_table(name), budgets)
-    found = iter(study.judge.compare([Choice(top_k, b) for top_k in allocations for b in exponents.values()]))
+    found = iter(judge.compare([Choice(top_k, b) for top_k in allocations for b in exponents.values()]))
     return {
         str(budget): {"top_k": list(top_k), "exponent": own, **{label: next(found) for label in exponents}}
         for budget, top_k in zip(budgets, allocations, strict=True)

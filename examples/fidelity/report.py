@@ -30,7 +30,8 @@ def explain() -> list[str]:
         "interpolated linearly in the budget. Gap closed is (uniform - x) / (uniform - oracle), the oracle being the",
         "exact search on brute-force losses of the same measure, and is given only where that gains at least",
         f"{percent(LEAST_GAIN)}. Beyond noise is a paired difference, over windows, of more than {ERRORS} standard",
-        "errors.",
+        "errors. What is held to the floors is judged on as many tokens as the list of models says, beside uniform k",
+        "and oracles on the same; all else, parts of the text and what they are compared with too, on the fewer.",
         "",
     ]
 

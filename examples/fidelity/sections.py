@@ -6,6 +6,7 @@ from statistics import fmean
 from views import HALF, PLAIN, View, list_cells
 from wording import average, change, draw_table, number, share
 
+TOKENS = "measured on / judged on / judged on for the floors"
 SHARED = "Times were taken while other models used the same GPU, and say nothing"
 
 
@@ -21,32 +22,42 @@ def list_models(views: Sequence[View]) -> list[str]:
                 base["layers"],
                 f"{base['top_k']} of {base['num_experts']}",
                 *(f"{name} {loss:.3f}" for name, loss in base["cross_entropy"].items() if name == "mean"),
-                f"{base['measured_tokens']:,} / {base['judged_tokens']:,}",
+                f"{base['measured_tokens']:,} / {view.tokens:,} / {view.on(view.oracle).tokens:,}",
             )
         )
     return draw_table(
-        ("model", "family", "M parameters", "MoE layers", "k", "loss unreduced", "tokens measured / judged"), rows
+        ("model", "family", "M parameters", "MoE layers", "k", "loss unreduced", f"tokens {TOKENS}"), rows
     )
 
 
 def tabulate_cells(view: View, default: str) -> list[str]:
-    """Loss increase of every method at every budget, and the share of the gap that it closes."""
+    """Loss increase of every method at every budget, and the share of the gap that it closes; a table for each number
+    of tokens that methods were judged on."""
+    counts = {method: view.on(method).tokens for method in view.methods}
+    lines = []
+    for tokens in sorted(set(counts.values()), reverse=True):
+        methods = [method for method in view.methods if counts[method] == tokens]
+        lines += [f"Judged on {tokens:,} tokens.", "", *tabulate_methods(view.on(methods[0]), methods, default)]
+    return lines
+
+
+def tabulate_methods(view: View, methods: Sequence[str], default: str) -> list[str]:
     budgets = view.budgets.values()
     rows = [("uniform", *(number(view.uniform(budget)) for budget in budgets))]
-    for method in view.methods:
+    for method in methods:
         own = view.find_own(method)
         cells = [f"{number(view.loss(method, b))} ({share(view.closed(method, b))})" for b in budgets]
         rows.append((method if own is None else f"{method}, its exponent {own:g}", *cells))
     rows.append((f"uniform, exponent {HALF}", *(number(view.uniform(b, exponent=HALF)) for b in budgets)))
-    for method in view.methods:
+    for method in methods:
         if view.find_own(method) is None:
             cells = [number(view.loss(method, budget, exponent=HALF)) for budget in budgets]
             rows.append((f"{method}, exponent {HALF}", *cells))
-    if "refined" in view.found:
+    if "refined" in view.found and "judged_tokens" not in view.found:  # of the fewer windows
         found = [view.found["refined"][str(budget)][PLAIN][view.measure]["mean"] for budget in budgets]
         rows.append(("whole allocations", *map(number, found)))
     for method in dict.fromkeys((view.oracle, default)):
-        if method in view.found["cells"]:
+        if method in methods:
             errors = [view.judged(method, budget)["stderr"] for budget in budgets]
             rows.append((f"standard error of {method}", *map(number, errors)))
     headers = [f"{100 * float(part):g} %: {budget}" for part, budget in view.budgets.items()]

@@ -29,14 +29,14 @@ from origins import describe_run  # noqa: E402
 from pieces import Study  # noqa: E402
 from tables import COMMANDS, Failed  # noqa: E402
 from timing import time_passes  # noqa: E402
-from windows import cut_what_fits, read_streams  # noqa: E402
+from windows import cut_more, cut_what_fits, read_streams  # noqa: E402
 
 from lexi_adapter.allocation import AllocationError  # noqa: E402
 from lexi_adapter.files import write_atomically  # noqa: E402
 from lexi_adapter.turns import measure_alone, start_beside  # noqa: E402
 
 FORMAT, VERSION = "lexi-fidelity", 1
-TABLES, CELLS = "tables", "cells"
+TABLES, CELLS, FLOORS = "tables", "cells", "floors"
 
 Hold = Callable[[Sequence[str]], AbstractContextManager[None]]
 
@@ -71,6 +71,7 @@ def plan(study: Study) -> Iterator[Piece]:
         make = partial(pieces.profile, name=name)
         yield Piece(f"profile {name}", make, (TABLES,), merge=True, hold=nullcontext)
     yield from plan_cells(study)
+    yield from plan_floors(study)
     yield Piece("correlations", pieces.correlate, ("correlations",), always=True, hold=nullcontext)
     yield Piece("compounding", pieces.compound, ("compounding",), always=True, hold=nullcontext)
     wait(study.files.values())  # and not while the GPU is held
@@ -82,6 +83,17 @@ def plan_cells(study: Study) -> Iterator[Piece]:
     """Every table that there is so far, judged."""
     for name in list(study.found.get(TABLES, {})):
         yield Piece(f"cells {name}", partial(pieces.judge_cells, name=name), (CELLS, name))
+
+
+def plan_floors(study: Study) -> Iterator[Piece]:
+    """What is held to the floors, on more windows than the rest; nothing if there are no more."""
+    if len(study.more.windows.tokens) <= len(study.judge.windows.tokens):
+        return
+    yield Piece("floors uniform", pieces.judge_uniform_on_more, (FLOORS,), merge=True)
+    for name in pieces.FLOORS:
+        if name in study.found.get(TABLES, {}):
+            make = partial(pieces.judge_cells, name=name, on_more=True)
+            yield Piece(f"floors {name}", make, (FLOORS, CELLS, name))
 
 
 def run(study: Study, save: Callable[[], None], until: float, cards: Sequence[str] = ()) -> bool:
@@ -140,8 +152,10 @@ def write_results(output: Path, results: dict[str, Any]) -> None:
 @click.option("--jobs", default=4, show_default=True, help="Commands that make profiles and pruned models at a time.")
 @click.option("--measure", default=42, show_default=True, help="Windows of each domain to measure on.")
 @click.option("--judge", type=click.IntRange(2), default=40, show_default=True, help="And to judge on.")
+@click.option("--judge-more", default=160, show_default=True, help="And for the floors; or all that there are.")
 @click.option("--length", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--batch", default=32, show_default=True, help="Windows in one forward pass.")
+@click.option("--judge-batch", type=click.IntRange(1), help="And in one that judges.  [default: as --batch]")
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16")), default="float32", show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there, or cpu")
 @click.option("--minutes", default=1e6, show_default="no limit", help="Start no piece after so long.")
@@ -155,8 +169,10 @@ def main(
     jobs: int,
     measure: int,
     judge: int,
+    judge_more: int,
     length: int,
     batch: int,
+    judge_batch: int | None,
     dtype: str,
     device: str,
     minutes: float,
@@ -177,12 +193,15 @@ def main(
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
         files = pieces.start_commands(pool, folder, place, Path(scratch), until=until)
         try:
-            measuring, judging, short = cut_what_fits(read_streams(file), measure=measure, judge=judge, length=length)
+            streams = read_streams(file)
+            measuring, judging, short = cut_what_fits(streams, measure=measure, judge=judge, length=length)
+            kept = {domain: stream for domain, stream in streams.items() if domain not in short}
+            more = cut_more(kept, judge=max(judge, judge_more), length=length)
             found.setdefault("skipped", {}).update({f"domain {domain}": why for domain, why in short.items()})
             with start_beside(cards):
                 loaded = load(folder, device=device, dtype=getattr(torch, dtype))
-            judged = Judge(loaded, judging, batch=batch)
-            study = Study(folder, loaded, measuring, judged, batch, place, found, files)
+            judges = [Judge(loaded, windows, batch=judge_batch or batch) for windows in (judging, more)]
+            study = Study(folder, loaded, measuring, *judges, batch, place, found, files)
             finished = run(study, partial(write_results, output, results), until, cards)
         except (AllocationError, ValueError) as error:
             raise click.UsageError(f"{folder}: {error}") from error

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gaps import find_closed, find_gain, interpolate_uniform, is_wide
+from gaps import MEASURES, find_closed, find_gain, interpolate_uniform, is_wide
 
 PLAIN = "plain"
 HALF = "0.5"  # the gate exponent that every allocation was judged with
@@ -21,6 +21,21 @@ class View:
     name: str
     found: Mapping[str, Any]
     measure: str = "increase"
+
+    def on(self, method: str) -> "View":
+        """What was found on the windows that a method was judged on: more than the rest, if it is held to the floors.
+
+        What it is compared with, uniform k and the oracles, is then of the same windows.
+        """
+        more = self.found.get("floors", {})
+        needed = {method, *(f"oracle/{measure}" for measure in MEASURES)}
+        there = "uniform" in more and needed <= more.get("cells", {}).keys()
+        return replace(self, found={**self.found, **more}) if there else self
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens all was judged on."""
+        return self.found.get("judged_tokens", self.found["base"]["judged_tokens"])
 
     @property
     def oracle(self) -> str:
@@ -107,10 +122,11 @@ def read_views(files: Iterable[Path]) -> list[View]:
 
 
 def list_cells(views: Iterable[View], method: str | None = None) -> Iterator[tuple[View, int]]:
-    """Every model at every budget, of those models that have a method."""
+    """Every model at every budget; of a method, of those models that have it, on the windows that it was judged on."""
     return (
-        (view, budget)
+        (judged, budget)
         for view in views
         if method is None or method in view.found["cells"]
+        for judged in [view if method is None else view.on(method)]
         for budget in view.budgets.values()
     )

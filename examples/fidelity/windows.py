@@ -72,6 +72,12 @@ def cut_what_fits(
     return *cut({domain: stream for domain, stream in streams.items() if domain not in short}, **counts), short
 
 
+def cut_more(streams: Mapping[str, np.ndarray], *, judge: int, length: int) -> Windows:
+    """Windows to judge on as `cut` gives them, so many of each domain, or as many as the shortest domain has."""
+    room = min(len(stream) - len(stream) // 2 for stream in streams.values()) // length
+    return cut(streams, measure=0, judge=min(judge, room), length=length)[1]
+
+
 def read_streams(file: Path) -> dict[str, np.ndarray]:
     """Domain -> token ids [tokens]."""
     with np.load(file) as held:
