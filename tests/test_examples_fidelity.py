@@ -24,11 +24,13 @@ import families  # noqa: E402
 import floors  # noqa: E402
 import gaps  # noqa: E402
 import judging  # noqa: E402
+import pieces  # noqa: E402
 import refining  # noqa: E402
 import report  # noqa: E402
 import routers  # noqa: E402
 import run  # noqa: E402
 import sections  # noqa: E402
+import study  # noqa: E402
 import tables  # noqa: E402
 import windows  # noqa: E402
 import wording  # noqa: E402
@@ -178,6 +180,27 @@ def test_brute_force_of_one_layer_is_the_judges_answer_for_it(loaded):
     assert measured.divergence[1, 0].mean() == pytest.approx(alone["divergence"]["mean"], abs=1e-6)
     table = tables.tabulate(measured, held)["divergence"]
     assert table.shape == (3, k) and not table[:, -1].any()
+
+
+def test_what_is_held_to_the_floors_is_judged_on_more_windows_beside_uniform_on_the_same(loaded, tmp_path):
+    tokens = torch.randint(0, loaded.model.config.vocab_size, (8, 12), generator=torch.Generator().manual_seed(2))
+    more = windows.Windows(tokens, ("code", "prose") * 4)
+    few, many = (judging.Judge(loaded, held, batch=8) for held in (more.take(4), more))
+    k = loaded.identity.top_k
+    table = [[float(k - column) * (row + 1) for column in range(1, k + 1)] for row in range(3)]
+    names = ("calibrated/relative", "calibrated/rms", "oracle/increase")
+    begun = pieces.Study(
+        tmp_path, loaded, more.take(4), few, many, 8, tmp_path, {"tables": dict.fromkeys(names, table)}, {}
+    )
+    planned = {piece.name: piece for piece in study.plan_floors(begun)}
+    assert list(planned) == ["floors uniform", "floors oracle/increase", "floors calibrated/relative"]
+    assert not list(study.plan_floors(replace(begun, more=few)))
+    uniform = planned["floors uniform"].make(begun)
+    assert uniform["judged_tokens"] == 96 and few.count == 0
+    assert uniform["uniform"]["0.5"][0] == many.compare([judging.Choice((1, 1, 1), 0.5)])[0]
+    for cell in planned["floors oracle/increase"].make(begun).values():
+        assert cell["plain"] == many.compare([judging.Choice(tuple(cell["top_k"]))])[0]
+    assert few.count == 0
 
 
 def test_a_command_that_fails_is_left_out_in_its_own_words(tmp_path):

@@ -67,6 +67,7 @@ def plan(study: Study) -> Iterator[Piece]:
     yield Piece("generated", pieces.generate_tables, (TABLES,), merge=True)
     yield from plan_cells(study)
     yield Piece("refined", pieces.refine_oracle, ("refined",))
+    yield from plan_floors(study)
     for name in COMMANDS:
         make = partial(pieces.profile, name=name)
         yield Piece(f"profile {name}", make, (TABLES,), merge=True, hold=nullcontext)
@@ -86,7 +87,7 @@ def plan_cells(study: Study) -> Iterator[Piece]:
 
 
 def plan_floors(study: Study) -> Iterator[Piece]:
-    """What is held to the floors, on more windows than the rest; nothing if there are no more."""
+    """Of the tables that there are so far, those that are held to the floors, on more windows; nothing if no more."""
     if len(study.more.windows.tokens) <= len(study.judge.windows.tokens):
         return
     yield Piece("floors uniform", pieces.judge_uniform_on_more, (FLOORS,), merge=True)
