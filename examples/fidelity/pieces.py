@@ -32,7 +32,10 @@ FLOORS = (
     "calibrated/relative",
     "weights/divergence",
     "weights/relative",
+    "weights/both",
     "weights+b/divergence",
+    "weights+b/relative",
+    "weights+b/both",
     "paper/frobenius",
 )
 PRUNED = tuple(product(("experts", "width"), (0.25, 0.375, 0.5)))  # the share of them that is left out

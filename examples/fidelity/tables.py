@@ -21,6 +21,8 @@ from lexi_search.problems import pose
 # Kinds of loss that are told apart; the paper's own, frobenius, is that of its own input alone.
 LOCAL = ("squared", "relative", "rms")
 WHOLE = ("divergence", "increase")
+# Two that err differently, the whole model's and the layer's own: their geometric mean, whose scale is nobody's.
+BOTH, PARTS = "both", ("divergence", "relative")
 
 
 class Command(NamedTuple):
@@ -114,9 +116,10 @@ def run(words: Sequence[str], *, until: float = math.inf) -> None:
 def read_tables(name: str, file: Path) -> Iterator[tuple[str, np.ndarray]]:
     """(kind of loss, table) of a profile that a command made."""
     profile = read_profile(file)
-    for kind in COMMANDS[name].kinds:
-        if kind in profile.loss_kinds:
-            yield kind, np.array(profile.losses(kind))
+    held = {kind: np.array(profile.losses(kind)) for kind in COMMANDS[name].kinds if kind in profile.loss_kinds}
+    yield from held.items()
+    if set(PARTS) <= set(held):
+        yield BOTH, np.sqrt(np.prod([held[kind] for kind in PARTS], axis=0))
 
 
 def read_exponent(file: Path) -> float | None:
