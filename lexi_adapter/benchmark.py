@@ -9,7 +9,6 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,15 +16,13 @@ from lexi_adapter.engines import (
     Engine,
     answer_greedily,
     describe_engine,
-    draw_weights,
     make_options,
+    measure_engines,
     record_kernels,
-    start_engines,
     switch_layers,
     time_run,
 )
-from lexi_adapter.turns import measure_alone, start_beside
-from lexi_adapter.variants import RANDOM, Variant
+from lexi_adapter.variants import Variant
 from lexi_adapter.workloads import Workload, parse_workload
 
 FORMAT, VERSION = "lexi-bench", 1
@@ -114,13 +111,7 @@ def measure(
     document: dict[str, Any] = {}
     for group in (seats[first : first + size] for first in range(0, len(seats), size)):
         wanted = [(v.name, make_options(v, workloads, **engine), v.environment) for v, _ in group]
-        with ExitStack() as stack:
-            with start_beside(locks):
-                engines = stack.enter_context(start_engines(wanted))
-                if engine["load_format"] == RANDOM:
-                    for running in engines:
-                        running.call(draw_weights)
-            stack.enter_context(measure_alone(locks))
+        with measure_engines(wanted, load_format=engine["load_format"], locks=locks) as engines:
             seated = [chair for pair in zip(engines, group, strict=True) for chair in _seat(*pair)]
             for chair in seated:
                 facts[chair.variant.name] = chair.take()

@@ -13,7 +13,8 @@ from typing import Any
 
 from lexi_adapter import kernels, vllm_live
 from lexi_adapter.allocation import KEY, AllocationError, to_document
-from lexi_adapter.variants import Variant
+from lexi_adapter.turns import measure_alone, start_beside
+from lexi_adapter.variants import RANDOM, Variant
 from lexi_adapter.workloads import Workload, draw_prompts
 
 # Functions travel to the workers by name; without this vLLM sends none. And no report of use leaves a benchmark.
@@ -79,6 +80,24 @@ def start_engines(engines: Sequence[tuple[str, Mapping[str, Any], Mapping[str, s
         stack.callback(lambda: [engine.hang_up() for engine in started])  # first, so that all end side by side
         for engine in started:
             engine.wait()
+        yield started
+
+
+@contextmanager
+def measure_engines(
+    engines: Sequence[tuple[str, Mapping[str, Any], Mapping[str, str]]], *, load_format: str, locks: Sequence[str] = ()
+) -> Iterator[list[Engine]]:
+    """`start_engines`, ready to be measured: weights drawn where none are loaded, and nobody else on the cards `locks`.
+
+    Others that share these cards (`turns`) may start while these do.
+    """
+    with ExitStack() as stack:
+        with start_beside(locks):
+            started = stack.enter_context(start_engines(engines))
+            if load_format == RANDOM:
+                for engine in started:
+                    engine.call(draw_weights)
+        stack.enter_context(measure_alone(locks))
         yield started
 
 

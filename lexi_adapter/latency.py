@@ -12,7 +12,6 @@ one of b tokens for every further output token. So its seconds under an allocati
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +19,12 @@ from lexi_adapter.allocation import AllocationError, ModelIdentity
 from lexi_adapter.engines import (
     Engine,
     describe_engine,
-    draw_weights,
     make_options,
-    start_engines,
+    measure_engines,
     switch_layers,
     time_run,
 )
-from lexi_adapter.turns import measure_alone, start_beside
-from lexi_adapter.variants import RANDOM, Variant, draw_top_k
+from lexi_adapter.variants import Variant, draw_top_k
 from lexi_adapter.workloads import Workload
 
 FORMAT, VERSION = "lexi-cost", 1
@@ -81,13 +78,8 @@ def measure(
     budgets = range(len(model.moe_layers), len(model.moe_layers) * model.top_k + 1)
     drawn = [draw_top_k(model, budgets[(2 * i + 1) * len(budgets) // (2 * checks)], seed=i) for i in range(checks)]
     base = Variant("base", folder)
-    with ExitStack() as stack:
-        with start_beside(locks):
-            wanted = [("base", make_options(base, workloads, **engine), {})]
-            (running,) = stack.enter_context(start_engines(wanted))
-            if engine["load_format"] == RANDOM:
-                running.call(draw_weights)
-        stack.enter_context(measure_alone(locks))
+    wanted = [("base", make_options(base, workloads, **engine), {})]
+    with measure_engines(wanted, load_format=engine["load_format"], locks=locks) as (running,):
         facts = running.call(describe_engine)
         seconds = _time(running, [*states, *drawn], workloads, rounds, progress)
     steps = [step for workload in workloads for step in _divide(workload, seconds, len(states), len(model.moe_layers))]

@@ -12,15 +12,14 @@ from typing import Any
 from lexi_adapter.allocation import Allocation, AllocationError
 from lexi_adapter.engines import (
     describe_engine,
-    draw_weights,
     make_options,
+    measure_engines,
     read_expert_counts,
     read_prompts,
-    start_engines,
     switch_layers,
     watch_experts,
 )
-from lexi_adapter.variants import RANDOM, Variant
+from lexi_adapter.variants import Variant
 from lexi_adapter.workloads import Workload
 
 FORMAT, VERSION = "lexi-loads", 1
@@ -89,10 +88,8 @@ def measure(
     options |= {"enforce_eager": True, "compilation_config": {}}  # a captured graph asks nobody which experts it takes
     prompts = [list(prompt) for prompt in prompts]
     found: dict[str, dict[int, Load]] = {}
-    with start_engines([("base", options, {})]) as (running,):
+    with measure_engines([("base", options, {})], load_format=engine["load_format"]) as (running,):
         facts = running.call(describe_engine)
-        if engine["load_format"] == RANDOM:
-            running.call(draw_weights)
 
         def count(top_k: Mapping[int, int], without: Mapping[int, list[int]]) -> Counts:
             running.call(switch_layers, dict(top_k))
