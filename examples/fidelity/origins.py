@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-VERSIONS = ("torch", "transformers", "jax", "numpy", "lexi-moe")
+import lexi_search
+
+VERSIONS = ("torch", "transformers", "jax", "numpy")
 
 
 def name_call() -> str:
@@ -26,4 +28,5 @@ def describe_run(device: str, *, dtype: str = "float32", command: str | None = N
         "device": torch.cuda.get_device_name() if device == "cuda" else cores,
         "dtype": dtype,
         **{name: version(name) for name in VERSIONS},
+        "lexi-moe": lexi_search.__version__,  # it also runs from its sources, not installed
     }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tables
 from gaps import MEASURES, find_budgets
-from judging import DIGITS, Choice, Judge, Loaded, find_losses, load, to_floats
+from judging import Choice, Judge, Loaded, find_losses, load, round_off, to_floats
 from refining import refine
 from windows import Windows
 
@@ -315,4 +315,4 @@ def name_exponent(exponent: float | None) -> str:
 
 
 def round_table(table: np.ndarray) -> list[list[float]]:
-    return [[float(f"{value:.{DIGITS}g}") for value in row] for row in table]
+    return [[round_off(value) for value in row] for row in table]
