@@ -89,6 +89,7 @@ def measure(
     locks: Sequence[str] = (),
     kernels: bool = False,
     seconds: float = 0.0,
+    answers: int = ANSWERS,
 ) -> dict[str, Any]:
     """Measure, and give `report` the document after every round; returns the last one.
 
@@ -98,6 +99,7 @@ def measure(
         locks: files of `turns`, for runs that share cards.
         seconds: a round repeats a short workload, with other tokens, until so long has been measured.
         kernels: after the rounds, record every variant's kernels at every workload, by kind.
+        answers: greedy answers to ask of every variant before the rounds.
 
     Raises:
         EngineError: an engine that did not come up, or did less than was asked.
@@ -106,7 +108,7 @@ def measure(
     size = together or len(seats)
     runs: list[Run] = []
     facts: dict[str, dict[str, Any]] = {}
-    answers: dict[str, list[list[int]]] = {}
+    answered: dict[str, list[list[int]]] = {}
     recorded: list[dict[str, Any]] = []
     document: dict[str, Any] = {}
     for group in (seats[first : first + size] for first in range(0, len(seats), size)):
@@ -118,7 +120,7 @@ def measure(
                 short = [_shorten(workload, WARM_UP_TOKENS) for workload in workloads]
                 for _, workload in itertools.product(range(WARM_UP_RUNS), short):
                     chair.engine.call(time_run, workload, 0)
-                answers[chair.variant.name] = chair.engine.call(answer_greedily, replace(short[0], batch=ANSWERS))
+                answered[chair.variant.name] = chair.engine.call(answer_greedily, replace(short[0], batch=answers))
             for turn in range(rounds):
                 for workload, chair in itertools.product(workloads, seated):
                     chair.take()
@@ -127,11 +129,11 @@ def measure(
                         Run(chair.variant.name, str(workload), turn, taken)
                         for taken in chair.repeat(workload, seeds, seconds)
                     ]
-                document = make_document(variants, workloads, runs, facts, answers, recorded)
+                document = make_document(variants, workloads, runs, facts, answered, recorded)
                 report(document)
             if kernels:
                 recorded += _record(seated, [_shorten(workload, RECORDED_TOKENS) for workload in workloads])
-                document = make_document(variants, workloads, runs, facts, answers, recorded)
+                document = make_document(variants, workloads, runs, facts, answered, recorded)
                 report(document)
     return document
 
