@@ -81,3 +81,32 @@ def test_a_models_table_has_every_factor_in_its_column_and_says_which_are_unsure
     assert cells[" model "] == " some-moe, 2 cards " and cells[" base [tokens/s] "] == " 1,000 "
     filled = {head.strip(): cell.strip() for head, cell in cells.items() if cell.strip() and "%" in head}
     assert filled == {"mixed 50 %": "1.50", "uniform 75 %": "~0.90"}
+
+
+def test_a_pair_of_engines_is_compared_round_by_round_and_answer_by_answer():
+    pairs = load("benchmarks/serving_pairs")
+    seconds = {"base": [[2.0], [4.0, 8.0, 1.0], [3.0]], "plugin": [[1.0], [2.0], []]}
+    runs = [
+        {"variant": name, "workload": "1x2x3", "round": index, "seconds": value}
+        for name, rounds in seconds.items()
+        for index, values in enumerate(rounds)
+        for value in values
+    ]
+    document = {
+        "runs": [*runs, {"variant": "base", "workload": "4x5x6", "round": 0, "seconds": 100.0}],
+        "variants": [
+            {"name": "base", "answers": [[1, 2], [3, 4], [5, 6]]},
+            {"name": "plugin", "answers": [[1, 2], [3, 0], [5, 6]]},
+        ],
+        "summary": [
+            {"variant": "base", "workload": "1x2x3", "median": 2.0, "highest": 5.0},
+            {"variant": "plugin", "workload": "1x2x3", "median": 3.0, "highest": 4.0},
+        ],
+        "pairs": [{"variant": "plugin", "against": "base", "workload": "1x2x3"}],
+    }
+    _, row, whole = pairs.make_rows({"file": document})
+    # By round: 2 / 1 and 4 / 2; the third has no run of the one, and the other workload is another row's.
+    assert row == ("file", "plugin / base", "1x2x3", 2, "2.000", "0.000", "1.500", "0.800", "2 of 3")
+    assert whole[:4] == ("all", "plugin / base", "", 2)
+    before = {**document, "variants": [{"name": "base"}, {"name": "plugin"}]}
+    assert pairs.compare_answers(before, "plugin", "base") == ""
