@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path += [str(EXAMPLES / "fidelity"), str(EXAMPLES / "train_small_moe")]
 
+import conclusions  # noqa: E402
 import domains  # noqa: E402
 import families  # noqa: E402
 import floors  # noqa: E402
@@ -313,6 +314,17 @@ def test_what_was_judged_on_more_tokens_is_compared_with_uniform_and_the_oracle_
     assert view.on("weights/divergence") is view
 
 
+def test_both_measures_of_uniform_k_stand_side_by_side():
+    view = make_view()
+    view.found["uniform"]["plain"][1]["divergence"]["mean"] = 0.01
+    assert sections.tabulate_measures([view])[2:4] == [
+        "| one | 1 | 1.0000 | 1.00 ± 0.10 |",
+        "| one | 2 | 0.0100 | 40.00 ± 10.00 |",
+    ]
+    assert "40.00 times the divergence where that is below" in (text := conclusions.describe_measures([view]))
+    assert "1.00 times the divergence where that is at least" in text
+
+
 @given(st.floats(0.02, 0.2), st.integers(0, 2**32 - 1))
 def test_the_expected_error_is_the_spread_of_the_log_ratio(step, seed):
     random = np.random.default_rng(seed)
@@ -330,15 +342,21 @@ def test_times_that_were_taken_beside_others_are_not_shown():
     more = {"pruned": {"width 0.5": {"increase": {"mean": 0.9}}}, "times": {"tokens": 64, "dtype": "bf16", "ms": ms}}
     shared = make_view(**more)
     assert "2.50" not in (text := "\n".join(sections.tabulate_times([shared]))) and sections.SHARED in text
+    assert conclusions.describe_pruned_in_time([shared]) == ""
     assert sections.tabulate_pruned([shared])[2] == "| one | width 0.5 | 0.9000 | 0.7000 | 0.5000 |"
     more["times"]["alone"] = True
     alone = make_view(**more)
     assert "| 2.50 |" in "\n".join(sections.tabulate_times([alone]))
+    found = conclusions.describe_pruned_in_time([alone])  # halfway between k = 2, which loses 0.4, and all experts
+    assert found.endswith(
+        "in transformers: narrower experts lose more in 1 of 1 cases, 0.9000 against 0.2000 nats in the mean."
+    )
     assert sections.tabulate_pruned([alone])[2].endswith("| 2.50 | 0.2000 | - |")
 
 
-def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
-    folder = EXAMPLES / "fidelity" / "results"
+@pytest.mark.parametrize("name", ["results", "results/first"])
+def test_the_committed_report_is_that_of_the_committed_results(name):
+    folder = EXAMPLES / "fidelity" / name
     views = read_views(sorted((folder / "models").glob("*.json")))
     assert "\n".join(report.write(views, "weights/divergence")) == (folder / "report.md").read_text()
 

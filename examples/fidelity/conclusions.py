@@ -6,12 +6,13 @@ from statistics import fmean
 
 from floors import split
 from gaps import LEAST_GAIN, MEASURES
-from sections import find_times, list_exponents
+from sections import find_same_time, find_times, list_exponents
 from views import HALF, PLAIN, View, list_cells
 from wording import average, change, count, percent, share
 
 REFERENCES = ("oracle/increase", "calibrated/relative", "generated/relative")
 PAPER = ("paper/frobenius", "paper/squared")
+SMALL = 0.02  # nats
 
 
 def conclude(views: Sequence[View], default: str) -> list[str]:
@@ -24,7 +25,7 @@ def conclude(views: Sequence[View], default: str) -> list[str]:
     ]
     lines += [describe_method(name, views) for name in dict.fromkeys((default, *REFERENCES, *PAPER))]
     lines += [describe_exponent(views), describe_both(views, default), describe_compounding(views)]
-    lines += [describe_refined(views), describe_pruned(views)]
+    lines += [describe_refined(views), describe_pruned(views), describe_pruned_in_time(views), describe_measures(views)]
     if any("times" in view.found and not find_times(view) for view in views):
         lines.append("Nothing is said of equal time for models whose times were taken beside others; see Times.")
     left_out = sorted({piece for view in views for piece in view.found["skipped"]})
@@ -119,3 +120,35 @@ def describe_pruned(views: Sequence[View]) -> str:
         f"Narrower experts lose more than uniform k of as many active parameters in "
         f"{count(ratio > 1 for ratio in ratios)} cases, {min(ratios):.1f} to {max(ratios):.1f} times as much."
     )
+
+
+def describe_pruned_in_time(views: Sequence[View]) -> str:
+    """Pruned models beside uniform k of the same measured time."""
+    parts = []
+    for what, name in (("experts", "fewer"), ("width", "narrower")):
+        pairs = [
+            (cell["increase"]["mean"], same)
+            for view in views
+            for pruned, cell in view.found.get("pruned", {}).items()
+            if pruned.startswith(what) and "increase" in cell and (same := find_same_time(view, pruned)) is not None
+        ]
+        if pairs:
+            known = count(lost > same for lost, same in pairs)
+            losses = [f"{fmean(each):.4f}" for each in zip(*pairs, strict=True)]
+            parts.append(f"{name} experts lose more in {known} cases, {losses[0]} against {losses[1]} nats in the mean")
+    return f"Against uniform k of the same measured time in transformers: {'; '.join(parts)}." if parts else ""
+
+
+def describe_measures(views: Sequence[View]) -> str:
+    """Where both measures of uniform k agree."""
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for view in views:
+        for found in view.on(view.oracle).found["uniform"][PLAIN][: view.found["base"]["top_k"] - 1]:
+            divergence = found["divergence"]["mean"]
+            ratios[divergence < SMALL].append(found["increase"]["mean"] / divergence)
+    parts = [
+        f"{fmean(values):.2f} times the divergence where that is {'below' if small else 'at least'} {SMALL} nats"
+        for small, values in ratios.items()
+        if values
+    ]
+    return f"The cross-entropy of uniform k grows by {' and '.join(parts)}." if parts else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 import tables
-from gaps import interpolate_uniform
+from gaps import MEASURES, interpolate_uniform
 from judging import Choice, Judge, load
 from origins import describe_run
 from windows import cut, read_streams
@@ -70,22 +70,31 @@ def main(
             chosen[name, kind, budget] = Choice(top_k, profile.settings.gate_exponent)
     uniform = {k: Choice((k,) * layers) for k in near}
     choices = [*uniform.values(), *chosen.values()]
-    increases = {choice: found["increase"]["mean"] for choice, found in zip(choices, judge.judge(choices), strict=True)}
-    known = {k: increases[choice] for k, choice in uniform.items()}
-    rows = [("uniform", "", None, budget, interpolate_uniform(known, budget, layers), ()) for budget in budgets]
+    lost = {
+        choice: {name: found[name]["mean"] for name in MEASURES}
+        for choice, found in zip(choices, judge.judge(choices), strict=True)
+    }
+    known = {name: {k: lost[choice][name] for k, choice in uniform.items()} for name in MEASURES}
+    rows = [
+        ("uniform", "", None, budget, *(interpolate_uniform(known[name], budget, layers) for name in MEASURES), ())
+        for budget in budgets
+    ]
     rows += [
-        (name, kind, choice.exponent, budget, increases[choice], choice.top_k)
+        (name, kind, choice.exponent, budget, *lost[choice].values(), choice.top_k)
         for (name, kind, budget), choice in chosen.items()
     ]
     rows.sort(key=lambda row: budgets.index(row[3]))
-    click.echo(f"{'profile':12s} {'loss':12s} {'exponent':>8s} {'budget':>6s} {'increase':>9s}  k per layer")
-    for name, kind, exponent, budget, increase, top_k in rows:
+    heads = " ".join(f"{name:>10s}" for name in MEASURES)
+    click.echo(f"{'profile':12s} {'loss':12s} {'exponent':>8s} {'budget':>6s} {heads}  k per layer")
+    for name, kind, exponent, budget, *losses, top_k in rows:
         shown = "" if exponent is None else f"{exponent:g}"
-        click.echo(f"{name:12s} {kind:12s} {shown:>8s} {budget:6d} {increase:9.4f}  {' '.join(map(str, top_k))}")
+        numbers = " ".join(f"{loss:10.4f}" for loss in losses)
+        click.echo(f"{name:12s} {kind:12s} {shown:>8s} {budget:6d} {numbers}  {' '.join(map(str, top_k))}")
     if output:
-        columns = ("profile", "loss", "gate_exponent", "budget", "increase", "top_k")
-        rounded = [(*row[:4], round(row[4], 6), row[5]) for row in rows]
-        document = {"rows": [dict(zip(columns, row, strict=True)) for row in rounded]}
+        columns = ("profile", "loss", "gate_exponent", "budget", *MEASURES, "top_k")
+        rounded = [(*row[:4], *(round(value, 6) for value in row[4:-1]), row[-1]) for row in rows]
+        tokens = judging.tokens.numel()
+        document = {"rows": [dict(zip(columns, row, strict=True)) for row in rounded], "judged_tokens": tokens}
         write_json(output, document | {"made_by": describe_run(device)})
 
 

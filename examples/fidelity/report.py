@@ -52,6 +52,7 @@ def write(views: Sequence[View], default: str) -> list[str]:
         measured = [replace(view, measure=measure) for view in views]
         lines += [f"## Ways to make the table, by {measure}", *floors.compare_methods(measured)]
     lines += [f"![losses]({FIGURES[0]})", ""]
+    lines += ["## Increase of the cross-entropy beside divergence, uniform k", *sections.tabulate_measures(views)]
     lines += ["## Budgets met by one k, and between", *floors.compare_budgets(views, default)]
     lines += ["## Rank correlations (Spearman) with brute force", *sections.average_correlations(views)]
     lines += [f"![tables]({FIGURES[1]})", ""]

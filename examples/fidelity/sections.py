@@ -64,6 +64,17 @@ def tabulate_methods(view: View, methods: Sequence[str], default: str) -> list[s
     return draw_table(("allocation from", *headers), rows)
 
 
+def tabulate_measures(views: Sequence[View]) -> list[str]:
+    """Uniform k by both measures: of a model that predicts text as it is, small losses are the same by both."""
+    rows = []
+    for view in views:
+        for k, found in enumerate(view.on(view.oracle).found["uniform"][PLAIN][: view.found["base"]["top_k"] - 1], 1):
+            divergence = found["divergence"]["mean"]
+            ratio, error = (value / divergence for value in (found["increase"]["mean"], found["stderr"]))
+            rows.append((view.name, k, number(divergence), f"{ratio:.2f} ± {error:.2f}"))
+    return draw_table(("model", "k", "divergence", "increase / divergence"), rows)
+
+
 def tabulate_exponents(views: Sequence[View]) -> list[str]:
     """Loss increase of uniform k under each exponent, and the best for each k."""
     rows = []
@@ -202,11 +213,17 @@ def show_same_time(view: View, pruned: str) -> list[str]:
     times = find_times(view)
     if pruned not in times:
         return ["-"] * 3
-    ks = range(1, view.found["base"]["top_k"] + 1)
-    uniform = [(times[f"uniform {k}"], view.uniform(k * view.layers)) for k in ks]
     oracle = [(times[f"oracle {budget}"], view.loss(view.oracle, budget)) for budget in view.budgets.values()]
-    same = (interpolate(points, times[pruned]) for points in (uniform, oracle))
+    same = (find_same_time(view, pruned), interpolate(oracle, times[pruned]))
     return [f"{times[pruned]:.2f}", *map(number, same)]
+
+
+def find_same_time(view: View, pruned: str) -> float | None:
+    """What uniform k of the time of a pruned model loses; None where there is no such time."""
+    times = find_times(view)
+    ks = range(1, view.found["base"]["top_k"] + 1)
+    points = [(times[f"uniform {k}"], view.uniform(k * view.layers)) for k in ks if f"uniform {k}" in times]
+    return interpolate(points, times[pruned]) if pruned in times else None
 
 
 def interpolate(points: Sequence[tuple[float, float]], at: float) -> float | None:
