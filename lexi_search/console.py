@@ -1,5 +1,6 @@
 """What the commands share: how bad input is refused, what is printed, how options are read."""
 
+import errno
 import os
 import signal
 import sys
@@ -35,6 +36,10 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except InputError as error:
             raise Refusal(str(error)) from error
+        except OSError as error:  # of the output; whoever stops reading a pipe is click's business
+            if error.errno == errno.EPIPE:
+                raise
+            raise Refusal(f"cannot go on: {error.strerror or error}; is there room where the output goes?") from error
 
 
 loss_option = click.option(
@@ -77,10 +82,14 @@ def print_json(document: Any) -> None:
 
 
 def print_table(table: "RenderableType") -> None:
-    """In a pipe nothing is folded or cut: the reader is a program."""
+    """In a pipe nothing is folded: the reader is a program. On a terminal that is too narrow, it breaks lines itself
+    rather than having numbers cut."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+    wide = Console(width=10_000)
+    if sys.stdout is not None and sys.stdout.isatty():
+        wide = Console(width=max(Console().width, wide.measure(table).minimum))
+    wide.print(table)
 
 
 def make_progress(*, quiet: bool = False) -> "Progress":

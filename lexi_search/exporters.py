@@ -41,7 +41,15 @@ def format_csv(allocation: Allocation) -> str:
 
 
 def format_text(allocation: Allocation, form: str) -> str:
-    """The text of a file: "json" and "csv" list the k of each layer, "transformers" is the overlay."""
+    """The text of a file: "json" and "csv" list the k of each layer, "transformers" is the overlay.
+
+    Raises InputError for an allocation with a gate exponent, which none of them can express.
+    """
+    if allocation.gate_exponent is not None and form in ("json", "csv"):
+        raise InputError(
+            f"the k alone would be another model: {form} cannot hold the allocation's gate exponent; "
+            "take --to vllm, or the allocation itself"
+        )
     if form == "csv":
         return format_csv(allocation)
     return json_bytes(list_top_k(allocation) if form == "json" else make_overlay(allocation)).decode()

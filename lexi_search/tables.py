@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lexi_search.propagation import Variant
     from lexi_search.sensitivities import Judgement
 
+FOLDED = 16  # columns that a list of k has at least, however narrow the terminal
+
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
     """One row per profiled layer: its loss at every k, the tokens it was measured on, the worst relative error."""
@@ -91,7 +93,8 @@ def tabulate_front(front: Front, chosen: Point | None = None, *, rows: int = 24)
         style = "bold" if point == chosen else None
         table.add_row(str(point.budget), *times, f"{point.loss:.6g}", top_k, style=style)
     within = f", losses within {100 * front.error:.2g} % of the least" if front.error else ""
-    return _entitle(f"{len(front.points)} Pareto points, {len(shown)} of them{within}", table)
+    named = f"; chosen: budget {chosen.budget}, loss {chosen.loss:.6g}" if chosen else ""
+    return _entitle(f"{len(front.points)} Pareto points, {len(shown)} of them{within}{named}", table)
 
 
 def summarise_found(found: Found) -> dict[str, Any]:
@@ -193,5 +196,11 @@ def _table() -> Table:
 
 
 def _entitle(title: str, table: Table) -> Group:
-    """rich would fold a title of the table's own at the table's width."""
+    """rich would fold a title of the table's own at the table's width, and cut numbers to fit a terminal."""
+    for column in table.columns:
+        if column.overflow == "fold":
+            column.min_width = FOLDED
+        else:
+            column.no_wrap = True
+            column.min_width = max(map(len, (str(column.header), *map(str, column.cells))))
     return Group(Text(title, style="bold"), table)

@@ -1,8 +1,11 @@
 """`lexi-search` as users meet it: what it prints and writes, what it refuses, and that it leaves nothing behind."""
 
+import io
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import struct
@@ -30,6 +33,42 @@ CALL = [sys.executable, "-c", "from lexi_search.cli import main; main()"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return tiny.make_checkpoint("olmoe", tmp_path_factory.mktemp("checkpoint") / "olmoe")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_no_number_is_cut_however_narrow_the_terminal(folder, monkeypatch):
+    write(folder / "p", make_profile(6, 10))
+    for command in (("show", "p", "--absolute"), ("search", "p", "--budget", "30"), ("front", "p")):
+        plain = succeed(*command)
+        monkeypatch.setenv("COLUMNS", "40")
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", terminal := Terminal())
+            main([*command], standalone_mode=False)
+        shown = terminal.getvalue()
+        assert "\u2026" not in shown
+        numbers = [word for line in plain.splitlines()[2:4] for word in line.split()]
+        assert set(numbers) <= set(re.sub(r"\x1b\[[0-9;]*m", "", shown).split())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_finds_no_room_is_one_line(folder):
+    write(folder / "p", make_profile())
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*CALL, "show", "p"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: cannot go on: No space left on device") and done.stderr.count("\n") == 1
+
+
+def test_a_closed_stdout_loses_nothing(folder):
+    write(folder / "p", make_profile())
+    program = " ".join(map(shlex.quote, [*CALL, "search", "p", "--budget", "9"]))
+    done = subprocess.run(f"{program} >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert artifacts.read_allocation("allocation.json").budget == 9
 
 
 # --- profile

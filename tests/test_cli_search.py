@@ -378,3 +378,52 @@ def test_front_refuses(folder, options, message):
     write(folder / "p", make_profile())
     write(folder / "cost", make_cost_table())
     assert message in refuse("front", "p", *options)
+
+
+def test_constraints_may_be_said_in_parts_and_must_agree(folder):
+    write(folder / "p", make_profile(4, 4))
+    for options in (["--protect", "0", "--protect", "3"], ["--protect", "0,3", "--bounds", "0=4:4"]):
+        succeed("search", "p", "--budget", 11, *options)
+        top_k = artifacts.read_allocation("allocation.json").top_k
+        assert (top_k[0], top_k[3]) == (4, 4)
+    succeed("search", "p", "--budget", 9, "--allowed-k", "1", "--allowed-k", "3")
+    assert set(artifacts.read_allocation("allocation.json").top_k.values()) <= {1, 3}
+    for options, said in (
+        (["--protect", "0", "--bounds", "0:1=1:3"], "--bounds 0:1=1:3 and --protect 0 disagree about layer 0"),
+        (["--bounds", "2=1:3", "--bounds", "1:3=1:2"], "--bounds 2=1:3 and --bounds 1:3=1:2 disagree about layer 2"),
+        (["--bounds", "0=2:9"], "--bounds '0=2:9': LOW:HIGH must rise within 1:4"),
+        (["--bounds", "0=3:2"], "--bounds '0=3:2': LOW:HIGH must rise within 1:4"),
+    ):
+        assert said in refuse("search", "p", "--budget", 9, *options)
+
+
+def test_nothing_is_written_over_what_is_read_or_twice(folder):
+    write(folder / "p", make_profile())
+    write(folder / "a.json", make_allocation())
+    kept = {name: (folder / name).read_bytes() for name in ("p", "a.json")}
+    os.symlink("p", folder / "link")
+    for command in (
+        ("search", "p", "--budget", 9, "-o", "p"),
+        ("search", "p", "--budget", 9, "-o", "link"),
+        ("search", "p", "--budget", 9, "--history", "p"),
+        ("search", "p", "--budget", 9, "-o", "x", "--history", "./x"),
+        ("front", "p", "--knee", "-o", "f.json", "--allocation", "f.json"),
+        ("front", "p", "--knee", "--allocation", "p"),
+        ("export", "a.json", "--to", "json", "-o", "a.json"),
+    ):
+        assert "the same command reads" in refuse(*command)
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+
+
+def test_a_search_that_stops_short_is_not_blamed_on_the_profile(folder):
+    profile = make_profile(8, 8)
+    write(folder / "p", profile)
+    result = run("search", "p", "--budget", 32, "--population", 2, "--generations", 1)
+    assert artifacts.read_allocation("allocation.json").gap > 0.01 and result.stderr == ""
+
+
+def test_a_front_says_which_point_was_chosen_where_nothing_is_bold(folder):
+    write(folder / "p", make_profile())
+    title = succeed("front", "p", "--knee").splitlines()[0]
+    chosen = artifacts.read_allocation("allocation.json")
+    assert title.endswith(f"chosen: budget {chosen.budget}, loss {chosen.loss:.6g}")

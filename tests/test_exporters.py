@@ -265,3 +265,9 @@ def test_transformers_loads_an_exported_folder(tmp_path, family):
 
 def read_top_k(config, layers):
     return {layer: config.per_layer_config[layer].num_experts_per_tok for layer in layers}
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_plain_numbers_are_refused_where_they_would_be_another_model(form):
+    with pytest.raises(InputError, match=f"{form} cannot hold the allocation's gate exponent; take --to vllm"):
+        exporters.format_text(make_allocation(gate_exponent=0.5), form)

@@ -4,7 +4,7 @@ import click
 
 from lexi_search.artifacts import read_allocation
 from lexi_search.errors import InputError
-from lexi_search.files import write_atomically
+from lexi_search.files import check_writable, write_atomically
 
 
 @click.command()
@@ -23,6 +23,8 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     json, csv     the k per layer
     """
     chosen = read_allocation(allocation)
+    if output and form in ("json", "csv"):
+        check_writable(output, apart_from=[allocation])
     from lexi_search import exporters
 
     config = exporters.read_config(model) if model else {}

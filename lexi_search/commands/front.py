@@ -58,8 +58,9 @@ def front(
     wishes = [target_speedup is not None, target_ms is not None, max_loss is not None, knee]
     if sum(wishes) > 1:
         raise InputError("choose by one of --target-speedup, --target-ms, --max-loss and --knee")
-    for name in (*outputs, *([allocation] if any(wishes) else [])):
-        check_writable(name)
+    names = (*outputs, *([allocation] if any(wishes) else []))
+    for index, name in enumerate(names):
+        check_writable(name, apart_from=[profile, *filter(None, [cost_file]), *names[:index]])
     if unknown := [name for name in outputs if find_form(name) not in ("json", "csv", "png", "svg")]:
         raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png or .svg")
     measured = read_profile(profile)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 CONSTRAINTS = (
     click.option("--min-k", default=1, help="Smallest k of a layer."),
-    click.option("--max-k", type=int, help="Largest k of a layer.  [default: the model's own]"),
-    click.option("--allowed-k", help="Only these values of k, such as 1,2,4,8.  [default: all]"),
-    click.option("--bounds", multiple=True, help="LAYERS=LOW:HIGH, such as 0:3=4:8: other bounds for some layers."),
-    click.option("--protect", help="LAYERS that keep the model's own k, such as 0,31."),
+    click.option("--max-k", type=int, help="Largest k of a layer.  [default: the profile's, mostly the model's own]"),
+    click.option("--allowed-k", multiple=True, help="Only these values of k, such as 1,2,4,8; repeatable."),
+    click.option("--bounds", multiple=True, help="LAYERS=LOW:HIGH, such as 0:3=4:8: for some layers; repeatable."),
+    click.option("--protect", multiple=True, help="LAYERS that keep the model's own k, such as 0,31; repeatable."),
     click.option("--group", "groups", multiple=True, help="LAYERS that must have equal k, such as 0:7; repeatable."),
     click.option("--group-size", type=click.IntRange(1), help="Equal k in every run of this many MoE layers."),
 )
@@ -67,9 +67,9 @@ def make_constraints(
     *,
     min_k: int,
     max_k: int | None,
-    allowed_k: str | None,
+    allowed_k: Sequence[str],
     bounds: Sequence[str],
-    protect: str | None,
+    protect: Sequence[str],
     groups: Sequence[str],
     group_size: int | None,
 ) -> "Constraints":
@@ -78,16 +78,28 @@ def make_constraints(
 
     layers, own = profile.model.moe_layers, profile.model.top_k
     low, high = [min_k] * len(layers), [profile.max_k if max_k is None else max_k] * len(layers)
+    said: dict[int, str] = {}
+
+    def bind(row: int, least: int, most: int, option: str) -> None:
+        if row in said and (low[row], high[row]) != (least, most):
+            raise InputError(
+                f"{said[row]} and {option} disagree about layer {layers[row]}; give each layer one of them"
+            )
+        low[row], high[row], said[row] = least, most, option
+
     for text in bounds:
         where, _, ends = text.partition("=")
         try:
             least, most = map(int, ends.split(":"))
         except ValueError:
             raise InputError(f"--bounds {text!r} is not understood; write LAYERS=LOW:HIGH, such as 0:3=4:8") from None
+        if not 1 <= least <= most <= profile.max_k:
+            raise InputError(f"--bounds {text!r}: LOW:HIGH must rise within 1:{profile.max_k}, the k of the profile")
         for row in find_rows(where, layers, "--bounds"):
-            low[row], high[row] = least, most
-    for row in find_rows(protect, layers, "--protect") if protect else ():
-        low[row] = high[row] = own
+            bind(row, least, most, f"--bounds {text}")
+    for text in protect:
+        for row in find_rows(text, layers, "--protect"):
+            bind(row, own, own, f"--protect {text}")
     if groups and group_size:
         raise InputError("--group and --group-size say the same thing twice; give one")
     rows = range(len(layers))
@@ -97,7 +109,7 @@ def make_constraints(
     return Constraints(
         min_k=min_k if same_everywhere else tuple(low),
         max_k=max_k if same_everywhere else tuple(high),
-        allowed_k=parse_values(allowed_k) if allowed_k else None,
+        allowed_k=parse_values(",".join(allowed_k)) if allowed_k else None,
         groups=tuple(together),
     )
 

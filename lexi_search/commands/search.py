@@ -12,6 +12,9 @@ from lexi_search.console import json_option, loss_option, parse_budgets, prepare
 from lexi_search.errors import InputError
 from lexi_search.files import check_writable, check_writable_folder, json_bytes, write_atomically
 
+# Against noise, by the input of a profile; other inputs are `lexi-adapter sensitivity`'s.
+REMEDIES = {"paper": "a smaller --relative-error", "weights": "more text (--samples)"}
+
 if TYPE_CHECKING:
     from lexi_search.allocations import Found
     from lexi_search.costs import Cost
@@ -82,9 +85,12 @@ def search(
     measured = read_profile(profile)
     several = bool(ranges) or len(budgets) + len(targets) > 1
     target = Path(output or ("allocations" if several else "allocation.json"))
-    (check_writable_folder if several else check_writable)(target)
+    if several:
+        check_writable_folder(target)
+    else:
+        check_writable(target, apart_from=[profile, *filter(None, [cost_file])])
     if history:
-        check_writable(history)
+        check_writable(history, apart_from=[profile, target, *filter(None, [cost_file])])
     prepare_environment()
     from lexi_search.allocations import allocate
     from lexi_search.tables import summarise_found, tabulate_search
@@ -125,7 +131,7 @@ def find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
     value = ms if speedup is None else speedup
     name = "--target-ms" if speedup is None else "--target-speedup"
     if not 0 < value < float("inf"):
-        raise InputError(f"{name} {value:g} must be above 0")
+        raise InputError(f"{name} {value:g} must be above 0, and finite")
     limit = ms if speedup is None else cost.base_ms / speedup
     fastest = cost.other_ms + float(cost.ms.min(axis=1).sum())
     if limit < fastest:
@@ -145,13 +151,20 @@ def list_histories(names: Sequence[str], found: Sequence["Found"]) -> dict[str, 
 
 
 def warn_of_noise(names: Sequence[str], found: Sequence["Found"], source: str) -> None:
-    """One line on stderr where a better measured profile would likely lead to another, better allocation."""
+    """One line on stderr where a better measured profile would likely lead to another, better allocation.
+
+    Not where the search stopped short of the optimum: then that is what is lost.
+    """
     from lexi_search.uncertainty import NOISY
 
-    noisy = {name: result.regret for name, result in zip(names, found, strict=True) if (result.regret or 0) > NOISY}
+    noisy = {
+        name: result.regret
+        for name, result in zip(names, found, strict=True)
+        if (result.regret or 0) > NOISY and not result.allocation.gap
+    }
     if noisy:
         worst = max(noisy, key=noisy.get)
-        remedy = "a smaller --relative-error" if source == "paper" else "more text (--samples, --sequences)"
+        remedy = REMEDIES.get(source, "more text (--sequences)")
         click.echo(
             f"the profile is too noisy for budget {', '.join(noisy)}: another sample of it would have led to losses "
             f"{100 * noisy[worst]:.2g} % smaller (budget {worst}); profile again with {remedy}",
