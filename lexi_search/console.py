@@ -36,10 +36,11 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except InputError as error:
             raise Refusal(str(error)) from error
-        except OSError as error:  # of the output; whoever stops reading a pipe is click's business
+        except OSError as error:  # whoever stops reading a pipe is click's business
             if error.errno == errno.EPIPE:
                 raise
-            raise Refusal(f"cannot go on: {error.strerror or error}; is there room where the output goes?") from error
+            where = f" ({error.filename})" if error.filename else "; make room where the output goes"
+            raise Refusal(f"cannot go on: {error.strerror or error}{where}") from error
 
 
 loss_option = click.option(
