@@ -97,12 +97,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str]] = ()) -> None:
+def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = ()) -> None:
     """Raise the InputError that `write_atomically` would raise now, leaving nothing behind.
 
-    And one where `path` is a file of `apart_from`: what is read, or is written as well.
+    And one where `path` is a file of `apart_from`: what is read, or is written as well; None is no file.
     """
-    if os.path.realpath(path) in map(os.path.realpath, apart_from):
+    if os.path.realpath(path) in map(os.path.realpath, filter(None, apart_from)):
         raise InputError(
             f"cannot write {path}: the same command reads or writes it as another file; choose another name"
         )

@@ -410,6 +410,7 @@ def test_nothing_is_written_over_what_is_read_or_twice(folder):
         ("front", "p", "--knee", "-o", "f.json", "--allocation", "f.json"),
         ("front", "p", "--knee", "--allocation", "p"),
         ("export", "a.json", "--to", "json", "-o", "a.json"),
+        ("export", "a.json", "--to", "transformers", "-o", "a.json"),
     ):
         assert "the same command reads" in refuse(*command)
     assert {name: (folder / name).read_bytes() for name in kept} == kept

@@ -23,8 +23,6 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     json, csv     the k per layer
     """
     chosen = read_allocation(allocation)
-    if output and form in ("json", "csv"):
-        check_writable(output, apart_from=[allocation])
     from lexi_search import exporters
 
     config = exporters.read_config(model) if model else {}
@@ -43,6 +41,7 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
         exporters.write_folder(output, model, exporters.make_transformers_overrides(chosen), force=force)
         click.echo(exporters.format_transformers_call(output, allocation))
     elif output:
+        check_writable(output, apart_from=[allocation])
         write_atomically(output, exporters.format_text(chosen, form).encode())
         click.echo(output)
     else:

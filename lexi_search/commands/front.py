@@ -60,7 +60,7 @@ def front(
         raise InputError("choose by one of --target-speedup, --target-ms, --max-loss and --knee")
     names = (*outputs, *([allocation] if any(wishes) else []))
     for index, name in enumerate(names):
-        check_writable(name, apart_from=[profile, *filter(None, [cost_file]), *names[:index]])
+        check_writable(name, apart_from=[profile, cost_file, *names[:index]])
     if unknown := [name for name in outputs if find_form(name) not in ("json", "csv", "png", "svg")]:
         raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png or .svg")
     measured = read_profile(profile)

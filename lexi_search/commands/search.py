@@ -88,9 +88,9 @@ def search(
     if several:
         check_writable_folder(target)
     else:
-        check_writable(target, apart_from=[profile, *filter(None, [cost_file])])
+        check_writable(target, apart_from=[profile, cost_file])
     if history:
-        check_writable(history, apart_from=[profile, target, *filter(None, [cost_file])])
+        check_writable(history, apart_from=[profile, cost_file, target])
     prepare_environment()
     from lexi_search.allocations import allocate
     from lexi_search.tables import summarise_found, tabulate_search
