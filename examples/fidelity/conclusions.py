@@ -143,7 +143,7 @@ def describe_measures(views: Sequence[View]) -> str:
     """Where both measures of uniform k agree."""
     ratios: dict[bool, list[float]] = {True: [], False: []}
     for view in views:
-        for found in view.on(view.oracle).found["uniform"][PLAIN][: view.found["base"]["top_k"] - 1]:
+        for found in view.on(view.oracle).reduced:
             divergence = found["divergence"]["mean"]
             ratios[divergence < SMALL].append(found["increase"]["mean"] / divergence)
     parts = [

@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import median
 
 from gaps import LEAST_GAIN, MEASURES
-from views import HALF, PLAIN, View, list_cells
+from views import HALF, View, list_cells
 from wording import average, change, count, draw_table, percent, share
 
 ABOVE = 0.05  # how far above uniform an allocation may be where there is little to gain
@@ -28,9 +28,9 @@ def describe_noise(views: Sequence[View], default: str) -> str:
     cells = list(list_cells(views, default))
     judged = f"Judged on {show_tokens(cells)} tokens."
     rows = [
-        (view.found["uniform"][PLAIN][k]["divergence"]["mean"], view.found["uniform"][PLAIN][k]["stderr"], view.tokens)
+        (found["divergence"]["mean"], found["stderr"], view.tokens)
         for view in {view.name: view for view, _ in cells}.values()
-        for k in range(view.found["base"]["top_k"] - 1)
+        for found in view.reduced
     ]
     rows = [row for row in rows if row[0] > 0]
     if not rows:

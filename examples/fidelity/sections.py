@@ -68,7 +68,7 @@ def tabulate_measures(views: Sequence[View]) -> list[str]:
     """Uniform k by both measures: of a model that predicts text as it is, small losses are the same by both."""
     rows = []
     for view in views:
-        for k, found in enumerate(view.on(view.oracle).found["uniform"][PLAIN][: view.found["base"]["top_k"] - 1], 1):
+        for k, found in enumerate(view.on(view.oracle).reduced, 1):
             divergence = found["divergence"]["mean"]
             ratio, error = (value / divergence for value in (found["increase"]["mean"], found["stderr"]))
             rows.append((view.name, k, number(divergence), f"{ratio:.2f} ± {error:.2f}"))

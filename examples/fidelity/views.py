@@ -1,7 +1,7 @@
 """What the results say, read in the terms of the report. Nothing is computed here but differences and means."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ class View:
         """Tables that were judged, of all of the text, the references first."""
         names = [name for name in self.found["cells"] if "@" not in name]
         return sorted(names, key=lambda name: (ORDER.index(name.partition("/")[0]), name))
+
+    @property
+    def reduced(self) -> Sequence[Mapping[str, Any]]:
+        """What was found of uniform k = 1, 2, ... below the model's own."""
+        return self.found["uniform"][PLAIN][: self.found["base"]["top_k"] - 1]
 
     def uniform(self, budget: int, *, exponent: str = PLAIN, domain: str = "mean") -> float:
         """Loss of uniform k, between two k interpolated."""
