@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from lexi_search.architectures import ARCHITECTURES
 from lexi_search.artifacts import Allocation, ModelIdentity, to_document
 from lexi_search.errors import InputError
 from lexi_search.files import find_folder, json_bytes, read_json_object
@@ -103,9 +104,11 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
     section: Any = config
     for key in path:
         section = section.get(key, {}) if isinstance(section, Mapping) else {}
+    counts = ARCHITECTURES[model.model_type].num_experts if model.model_type in ARCHITECTURES else ()
     for name, place, expected in (
         ("model_type", config, model.model_type),
         ("num_hidden_layers", section, model.num_hidden_layers),
+        *((name, section, model.num_experts) for name in counts if isinstance(section, Mapping) and name in section),
         (top_k, section, model.top_k),
     ):
         found = place.get(name) if isinstance(place, Mapping) else None

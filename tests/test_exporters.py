@@ -105,6 +105,7 @@ def test_command_survives_the_shell():
     [
         ({"model_type": "mixtral"}, "the allocation is for model_type 'olmoe', the config has 'mixtral'"),
         ({"num_hidden_layers": 5}, "the allocation is for num_hidden_layers 4, the config has 5"),
+        ({"num_experts": 16}, "the allocation is for num_experts 8, the config has 16"),
         ({"num_experts_per_tok": 2}, "the allocation is for num_experts_per_tok 4, the config has 2"),
         ({"per_layer_config": {}}, "the config already has values per layer; export from the model's original folder"),
         ({"lexi_allocation": {}}, "the config already has values per layer"),
@@ -249,7 +250,10 @@ def test_transformers_loads_an_exported_folder(tmp_path, family):
     reference = tiny.build_reference(family)
     blocks = tiny.find_moe_blocks(reference)
     layers, model_type = reference.config.num_hidden_layers, reference.config.model_type
-    allocation = make_allocation(layers, 4, model_type=model_type, moe_layers=tuple(sorted(blocks)))
+    experts = next(iter(blocks.values())).gate.weight.shape[0]
+    allocation = make_allocation(
+        layers, 4, model_type=model_type, moe_layers=tuple(sorted(blocks)), num_experts=experts
+    )
     exporters.check_config(allocation.model, exporters.read_config(str(model_folder)))
     out = tmp_path / "out"
     exporters.write_folder(str(out), str(model_folder), exporters.make_transformers_overrides(allocation))
