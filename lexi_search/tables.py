@@ -52,8 +52,8 @@ def tabulate_allocation(allocation: Allocation) -> RenderableType:
     return _entitle(title, table)
 
 
-def tabulate_search(found: Sequence[Found]) -> RenderableType:
-    """One row per budget; columns that no row fills are left out."""
+def tabulate_search(found: Sequence[Found], targets: Sequence[str] = ()) -> RenderableType:
+    """One row per budget, or per target of time, which `targets` names; columns that no row fills are left out."""
     first = found[0].allocation
     title = f"{first.model.model_type}: {len(first.top_k)} MoE layers"
     columns = {
@@ -69,7 +69,7 @@ def tabulate_search(found: Sequence[Found]) -> RenderableType:
         "k per layer": lambda f: " ".join(str(k) for _, k in sorted(f.allocation.top_k.items())),
     }
     table = _table()
-    cells = {name: [cell(row) for row in found] for name, cell in columns.items()}
+    cells = {"target": list(targets)} | {name: [cell(row) for row in found] for name, cell in columns.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
     for name in cells:
         last = name == "k per layer"

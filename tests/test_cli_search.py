@@ -226,8 +226,11 @@ def test_a_target_in_time_or_speed_is_kept(folder, method):
         assert (paid["ms"], paid["speedup"]) == (row["ms"], row["speedup"])
         assert row["loss"] <= row["uniform_loss"]
         assert row["gap"] == pytest.approx(0, abs=1e-3) if method == "evolution" else row["gap"] == 0
-    header = succeed("search", "p", *options, "--target-speedup", "1.2").splitlines()[1]
-    assert "ms" in header and "speed-up" in header
+    _, header, first, second, *_ = succeed(
+        "search", "p", *options, "--target-speedup", "1.2", "--target-ms", repr(base)
+    ).splitlines()
+    assert header.split()[0] == "target" and "ms" in header and "speed-up" in header
+    assert (first.split()[0], second.split()[0]) == (f"{base!r}ms", "1.2x")
 
 
 @pytest.mark.parametrize(

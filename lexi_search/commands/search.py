@@ -121,7 +121,7 @@ def search(
     if as_json:
         print_json([summarise_found(row) | {"file": str(path)} for path, row in zip(paths, found, strict=True)])
     else:
-        print_table(tabulate_search(found))
+        print_table(tabulate_search(found, names if targets else ()))
         click.echo(target)
     warn_of_noise(names, found, measured.settings.input)
 
