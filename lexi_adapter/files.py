@@ -3,8 +3,9 @@
 import json
 import os
 import secrets
+import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +20,16 @@ def write_json(path: str | os.PathLike[str], document: Any) -> None:
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write to a temporary file beside `path` and rename it: nobody ever sees half of it."""
-    target = Path(os.path.realpath(path))
-    temporary = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
+    """Write `data` to a temporary file beside `path`, then rename: nobody ever sees half of it.
+
+    A link is followed, and a path that is no regular file (a folder, a device) is refused.
+    """
+    target, temporary = _open_temporary(path)
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
         raise AllocationError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
@@ -31,11 +37,37 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise before hours of measuring what `write_atomically` would raise after them."""
+def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = ()) -> None:
+    """Raise the AllocationError that `write_atomically` would raise now, leaving nothing behind.
+
+    And one where `path` is a file of `apart_from`, or lies in a folder of it, such as a model's: what is read, or is
+    written as well; None is no file.
+    """
+    # A link that lies in a folder belongs to it wherever it leads, as all files of a model in the hub's cache do.
+    folder, name = os.path.split(os.path.abspath(path))
+    places = (Path(os.path.realpath(path)), Path(os.path.realpath(folder), name))
+    for other in filter(None, apart_from):
+        taken = Path(os.path.realpath(other))
+        if taken == places[0]:
+            raise AllocationError(
+                f"cannot write {path}: the same command reads or writes it as another file; choose another name"
+            )
+        if taken.is_dir() and any(place.is_relative_to(taken) for place in places):
+            raise AllocationError(f"cannot write {path}: the same command reads the folder {other}; write elsewhere")
+    _, temporary = _open_temporary(path)
+    temporary.unlink()
+
+
+def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     target = Path(os.path.realpath(path))
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise AllocationError(f"cannot write {path}; name a file in a folder that is there")
+    temporary = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
+    try:
+        if os.path.lexists(target) and not stat.S_ISREG(target.stat().st_mode):
+            raise AllocationError(f"cannot write {path}: not a regular file; name a file to write")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise AllocationError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
+    return target, temporary
 
 
 def describe_call(program: str = "lexi-adapter") -> Mapping[str, Any]:

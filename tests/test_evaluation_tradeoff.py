@@ -99,6 +99,8 @@ def test_refusals(folder):
         ("eval.json", "bench.json", "--task", "x"): "no task 'x' in the results, which have perplexity a.txt, passkey",
         ("eval.json", "bench.json", "--workload", "x"): "no workload 'x'",
         ("eval.json", "bench.json", "-o", "a.bmp"): "no figure as a.bmp",
+        ("eval.svg", "bench.json", "-o", "eval.svg"): "cannot write eval.svg: the same command reads or writes it",
+        ("eval.json", "bench.svg", "-o", "bench.svg"): "cannot write bench.svg: the same command reads or writes it",
     }.items():
         result = run(*arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1

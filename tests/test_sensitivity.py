@@ -8,6 +8,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import command_line
 import jax
@@ -394,7 +395,15 @@ def test_bad_input_is_refused_in_one_line(folder, mixtral):
     text = ("--length", 12, "--text", mixtral / "text.txt")
     refuse("give one of --text, --tokens and --generate", mixtral)
     refuse("give one of --text, --tokens and --generate", mixtral, *text, "--generate")
+    words = Path("words")
+    words.mkdir()
     refuse("cannot write .*nowhere", mixtral, *text, "-o", "nowhere/profile.json")
+    refuse(
+        "cannot write .*config.json: the same command reads the folder", mixtral, *text, "-o", mixtral / "config.json"
+    )
+    refuse("cannot write words/new: the same command reads", mixtral, *text, "--tokenizer", words, "-o", words / "new")
+    for option in ("--text", "--tokens"):
+        refuse("cannot write mine: the same command reads", mixtral, option, "mine", "-o", "mine")
     refuse("cannot read nothing/config.json", "nothing", *text)
     refuse("--length of 129 tokens is more than the model's 128", mixtral, *text, "--length", 129)
     refuse("1 windows of 20 tokens, at least 2 needed", mixtral, *text, "--length", 20)

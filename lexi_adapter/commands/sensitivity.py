@@ -65,7 +65,7 @@ def sensitivity(
     """
     if bool(texts) + bool(files) + own != 1:
         raise AllocationError("give one of --text, --tokens and --generate")
-    check_writable(output)
+    check_writable(output, apart_from=[model, tokenizer, *texts, *files])
     from lexi_adapter.checkpoint import read_config
     from lexi_adapter.identity import describe_checkpoint
     from lexi_adapter.journal import keep_journal

@@ -25,7 +25,7 @@ def tradeoff(evaluation: str, benchmark: str, tasks: Sequence[str], workloads: S
     from lexi_adapter.reports import find_format
 
     file_format = find_format(output)
-    check_writable(output)
+    check_writable(output, apart_from=[evaluation, benchmark])
     quality = joining.read_results(evaluation, "lexi-eval")
     speed = joining.read_results(benchmark, "lexi-bench")
     panels = joining.join(quality, speed, tasks=tasks, workloads=workloads)
