@@ -1,12 +1,9 @@
 """Quality over throughput: what `eval` and `bench` measured of the same variants, joined (LExI's figures 4 to 8)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lexi_adapter import benchmark, evaluation
 from lexi_adapter.allocation import AllocationError
 
 
@@ -33,37 +30,34 @@ class Panel:
     points: tuple[Point, ...]
 
 
-def read_results(path: str, kind: str) -> dict[str, Any]:
-    """A document of `eval` or `bench`, by its format. AllocationError for anything else."""
-    try:
-        document = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise AllocationError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise AllocationError(f"{path} is not JSON ({error})") from error
-    version = {evaluation.FORMAT: evaluation.VERSION, benchmark.FORMAT: benchmark.VERSION}[kind]
-    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (kind, version):
-        command = kind.removeprefix("lexi-")
-        raise AllocationError(f"{path} is not a {kind} file of version {version}; make one with lexi-adapter {command}")
-    return document
-
-
 def match(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, str]:
     """Name in `eval`'s document -> name in `bench`'s: the same name, or the same k in every layer of the same weights.
 
     Variants that one of the two does not have are left out.
+
+    Raises:
+        AllocationError: two variants of one name that ran different k.
     """
     measured = {variant["name"]: variant for variant in speed["variants"]}
     pairs = {}
     for variant in quality["variants"]:
+        name, top_k = variant["name"], variant.get("top_k")
+        if name in measured:
+            other = measured[name]["engine"]["top_k"]
+            if top_k not in (None, other):
+                layer = next(layer for layer in top_k | other if top_k.get(layer) != other.get(layer))
+                ours, theirs = top_k.get(layer), other.get(layer)
+                raise AllocationError(
+                    f"{name!r} ran with top-k {ours} of layer {layer} in eval, but {theirs} in bench; measure the "
+                    "same in both"
+                )
+            pairs[name] = name
+            continue
         alike = (
-            name
-            for name, other in measured.items()
-            if not other["overrides"] and variant.get("top_k") == other["engine"]["top_k"]
+            other for other, found in measured.items() if not found["overrides"] and top_k == found["engine"]["top_k"]
         )
-        name = variant["name"] if variant["name"] in measured else next(alike, None)
-        if name is not None:
-            pairs[variant["name"]] = name
+        if (other := next(alike, None)) is not None:
+            pairs[name] = other
     return pairs
 
 
@@ -103,6 +97,10 @@ def join(
                 for name, other in pairs.items()
                 if name in scores and other in rates
             )
+            if not points:
+                raise AllocationError(
+                    f"no variant was measured by both {task!r} and {workload!r}; finish eval and bench"
+                )
             panels.append(Panel(task, metric, workload, points))
     return tuple(panels)
 

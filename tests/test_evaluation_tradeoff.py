@@ -1,6 +1,7 @@
 """`lexi-adapter tradeoff`: results of `eval` and `bench` joined, made up here as the two write them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,60 @@ def test_variants_are_matched_by_name_or_by_k():
     assert [point.value for point in panel.points] == [20, 21, 22, 23]
 
 
+def test_one_name_for_two_sets_of_k_is_refused():
+    for other in ({"0": 1, "1": 2}, {"0": 1, "1": 3, "2": 3}, {"0": 1}):
+        speed = make_speed(names=("base", "mine.json"))
+        speed["variants"][1]["engine"]["top_k"] = other
+        with pytest.raises(AllocationError, match="'mine.json' ran with top-k .* in eval, but .* in bench; measure"):
+            tradeoff.join(make_quality(), speed)
+
+
+def test_results_that_are_not_finished_together_are_refused():
+    speed = make_speed()
+    speed["summary"] = [line for line in speed["summary"] if line["workload"] == "16x8x8"]
+    with pytest.raises(AllocationError, match="no variant was measured by both 'perplexity a.txt' and '1x8x8'; finish"):
+        tradeoff.join(make_quality(), speed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "flaw"),
+    [
+        ("eval", ["model"], None, "model is missing"),
+        ("eval", ["variants"], None, "variants is missing"),
+        ("eval", ["variants", 1, "name"], ["a"], r"variants\[1\].name is \['a'\]"),
+        ("eval", ["variants", 1, "top_k"], {"0": [1]}, r"variants\[1\].top_k is {'0': \[1\]}"),
+        ("eval", ["summary"], [], r"summary is \[\]"),
+        ("eval", ["summary", 0], 5, r"summary\[0\] is 5"),
+        ("eval", ["summary", 0, "value"], "1.5", r"summary\[0\].value is '1.5'"),
+        ("eval", ["summary", 0, "value"], float("inf"), r"summary\[0\].value is inf"),
+        ("eval", ["summary", 0, "stderr"], -1.0, r"summary\[0\].stderr is -1.0"),
+        ("bench", ["summary"], None, "summary is missing"),
+        ("bench", ["summary"], [], r"summary is \[\]"),
+        ("bench", ["summary", 0, "median"], float("nan"), r"summary\[0\].median is nan"),
+        ("bench", ["summary", 0, "median"], 1.0, r"summary\[0\] is {'variant': 'base'"),
+        ("bench", ["workloads"], [], r"workloads is \[\]"),
+        ("bench", ["workloads"], "16x8x8", "workloads is '16x8x8'"),
+        ("bench", ["variants", 0, "engine"], None, r"variants\[0\].engine is missing"),
+        ("bench", ["variants", 0, "overrides"], None, r"variants\[0\].overrides is missing"),
+    ],
+)
+def test_results_that_are_not_whole_are_refused(folder, kind, path, value, flaw):
+    documents = {"eval": make_quality(), "bench": make_speed()}
+    *parents, last = path
+    place = documents[kind]
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    for name, document in documents.items():
+        Path(f"{name}.json").write_text(json.dumps(document))
+    result = run("eval.json", "bench.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(
+        f"Error: {kind}.json is not whole: {flaw}.*; make one with lexi-adapter {kind}\n", result.stderr
+    )
+    assert not Path("tradeoff.png").exists()
+
+
 def run(*arguments):
     return CliRunner().invoke(main, ["tradeoff", *arguments], catch_exceptions=False)
 
@@ -88,6 +143,7 @@ def test_refusals(folder):
     Path("eval.json").write_text(json.dumps(make_quality()))
     Path("bench.json").write_text(json.dumps(make_speed()))
     Path("text").write_text("{")
+    Path("deep").write_text("[" * 100_000)
     for arguments, message in {
         (
             "bench.json",
@@ -96,6 +152,7 @@ def test_refusals(folder):
         ("eval.json", "eval.json"): "eval.json is not a lexi-bench file",
         ("eval.json", "nowhere"): "cannot read nowhere",
         ("text", "bench.json"): "text is not JSON",
+        ("deep", "bench.json"): "deep is not JSON",
         ("eval.json", "bench.json", "--task", "x"): "no task 'x' in the results, which have perplexity a.txt, passkey",
         ("eval.json", "bench.json", "--workload", "x"): "no workload 'x'",
         ("eval.json", "bench.json", "-o", "a.bmp"): "no figure as a.bmp",

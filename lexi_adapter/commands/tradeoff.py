@@ -23,11 +23,12 @@ def tradeoff(evaluation: str, benchmark: str, tasks: Sequence[str], workloads: S
     from lexi_adapter import tradeoff as joining
     from lexi_adapter.eval_reports import draw_tradeoff, tabulate_tradeoff
     from lexi_adapter.reports import find_format
+    from lexi_adapter.results import read_results
 
     file_format = find_format(output)
     check_writable(output, apart_from=[evaluation, benchmark])
-    quality = joining.read_results(evaluation, "lexi-eval")
-    speed = joining.read_results(benchmark, "lexi-bench")
+    quality = read_results(evaluation, "lexi-eval")
+    speed = read_results(benchmark, "lexi-bench")
     panels = joining.join(quality, speed, tasks=tasks, workloads=workloads)
     write_atomically(output, draw_tradeoff(str(quality["model"]), panels, file_format))
     left_out = [v["name"] for v in quality["variants"] if v["name"] not in joining.match(quality, speed)]
