@@ -14,18 +14,6 @@ import torch
 TINY = torch.finfo(torch.float32).tiny  # padding rows have no weights at all: 0 / TINY is 0, and 0 / 0 would be NaN
 
 
-def narrow(weights: torch.Tensor, ids: torch.Tensor, top_k: int, exponent: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights and ids [tokens, top_k] of a layer that keeps the first top_k of K experts in the order of selection.
-
-    Args:
-        weights: what the model gives its own K experts, [tokens, K].
-        ids: which experts these are, [tokens, K].
-        top_k: how many are kept.
-        exponent: the b of the formula above.
-    """
-    return compensate(weights, weights[:, :top_k], exponent), ids[:, :top_k].contiguous()
-
-
 def pick(weights: torch.Tensor, ids: torch.Tensor, kept: torch.Tensor, exponent: float) -> torch.Tensor:
     """The weights [tokens, k] of a layer that keeps the experts `kept` [tokens, k] of K, wherever they stand."""
     same = kept[:, :, None] == ids[:, None, :]

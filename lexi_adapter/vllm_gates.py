@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.vllm_names import ORDERED_SCORES, ROUTERS
+from lexi_adapter.vllm_names import LARGEST, ORDERED_SCORES, ROUTERS
 
 REMEDY = "search without a gate exponent"
 
@@ -52,17 +52,20 @@ def _check_kernel(routed_experts: Any, name: str) -> None:
 
 
 def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
-    from lexi_adapter.gates import narrow, pick
-
-    top_k, choose = router.top_k, router._compute_routing
+    top_k, choose, order = router.top_k, router._compute_routing, _find_order(router)
     wide = copy.copy(router)  # shares the bias, which is loaded later
     wide.top_k = own_top_k
-    narrow, pick, ordered = _fuse(narrow), _fuse(pick), _is_ordered(router)
+    if order is None:
+        from lexi_adapter.gates import pick
+
+        pick = _fuse(pick)
+    else:
+        from lexi_adapter.triton_gates import narrow
 
     def compensating(hidden_states: Any, router_logits: Any, indices_type: Any, **kwargs: Any) -> tuple[Any, Any]:
         weights, ids = wide._compute_routing(hidden_states, router_logits, indices_type, **kwargs)
-        if ordered:
-            return narrow(weights, ids, top_k, exponent)
+        if order is not None:
+            return narrow(weights, ids, top_k, exponent, ranked=order == LARGEST)
         _, kept = choose(hidden_states, router_logits, indices_type, **kwargs)
         return pick(weights, ids, kept, exponent), kept
 
@@ -81,11 +84,14 @@ def _compensate_block(block: Any, top_k: int, own_top_k: int, exponent: float) -
     block.forward = compensating
 
 
-def _is_ordered(router: Any) -> bool:
+def _find_order(router: Any) -> str | None:
+    """Which of its own K experts the router would choose at top-k, as ROUTERS says it, where nothing speaks against."""
     from vllm.platforms import current_platform
 
-    known = ROUTERS[type(router).__name__] and router.scoring_func in ORDERED_SCORES
-    return known and current_platform.is_cuda()
+    order = ROUTERS[type(router).__name__]
+    if order is None or not current_platform.is_cuda() or router.scoring_func not in ORDERED_SCORES:
+        return None
+    return None if order == LARGEST and router.e_score_correction_bias is not None else order
 
 
 @functools.cache

@@ -46,15 +46,17 @@ OWN_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
 OBEDIENT_ROUTING = frozenset({"token_choice_with_bias"})  # Cohere2-MoE
 
 # Router classes whose weights are the scores up to one factor a token, so that a gate exponent can be applied; and
-# whether their kernel on CUDA returns experts in the order of selection, so that the first k of K are those of top-k.
-ROUTERS: Mapping[str, bool] = {
-    "FusedTopKRouter": True,
-    "FusedTopKBiasRouter": True,
-    "GroupedTopKRouter": False,
-    "CPURouter": False,
-    "CustomRoutingRouter": False,
+# which of the K experts that they return on CUDA are those of top-k: the first, those of the largest weights (where no
+# bias selects), or None where that is not known.
+FIRST, LARGEST = "first", "largest"
+ROUTERS: Mapping[str, str | None] = {
+    "FusedTopKRouter": FIRST,
+    "FusedTopKBiasRouter": FIRST,
+    "GroupedTopKRouter": LARGEST,
+    "CPURouter": None,
+    "CustomRoutingRouter": None,
 }
-ORDERED_SCORES = ("softmax", "sigmoid")  # the scoring functions for which that order was read in the kernels
+ORDERED_SCORES = ("softmax", "sigmoid")  # the scoring functions for which that was read in the kernels
 
 # Model types whose class in vLLM has an output layer of its own even where the checkpoint ties it to the embeddings;
 # it is then never loaded, and what is served is noise.

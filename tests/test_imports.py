@@ -85,6 +85,7 @@ MAY_IMPORT = {
         "safetensors",
         "torch",
         "transformers",
+        "triton",
         "vllm",
     },
 }

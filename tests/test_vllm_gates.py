@@ -10,7 +10,7 @@ from lexi_adapter import vllm_gates
 from lexi_adapter.allocation import AllocationError
 from lexi_adapter.gates import compensate
 from lexi_adapter.vllm_gates import compensate_layer
-from lexi_adapter.vllm_names import ROUTERS
+from lexi_adapter.vllm_names import FIRST, ROUTERS
 
 OWN, TOP_K, EXPONENT = 4, 2, 0.5
 LOGITS = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -20,6 +20,7 @@ class Router:
     """A softmax router that renormalises; its kernel returns what it chose best first, or in some other order."""
 
     scoring_func = "softmax"
+    e_score_correction_bias = None
     best_first = True
 
     def __init__(self):
@@ -40,11 +41,14 @@ def make_layer(name="FusedTopKRouter", **attributes):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A platform that says it is CUDA, and compiles without generating code."""
+    """A platform that says it is CUDA, compiles without generating code, and interprets kernels."""
     platform = SimpleNamespace(is_cuda=lambda: True, simple_compile_backend="eager")
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sys.modules.pop("lexi_adapter.triton_gates", None)
     vllm_gates._fuse.cache_clear()
     yield
+    sys.modules.pop("lexi_adapter.triton_gates", None)
     vllm_gates._fuse.cache_clear()
 
 
@@ -56,22 +60,30 @@ def expect():
     return torch.zeros(5, 8).scatter(1, ids[:, :TOP_K], compensate(base, base[:, :TOP_K], EXPONENT))
 
 
-@pytest.mark.parametrize(("name", "best_first"), [(name, ordered) for name, ordered in ROUTERS.items()])
-def test_a_compensated_router_chooses_and_weighs_by_the_definition(cuda, name, best_first):
-    layer = make_layer(name, best_first=best_first)
+@pytest.mark.parametrize(("name", "order"), ROUTERS.items())
+def test_a_compensated_router_chooses_and_weighs_by_the_definition(cuda, name, order):
+    layer = make_layer(name, best_first=order == FIRST)
     compensate_layer(layer, "layer 0", TOP_K, OWN, EXPONENT)
     weights, ids = layer.router._compute_routing(torch.zeros(5, 1), LOGITS, None, input_ids=None)
     assert weights.shape == ids.shape == (5, TOP_K) and weights.is_contiguous() and ids.is_contiguous()
     torch.testing.assert_close(torch.zeros(5, 8).scatter(1, ids, weights), expect())
     assert layer.router.top_k == TOP_K  # as the kernels and buffers were sized for
-    assert layer.router.widths == ([OWN] if best_first else [OWN, TOP_K])  # one choice where the order is known
+    assert layer.router.widths == ([OWN, TOP_K] if order is None else [OWN])  # one choice where the order is known
 
 
-def test_a_scoring_function_whose_kernel_was_not_read_is_not_taken_to_be_ordered(cuda):
-    layer = make_layer("FusedTopKBiasRouter", scoring_func="sqrtsoftplus", best_first=False)
+@pytest.mark.parametrize(
+    ("name", "attributes"),
+    [
+        ("FusedTopKBiasRouter", {"scoring_func": "sqrtsoftplus"}),  # whose kernel was not read
+        ("GroupedTopKRouter", {"e_score_correction_bias": torch.zeros(8)}),  # whose weights are not what selects
+    ],
+)
+def test_where_the_order_is_not_known_the_router_chooses_again(cuda, name, attributes):
+    layer = make_layer(name, best_first=False, **attributes)
     compensate_layer(layer, "layer 0", TOP_K, OWN, EXPONENT)
     weights, ids = layer.router._compute_routing(torch.zeros(5, 1), LOGITS, None)
     torch.testing.assert_close(torch.zeros(5, 8).scatter(1, ids, weights), expect())
+    assert layer.router.widths == [OWN, TOP_K]
 
 
 def test_what_routes_by_itself_is_refused_at_once_or_when_it_runs(cuda):
