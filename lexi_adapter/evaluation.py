@@ -14,6 +14,8 @@ from typing import Any
 from lexi_adapter.allocation import Allocation, AllocationError
 from lexi_adapter.checkpoint import check_folder, read_config
 from lexi_adapter.scores import Model, Outcome, Score, Task, combine, compare
+from lexi_adapter.texts import find_vocabulary
+from lexi_adapter.transformers_model import find_allocation
 from lexi_adapter.variants import Variant, allocate, describe_folder
 
 FORMAT, VERSION = "lexi-eval", 1
@@ -28,8 +30,9 @@ def make_variants(
     """The base first, then allocations (by their files' names), uniform k and other folders.
 
     Raises:
-        AllocationError: an allocation for another model, a k that the model does not have, a folder that is no model or
-            has another vocabulary than the base, or two variants of one name.
+        AllocationError: an allocation for another model, or another than the one that its folder was exported with, a k
+            that the model does not have, a folder that is no model or has another vocabulary than the base, or two
+            variants of one name.
     """
     config = read_config(Path(folder))
     for allocation in allocations.values():
@@ -46,19 +49,16 @@ def make_variants(
             top_k = dict.fromkeys(model.moe_layers, k)
             variants.append(Variant(f"uniform k = {k}", folder, allocation=allocate(model, top_k)))
     for other in folders:
-        if _read_vocabulary(read_config(Path(other))) != _read_vocabulary(config):
+        if find_vocabulary(read_config(Path(other))) != find_vocabulary(config):
             raise AllocationError(f"{other} has another vocabulary than {folder}: they do not read the same tokens")
         variants.append(Variant(other, other))
     names = [variant.name for variant in variants]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise AllocationError(f"two variants are called {double[0]!r}; name each once, by another path if need be")
+    for variant in variants:
+        find_allocation(variant)
     return tuple(variants)
-
-
-def _read_vocabulary(config: Mapping[str, Any]) -> Any:
-    texts = (config, *(section for section in config.values() if isinstance(section, dict)))
-    return next((text["vocab_size"] for text in texts if "vocab_size" in text), None)
 
 
 def describe(variant: Variant) -> dict[str, Any]:
@@ -143,16 +143,26 @@ def find_finished(document: Any, place: str, expected: Mapping[str, Any]) -> dic
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
         raise AllocationError(f"{place} is not a {FORMAT} file of version {VERSION}; name another by --output")
     try:
-        if document["setting"] != expected["setting"]:
-            raise AllocationError(f"{place} holds results of another backend or setting; {remedy}")
+        if differing := _list_differences(document["setting"], expected["setting"]):
+            theirs, ours = (setting.get(differing[0]) for setting in (document["setting"], expected["setting"]))
+            raise AllocationError(f"{place} holds results with {differing[0]} {theirs!r}, not {ours!r}; {remedy}")
         for kind in ("variants", "tasks"):
             used = {piece[kind[:-1]] for piece in document["pieces"]}
+            wanted = {entry["name"]: entry for entry in expected[kind]}
             for entry in document[kind]:
-                if entry["name"] in used and entry not in expected[kind]:
-                    raise AllocationError(f"{place} holds other results of {entry['name']!r} than these; {remedy}")
+                name = entry["name"]
+                if name in used and name not in wanted:
+                    raise AllocationError(f"{place} holds results of {name!r}, which is not asked for; {remedy}")
+                if name in used and (differing := _list_differences(entry, wanted[name])):
+                    difference = f"(another {', '.join(differing)})"
+                    raise AllocationError(f"{place} holds other results of {name!r} than these {difference}; {remedy}")
         return {(piece["variant"], piece["task"]): read_outcome(piece) for piece in document["pieces"]}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise AllocationError(f"{place} is not whole ({error!r} in it); {remedy}") from error
+
+
+def _list_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
 
 
 def read_outcome(piece: Mapping[str, Any]) -> Outcome:

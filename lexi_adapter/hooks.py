@@ -9,12 +9,20 @@ The function is called once for every model, with one argument, and returns its 
 `generate(prompts, max_new_tokens)` continues every prompt greedily and returns texts. A prompt is a text, a list of
 token ids, or, with `--backend vllm`, whatever `vllm.LLM.generate` takes: `{"prompt": "<image>\\nWhat is this?",
 "multi_modal_data": {"image": picture}}` asks a vision model, which is all that VLMEvalKit's data sets need of one.
-A metric is a list with one number an item, which is compared with the base's item by item, or a single number.
+Prompt and answer together may take `--max-length` tokens. A metric is a list with one number an item, which is compared
+with the base's item by item, or a single number.
+
+Results are those of the module's source: once that changes, they are refused. Of what the module imports or reads they
+know nothing; `--restart` throws them away.
 """
 
+import hashlib
 import importlib
 import math
+import sys
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
@@ -24,28 +32,89 @@ from lexi_adapter.scores import Model, Outcome, Score, Task, average
 def make_task(name: str, *, max_length: int) -> Task:
     """The task of a function, by its place. AllocationError if there is no such function on PYTHONPATH."""
     function = find_function(name)
-    settings = {"kind": "hook", "function": name, "max_length": max_length}
-    return Task(name, settings, max_length, lambda model: measure(model, function, name))
+    settings = {
+        "kind": "hook",
+        "function": name,
+        "source_sha256": hash_source(name, function),
+        "max_length": max_length,
+    }
+    return Task(name, settings, max_length, lambda model: measure(model, function, name, max_length))
 
 
 def find_function(name: str) -> Callable[[Callable[..., list[str]]], Mapping[str, Any]]:
-    """The function at `package.module:function`."""
+    """The function at `package.module:function`. AllocationError for none, or a module that cannot be imported."""
     place, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(place), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise AllocationError(f"no task {name} ({error}); a module on PYTHONPATH and a function in it") from error
+    except (Exception, SystemExit) as error:  # a module raises what it likes
+        reason = f"{type(error).__name__}: {_shorten(error)}"
+        raise AllocationError(f"no task {name} ({reason}); a module on PYTHONPATH and a function in it") from error
     if not callable(function):
         raise AllocationError(f"task {name} is not a function")
     return function
 
 
-def measure(model: Model, function: Callable[..., Any], name: str) -> Outcome:
-    """What the function returns, as scores."""
-    found = function(lambda prompts, max_new_tokens: model.generate(list(prompts), max_new_tokens))
+def hash_source(name: str, function: Callable[..., Any]) -> str:
+    """Hex SHA-256 over the files of the module at `name` and of the one that its function was written in."""
+    places = dict.fromkeys([name.partition(":")[0], getattr(function, "__module__", None)])
+    files = [getattr(sys.modules.get(place), "__file__", None) for place in places]
+    digest = hashlib.sha256()
+    for file in filter(None, files):
+        try:
+            digest.update(Path(file).read_bytes())
+        except OSError as error:
+            raise AllocationError(
+                f"task {name}: cannot read {file} ({error.strerror}); put the module into a plain file"
+            ) from error
+    return digest.hexdigest()
+
+
+def measure(model: Model, function: Callable[..., Any], name: str, max_length: int) -> Outcome:
+    """What the function returns, as scores.
+
+    Raises:
+        AllocationError: the function raises something, asks for what the model cannot do or for more than `max_length`
+            tokens, or returns no metrics.
+    """
+    failures = []  # of the model itself, for whoever opened it to explain
+
+    def generate(prompts: Any, max_new_tokens: int) -> list[str]:
+        if isinstance(prompts, str | Mapping):
+            raise AllocationError("generate takes a list of prompts; put the one into a list")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise AllocationError(f"max_new_tokens is {max_new_tokens!r}, an integer of at least 1 expected")
+        prompts = list(prompts)
+        try:
+            return model.generate(prompts, max_new_tokens, max_length)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    try:
+        found = function(generate)
+    except AllocationError as error:
+        raise AllocationError(f"task {name}: {error}") from error
+    except (Exception, SystemExit) as error:
+        if error in failures:
+            raise
+        raise AllocationError(
+            f"task {name} raised {type(error).__name__}: {_shorten(error)} ({_find_line(error, function)})"
+        ) from error
     if not isinstance(found, Mapping) or not found:
         raise AllocationError(f"task {name} returned {type(found).__name__}, not metrics with their numbers")
     return Outcome({str(metric): _read(value, f"task {name}, metric {metric}") for metric, value in found.items()})
+
+
+def _shorten(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _find_line(error: BaseException, function: Callable[..., Any]) -> str:
+    """File and line of the last call in the function's own file, or of the last of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    frame = [frame for frame in frames if frame.filename == file] or frames
+    return f"{frame[-1].filename}, line {frame[-1].lineno}"
 
 
 def _read(value: Any, place: str) -> Score:

@@ -34,11 +34,14 @@ def describe_checkpoint(folder: Path) -> ModelIdentity:
     top_k_key, top_k = _read_count(text, TOP_K, place)
     _, num_experts = _read_count(text, NUM_EXPERTS, place)
     _, num_layers = _read_count(text, NUM_LAYERS, place)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise AllocationError(f"{place}: model_type is {model_type!r}, a name expected; fetch it again")
     if top_k == 1:
         raise AllocationError(f"{place}: {top_k_key} is 1: each token runs one expert, none can be saved")
     pattern, routers = _find_routers(folder, num_experts, num_layers)
     return ModelIdentity(
-        model_type=str(config.get("model_type")),
+        model_type=model_type,
         num_hidden_layers=num_layers,
         num_experts=num_experts,
         top_k=top_k,
@@ -65,7 +68,7 @@ def _read_count(text: Mapping[str, Any], keys: tuple[str, ...], place: str) -> t
     if key is None:
         raise AllocationError(f"{place} has no {' or '.join(keys)}; name a mixture-of-experts model")
     value = text[key]
-    if key == "layers_block_type":
+    if key == "layers_block_type" and isinstance(value, list):
         value = len(value)
     elif isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]

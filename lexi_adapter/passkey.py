@@ -13,7 +13,7 @@ from typing import Any
 
 from lexi_adapter.allocation import AllocationError
 from lexi_adapter.scores import Model, Outcome, Task, average
-from lexi_adapter.texts import check_length, encode
+from lexi_adapter.texts import check_length, check_tokens, encode
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -38,16 +38,26 @@ class Trial:
 
 
 def make_task(
-    tokenizer: Any, *, length: int, depths: int, trials: int, seed: int, limit: int | None, digits: int = DIGITS
+    tokenizer: Any,
+    *,
+    length: int,
+    depths: int,
+    trials: int,
+    seed: int,
+    limit: int | None,
+    digits: int = DIGITS,
+    vocabulary: int | None = None,
 ) -> Task:
     """`trials` numbers at each of `depths` evenly spaced depths, in at most `length` tokens with the answer.
 
     Raises:
-        AllocationError: a length that the model has no positions for, or that the prompt does not fit into.
+        AllocationError: a length that the model has no positions for, or that the prompt does not fit into, or a token
+            that is not one of its `vocabulary`.
     """
     answer = digits + TOKENS_AROUND
     check_length("a passkey prompt with its answer", length, limit)
     made = make_trials(tokenizer, length=length - answer, depths=depths, trials=trials, seed=seed, digits=digits)
+    check_tokens("a passkey prompt", [trial.prompt for trial in made], vocabulary)
     settings = {
         "kind": "passkey",
         "length": length,

@@ -13,14 +13,20 @@ from typing import Any
 
 from lexi_adapter.allocation import AllocationError
 from lexi_adapter.scores import Model, Outcome, Score, Task, average
-from lexi_adapter.texts import check_length, encode, find_bos, read_text
+from lexi_adapter.texts import check_length, check_tokens, encode, find_bos, read_text
 
 DEFAULT_WINDOW = 2048
 OVERFLOW = 700.0  # nats per token; exp of more is no float
 
 
 def make_task(
-    path: str, tokenizer: Any, *, window: int | None, limit: int | None, max_windows: int | None = None
+    path: str,
+    tokenizer: Any,
+    *,
+    window: int | None,
+    limit: int | None,
+    max_windows: int | None = None,
+    vocabulary: int | None = None,
 ) -> Task:
     """Perplexity on one text file.
 
@@ -29,10 +35,11 @@ def make_task(
             positions if they are fewer.
         limit: the model's positions, if they are known.
         max_windows: read no more than so many, from the beginning.
+        vocabulary: how many tokens the model knows, if that is known.
 
     Raises:
-        AllocationError: a text that is not UTF-8 or shorter than a window, or a window that the model has no
-            positions for.
+        AllocationError: a text that is not UTF-8 or shorter than a window, a window that the model has no positions
+            for, or a token that it does not know.
     """
     length = window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
     check_length("a window", length, limit)
@@ -42,6 +49,7 @@ def make_task(
     if not windows:
         need = length - (bos is not None)
         raise AllocationError(f"{path} has {len(tokens)} tokens, a window of {length} needs {need}; take a smaller one")
+    check_tokens(path, windows, vocabulary)
     settings = {
         "kind": "perplexity",
         "text": path,

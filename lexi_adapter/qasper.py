@@ -15,7 +15,7 @@ from typing import Any
 
 from lexi_adapter.allocation import AllocationError
 from lexi_adapter.scores import Model, Outcome, Task, average
-from lexi_adapter.texts import encode, read_records
+from lexi_adapter.texts import check_tokens, check_unicode, encode, read_records
 
 ANSWER_TOKENS = 128  # LongBench's
 INSTRUCTION = (
@@ -41,11 +41,14 @@ class Question:
     answers: tuple[str, ...]
 
 
-def make_task(path: str, tokenizer: Any, *, max_length: int, max_items: int | None = None) -> Task:
+def make_task(
+    path: str, tokenizer: Any, *, max_length: int, max_items: int | None = None, vocabulary: int | None = None
+) -> Task:
     """F1 over the questions of a file, with prompt and answer in `max_length` tokens.
 
     Raises:
-        AllocationError: a file that cannot be read, or a question without its parts.
+        AllocationError: a file that cannot be read, a question without its parts, or a token that is not one of the
+            model's `vocabulary`.
     """
     questions = read_questions(path)[:max_items]
     room = max_length - ANSWER_TOKENS
@@ -53,6 +56,7 @@ def make_task(path: str, tokenizer: Any, *, max_length: int, max_items: int | No
         raise AllocationError(f"--max-length {max_length} leaves no prompt beside {ANSWER_TOKENS} tokens of answer")
     whole = [encode(tokenizer, PROMPT.format(context=q.context, question=q.question)) for q in questions]
     prompts = [cut_middle(tokens, room) for tokens in whole]
+    check_tokens(path, prompts, vocabulary)
     settings = {
         "kind": "qasper",
         "data": path,
@@ -74,6 +78,8 @@ def read_questions(path: str) -> list[Question]:
         question = record.get("question", record.get("input"))
         if not isinstance(context, str) or not isinstance(question, str):
             raise AllocationError(f"{place} has no context or no question that is a text")
+        for part in (context, question):
+            check_unicode(place, part)
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
             raise AllocationError(f"{place} has no answers, a list of one text or more")
         questions.append(Question(context, question, tuple(answers)))

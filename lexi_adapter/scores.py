@@ -38,8 +38,11 @@ class Model(Protocol):
         """For every window of token ids, the log-probabilities (natural) of its second to last token, each given all
         tokens before it."""
 
-    def generate(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
-        """The greedy continuation of every prompt, a text or a list of token ids, up to the end-of-text token."""
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int, max_length: int | None = None) -> list[str]:
+        """The greedy continuation of every prompt, a text or a list of token ids, up to the end-of-text token.
+
+        AllocationError for a prompt that with its answer may take more than `max_length` tokens.
+        """
 
     def run_harness(self, *arguments: Any) -> Outcome:
         """`harness.run` with this model."""

@@ -7,7 +7,7 @@ from lexi_adapter import harness, hooks, passkey, perplexity, qasper
 from lexi_adapter.allocation import AllocationError
 from lexi_adapter.checkpoint import read_config
 from lexi_adapter.scores import Task
-from lexi_adapter.texts import check_length, find_limit, load_tokenizer
+from lexi_adapter.texts import check_length, find_limit, find_vocabulary, load_tokenizer
 
 DEFAULT_LENGTH, DEFAULT_PASSKEY_LENGTH = 4096, 1024
 OUR_TASKS = ("perplexity", "passkey", "qasper")
@@ -46,7 +46,8 @@ def make_tasks(
     for option, given, name in (("--text", texts, "perplexity"), ("--qasper", questions, "qasper")):
         if bool(given) != (name in names):
             raise AllocationError(f"--task {name} and {option} FILE go together; give both or neither")
-    limit = find_limit(read_config(Path(model)))
+    config = read_config(Path(model))
+    limit, vocabulary = find_limit(config), find_vocabulary(config)
     longest = max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     check_length("--max-length", longest, limit)
     ours = any(name in OUR_TASKS for name in names)
@@ -55,14 +56,18 @@ def make_tasks(
     for name in names:
         if name == "perplexity":
             for text in dict.fromkeys(texts):
-                tasks.append(perplexity.make_task(text, reader, window=window, limit=limit, max_windows=max_windows))
+                task = perplexity.make_task(
+                    text, reader, window=window, limit=limit, max_windows=max_windows, vocabulary=vocabulary
+                )
+                tasks.append(task)
         elif name == "passkey":
             for length in dict.fromkeys(lengths or (min(DEFAULT_PASSKEY_LENGTH, limit or DEFAULT_PASSKEY_LENGTH),)):
-                tasks.append(
-                    passkey.make_task(reader, length=length, depths=depths, trials=trials, seed=seed, limit=limit)
-                )
+                shape = {"length": length, "depths": depths, "trials": trials, "seed": seed}
+                task = passkey.make_task(reader, **shape, limit=limit, vocabulary=vocabulary)
+                tasks.append(task)
         elif name == "qasper":
-            tasks.append(qasper.make_task(questions, reader, max_length=longest, max_items=max_items))
+            task = qasper.make_task(questions, reader, max_length=longest, max_items=max_items, vocabulary=vocabulary)
+            tasks.append(task)
         elif not name.startswith(harness.PREFIX):
             tasks.append(hooks.make_task(name, max_length=longest))
     suites = [name.removeprefix(harness.PREFIX) for name in names if name.startswith(harness.PREFIX)]

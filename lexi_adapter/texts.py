@@ -1,7 +1,7 @@
 """Text and questions as users have them, and the tokenizer and limits of the model that reads them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,23 @@ def read_text(path: str) -> str:
     return text
 
 
+def check_unicode(what: str, text: str) -> None:
+    """Raise AllocationError for a text that is none: JSON and Python let through half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise AllocationError(
+            f"{what} holds {text[error.start]!r}, half of a surrogate pair and no letter; mend it there"
+        ) from error
+
+
 def read_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) of a JSON list of objects, or of a file with one object a line."""
     text = read_text(path)
     try:
         whole = json.loads(text)
         records = [(f"{path}, entry {n}", r) for n, r in enumerate(whole if isinstance(whole, list) else [whole], 1)]
-    except ValueError:
+    except (ValueError, RecursionError):
         records = list(_read_lines(path, text))
     for place, record in records:
         if not isinstance(record, dict):
@@ -45,7 +55,7 @@ def _read_lines(path: str, text: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise AllocationError(f"{path}, line {number} is not JSON ({error})") from error
 
 
@@ -76,10 +86,22 @@ def find_bos(tokenizer: Any) -> int | None:
     return bos if bos is not None and encode(tokenizer, "a")[:1] == [bos] else None
 
 
-def find_limit(config: dict[str, Any]) -> int | None:
+def find_limit(config: Mapping[str, Any]) -> int | None:
     """The positions that a model knows, by its config.json; None if that does not say."""
-    sections = (config, *(config.get(name) or {} for name in TEXT_CONFIGS))
-    return next((s["max_position_embeddings"] for s in sections if s.get("max_position_embeddings")), None)
+    return _find_count(config, "max_position_embeddings")
+
+
+def find_vocabulary(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model knows, by its config.json; None if that does not say."""
+    return _find_count(config, "vocab_size")
+
+
+def _find_count(config: Mapping[str, Any], key: str) -> int | None:
+    sections = (config, *(config.get(name) for name in TEXT_CONFIGS))
+    value = next((s[key] for s in sections if isinstance(s, Mapping) and s.get(key)), None)
+    if value is not None and (type(value) is not int or value < 1):
+        raise AllocationError(f"config.json: {key} is {value!r}, an integer of at least 1 expected; fetch it again")
+    return value
 
 
 def check_length(what: str, length: int, limit: int | None) -> None:
@@ -88,3 +110,25 @@ def check_length(what: str, length: int, limit: int | None) -> None:
         raise AllocationError(
             f"{what} of {length} tokens is more than the model's {limit} positions; take a shorter one"
         )
+
+
+def check_prompt(number: int, length: int, max_new_tokens: int, max_length: int | None) -> None:
+    """Raise AllocationError if prompt `number` has no tokens, or more with its answer than `max_length`."""
+    if length == 0:
+        raise AllocationError(f"prompt {number} has no tokens; leave it out")
+    if max_length is not None and length + max_new_tokens > max_length:
+        raise AllocationError(
+            f"prompt {number} of {length} tokens and its answer of {max_new_tokens} are more than "
+            f"--max-length {max_length}; cut it"
+        )
+
+
+def check_tokens(what: str, sequences: Iterable[Sequence[int]], vocabulary: int | None) -> None:
+    """Raise AllocationError if `what` has token ids that the model does not know."""
+    if vocabulary is not None:
+        ends = (end for sequence in sequences for end in (min(sequence), max(sequence)))
+        if (token := next((end for end in ends if not 0 <= end < vocabulary), None)) is not None:
+            raise AllocationError(
+                f"{what} has token {token}, the model knows 0 to {vocabulary - 1}; name its own tokenizer by "
+                "--tokenizer"
+            )

@@ -9,6 +9,7 @@ from typing import Any
 from lexi_adapter.allocation import KEY, AllocationError, read_allocation
 from lexi_adapter.checkpoint import read_config
 from lexi_adapter.scores import Outcome
+from lexi_adapter.texts import check_prompt, check_tokens, check_unicode
 from lexi_adapter.variants import Variant
 
 
@@ -22,6 +23,7 @@ class TransformersModel:
         import torch
         from torch.nn.functional import cross_entropy
 
+        check_tokens("a window", windows, self.model.config.get_text_config().vocab_size)
         scores = []
         for batch in _cut_batches(windows, self.batch_size):
             tokens = torch.tensor(batch, device=self.model.device)
@@ -32,11 +34,14 @@ class TransformersModel:
                 scores.append((-cross_entropy(window.float(), following, reduction="none")).tolist())
         return scores
 
-    def generate(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int, max_length: int | None = None) -> list[str]:
         import torch
         from transformers import GenerationConfig
 
         encoded = [self._encode(prompt) for prompt in prompts]
+        for number, tokens in enumerate(encoded, 1):
+            check_prompt(number, len(tokens), max_new_tokens, max_length)
+        check_tokens("a prompt", encoded, self.model.config.get_text_config().vocab_size)
         own = self.model.generation_config
         stops = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
         first = stops[0] if isinstance(stops, list) else stops
@@ -78,6 +83,7 @@ class TransformersModel:
 
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
+            check_unicode("a prompt", prompt)
             return self.tokenizer(prompt, verbose=False)["input_ids"]
         if isinstance(prompt, list) and all(type(token) is int for token in prompt):
             return prompt

@@ -11,6 +11,7 @@ from unittest.mock import patch
 from lexi_adapter.engines import Engine, make_options, start_engines
 from lexi_adapter.files import find_vllm_version
 from lexi_adapter.scores import Outcome
+from lexi_adapter.texts import check_prompt
 from lexi_adapter.variants import Variant
 from lexi_adapter.workloads import Workload
 
@@ -28,8 +29,8 @@ class VllmModel:
     def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         return self.engine.call(score_windows, [list(window) for window in windows])
 
-    def generate(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
-        return self.engine.call(generate_answers, list(prompts), max_new_tokens)
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int, max_length: int | None = None) -> list[str]:
+        return self.engine.call(generate_answers, list(prompts), max_new_tokens, max_length)
 
     def run_harness(self, *arguments: Any) -> Outcome:
         return self.engine.call(run_harness, *arguments)
@@ -80,12 +81,14 @@ def score_windows(llm: Any, windows: list[list[int]]) -> list[list[float]]:
     ]
 
 
-def generate_answers(llm: Any, prompts: list[Any], max_new_tokens: int) -> list[str]:
+def generate_answers(llm: Any, prompts: list[Any], max_new_tokens: int, max_length: int | None = None) -> list[str]:
     """`scores.Model.generate`, in the engine's process."""
     from vllm import SamplingParams
 
     inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
     outputs = llm.generate(inputs, SamplingParams(max_tokens=max_new_tokens, temperature=0.0), use_tqdm=False)
+    for number, output in enumerate(outputs, 1):  # only vLLM knows how many tokens a picture is
+        check_prompt(number, len(output.prompt_token_ids), max_new_tokens, max_length)
     return [output.outputs[0].text for output in outputs]
 
 

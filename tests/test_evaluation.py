@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tiny import find_moe_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexi_adapter
-from lexi_adapter import evaluation, hooks
+from lexi_adapter import evaluation, hooks, transformers_model
 from lexi_adapter.allocation import AllocationError
 from lexi_adapter.cli import main
 from lexi_adapter.scores import Outcome, Score, Task
@@ -194,7 +195,88 @@ def test_a_task_of_the_users_own(folder, monkeypatch):
     assert "no task mine:nothing" in refuse(MODEL, "--task", "mine:nothing", "-o", "b.json")
     for value in (float("nan"), "x", [], ["x"], None):
         with pytest.raises(AllocationError, match="task t, metric m"):
-            hooks.measure(None, lambda generate, value=value: {"m": value}, "t")
+            hooks.measure(None, lambda generate, value=value: {"m": value}, "t", 99)
+
+
+def test_results_of_another_source_are_refused(folder, monkeypatch):
+    Path("changing.py").write_text("def measure(generate):\n    return {'number': 3}\n")
+    Path("named.py").write_text("from changing import measure\n")
+    monkeypatch.syspath_prepend(folder)
+    calls = [(MODEL, "--task", f"{name}:measure", "-o", f"{name}.json") for name in ("changing", "named")]
+    for call in calls:
+        assert run(*call).exit_code == 0
+        assert "has 1 of 1 results" in run(*call).stderr
+    Path("changing.py").write_text("def measure(generate):\n    return {'number': 4}\n")
+    for call in calls:
+        assert f"holds other results of '{call[2]}' than these (another source_sha256)" in refuse(*call)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("def measure(:", "SyntaxError: invalid syntax (unfit_0.py, line 1)"),
+        ("raise KeyError('a\\n b')", r"KeyError: 'a\n b'"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_refused(folder, monkeypatch, request, source, reason):
+    name = f"unfit_{request.node.callspec.indices['source']}"
+    Path(f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(folder)
+    found = refuse(MODEL, "--task", f"{name}:measure")
+    assert f"no task {name}:measure (" in found and reason in found
+    assert "TypeError: the 'package' argument is required" in refuse(MODEL, "--task", ".os:getcwd")
+
+
+@pytest.fixture(scope="module")
+def opened(tokenizer):
+    options = {"device": "cpu", "dtype": "float32", "batch_size": 2, "trust_remote_code": False}
+    with transformers_model.open_model(Variant("base", str(MODEL)), tokenizer, **options) as model:
+        yield model
+
+
+@pytest.mark.parametrize(
+    ("prompts", "tokens", "message"),
+    [
+        (["def"], 0, "max_new_tokens is 0, an integer of at least 1 expected"),
+        (["def"], 2.0, "max_new_tokens is 2.0"),
+        ("def", 1, "generate takes a list of prompts"),
+        (["def", ""], 1, "prompt 2 has no tokens"),
+        ([[]], 1, "prompt 1 has no tokens"),
+        ([[5], [2048]], 1, "a prompt has token 2048, the model knows 0 to 2047"),
+        ([[-1]], 1, "a prompt has token -1"),
+        ([[5] * 30], 3, "prompt 1 of 30 tokens and its answer of 3 are more than --max-length 32"),
+        (["\ud800"], 1, r"a prompt holds '\ud800'"),
+        ([[5.0]], 1, "neither a text nor token ids"),
+        (5, 1, "raised TypeError: 'int' object is not iterable"),
+    ],
+)
+def test_a_function_that_asks_for_what_cannot_be_is_refused(opened, prompts, tokens, message):
+    with pytest.raises(AllocationError) as error:
+        hooks.measure(opened, lambda generate: {"m": len(generate(prompts, tokens))}, "t", 32)
+    assert str(error.value).startswith("task t") and message in str(error.value)
+
+
+def test_a_function_that_fails_is_named_with_the_line(opened):
+    def fail(generate):
+        return json.loads("{")
+
+    with pytest.raises(AllocationError, match=r"task t raised JSONDecodeError: .* \(.*test_evaluation.py, line \d+\)"):
+        hooks.measure(opened, fail, "t", 32)
+    with pytest.raises(AllocationError, match="task t raised SystemExit: 3"):
+        hooks.measure(opened, lambda generate: sys.exit(3), "t", 32)
+
+
+def test_a_failure_of_the_model_is_not_the_functions():
+    """Whoever opened the model says what to do about memory."""
+
+    class Full:
+        def generate(self, *_):
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        hooks.measure(Full(), lambda generate: generate(["def"], 1), "t", 32)
 
 
 @pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:7"])
@@ -211,6 +293,8 @@ def test_refusals_name_what_is_wrong(folder):
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
     Path("bad.jsonl").write_text('{"context": "c", "question": "q", "answers": []}')
     Path("broken.jsonl").write_text('{"context": "c"}\n{')
+    Path("deep.jsonl").write_text("[" * 200_000)
+    Path("half.jsonl").write_text('{"context": "c", "question": "\\ud83d", "answers": ["a"]}')
     Path("base").mkdir()
     shutil.copy(MODEL / "config.json", "base")
     Path("other").mkdir()
@@ -233,6 +317,8 @@ def test_refusals_name_what_is_wrong(folder):
         ("--task", "passkey", "--passkey-length", "20"): "a passkey prompt without filler takes",
         ("--task", "qasper", "--qasper", "bad.jsonl"): "bad.jsonl, entry 1 has no answers",
         ("--task", "qasper", "--qasper", "broken.jsonl"): "broken.jsonl, line 2 is not JSON",
+        ("--task", "qasper", "--qasper", "deep.jsonl"): "deep.jsonl, line 1 is not JSON",
+        ("--task", "qasper", "--qasper", "half.jsonl"): r"half.jsonl, entry 1 holds '\ud83d', half of a surrogate pair",
         ("--task", "qasper", "--qasper", "bad.jsonl", "--max-length", "4096"): "more than the model's 1024 positions",
         ("--task", "passkey", "--uniform-k", "9"): "uniform k = 9 is not one of 1 to 8",
         ("--task", "passkey", "--allocation", "unfit.json"): "num_hidden_layers",
@@ -250,11 +336,55 @@ def test_refusals_name_what_is_wrong(folder):
     assert not Path("eval.json").exists()
 
 
-def test_two_allocations_at_once_are_refused(folder):
+def test_tokens_that_the_model_does_not_know_are_refused(folder, opened):
+    Path("few").mkdir()
+    Path("few/config.json").write_text(
+        (MODEL / "config.json").read_text().replace('"vocab_size": 2048', '"vocab_size": 99')
+    )
+    Path("text.txt").write_text(TEXT)
+    Path("q.jsonl").write_text('{"context": "c", "question": "q", "answers": ["a"]}')
+    for task, what in (
+        (("perplexity", "--text", "text.txt", "--window", "20"), "text.txt"),
+        (("passkey",), "a passkey prompt"),
+        (("qasper", "--qasper", "q.jsonl"), "q.jsonl"),
+    ):
+        found = refuse("few", "--tokenizer", MODEL, "--task", *task)
+        assert found.startswith(f"Error: {what} has token ") and "the model knows 0 to 98" in found
+    with pytest.raises(AllocationError, match="a window has token 2048, the model knows 0 to 2047"):
+        opened.score([[1, 2], [2048, 5]])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": "1024"},
+        {"max_position_embeddings": -1},
+        {"vocab_size": 2048.0},
+        {"vocab_size": True},
+        {"text_config": {"vocab_size": "x"}, "vocab_size": None},
+        {"num_hidden_layers": "8"},
+        {"num_hidden_layers": None, "layers_block_type": 8},
+        {"num_experts": "32"},
+        {"num_experts_per_tok": None},
+        {"model_type": ["olmoe"]},
+    ],
+)
+def test_a_config_with_wrong_values_is_refused_by_name(folder, changes):
+    shutil.copytree(MODEL, "wrong")
+    config = json.loads((MODEL / "config.json").read_text())
+    Path("wrong/config.json").write_text(json.dumps(config | changes))
+    (key, value), *_ = changes.items()
+    found = refuse("wrong", "--task", "passkey", "--uniform-k", "2")
+    assert "config.json" in found and (key if not isinstance(value, dict) else "vocab_size") in found
+
+
+def test_two_allocations_at_once_are_refused_before_anything_is_measured(folder, monkeypatch):
+    monkeypatch.setattr(transformers_model, "open_model", pytest.fail)
     exported = export(allocate(MODEL, (2,)), MODEL, Path("exported"))
     write_allocation(Path("other.json"), top_k=(3,))
     arguments = (exported, "--task", "passkey", "--passkey-length", "120", "--depths", "1", "--trials", "1")
-    assert "exported with another allocation" in refuse(*arguments, "--allocation", "other.json")
+    for option in (("--allocation", "other.json"), ("--uniform-k", "8")):
+        assert "exported with another allocation" in refuse(*arguments, *option)
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused(folder):
