@@ -34,23 +34,23 @@ def read_tokens(path: str) -> list[list[int]]:
     return [row for array in arrays for row in numpy.atleast_2d(array).astype(numpy.int64).tolist()]
 
 
-def cut(streams: Sequence[Sequence[int]], *, length: int, sequences: int) -> torch.Tensor:
+def cut(streams: Sequence[Sequence[int]], *, length: int, sequences: int, source: str) -> torch.Tensor:
     """At most `sequences` windows of `length` tokens, [sequences, length] int64, evenly over those that there are.
 
     No window crosses from one stream to the next, and what a stream has beyond its last whole window is left out.
 
     Raises:
-        AllocationError: fewer than two windows: no standard error could be told.
+        AllocationError: fewer than two windows: no standard error could be told. It names the `source` of the streams.
     """
     windows = [
         stream[start : start + length] for stream in streams for start in range(0, len(stream) - length + 1, length)
     ]
-    if len(windows) < 2 or sequences < 2:
-        raise AllocationError(
-            f"{min(len(windows), sequences)} windows of {length} tokens, at least 2 needed; give more text, or a "
-            "smaller --length"
-        )
     count = min(sequences, len(windows))
+    if count < 2:
+        raise AllocationError(
+            f"{source}: {count} windows of {length} tokens in {sum(map(len, streams))}, at least 2 needed; give more "
+            "text, or a smaller --length"
+        )
     return torch.tensor([windows[place * len(windows) // count] for place in range(count)])
 
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from lexi_adapter.cli import main
 from lexi_adapter.decoders import check_replays, find_decoder, run, run_from, run_recorded
 from lexi_adapter.divergences import judge_allocations
 from lexi_adapter.identity import describe_checkpoint
-from lexi_adapter.journal import Journal, keep_journal
+from lexi_adapter.journal import Journal
 from lexi_adapter.loading import load_model
 from lexi_adapter.movements import Movements, measure
 from lexi_adapter.sensitivity import summarise
@@ -253,10 +254,11 @@ def test_windows_lie_evenly_over_the_whole_ones_that_there_are(lengths, length, 
     whole = [stream[i : i + length] for stream in streams for i in range(0, len(stream), length)]
     whole = [window for window in whole if len(window) == length]
     if len(whole) < 2:
-        with pytest.raises(AllocationError, match=f"{len(whole)} windows of {length} tokens, at least 2 needed"):
-            cut(streams, length=length, sequences=sequences)
+        expected = f"a.txt: {len(whole)} windows of {length} tokens in {sum(lengths)}, at least 2 needed"
+        with pytest.raises(AllocationError, match=expected):
+            cut(streams, length=length, sequences=sequences, source="a.txt")
         return
-    found = cut(streams, length=length, sequences=sequences).tolist()
+    found = cut(streams, length=length, sequences=sequences, source="a.txt").tolist()
     assert len(found) == min(sequences, len(whole))
     places = [whole.index(window) for window in found]
     assert places[0] == 0 and places == sorted(set(places))
@@ -300,8 +302,9 @@ def invoke(*arguments):
     return CliRunner().invoke(main, ["sensitivity", *map(str, arguments)], catch_exceptions=False)
 
 
-def make_profile(*arguments, output="profile.json"):
-    result = invoke(*arguments, "-o", output, "--device", "cpu")
+def make_profile(*arguments, output="truth.json"):
+    chosen = () if output == "truth.json" else ("-o", output)
+    result = invoke(*arguments, *chosen, "--device", "cpu")
     assert (result.exit_code, result.stdout) == (0, f"{output}\n"), result.stderr
     return read_profile(output)
 
@@ -318,14 +321,14 @@ def test_the_file_is_a_profile_that_a_search_reads(folder, mixtral):
         for kind in ("divergence", "increase"):
             expected = np.mean(getattr(whole[layer], kind), axis=0)
             np.testing.assert_allclose(getattr(loss, kind)[:-1], expected, rtol=1e-4, atol=1e-7)
-    found = command_line.run("search", "profile.json", "--loss", "increase", "--budget", 7, "-o", "allocation.json")
+    found = command_line.run("search", "truth.json", "--loss", "increase", "--budget", 7, "-o", "allocation.json")
     assert found.exit_code == 0, found.output
     assert sum(json.loads((folder / "allocation.json").read_text())["top_k"].values()) == 7
     (folder / "text.json").write_text(json.dumps(WINDOWS.tolist()))
     np.savez(folder / "text.npz", first=WINDOWS[:1].numpy(), others=WINDOWS[1:].flatten().numpy().astype(np.uint16))
     for tokens in ("text.json", "text.npz"):
         make_profile(mixtral, "--tokens", tokens, "--length", 12, "--batch", 2, output="again.json")
-        assert (folder / "again.json").read_bytes() == (folder / "profile.json").read_bytes()
+        assert (folder / "again.json").read_bytes() == (folder / "truth.json").read_bytes()
     assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 4 + [".npz"]
 
 
@@ -335,7 +338,7 @@ def test_without_data_the_model_writes_its_own(folder, mixtral):
     assert (made.settings.input, made.settings.gate_exponent) == ("generated", 0.5)
     assert "divergence" in made.loss_kinds and "increase" not in made.loss_kinds
     make_profile(mixtral, *options, output="again.json")
-    assert (folder / "again.json").read_bytes() == (folder / "profile.json").read_bytes()
+    assert (folder / "again.json").read_bytes() == (folder / "truth.json").read_bytes()
     other = make_profile(mixtral, *options, "--seed", 1, output="other.json")
     assert other.made_by["tokens_sha256"] != made.made_by["tokens_sha256"]
 
@@ -361,27 +364,33 @@ def test_a_run_cut_short_goes_on(folder, mixtral, monkeypatch):
 
     monkeypatch.setattr(Journal, "add", add_four)
     assert invoke(*options).exit_code == 1 and kept == [(0, 0), (0, 1), (0, 2), (1, 0)]
-    partial = folder / "profile.json.partial"
-    partial.write_bytes(partial.read_bytes() + b"[1, 1, [[0.1")  # the write that a crash cut short
-    refuse("profile.json.partial is of another run .another settings.*--restart", *options, "--seed", 1)
-    refuse("profile.json.partial is of another run .another losses.*--restart", *options, "--local")
+    partial = folder / "truth.json.partial"
+    cut_short = partial.read_bytes() + b"[1, 1, [[0.1"  # the write of a crash
+    partial.write_bytes(cut_short)
+    (folder / "other.txt").write_text((mixtral / "text.txt").read_text().replace("t3", "t4"))
+    for others, difference in {
+        ("--seed", 1): "--seed was 0, is 1 now",
+        ("--local",): "with --local, or without it, other than now",
+        ("--batch", 2): "--batch was 1, is 2 now",
+        ("--length", 9): "--length was 12, is 9 now",
+        ("--gate-exponent", 0.5): "--gate-exponent was not given, is 0.5 now",
+        ("--dtype", "bfloat16"): "--dtype was float32, is bfloat16 now",
+        ("--sequences", 2): "the number of tokens was 36, is 24 now",
+        (): "other tokens",
+    }.items():
+        text = ("--text", mixtral / "text.txt" if others else "other.txt")
+        expected = f"truth.json.partial is of another run .{difference}.; repeat that .*--restart"
+        refuse(expected, mixtral, "--length", 12, "--batch", 1, *text, *others)
+    assert partial.read_bytes() == cut_short
     make_profile(*options)
     assert kept[4:] == [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
-    assert (folder / "profile.json").read_bytes() == (folder / "whole.json").read_bytes()
+    assert (folder / "truth.json").read_bytes() == (folder / "whole.json").read_bytes()
     assert not partial.exists()
     del kept[:]
     assert invoke(*options).exit_code == 1
     make_profile(*options, "--restart")
     assert kept[4:] == list(itertools.product(range(3), range(3)))
-    assert (folder / "profile.json").read_bytes() == (folder / "whole.json").read_bytes()
-
-
-def test_two_runs_do_not_write_one_file(folder):
-    with keep_journal("profile.json", {}):
-        with pytest.raises(AllocationError, match="another run is writing profile.json"):
-            with keep_journal("profile.json", {}):
-                pass
-    assert not list(folder.iterdir())
+    assert (folder / "truth.json").read_bytes() == (folder / "whole.json").read_bytes()
 
 
 def refuse(expected, *arguments):
@@ -406,12 +415,14 @@ def test_bad_input_is_refused_in_one_line(folder, mixtral):
         refuse("cannot write mine: the same command reads", mixtral, option, "mine", "-o", "mine")
     refuse("cannot read nothing/config.json", "nothing", *text)
     refuse("--length of 129 tokens is more than the model's 128", mixtral, *text, "--length", 129)
-    refuse("1 windows of 20 tokens, at least 2 needed", mixtral, *text, "--length", 20)
+    refuse("text.txt: 1 windows of 20 tokens in 36, at least 2 needed", mixtral, *text, "--length", 20)
     refuse("cannot read nothing.txt", mixtral, "--length", 12, "--text", "nothing.txt")
     refuse("no device 'tpu9'", mixtral, *text, "--device", "tpu9")
     refuse("nothing has no tokenizer", mixtral, *text, "--tokenizer", "nothing")
-    (folder / "profile.json.partial").mkdir()
-    refuse("cannot use .*profile.json.partial: Is a directory", mixtral, *text)
+    (folder / "truth.json.partial").mkdir()
+    refuse("cannot use .*truth.json.partial: Is a directory", mixtral, *text)
+    os.mkfifo("pipe.partial")
+    refuse("cannot use .*pipe.partial: not a regular file", mixtral, *text, "-o", "pipe")
 
 
 @pytest.mark.parametrize(

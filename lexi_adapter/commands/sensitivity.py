@@ -40,7 +40,7 @@ from lexi_adapter.files import check_writable, write_json
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the model's own samples.")
 @click.option("--restart", is_flag=True, show_default=False, help="Throw away what a run cut short has measured.")
-@click.option("-o", "--output", default="profile.json", help="The profile, for lexi-search search.")
+@click.option("-o", "--output", default="truth.json", help="The profile, for lexi-search search.")
 def sensitivity(
     model: str,
     texts: Sequence[str],
@@ -80,7 +80,7 @@ def sensitivity(
     reader = load_tokenizer(tokenizer or model) if texts else None
     streams = [encode(reader, read_text(path)) for path in texts]
     streams += [stream for path in files for stream in read_tokens(path)]
-    windows = None if own else cut(streams, length=length, sequences=sequences)
+    windows = None if own else cut(streams, length=length, sequences=sequences, source=", ".join((*texts, *files)))
     loaded = load_model(model, device=device, dtype=dtype)
     with explain_full_memory(batch):
         if windows is None:

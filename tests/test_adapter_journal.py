@@ -1,0 +1,92 @@
+"""The journal of a run: what is finished stays, what is another's is left alone, what is broken is not believed."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.journal import Journal, keep_journal
+from lexi_adapter.movements import Movements
+
+RUN = {"made_by": {"sequences_per_pass": 1}}
+PART = Movements([[1.5]], [[0.5]], [], [])
+LINE = b"[0, 1, [[[1.5]], [[0.5]], [], []]]\n"
+
+
+def cut_short(**parts):
+    """A run that finishes these parts and then is stopped; returns what was finished when it began."""
+    with pytest.raises(KeyboardInterrupt):
+        with keep_journal("out", RUN) as journal:
+            found = dict(journal.parts)
+            for layer, part in parts.items():
+                journal.add(0, int(layer.removeprefix("layer_")), part)
+            raise KeyboardInterrupt
+    return found
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes\n", b"[1, 2]\n", b"5", b'"a\nb', b"[" * 100_000 + b"\n", b'{"made_by": 1']
+)
+def test_what_is_no_journal_stays_as_it_is(folder, content):
+    Path("out.partial").write_bytes(content)
+    with pytest.raises(AllocationError, match="out.partial is no journal of such a run; move it away, or .* --restart"):
+        with keep_journal("out", RUN):
+            pass
+    assert Path("out.partial").read_bytes() == content
+    with keep_journal("out", RUN, restart=True) as journal:
+        assert journal.parts == {}
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[0, 2]", "[0, 2, 3]", "[0, 2, [[[NaN]], [[0.5]], [], []]]", "[0, 2, [[1.5], [[0.5]], [], []]]", "{"]
+)
+def test_a_journal_counts_up_to_what_is_no_part(folder, line):
+    cut_short(layer_1=PART)
+    whole = Path("out.partial").read_bytes()
+    assert whole.endswith(LINE)
+    Path("out.partial").write_bytes(whole + line.encode() + b"\n" + LINE.replace(b"[0, 1", b"[0, 3"))
+    assert cut_short() == {(0, 1): PART}
+    assert Path("out.partial").read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b'{"made_by": {"sequen', json.dumps(RUN).encode() + b"\n"])
+def test_a_journal_in_which_nothing_is_finished_does_not_stay(folder, content):
+    Path("out.partial").write_bytes(content)
+    assert cut_short() == {}
+    assert not list(folder.iterdir())
+
+
+class Full(io.FileIO):
+    """A file on a disk with room for 50 more bytes, which like Linux takes a part of what is too much."""
+
+    room = 50
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = super().write(data[: self.room])
+        self.room -= written
+        return written
+
+
+def test_on_a_full_disk_what_is_finished_stays(folder):
+    cut_short(layer_1=PART)
+    with Full("out.partial", "ab") as file:
+        journal = Journal(Path("out.partial"), file, {})
+        journal.add(0, 2, PART)
+        with pytest.raises(
+            AllocationError, match="cannot write out.partial: No space left on device; what is finished"
+        ):
+            journal.add(0, 3, PART)
+    assert cut_short() == {(0, 1): PART, (0, 2): PART}
+
+
+def test_two_runs_do_not_write_one_file(folder):
+    with keep_journal("out", {}):
+        with pytest.raises(AllocationError, match="another run is writing out"):
+            with keep_journal("out", {}):
+                pass
+    assert not list(folder.iterdir())
