@@ -19,6 +19,8 @@ from lexi_adapter.transformers_model import find_allocation
 from lexi_adapter.variants import Variant, allocate, describe_folder
 
 FORMAT, VERSION = "lexi-eval", 1
+# Of weights, of settings and tokenizers, and of code that --trust-remote-code runs.
+STATEFUL = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 
 # (variant, task) -> outcome.
 Pieces = Mapping[tuple[str, str], Outcome]
@@ -61,14 +63,19 @@ def make_variants(
     return tuple(variants)
 
 
+def hash_state(folder: str) -> str:
+    """Hex SHA-256 over name, size and time of the files in a folder that a model or its tokenizer is made of."""
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix in STATEFUL)
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(state).encode()).hexdigest()
+
+
 def describe(variant: Variant) -> dict[str, Any]:
     """What tells a variant from others: its folder with the state of its files, and the k of its layers."""
-    files = sorted(path for path in Path(variant.folder).iterdir() if path.suffix in (".json", ".safetensors"))
-    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     facts: dict[str, Any] = {
         "name": variant.name,
         "folder": str(Path(variant.folder).resolve()),
-        "files_sha256": hashlib.sha256(repr(state).encode()).hexdigest(),
+        "files_sha256": hash_state(variant.folder),
     }
     if variant.allocation is not None:
         facts["top_k"] = {str(layer): k for layer, k in sorted(variant.allocation.top_k.items())}

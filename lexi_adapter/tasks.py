@@ -37,15 +37,15 @@ def make_tasks(
     """Tasks in the order in which they were asked for, those of lm-eval last; the arguments are options of `eval`.
 
     Raises:
-        AllocationError: a name that is none, or a task without its data or the other way round.
+        AllocationError: a name that is none, or a task without its data.
     """
     names = list(dict.fromkeys(names))
     for name in names:
         if name not in OUR_TASKS and ":" not in name:
             raise AllocationError(f"no task {name!r}; {', '.join(OUR_TASKS)}, lm-eval:TASK or module:function")
     for option, given, name in (("--text", texts, "perplexity"), ("--qasper", questions, "qasper")):
-        if bool(given) != (name in names):
-            raise AllocationError(f"--task {name} and {option} FILE go together; give both or neither")
+        if name in names and not given:
+            raise AllocationError(f"--task {name} needs {option} FILE")
     config = read_config(Path(model))
     limit, vocabulary = find_limit(config), find_vocabulary(config)
     longest = max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)

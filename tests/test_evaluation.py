@@ -171,7 +171,9 @@ def test_the_same_command_measures_nothing_twice(folder, monkeypatch):
     result = run(*arguments)
     assert result.exit_code == 0 and "eval.json has 1 of 1 results" in result.stderr
     assert json.loads(Path("eval.json").read_text()) == first
-    assert "holds other results of" in refuse(*arguments[:-1], "2")
+    assert "holds other results of 'perplexity text.txt' than these (another windows)" in refuse(*arguments[:-1], "2")
+    assert "holds results with dtype 'auto', not 'float32'" in refuse(*arguments, "--dtype", "float32")
+    assert run(f"{MODEL}/", *arguments[1:]).exit_code == 0  # as a shell completes it
     Path("eval.json").write_text('{"format": "lexi-eval", "version": 1}')
     assert "eval.json is not whole" in refuse(*arguments)
     Path("eval.json").write_text("[]")
@@ -305,9 +307,8 @@ def test_refusals_name_what_is_wrong(folder):
     text = ("--task", "perplexity", "--text")
     cases = {
         ("--task", "nothing"): "no task 'nothing'",
-        ("--task", "perplexity"): "--task perplexity and --text FILE go together",
-        ("--task", "passkey", "--text", "text.txt"): "go together",
-        ("--task", "qasper"): "--task qasper and --qasper FILE go together",
+        ("--task", "perplexity"): "--task perplexity needs --text FILE",
+        ("--task", "qasper"): "--task qasper needs --qasper FILE",
         (*text, "nowhere.txt"): "cannot read nowhere.txt",
         (*text, "empty.txt"): "empty.txt holds no text",
         (*text, "latin.txt"): "latin.txt is not UTF-8 (byte 2)",
@@ -376,6 +377,54 @@ def test_a_config_with_wrong_values_is_refused_by_name(folder, changes):
     (key, value), *_ = changes.items()
     found = refuse("wrong", "--task", "passkey", "--uniform-k", "2")
     assert "config.json" in found and (key if not isinstance(value, dict) else "vocab_size") in found
+
+
+def test_results_with_another_tokenizer_are_refused(folder):
+    shutil.copytree(MODEL, "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    Path("tokenizer/merges.txt").write_text("a b\n")
+    shape = ("--passkey-length", "120", "--depths", "1", "--trials", "1")
+    arguments = (MODEL, "--tokenizer", "tokenizer", "--task", "passkey", *shape)
+    assert run(*arguments).exit_code == 0
+    assert run(*arguments).exit_code == 0
+    Path("tokenizer/merges.txt").write_text("a bc\n")
+    assert "holds results with tokenizer_sha256 " in refuse(*arguments)
+
+
+def test_what_the_command_reads_is_not_written_over(folder):
+    Path("text.txt").write_text(TEXT)
+    Path("questions.json").write_text("[]")
+    write_allocation(Path("a.json"))
+    shutil.copytree(MODEL, "model")
+    shutil.copytree(MODEL, "other")
+    before = {path: path.read_bytes() for path in Path.cwd().rglob("*.*")}
+    tasks = ("--task", "perplexity", "--text", "text.txt", "--task", "qasper", "--qasper", "questions.json")
+    arguments = ("model", *tasks, "--allocation", "a.json", "--folder", "other", "--tokenizer", "other", "--restart")
+    for output in ("text.txt", "questions.json", "a.json", "model/config.json", "other/new.json"):
+        assert f"cannot write {output}: the same command reads" in refuse(*arguments, "-o", output)
+    assert {path: path.read_bytes() for path in Path.cwd().rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("option", "task", "reader"),
+    [
+        (("--max-items", "5"), "passkey", "qasper or lm-eval:TASK"),
+        (("--window", "4"), "passkey", "perplexity"),
+        (("--max-windows", "3"), "passkey", "perplexity"),
+        (("--num-fewshot", "2"), "passkey", "lm-eval:TASK"),
+        (("--include-path", "nope"), "passkey", "lm-eval:TASK"),
+        (("--max-length", "99"), "passkey", "qasper or lm-eval:TASK or module:function"),
+        (("--max-items", "5"), "json:dumps", "qasper or lm-eval:TASK"),
+        (("--depths", "10"), "json:dumps", "passkey"),
+        (("--trials", "10"), "lm-eval:boolq", "passkey"),
+        (("--seed", "0"), "json:dumps", "passkey"),
+        (("--passkey-length", "99"), "json:dumps", "passkey"),
+        (("--text", "text.txt"), "passkey", "perplexity"),
+        (("--qasper", "q.json"), "passkey", "qasper"),
+    ],
+)
+def test_an_option_that_no_task_reads_is_refused(folder, option, task, reader):
+    expected = f"Error: {option[0]} is for --task {reader}; add such a task, or leave it out\n"
+    assert refuse(MODEL, "--task", task, *option) == expected
 
 
 def test_two_allocations_at_once_are_refused_before_anything_is_measured(folder, monkeypatch):

@@ -12,6 +12,24 @@ from lexi_adapter.allocation import AllocationError, read_allocation
 from lexi_adapter.commands.options import read_engine_options
 from lexi_adapter.console import print_table
 from lexi_adapter.files import check_writable, describe_call, write_json
+from lexi_adapter.harness import PREFIX
+
+HARNESS, OWN = f"{PREFIX}TASK", "module:function"
+# Which tasks read an option.
+READERS = {
+    "texts": ("perplexity",),
+    "window": ("perplexity",),
+    "max_windows": ("perplexity",),
+    "lengths": ("passkey",),
+    "depths": ("passkey",),
+    "trials": ("passkey",),
+    "seed": ("passkey",),
+    "questions": ("qasper",),
+    "include_paths": (HARNESS,),
+    "num_fewshot": (HARNESS,),
+    "max_items": ("qasper", HARNESS),
+    "max_length": ("qasper", HARNESS, OWN),
+}
 
 
 @click.command("eval")
@@ -100,7 +118,9 @@ def eval_(
     from lexi_adapter.tasks import make_tasks
     from lexi_adapter.texts import load_tokenizer
 
-    check_writable(output)
+    _check_readers(options["names"])
+    read = [model, tokenizer, *folders, *files, *options["texts"], options["questions"]]
+    check_writable(output, apart_from=read)
     variants = evaluation.make_variants(
         model,
         allocations={file: read_allocation(file) for file in files},
@@ -108,9 +128,9 @@ def eval_(
         folders=list(dict.fromkeys(folders)),
     )
     tokenizer = tokenizer or model
+    setting = {"backend": backend, "dtype": dtype, **_describe_tokenizer(tokenizer, model)}
     own = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
     tasks = make_tasks(model, backend=backend, tokenizer=tokenizer, **own, **options)
-    setting = {"backend": backend, "dtype": dtype, "tokenizer": tokenizer}
     if backend == "vllm":
         from lexi_adapter.vllm_model import open_model
 
@@ -146,8 +166,38 @@ def eval_(
     print_table(tabulate_eval(document))
 
 
+def _check_readers(names: Sequence[str]) -> None:
+    """Raise AllocationError for an option that was given and that none of the tasks reads."""
+    kinds = {_name_kind(name) for name in names}
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        readers = READERS.get(parameter.name, ())
+        given = context.get_parameter_source(parameter.name) is not click.core.ParameterSource.DEFAULT
+        if given and readers and not kinds & set(readers):
+            raise AllocationError(
+                f"{parameter.opts[0]} is for --task {' or '.join(readers)}; add such a task, or leave it out"
+            )
+
+
+def _name_kind(name: str) -> str:
+    if name.startswith(PREFIX):
+        return HARNESS
+    return OWN if ":" in name else name
+
+
+def _describe_tokenizer(tokenizer: str, model: str) -> dict[str, str]:
+    """The folder, however it was spelt, and the state of its files; that of the model's own is told with the model."""
+    from lexi_adapter.evaluation import hash_state
+
+    place = Path(tokenizer).resolve()
+    if not place.is_dir():
+        return {"tokenizer": tokenizer}  # a hub id
+    state = {} if place == Path(model).resolve() else {"tokenizer_sha256": hash_state(tokenizer)}
+    return {"tokenizer": str(place), **state}
+
+
 def _read(path: str) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AllocationError(f"{path} is there and not JSON ({error}); name another by --output") from error
