@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 FORMAT = "lexi-allocation"
 KEY = "lexi_allocation"  # of the document in config.json, --hf-overrides and --additional-config
 VERSION = 1
+MAX_GATE_EXPONENT = 2.0  # at 1 all of the dropped mass is handed on; with far more, weights overflow
 FIXED_TOP_K = {"phimoe": 2}  # model types whose routing function, vLLM's and transformers', knows one top-k
 
 
@@ -46,7 +47,11 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Allocation:
-    """`top_k[layer]` active experts for every layer of `model.moe_layers`; `budget` is their sum."""
+    """`top_k[layer]` active experts for every layer of `model.moe_layers`; `budget` is their sum.
+
+    `gate_exponent`, from 0 to `MAX_GATE_EXPONENT`, says how much of the dropped experts' gate mass the kept ones take
+    over (see `gates`); None: as the engine routes.
+    """
 
     model: ModelIdentity
     top_k: Mapping[int, int]
@@ -161,7 +166,7 @@ def _build(document: Any) -> Allocation:
         loss=_number(body["loss"], "loss"),
         optimal_loss=_number(body["optimal_loss"], "optimal_loss"),
         made_by=dict(body["made_by"]),
-        gate_exponent=_number(body["gate_exponent"], "gate_exponent") if "gate_exponent" in body else None,
+        gate_exponent=_build_exponent(body["gate_exponent"]) if "gate_exponent" in body else None,
     )
 
 
@@ -198,6 +203,13 @@ def _build_top_k(value: Any, model: ModelIdentity) -> dict[int, int]:
     for layer, k in top_k.items():
         _require(k <= model.top_k, f"top_k of layer {layer} is {k}, more than the model's own {model.top_k}")
     return top_k
+
+
+def _build_exponent(value: Any) -> float:
+    exponent = _number(value, "gate_exponent")
+    expected = f"expected between 0 and {MAX_GATE_EXPONENT:g}; 1 hands all of the dropped mass on"
+    _require(exponent <= MAX_GATE_EXPONENT, f"gate_exponent is {exponent}, {expected}")
+    return exponent
 
 
 def _require_keys(value: Mapping[str, Any], cls: type, prefix: str) -> None:

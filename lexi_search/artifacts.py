@@ -17,6 +17,7 @@ from lexi_search.errors import InputError
 from lexi_search.files import json_bytes, read_json_object, write_atomically
 
 VERSION = 1
+MAX_GATE_EXPONENT = 2.0  # at 1 all of the dropped mass is handed on; with far more, weights overflow
 DTYPES = ("float32", "bfloat16", "float16")
 # What a search may minimise, and the field of `LayerLoss` that it is read from.
 LOSS_KINDS = {
@@ -97,7 +98,7 @@ class ProfileSettings:
         if self.control_variate is not None:
             require(self.control_variate >= 1, f"control_variate is {self.control_variate}, at least 1 expected")
         if self.gate_exponent is not None:
-            require_loss(self.gate_exponent, "gate_exponent")
+            require_gate_exponent(self.gate_exponent)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,15 @@ class LayerLoss:
             if values is not None:
                 _require_losses(name, values, len(self.frobenius), signed=name == "increase")
                 _require_losses(f"{name}_stderr", errors, len(self.frobenius))
+
+
+def require_gate_exponent(value: float) -> None:
+    """Raise InputError unless `value` is between 0 and `MAX_GATE_EXPONENT`."""
+    require_loss(value, "gate_exponent")
+    require(
+        value <= MAX_GATE_EXPONENT,
+        f"gate_exponent is {value}, expected between 0 and {MAX_GATE_EXPONENT:g}; 1 hands all of the dropped mass on",
+    )
 
 
 def _require_losses(name: str, values: tuple[float, ...], count: int, *, signed: bool = False) -> None:
@@ -259,7 +269,7 @@ class Allocation:
         require_loss(self.loss, "loss")
         require_loss(self.optimal_loss, "optimal_loss")
         if self.gate_exponent is not None:
-            require_loss(self.gate_exponent, "gate_exponent")
+            require_gate_exponent(self.gate_exponent)
 
     @property
     def gap(self) -> float | None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import make_allocation
 from test_imports import find_imports
 
 import lexi_adapter
-from lexi_adapter.allocation import Allocation, AllocationError, read_allocation, to_document
+from lexi_adapter.allocation import MAX_GATE_EXPONENT, Allocation, AllocationError, read_allocation, to_document
 from lexi_search import artifacts
 from lexi_search.errors import InputError
 
@@ -40,7 +41,7 @@ def allocations(draw):
         loss=draw(numbers),
         optimal_loss=draw(numbers),
         made_by={"seed": draw(st.integers(0, 9))},
-        gate_exponent=draw(st.none() | numbers),
+        gate_exponent=draw(st.none() | st.floats(0, artifacts.MAX_GATE_EXPONENT)),
     )
 
 
@@ -111,6 +112,18 @@ def test_refuses_other_files_in_one_line(tmp_path, text):
     path = tmp_path / "allocation.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert read_both(path) == [None, None]
+
+
+@pytest.mark.parametrize("exponent", [0, 2, 2.0, 2.000001, 99, 1e308])
+def test_a_gate_exponent_has_an_end(tmp_path, exponent):
+    document = artifacts.to_document(make_allocation(gate_exponent=1.0)) | {"gate_exponent": exponent}
+    path = tmp_path / "allocation.json"
+    path.write_text(json.dumps(document))
+    theirs, ours = read_both(path)
+    assert ours == theirs and (ours is not None) is (exponent <= MAX_GATE_EXPONENT)
+    if ours is None:
+        with pytest.raises(AllocationError, match="expected between 0 and 2"):
+            read_allocation(path)
 
 
 def test_names_a_missing_file(tmp_path):

@@ -65,7 +65,7 @@ def profiles(draw):
 def allocations(draw):
     model = draw(identities())
     top_k = {layer: draw(st.integers(1, model.top_k)) for layer in model.moe_layers}
-    exponent = draw(st.none() | losses)
+    exponent = draw(st.none() | st.floats(0, artifacts.MAX_GATE_EXPONENT))
     return Allocation(model, top_k, sum(top_k.values()), draw(losses), draw(losses), draw(made_by), exponent)
 
 
@@ -198,6 +198,7 @@ BROKEN_ALLOCATIONS = [
     (["optimal_loss"], None, "optimal_loss is not a number: None"),
     (["gate_exponent"], None, "gate_exponent is not a number: None"),
     (["gate_exponent"], -0.5, "gate_exponent is -0.5"),
+    (["gate_exponent"], 1e308, r"gate_exponent is 1e\+308, expected between 0 and 2"),
     (["made_by"], [], "made_by is not an object"),
     (["model"], "olmoe", "model is not an object: 'olmoe'"),
     (["model", "top_k"], 9, "model: top_k is 9, expected between 1 and num_experts = 8"),

@@ -36,7 +36,7 @@ def test_allocations_carry_the_exponent_of_their_profile(folder):
 
 def test_exponents_that_cannot_be_are_refused(folder):
     checkpoint = tiny.make_checkpoint("olmoe", folder / "olmoe")
-    for value in ("-1", "nan", "inf"):
+    for value in ("-1", "nan", "inf", "2.5", "1e308"):
         assert "gate_exponent is" in refuse("profile", checkpoint, "--gate-exponent", value)
     paper = ("--input", "paper", "--gate-exponent", "0.5")
     assert "leave max_k out" in refuse("profile", checkpoint, *paper, "--max-k", "8")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lexi_search import __version__
-from lexi_search.artifacts import LayerLoss, Profile, ProfileSettings, write_profile
+from lexi_search.artifacts import LayerLoss, Profile, ProfileSettings, require_gate_exponent, write_profile
 from lexi_search.commands.options import choose_dtype, dtype_option
 from lexi_search.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
 from lexi_search.errors import InputError
@@ -224,10 +224,14 @@ def _describe_kept(partials: Partials, chosen: tuple[int, ...], verb: str) -> st
 def _parse_exponent(text: str | None, source: str) -> float | str | None:
     if text == AUTO and source == "paper":
         raise InputError("--gate-exponent auto is found on the model's own text; leave --input paper out")
+    if text in (None, AUTO):
+        return text
     try:
-        return text if text in (None, AUTO) else float(text)
+        exponent = float(text)
     except ValueError:
         raise InputError(f"--gate-exponent {text!r} is neither a number nor auto") from None
+    require_gate_exponent(exponent)
+    return exponent
 
 
 def _refuse(options: dict[str, Any]) -> None:
