@@ -354,7 +354,7 @@ def test_times_that_were_taken_beside_others_are_not_shown():
     assert sections.tabulate_pruned([alone])[2].endswith("| 2.50 | 0.2000 | - |")
 
 
-@pytest.mark.parametrize("name", ["results", "results/first"])
+@pytest.mark.parametrize("name", ["results", "results/first", "results/longer"])
 def test_the_committed_report_is_that_of_the_committed_results(name):
     folder = EXAMPLES / "fidelity" / name
     views = read_views(sorted((folder / "models").glob("*.json")))
