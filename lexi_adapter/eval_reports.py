@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
-from lexi_adapter.reports import save_figure
+from lexi_adapter.reports import entitle, make_table, plain_text, save_figure, spell
 from lexi_adapter.tradeoff import Panel
 
 # The paper has LExI in green; pruned models are other folders.
@@ -17,9 +17,9 @@ STYLES = {
 }
 
 
-def tabulate_eval(document: Mapping[str, Any]) -> Table:
+def tabulate_eval(document: Mapping[str, Any]) -> RenderableType:
     """A row for every task, metric and variant: the score and its difference from the base's, with standard errors."""
-    table = Table(title=f"{document['model']}, {document['setting']['backend']}", title_justify="left")
+    title, table = f"{document['model']}, {document['setting']['backend']}", make_table()
     for name in ("task", "metric", "variant"):
         table.add_column(name)
     for name in ("value", "± s.e.", "minus base", "± s.e."):
@@ -30,17 +30,16 @@ def tabulate_eval(document: Mapping[str, Any]) -> Table:
             if (line["task"], line["metric"]) == (task, metric):
                 numbers = (line[name] for name in ("value", "stderr", "difference", "difference_stderr"))
                 table.add_row(task, metric, line["variant"], *map(_format, numbers))
-        table.add_section()
-    return table
+    return entitle(title, table)
 
 
 def _format(number: float | None) -> str:
     return "" if number is None else f"{number:.4f}" if abs(number) < 1000 else f"{number:.4g}"
 
 
-def tabulate_tradeoff(panels: Sequence[Panel]) -> Table:
+def tabulate_tradeoff(panels: Sequence[Panel]) -> RenderableType:
     """A row for every task, workload and variant: tokens per second and the score."""
-    table = Table(title="quality over throughput", title_justify="left")
+    title, table = "quality over throughput", make_table()
     for name in ("task", "metric", "workload", "variant"):
         table.add_column(name)
     for name in ("tokens/s", "value", "± s.e."):
@@ -49,10 +48,10 @@ def tabulate_tradeoff(panels: Sequence[Panel]) -> Table:
         for point in panel.points:
             numbers = (f"{point.throughput:,.0f}", _format(point.value), _format(point.stderr))
             table.add_row(panel.task, panel.metric, panel.workload, point.variant, *numbers)
-        table.add_section()
-    return table
+    return entitle(title, table)
 
 
+@plain_text()
 def draw_tradeoff(title: str, panels: Sequence[Panel], file_format: str) -> bytes:
     """The score over tokens per second, a row for every task, a column for every workload: the paper's figures 4 to 8.
 
@@ -79,13 +78,12 @@ def draw_tradeoff(title: str, panels: Sequence[Panel], file_format: str) -> byte
                 elinewidth=0.8,
                 capsize=2,
             )
-            axes.annotate(
-                point.variant, (point.throughput, point.value), xytext=(5, 5), textcoords="offset points", fontsize=7
-            )
-        axes.set_title(f"{panel.task}, {panel.workload}", loc="left", fontsize=9)
+            place = (point.throughput, point.value)
+            axes.annotate(spell(point.variant), place, xytext=(5, 5), textcoords="offset points", fontsize=7)
+        axes.set_title(spell(f"{panel.task}, {panel.workload}"), loc="left", fontsize=9)
         axes.set_xlabel("tokens/s")
-        axes.set_ylabel(panel.metric)
+        axes.set_ylabel(spell(panel.metric))
         axes.margins(0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left")
+    figure.suptitle(spell(title), x=0.01, ha="left")
     return save_figure(figure, file_format)
