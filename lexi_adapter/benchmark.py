@@ -15,6 +15,8 @@ from typing import Any
 from lexi_adapter.engines import (
     Engine,
     answer_greedily,
+    check_plugin,
+    check_top_k,
     describe_engine,
     make_options,
     measure_engines,
@@ -102,9 +104,11 @@ def measure(
         answers: greedy answers to ask of every variant before the rounds.
 
     Raises:
+        AllocationError: an allocation that an engine of its own would not see, or that is another model's.
         EngineError: an engine that did not come up, or did less than was asked.
     """
     seats = assign(variants, in_place=in_place, experts_spread=engine["parallel"].get("enable_expert_parallel", False))
+    check_plugin(variant for variant, _ in seats)
     size = together or len(seats)
     runs: list[Run] = []
     facts: dict[str, dict[str, Any]] = {}
@@ -150,7 +154,9 @@ class Seated:
         """Make the engine this variant's, and say what it is then."""
         if self.top_k is not None:
             self.engine.call(switch_layers, self.top_k, self.variant.kept)
-        return self.engine.call(describe_engine)
+        facts = self.engine.call(describe_engine)
+        check_top_k(self.variant, facts["top_k"])
+        return facts
 
     def repeat(self, workload: Workload, seeds: Iterable[int], seconds: float) -> Iterator[float]:
         """Seconds of runs of a workload, at least one, until they are `seconds` together."""

@@ -8,7 +8,7 @@ going back is free.
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -25,6 +25,17 @@ NUMBERS = ("global_num_experts", "local_num_experts")
 WRAPPER_GRAPHS, MANAGER, MANAGER_GRAPHS = "concrete_cudagraph_entries", "cudagraph_manager", "graphs"
 
 
+def attempt(worker: Any, function: Callable[..., Any], args: Sequence[Any]) -> tuple[str | None, Any]:
+    """Why `function(worker, *args)` is refused, or None, and what it returns.
+
+    An AllocationError is an answer here: vLLM wraps exceptions on their way back, and leaves no type and no message.
+    """
+    try:
+        return None, function(worker, *args)
+    except AllocationError as error:
+        return str(error), None
+
+
 def switch(worker: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]]) -> dict[int, int]:
     """Give this worker's MoE layers the k of `top_k`, or with None leave the layers out; returns their k now.
 
@@ -33,10 +44,13 @@ def switch(worker: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tupl
     same memory in the smaller shape: for random weights only, whose values are as good as any.
 
     Raises:
-        AllocationError: this model's layers cannot change while it lives.
+        AllocationError: this model's layers cannot change while it lives, or `top_k` lacks one of them.
     """
     layers = _find_layers(worker)
     _check_switchable(worker, layers)
+    missing = [layer for layer in layers if top_k is not None and layer not in top_k]
+    if missing:
+        raise AllocationError(f"there is no k for MoE layers {missing} of this model, only for {sorted(top_k)}")
     before = vars(worker).get("lexi_state") or _make_state(read_top_k(worker.get_model()), {})
     for layer, module in layers.items():
         vars(module).pop(FORWARD, None)
@@ -80,7 +94,8 @@ def _check_switchable(worker: Any, layers: Mapping[int, Any]) -> None:
     if compiled and not opaque:
         kind = type(next(iter(layers.values()))).__name__
         raise AllocationError(
-            f"torch.compile fixed the k of every {kind}; start an engine for each k, or enforce_eager"
+            f"torch.compile fixed the k of every {kind} here: start an engine for each k, or compile nothing with "
+            "--engine '{\"enforce_eager\": true}'"
         )
 
 

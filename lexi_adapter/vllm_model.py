@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from lexi_adapter.engines import Engine, make_options, start_engines
+from lexi_adapter.engines import Engine, check_plugin, check_top_k, describe_engine, make_options, start_engines
 from lexi_adapter.files import find_vllm_version
 from lexi_adapter.scores import Outcome
 from lexi_adapter.texts import check_prompt
@@ -55,8 +55,10 @@ def open_model(
         engine: arguments of `engines.make_options`.
 
     Raises:
-        EngineError: it did not come up; an allocation that does not fit is one reason.
+        AllocationError: vLLM is told not to load the plugin that the variant needs.
+        EngineError: it did not come up, or with another k; an allocation that does not fit is one reason.
     """
+    check_plugin([variant])
     own = {
         "dtype": dtype,
         "tokenizer": tokenizer,
@@ -65,6 +67,7 @@ def open_model(
     }
     options = make_options(variant, [Workload(batch_size, longest, 1)], **{**own, **engine})
     with start_engines([(variant.name, options, ENVIRONMENT | dict(variant.environment))]) as (running,):
+        check_top_k(variant, running.call(describe_engine)["top_k"])
         yield VllmModel(running)
 
 
