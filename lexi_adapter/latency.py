@@ -68,11 +68,9 @@ def measure(
     """Steps of every workload, `checks` random allocations run against what they predict, and what measured it.
 
     Raises:
-        AllocationError: two workloads with the same number of tokens in a step, or an output of one token.
+        AllocationError: as `check_workloads`, before an engine starts.
     """
-    sizes = [size for w in workloads for size in (w.batch, w.batch * w.input_length)]
-    if len(set(sizes)) < len(sizes) or any(w.output_length < 2 for w in workloads):
-        raise AllocationError("each workload needs steps of its own size, and at least 2 output tokens")
+    check_workloads(workloads)
     top_k = range(1, model.top_k + 1)
     states = [None, *(dict.fromkeys(model.moe_layers, k) for k in top_k)]
     budgets = range(len(model.moe_layers), len(model.moe_layers) * model.top_k + 1)
@@ -84,6 +82,26 @@ def measure(
         seconds = _time(running, [*states, *drawn], workloads, rounds, progress)
     steps = [step for workload in workloads for step in _divide(workload, seconds, len(states), len(model.moe_layers))]
     return steps, _compare(model, workloads, steps, seconds, len(states), drawn), facts
+
+
+def check_workloads(workloads: Sequence[Workload]) -> None:
+    """Refuse what cannot be divided into steps, or gives two times for one size of step.
+
+    Raises:
+        AllocationError: an input or output of one token, or two workloads with steps of the same number of tokens.
+    """
+    known: dict[int, Workload] = {}
+    for workload in workloads:
+        for what, length in (("input", workload.input_length), ("output", workload.output_length)):
+            if length < 2:
+                raise AllocationError(f"workload {workload} has 1 {what} token; it needs at least 2")
+        for size in (workload.batch, workload.batch * workload.input_length):
+            if size in known:
+                raise AllocationError(
+                    f"workloads {known[size]} and {workload} both have steps of {size} tokens; give one of them "
+                    "another BATCH or INPUT"
+                )
+            known[size] = workload
 
 
 # (state, workload) -> seconds to the first token of all requests, and to the last.

@@ -19,7 +19,7 @@ from lexi_adapter.engines import (
     switch_layers,
     watch_experts,
 )
-from lexi_adapter.variants import Variant
+from lexi_adapter.variants import Variant, check_allocation
 from lexi_adapter.workloads import Workload
 
 FORMAT, VERSION = "lexi-loads", 1
@@ -82,7 +82,18 @@ def measure(
     """Variant -> layer -> load over `prompts`, and what measured it.
 
     Experts are dropped as inter-pruning does it: the least used of the same prompts can no longer be chosen.
+
+    Raises:
+        AllocationError: an allocation for another model, or with a gate exponent.
     """
+    for name, allocation in allocations.items():
+        check_allocation(allocation, folder, engine["load_format"])
+        if allocation.gate_exponent is not None:
+            # Weights of one layer's experts decide what later layers route; here only k is changed.
+            raise AllocationError(
+                f"{name} has a gate exponent of {allocation.gate_exponent:g}, under which loads cannot be counted; "
+                "search without a gate exponent"
+            )
     batch = Workload(len(prompts), max(map(len, prompts)), 1)
     options = make_options(Variant("base", folder), [batch], **engine)
     options |= {"enforce_eager": True, "compilation_config": {}}  # a captured graph asks nobody which experts it takes

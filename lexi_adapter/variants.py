@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
-from lexi_adapter.checkpoint import check_layers, find_routers, has_weights, hash_tensors, read_config
+from lexi_adapter.checkpoint import (
+    check_config,
+    check_folder,
+    check_layers,
+    compare,
+    find_routers,
+    has_weights,
+    hash_tensors,
+    read_config,
+)
+from lexi_adapter.vllm_plugin import WEIGHTS_ELSEWHERE
 
 UNCHECKED = "0" * 64  # router_sha256 of an allocation for random weights: there are no bytes to compare
 RANDOM = "dummy"  # vLLM's load format without weights
@@ -74,13 +84,16 @@ def describe(config: Mapping[str, Any]) -> ModelIdentity:
     """
     family, text = _find_family(config)
     layers = text["num_hidden_layers"]
+    moe_layers = tuple(_find_moe_layers(config["model_type"], text))
+    if not moe_layers:
+        raise AllocationError(f"config.json of {config['model_type']} leaves no MoE layer; name another model")
     prefix = f"{family.text_config}." if family.text_config else ""
     return ModelIdentity(
         model_type=config["model_type"],
         num_hidden_layers=layers,
         num_experts=text[family.num_experts],
         top_k=text[TOP_K],
-        moe_layers=tuple(_find_moe_layers(text)),
+        moe_layers=moe_layers,
         router=family.router,
         top_k_key=prefix + TOP_K,
         router_sha256=UNCHECKED,
@@ -91,9 +104,16 @@ def describe_folder(folder: str, load_format: str) -> ModelIdentity:
     """The model in a folder, with its routers' hash if its own weights are loaded.
 
     Raises:
-        AllocationError: as `describe`, or the folder's files are not what its config.json says.
+        AllocationError: as `describe`, but for families that the folder's weights tell of; or the folder's files are
+            not what its config.json says.
     """
-    model = describe(read_config(Path(folder)))
+    config = read_config(Path(folder))
+    if config.get("model_type") not in list(FAMILIES) and has_weights(Path(folder)):
+        from lexi_adapter.identity import describe_checkpoint  # late: it imports torch
+
+        model = describe_checkpoint(Path(folder))
+        return replace(model, router_sha256=UNCHECKED) if load_format == RANDOM else model
+    model = describe(config)
     if load_format == RANDOM or not has_weights(Path(folder)):
         return model
     routers = find_routers(model, Path(folder))
@@ -101,23 +121,61 @@ def describe_folder(folder: str, load_format: str) -> ModelIdentity:
     return replace(model, router_sha256=hash_tensors(routers[layer] for layer in model.moe_layers))
 
 
+def check_allocation(allocation: Allocation, folder: str, load_format: str) -> None:
+    """Check that an allocation was made for the model in a folder, as far as config.json and weights that are read say.
+
+    Raises:
+        AllocationError: it was made for another model; the message names what differs.
+    """
+    model, place = allocation.model, f"{folder}/config.json"
+    if load_format not in WEIGHTS_ELSEWHERE and has_weights(Path(folder)):
+        check_folder(model, Path(folder))
+        return
+    config = read_config(Path(folder))
+    check_config(model, config, place)
+    if config["model_type"] in FAMILIES:
+        found = describe(config)
+        compare("the number of experts", found.num_experts, model.num_experts, place)
+        compare("the list of MoE layers", list(found.moe_layers), list(model.moe_layers), place)
+
+
 def _find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     name = config.get("model_type")
-    family = FAMILIES.get(name)
-    if family is None:
-        raise AllocationError(f"model_type {name!r} is not one of {', '.join(FAMILIES)}; add it to variants.FAMILIES")
-    text = config[family.text_config] if family.text_config else config
+    if name not in list(FAMILIES):  # a list, because what a config holds need not be hashable
+        raise AllocationError(
+            f"model_type {name!r} is not one of {', '.join(FAMILIES)}, of which config.json alone tells enough; name a "
+            "folder with its weights, and compare by --allocation, made by lexi-search, or --folder"
+        )
+    family = FAMILIES[name]
+    text = config.get(family.text_config) if family.text_config else config
+    if not isinstance(text, Mapping):
+        raise AllocationError(f"config.json of {name} has no object {family.text_config}; fetch it again")
     if family.num_experts not in text and RENAMED in text:
         family = replace(family, num_experts=RENAMED)
-    missing = [key for key in (family.num_experts, family.width, TOP_K, "num_hidden_layers") if key not in text]
+    keys = (family.num_experts, family.width, TOP_K, "num_hidden_layers")
+    missing = [key for key in keys if key not in text]
     if missing:
         raise AllocationError(f"config.json of {name} has no {', '.join(missing)}; name them there")
+    for key in keys:
+        _check_count(name, key, text[key], 1)
     return family, text
 
 
-def _find_moe_layers(text: Mapping[str, Any]) -> Iterator[int]:
+def _check_count(name: str, key: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise AllocationError(
+            f"config.json of {name}: {key} is {value!r}, an integer of at least {least} expected; fetch it again"
+        )
+
+
+def _find_moe_layers(name: str, text: Mapping[str, Any]) -> Iterator[int]:
     first, frequency = text.get("first_k_dense_replace") or 0, text.get("moe_layer_freq") or 1
-    step, dense = text.get("decoder_sparse_step") or 1, text.get("mlp_only_layers") or ()
+    step, dense = text.get("decoder_sparse_step") or 1, text.get("mlp_only_layers") or []
+    _check_count(name, "first_k_dense_replace", first, 0)
+    _check_count(name, "moe_layer_freq", frequency, 1)
+    _check_count(name, "decoder_sparse_step", step, 1)
+    if not isinstance(dense, list):
+        raise AllocationError(f"config.json of {name}: mlp_only_layers is {dense!r}, a list expected; fetch it again")
     for layer in range(text["num_hidden_layers"]):
         if layer >= first and layer % frequency == 0 and (layer + 1) % step == 0 and layer not in dense:
             yield layer
@@ -179,9 +237,13 @@ def narrow_experts(name: str, folder: str, config: Mapping[str, Any], share: flo
     """
     family, text = _find_family(config)
     width = round(text[family.width] * (1 - share))
+    if width < 1:
+        raise AllocationError(f"narrowing experts of width {text[family.width]} by {share:.3g} leaves nothing of them")
     overrides = {family.width: width}
-    if family.shared:
-        overrides[family.shared] = math.ceil(text[family.shared] * text[family.width] / width)
+    shared = text.get(family.shared) if family.shared else None
+    if shared is not None:
+        _check_count(config["model_type"], family.shared, shared, 0)
+        overrides[family.shared] = math.ceil(shared * text[family.width] / width)
     return Variant(name, folder, _nest(family, overrides), kept={"width": (width, text[family.width])})
 
 
@@ -203,7 +265,13 @@ def make_variants(
     """The base first; then allocations, for every share of its budget a mixed and a uniform k, and pruned models.
 
     A share that no uniform k has, or whose only allocation is uniform, gives one variant.
+
+    Raises:
+        AllocationError: an allocation for another model, a share that cannot be had, a config that does not tell what
+            is pruned, or two variants of one name.
     """
+    for allocation in allocations.values():
+        check_allocation(allocation, folder, load_format)
     variants = [Variant("base", folder)]
     variants += [Variant(name, folder, allocation=allocation) for name, allocation in allocations.items()]
     if (dropped or narrowed) and load_format != RANDOM:
@@ -224,4 +292,13 @@ def make_variants(
     variants += [drop_experts(f"inter-pruned {100 * share:g} %", folder, config, share) for share in dropped]
     variants += [narrow_experts(f"intra-pruned {100 * share:g} %", folder, config, share) for share in narrowed]
     variants += [Variant(name, name) for name in folders]
+    check_names(variants)
     return tuple(variants)
+
+
+def check_names(variants: Sequence[Variant]) -> None:
+    """Raise AllocationError for two variants of one name, whose results could not be told apart."""
+    names = [variant.name for variant in variants]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise AllocationError(f"two variants are called {double!r}; name each once, by another path if need be")

@@ -1,6 +1,7 @@
 """The arithmetic of benchmarks, cost tables and loads, judged by loops; no engine runs."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -8,15 +9,16 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lexi_adapter import benchmark, latency, loads, reports
-from lexi_adapter.allocation import AllocationError, ModelIdentity
+from lexi_adapter import benchmark, engines, latency, loads, reports, vllm_live, vllm_model
+from lexi_adapter.allocation import AllocationError, ModelIdentity, to_document
 from lexi_adapter.cli import main
-from lexi_adapter.engines import make_options
+from lexi_adapter.engines import EngineError, describe_engine, make_options, switch_layers, time_run
 from lexi_adapter.variants import Variant, allocate
-from lexi_adapter.workloads import Workload
+from lexi_adapter.workloads import Workload, parse_workload
 
 MODEL = ModelIdentity("olmoe", 3, 8, 3, (0, 1, 2), "layers.{}.gate", "num_experts_per_tok", "0" * 64)
 WORKLOAD = Workload(4, 10, 6)
+DUMMY = ("--load-format", "dummy")
 seconds = st.floats(0.01, 100)
 
 
@@ -126,10 +128,18 @@ def test_the_cost_table_is_what_a_search_reads():
     }
 
 
-def test_steps_of_the_same_size_are_refused_before_an_engine_starts():
-    for workloads in ([Workload(4, 1, 6)], [WORKLOAD, replace(WORKLOAD, input_length=5)], [Workload(4, 10, 1)]):
-        with pytest.raises(AllocationError, match="each workload needs steps of its own size"):
-            latency.measure("", MODEL, workloads, rounds=1, checks=0, engine={}, progress=print)
+@pytest.mark.parametrize(
+    "workloads, message",
+    [
+        (["4x1x6"], "workload 4x1x6 has 1 input token; it needs at least 2"),
+        (["4x10x1"], "workload 4x10x1 has 1 output token; it needs at least 2"),
+        (["4x10x6", "4x5x6"], "workloads 4x10x6 and 4x5x6 both have steps of 4 tokens"),
+        (["4x10x6", "40x5x6"], "workloads 4x10x6 and 40x5x6 both have steps of 40 tokens"),
+    ],
+)
+def test_steps_that_cannot_be_told_apart_are_refused_before_an_engine_starts(workloads, message):
+    with pytest.raises(AllocationError, match=message):
+        latency.measure("", MODEL, map(parse_workload, workloads), rounds=1, checks=0, engine={}, progress=print)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=5))
@@ -187,11 +197,93 @@ def test_options_are_those_of_the_workloads_and_the_user_wins():
         parallel={"tensor_parallel_size": 4},
         dtype="float32",
         compilation_config={"mode": 0},
+        additional_config={"other": 1},
     )
     assert options["max_model_len"] == 131 and options["max_num_seqs"] == 4 and options["tensor_parallel_size"] == 4
     assert options["num_gpu_blocks_override"] > 2 * 130 / 16
     assert options["compilation_config"] == {"cudagraph_capture_sizes": [2, 4], "mode": 0}
     assert options["dtype"] == "float32" and options["additional_config"]["lexi_allocation"]["budget"] == 4
+    assert options["additional_config"]["other"] == 1
+    pruned = make_options(make_variants()[3], [WORKLOAD], load_format="", parallel={}, hf_overrides={"rope_theta": 2})
+    assert pruned["hf_overrides"] == {"rope_theta": 2, "num_experts": 6}
+
+
+class StandIn:
+    """An engine that runs the model's own k, whatever it is asked for."""
+
+    def call(self, function, *arguments):
+        return {describe_engine: {"top_k": dict.fromkeys(range(3), 3), "device": ""}, time_run: 1.0}.get(function, [])
+
+
+def measure(variants, **options):
+    others = {"rounds": 1, "together": None, "in_place": False, "report": lambda document: None}
+    engine = {"load_format": "auto", "parallel": {}}
+    return benchmark.measure(variants, [WORKLOAD], engine=engine, **(others | options))
+
+
+def open_model(variant):
+    return vllm_model.open_model(
+        variant,
+        "",
+        dtype="",
+        batch_size=1,
+        longest=2,
+        trust_remote_code=False,
+        engine={"load_format": "", "parallel": {}},
+    )
+
+
+def test_an_engine_that_runs_another_k_than_the_allocations_is_refused(monkeypatch):
+    @contextmanager
+    def start(wanted, **_):
+        yield [StandIn() for _ in wanted]
+
+    monkeypatch.setattr(benchmark, "measure_engines", start)
+    monkeypatch.setattr(vllm_model, "start_engines", start)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    base, half, *_ = make_variants()
+    assert [line["variant"] for line in measure([base])["summary"]] == ["base"]
+    message = (
+        "engine of 'half': layer 0 runs k = 3 and not the allocation's 1: .* VLLM_PLUGINS is set, name 'lexi' in it"
+    )
+    with pytest.raises(EngineError, match=message):
+        measure([base, half])
+    with open_model(base):
+        pass
+    with pytest.raises(EngineError, match=message), open_model(half):
+        pass
+
+
+@pytest.mark.parametrize("plugins", ["", "other", "lexi2,other"])
+def test_an_allocation_that_vllm_would_not_see_is_refused_before_an_engine_starts(plugins, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    base, half, *_ = make_variants()
+    message = f"VLLM_PLUGINS is '{plugins}' and leaves out 'lexi', .* runs 'half' .* set VLLM_PLUGINS=lexi"
+    with pytest.raises(AllocationError, match=message):
+        measure([base, half])
+    with pytest.raises(AllocationError, match=message), open_model(half):
+        pass
+    engines.check_plugin([base, replace(half, environment={"VLLM_PLUGINS": "other,lexi"})])
+    monkeypatch.setenv("VLLM_PLUGINS", "lexi")
+    with pytest.raises(AllocationError, match=message):
+        engines.check_plugin([replace(half, environment={"VLLM_PLUGINS": plugins})])
+
+
+def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
+    def refuse(worker, top_k, kept):
+        if worker == 1 and 5 not in top_k:
+            raise AllocationError("not this one")
+        return {worker: top_k.get(worker)}
+
+    class LLM:
+        def collective_rpc(self, function, args):
+            return [function(worker, *args) for worker in (0, 1)]
+
+    monkeypatch.setattr(vllm_live, "switch", refuse)
+    with pytest.raises(AllocationError, match="^not this one$"):
+        switch_layers(LLM(), {0: 1, 1: 2})
+    with pytest.raises(AllocationError, match=r"layers \[5\] are no MoE layers of this model, which has \[0, 1\]"):
+        switch_layers(LLM(), {0: 1, 1: 2, 5: 2})
 
 
 @pytest.mark.parametrize(
@@ -204,14 +296,66 @@ def test_options_are_those_of_the_workloads_and_the_user_wins():
         (["bench", "{}", "--plot", "figure.gif"], "no figure as figure.gif"),
         (["bench", "{}", "-o", "nowhere/bench.json"], "cannot write nowhere/bench.json"),
         (["bench", "nowhere"], "cannot read nowhere/config.json"),
-        (["latency", "{}", "--workload", "4x1x4"], "each workload needs steps of its own size"),
+        (["bench", "{}", "--engine", '{{"parallel": 3}}'], "--engine: parallel is not for it to say"),
+        (["bench", "{}", "--engine", '{{"variant": 3}}'], "--engine: variant is not for it to say"),
+        (["bench", "{}", "--engine", '{{"workloads": 3}}'], "--engine: workloads is not for it to say"),
+        (
+            ["loads", "{}", "--tokens", "{}/t", "--engine", '{{"model": "other"}}'],
+            "--engine: model is not for it to say",
+        ),
+        (
+            ["latency", "{}", "--engine", '{{"compilation_config": 3}}'],
+            "compilation_config is 3, a JSON object expected",
+        ),
+        (["bench", "{}", "--engine", '{{"hf_overrides": "x"}}'], "hf_overrides is 'x', a JSON object expected"),
+        (["bench", "{}", "--engine", '{{"additional_config": {{"lexi_allocation": 1}}}}'], "give it by --allocation"),
+        (["bench", "{}", "--engine", "[" * 10**5], "--engine is not JSON"),
+        (["bench", "{}", *DUMMY, *2 * ("--budget-share", "0.5")], "two variants are called 'mixed k, 50 %'"),
+        (["bench", "{}", "--folder", "base"], "two variants are called 'base'"),
+        (
+            ["bench", "{}", "--allocation", "{}/other.json"],
+            "model_type is 'olmoe', the allocation was made for 'mixtral'",
+        ),
+        (["bench", "{}", "--allocation", "{}/wide.json"], "the number of experts is 8, the allocation was made for 16"),
+        (["bench", "{}", "--allocation", "{}/deep.json", "--in-place"], "num_hidden_layers is 3, the allocation"),
+        (["bench", "{}", "--allocation", "{}/dense.json", "--in-place"], "the list of MoE layers is [0, 1, 2]"),
+        (["loads", "{}", "--tokens", "{}/t", "--allocation", "{}/other.json"], "the allocation was made for 'mixtral'"),
+        (["loads", "{}", "--tokens", "{}/t", "--allocation", "{}/shifted.json"], "has a gate exponent of 0.5"),
+        (["latency", "{}", "--workload", "4x1x4"], "workload 4x1x4 has 1 input token"),
         (["loads", "{}"], "give either --text or --tokens"),
         (["loads", "{}", "--tokens", "{}/config.json"], "is not a list of prompts"),
     ],
 )
 def test_bad_input_ends_in_one_line_before_an_engine_starts(arguments, message, tmp_path):
-    config = {"model_type": "olmoe", "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2}
+    config = {"model_type": "olmoe", "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 3}
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    (tmp_path / "t").write_text("[[1]]")
+    made_for = {
+        "other": replace(MODEL, model_type="mixtral"),
+        "wide": replace(MODEL, num_experts=16),
+        "deep": replace(MODEL, num_hidden_layers=4),
+        "dense": replace(MODEL, moe_layers=(0, 1)),
+    }
+    allocations = {name: allocate(model, dict.fromkeys(model.moe_layers, 2)) for name, model in made_for.items()}
+    allocations["shifted"] = replace(allocate(MODEL, {0: 1, 1: 2, 2: 1}), gate_exponent=0.5)
+    for name, allocation in allocations.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(to_document(allocation)))
     result = CliRunner().invoke(main, [argument.format(tmp_path) for argument in arguments])
     assert result.exit_code == 2 and message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command, option, values",
+    [
+        ("bench", "--seconds", ["nan", "inf", "-1"]),
+        ("bench", "--budget-share", ["nan", "inf", "-inf", "0", "1.5"]),
+        ("bench", "--drop-experts", ["nan", "inf", "-0.5", "1"]),
+        ("bench", "--narrow-experts", ["nan", "inf", "-0.5", "1"]),
+        ("loads", "--drop-experts", ["nan", "inf", "-0.5", "1"]),
+    ],
+)
+def test_shares_and_seconds_are_numbers_of_their_range(command, option, values):
+    for value in values:
+        result = CliRunner().invoke(main, [command, "nowhere", option, value])
+        assert result.exit_code == 2 and f"Invalid value for '{option}'" in result.stderr

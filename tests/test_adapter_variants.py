@@ -139,6 +139,64 @@ def test_too_few_experts_and_unknown_families_are_refused():
         variants.describe({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1})
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_hidden_layers": "8"}, "num_hidden_layers is '8', an integer of at least 1 expected"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None, an integer of at least 1 expected"),
+        ({"num_experts": "32"}, "num_experts is '32', an integer of at least 1 expected"),
+        ({"num_experts_per_tok": True}, "num_experts_per_tok is True, an integer of at least 1 expected"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0, an integer of at least 1 expected"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers is 3, a list expected"),
+        ({"mlp_only_layers": list(range(24))}, "leaves no MoE layer"),
+        ({"decoder_sparse_step": "1"}, "decoder_sparse_step is '1', an integer of at least 1 expected"),
+        ({"first_k_dense_replace": [1]}, r"first_k_dense_replace is \[1\], an integer of at least 0 expected"),
+        ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq is \[0, 1\], an integer of at least 1 expected"),
+        ({"model_type": ["qwen2_moe"]}, r"model_type \['qwen2_moe'\] is not one of"),
+        ({"model_type": "deepseek_vl_v2", "language_config": 3}, "has no object language_config"),
+    ],
+)
+def test_a_config_of_other_types_is_refused_in_one_line(change, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(read_shape("qwen1.5-moe-a2.7b") | change))
+    which_layers = {"mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "moe_layer_freq"} & change.keys()
+    for what in ("shares",) if which_layers else ("shares", "dropped", "narrowed"):
+        with pytest.raises(AllocationError, match=message):
+            variants.make_variants(str(tmp_path), load_format="dummy", allocations={}, **{what: [0.5]})
+
+
+def test_shared_experts_that_are_not_there_are_not_widened():
+    config = read_shape("deepseek-v2-lite") | {"n_shared_experts": None}
+    assert variants.narrow_experts("a", "b", config, 0.5).overrides == {"moe_intermediate_size": 704}
+    with pytest.raises(AllocationError, match="n_shared_experts is '2', an integer of at least 0 expected"):
+        variants.narrow_experts("a", "b", config | {"n_shared_experts": "2"}, 0.5)
+
+
+def test_experts_are_not_narrowed_to_nothing():
+    with pytest.raises(AllocationError, match="narrowing experts of width 1408 by 1 leaves nothing of them"):
+        variants.narrow_experts("a", "b", read_shape("deepseek-v2-lite"), 0.9999)
+
+
+def test_weights_tell_of_families_that_a_config_alone_does_not(tmp_path):
+    folder = make_checkpoint("glm4_moe", tmp_path / "glm4_moe")
+    expected = asdict(allocate_from_weights(folder).model)
+    assert asdict(variants.describe_folder(str(folder), "auto")) == expected
+    assert asdict(variants.describe_folder(str(folder), "dummy")) == expected | {"router_sha256": "0" * 64}
+    made = variants.make_variants(str(folder), load_format="auto", allocations={}, shares=(0.5,))
+    assert [variant.name for variant in made] == ["base", "mixed k, 50 %", "uniform k = 2, 50 %"]
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(AllocationError, match="name a folder with its weights, and compare by --allocation, made by"):
+        variants.describe_folder(str(folder), "dummy")
+
+
+def test_an_allocation_is_checked_against_the_weights_that_are_read(tmp_path):
+    folder, other = (make_checkpoint("olmoe", tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    allocation = read_allocation(to_document(allocate_from_weights(other)))
+    variants.check_allocation(allocation, str(other), "auto")
+    variants.check_allocation(allocation, str(folder), "dummy")
+    with pytest.raises(AllocationError, match="holds other router weights than the allocation was made for"):
+        variants.make_variants(str(folder), load_format="auto", allocations={"a": allocation})
+
+
 def test_pruning_reaches_a_language_model_inside_another():
     config = {"model_type": "deepseek_vl_v2", "language_config": read_shape("deepseek-vl2-tiny")}
     pruned = variants.drop_experts("a", "b", config, 0.25)

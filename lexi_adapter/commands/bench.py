@@ -6,7 +6,14 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import read_allocation
-from lexi_adapter.commands.options import read_engine_options, takes_engine_options, takes_locks
+from lexi_adapter.commands.options import (
+    PRUNED_SHARE,
+    SHARE,
+    FiniteRange,
+    read_engine_options,
+    takes_engine_options,
+    takes_locks,
+)
 from lexi_adapter.console import print_table
 from lexi_adapter.files import check_writable, describe_call, write_atomically, write_json
 
@@ -18,21 +25,21 @@ from lexi_adapter.files import check_writable, describe_call, write_atomically, 
     "--budget-share",
     "shares",
     multiple=True,
-    type=float,
+    type=SHARE,
     help="A made-up mixed k and the uniform k, at this share of the model's own budget; repeat it.",
 )
 @click.option(
     "--drop-experts",
     "dropped",
     multiple=True,
-    type=float,
+    type=PRUNED_SHARE,
     help="Inter-pruning by config: a share of the experts is gone; repeat it.",
 )
 @click.option(
     "--narrow-experts",
     "narrowed",
     multiple=True,
-    type=float,
+    type=PRUNED_SHARE,
     help="Intra-pruning by config: a share of their width is gone; repeat it.",
 )
 @click.option(
@@ -47,7 +54,7 @@ from lexi_adapter.files import check_writable, describe_call, write_atomically, 
     show_default=False,
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, help="In each, every variant runs every workload.")
-@click.option("--seconds", type=click.FloatRange(0), default=0.5, help="A round repeats a short workload for so long.")
+@click.option("--seconds", type=FiniteRange(0), default=0.5, help="A round repeats a short workload for so long.")
 @click.option(
     "--in-place",
     is_flag=True,
@@ -107,9 +114,10 @@ def bench(
         known.PREFILL_HEAVY,
         known.DECODE_HEAVY,
     ]
+    options = read_engine_options(**engine)
     variants = make_variants(
         model,
-        load_format=engine["load_format"],
+        load_format=options["load_format"],
         allocations={file: read_allocation(file) for file in files},
         shares=shares,
         dropped=dropped,
@@ -124,7 +132,7 @@ def bench(
         rounds=rounds,
         together=together,
         in_place=in_place,
-        engine=read_engine_options(**engine),
+        engine=options,
         report=lambda document: write_json(output, {**document, "made_by": made_by}),
         locks=locks,
         seconds=seconds,

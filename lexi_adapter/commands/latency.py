@@ -37,14 +37,15 @@ def latency(
     from lexi_adapter.workloads import parse_workload
 
     check_writable(output)
-    identity = describe_folder(model, engine["load_format"])
+    options = read_engine_options(**engine)
+    identity = describe_folder(model, options["load_format"])
     steps, compared, facts = timing.measure(
         model,
         identity,
         [parse_workload(text) for text in workloads],
         rounds=rounds,
         checks=checks,
-        engine=read_engine_options(**engine),
+        engine=options,
         progress=lambda text: click.echo(text, err=True),
         locks=locks,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import AllocationError, read_allocation
-from lexi_adapter.commands.options import read_engine_options, takes_engine_options
+from lexi_adapter.commands.options import PRUNED_SHARE, read_engine_options, takes_engine_options
 from lexi_adapter.console import print_table
 from lexi_adapter.files import check_writable, describe_call, write_json
 from lexi_adapter.texts import encode, load_tokenizer, read_text
@@ -33,7 +33,7 @@ from lexi_adapter.texts import encode, load_tokenizer, read_text
     "--drop-experts",
     "dropped",
     multiple=True,
-    type=float,
+    type=PRUNED_SHARE,
     help="Inter-pruning: this share of the experts, the least used, can no longer be chosen; repeat it.",
 )
 @takes_engine_options
@@ -70,7 +70,7 @@ def loads(
 def _read_tokens(path: str) -> list[list[int]]:
     try:
         prompts = json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AllocationError(f"{path} is not JSON ({error})") from error
     lists = isinstance(prompts, list) and prompts and all(isinstance(ids, list) and ids for ids in prompts)
     if not lists or not all(type(token) is int for ids in prompts for token in ids):
