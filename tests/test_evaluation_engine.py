@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from click.testing import CliRunner
 from engine import allocate
@@ -12,6 +13,7 @@ import lexi_adapter
 from lexi_adapter import passkey, transformers_model, vllm_model
 from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli import main
+from lexi_adapter.engines import EngineError
 from lexi_adapter.variants import Variant
 from lexi_search.artifacts import to_document
 
@@ -35,6 +37,10 @@ def test_vllm_scores_and_answers_as_transformers_does(monkeypatch):
     with vllm_model.open_model(variant, str(MODEL), longest=LONGEST, engine=options, **COMMON) as model:
         found = model.score(windows)
         assert model.generate(prompts, 6) == answers
+        with pytest.raises(
+            EngineError, match="prompt 1 of .* tokens and its answer of 6 are more than --max-length 20"
+        ):
+            model.generate(prompts, 6, 20)
     assert len(set(answers)) > 1
     for one, other, window in zip(found, expected, windows, strict=True):
         assert len(one) == len(window) - 1
