@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lexi_adapter.allocation import Allocation, ModelIdentity
+from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
 from lexi_adapter.decoders import Decoder, check_replays, find_decoder, replaced, run_from, run_recorded
 from lexi_adapter.divergences import Distances, compare, find_log_probabilities, stack
 from lexi_adapter.transformers_patch import apply
@@ -83,7 +83,7 @@ def measure(
         finished: batches and layers that are not to be measured again.
 
     Raises:
-        AllocationError: a family that is not known, or logits that are not finite.
+        AllocationError: a family that is not known, or layers' outputs or logits that are not finite.
     """
     own = allocate(identity, dict.fromkeys(identity.moe_layers, identity.top_k))
     switch = Switch(find_decoder(model, identity), own, gate_exponent)
@@ -155,7 +155,13 @@ class Probe:
         # A token that the model never saw may be all zero, and so is then what the block makes of it.
         lengths = stream.double().reshape(*self.shape, -1).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         squares = torch.stack(self.squares)
-        self.movements = Movements(_tabulate(squares.sum(-1)), _tabulate((squares / lengths).mean(-1)))
+        relative = squares / lengths
+        if not all(values.isfinite().all() for values in (lengths, squares, relative)):
+            raise AllocationError(
+                f"the output of layer {self.layer} in {stream.dtype} is not always finite; use float32, or a gate "
+                "exponent nearer to 0"
+            )
+        self.movements = Movements(_tabulate(squares.sum(-1)), _tabulate(relative.mean(-1)))
         return output
 
     def _watch(self, compute: Callable[..., Any], inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -143,6 +143,7 @@ def test_two_allocations_ask_the_same_only_when_the_model_runs_the_same(one, oth
 LINE = [
     "allocation",
     "files",
+    "packages",
     "checkpoint",
     "gates",
     "triton_gates",

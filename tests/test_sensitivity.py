@@ -450,6 +450,21 @@ def test_files_that_are_broken_are_refused(folder, mixtral, name, content):
     refuse(f"cannot read {name} ", mixtral, "--tokens", name, "--length", 12)
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_what_is_not_finite_is_refused(checkpoints, local):
+    folder, identity = checkpoints("mixtral")
+    expected = "the output of layer 0 in torch.float32 is not always finite; use float32, or a gate exponent"
+    with pytest.raises(AllocationError, match=expected):
+        list(measure(load(folder), identity, WINDOWS, local=local, gate_exponent=1e9))
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-0.5"])
+def test_a_gate_exponent_is_a_finite_number(folder, mixtral, number):
+    result = invoke(mixtral, "--generate", "--length", 12, "--gate-exponent", number)
+    assert result.exit_code == 2 and "Invalid value for '--gate-exponent'" in result.stderr
+    assert not list(folder.iterdir())
+
+
 def test_a_device_that_is_too_small_is_told(folder, mixtral, monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("a lot tried\nto be had")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.allocation import MAX_GATE_EXPONENT, AllocationError
+from lexi_adapter.commands.options import FiniteRange
 from lexi_adapter.files import check_writable, write_json
 
 
@@ -27,7 +28,7 @@ from lexi_adapter.files import check_writable, write_json
 @click.option("--local", is_flag=True, show_default=False, help="Only how each layer's own output moves: one pass.")
 @click.option(
     "--gate-exponent",
-    type=click.FloatRange(0),
+    type=FiniteRange(0, MAX_GATE_EXPONENT),
     help="Let kept experts take over a part of the others' gate mass: 0 nothing, 1 all.  [default: as the model does]",
 )
 @click.option("--tokenizer", help="Folder of the tokenizer.  [default: MODEL]", show_default=False)
