@@ -65,7 +65,7 @@ def make_variants(
 
 def hash_state(folder: str) -> str:
     """Hex SHA-256 over name, size and time of the files in a folder that a model or its tokenizer is made of."""
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix in STATEFUL)
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix in STATEFUL and path.is_file())
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(state).encode()).hexdigest()
 

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from copying import save_copying_model
 from engine import allocate, export
 from safetensors.torch import load_file, save_file
-from tiny import find_moe_blocks
+from tiny import find_moe_blocks, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexi_adapter
 from lexi_adapter import evaluation, hooks, transformers_model
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.allocation import AllocationError, read_allocation
 from lexi_adapter.cli import main
 from lexi_adapter.scores import Outcome, Score, Task
 from lexi_adapter.variants import Variant
@@ -425,6 +425,13 @@ def test_what_the_command_reads_is_not_written_over(folder):
 def test_an_option_that_no_task_reads_is_refused(folder, option, task, reader):
     expected = f"Error: {option[0]} is for --task {reader}; add such a task, or leave it out\n"
     assert refuse(MODEL, "--task", task, *option) == expected
+
+
+def test_uniform_k_needs_no_table_of_families(folder):
+    checkpoint = make_checkpoint("glm4_moe", folder / "glm")
+    base, uniform = evaluation.make_variants(str(checkpoint), allocations={}, uniform=[2])
+    layers = read_allocation(to_document(allocate(checkpoint, (2,))))
+    assert base.allocation is None and uniform.allocation.asks_the_same_as(layers)
 
 
 def test_two_allocations_at_once_are_refused_before_anything_is_measured(folder, monkeypatch):
