@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from lexi_adapter import kernels, vllm_live
 from lexi_adapter.allocation import KEY, AllocationError, to_document
+from lexi_adapter.packages import explain_import
 from lexi_adapter.turns import measure_alone, start_beside
 from lexi_adapter.variants import RANDOM, Variant
 from lexi_adapter.workloads import Workload, draw_prompts
@@ -218,6 +219,8 @@ def _outlive_nobody() -> None:
 
 
 def _shorten(error: Exception) -> str:
+    if isinstance(error, ImportError) and (explained := explain_import(error)):
+        return explained
     kind = "" if isinstance(error, AllocationError) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())[:400]
 

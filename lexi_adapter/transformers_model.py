@@ -102,7 +102,7 @@ def find_device(device: str | None) -> str:
     if device is None or device == "auto":
         return device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).tolist()  # a device that computes, unlike "meta"
     except (RuntimeError, AssertionError, ImportError) as error:
         raise AllocationError(f"no device {device!r} here ({str(error).splitlines()[0]}); try --device cpu") from error
     return device

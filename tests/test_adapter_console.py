@@ -56,6 +56,16 @@ def test_a_package_that_lacks_is_one_line(results, without, arguments, remedy):
     assert "Traceback" not in done.stderr
 
 
+def test_an_engine_that_lacks_is_one_line(results, monkeypatch):
+    """vLLM is imported by a process of its own; a module in its place is as absent as it."""
+    Path("vllm.py").write_text("raise ModuleNotFoundError('No module named \\'vllm\\'', name='vllm')")
+    Path("tokens.json").write_text("[[1, 2]]")
+    monkeypatch.setenv("PYTHONPATH", str(results))
+    done = call("loads", EXAMPLE, "--tokens", "tokens.json")
+    line = "Error: engine of 'base': cannot import vllm (No module named 'vllm'); pip install '.[serve]'\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
 def test_a_defect_of_its_own_is_not_explained_away():
     group = Commands("group")
 

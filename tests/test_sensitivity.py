@@ -417,7 +417,8 @@ def test_bad_input_is_refused_in_one_line(folder, mixtral):
     refuse("--length of 129 tokens is more than the model's 128", mixtral, *text, "--length", 129)
     refuse("text.txt: 1 windows of 20 tokens in 36, at least 2 needed", mixtral, *text, "--length", 20)
     refuse("cannot read nothing.txt", mixtral, "--length", 12, "--text", "nothing.txt")
-    refuse("no device 'tpu9'", mixtral, *text, "--device", "tpu9")
+    for device in ("tpu9", "meta"):
+        refuse(f"no device '{device}'", mixtral, *text, "--device", device)
     refuse("nothing has no tokenizer", mixtral, *text, "--tokenizer", "nothing")
     (folder / "truth.json.partial").mkdir()
     refuse("cannot use .*truth.json.partial: Is a directory", mixtral, *text)
