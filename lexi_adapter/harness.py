@@ -4,11 +4,13 @@ lm-eval is imported only where one of its tasks is asked for. `run` is called wh
 """
 
 import functools
+import hashlib
 import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
@@ -20,6 +22,7 @@ PREFIX = "lm-eval:"
 SUITES: Mapping[str, tuple[str, ...]] = {
     "paper": ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
 }
+SOURCES = (".yaml", ".yml", ".py")  # of tasks
 SAME = 1e-9  # two means of the same values, added up in another order
 
 
@@ -47,8 +50,13 @@ def make_tasks(
     """
     suites = {task: name for name in names for task in SUITES.get(name, ())}
     wanted = {task: suites.get(task) for name in names for task in SUITES.get(name, (name,))}
-    settings = {"include_paths": list(include_paths), "limit": max_items, "num_fewshot": num_fewshot}
     version = _load(list(wanted), include_paths, backend)
+    settings = {
+        "include_paths": [os.path.realpath(path) for path in include_paths],
+        "include_sha256": hash_sources(include_paths),
+        "limit": max_items,
+        "num_fewshot": num_fewshot,
+    }
     arguments = (list(include_paths), max_items, num_fewshot, max_length, batch_size)
 
     def make(task: str, suite: str | None) -> Task:
@@ -85,6 +93,15 @@ def _load(names: Sequence[str], include_paths: Sequence[str], backend: str) -> s
         with _in_one_line(name):
             manager.load([name])
     return lm_eval.__version__
+
+
+def hash_sources(folders: Sequence[str]) -> str:
+    """Hex SHA-256 over names and bytes of the task files, and of the code beside them, in folders and those below."""
+    digest = hashlib.sha256()
+    for folder in map(Path, folders):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES and path.is_file()):
+            digest.update(repr((str(path.relative_to(folder)), path.read_bytes())).encode())
+    return digest.hexdigest()
 
 
 @functools.cache

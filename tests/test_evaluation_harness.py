@@ -53,6 +53,27 @@ def test_scores_come_with_the_values_of_the_documents():
     assert set(dict(harness.read_scores(results, "tag"))) >= {"one acc", "one f1", "two acc"}
 
 
+def test_task_files_that_change_are_other_tasks(tmp_path):
+    """What results of them hold; data and whatever else lies there do not count."""
+    (tmp_path / "below").mkdir()
+    states = []
+    for name, text in (("a.yaml", "1"), ("a.yaml", "2"), ("below/b.yaml", ""), ("below/code.py", "x = 1")):
+        (tmp_path / name).write_text(text)
+        states.append(harness.hash_sources([tmp_path]))
+        (tmp_path / "data.jsonl").write_text(name + text)
+        assert harness.hash_sources([str(tmp_path)]) == states[-1]
+    assert len(set(states)) == len(states)
+
+
+def test_the_task_files_are_among_the_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_load", lambda *_: "0.0")
+    (tmp_path / "a.yaml").write_text("1")
+    (one,), (same,) = (make_tasks(["a"], [path]) for path in (str(tmp_path), f"{tmp_path}/"))
+    (tmp_path / "a.yaml").write_text("2")
+    (other,) = make_tasks(["a"], [str(tmp_path)])
+    assert one.settings == same.settings != other.settings
+
+
 def test_without_lm_eval_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(AllocationError, match=r"pip install 'lm-eval\[hf\]'"):
