@@ -104,8 +104,8 @@ def measure(
         answers: greedy answers to ask of every variant before the rounds.
 
     Raises:
-        AllocationError: an allocation that an engine of its own would not see, or that is another model's.
-        EngineError: an engine that did not come up, or did less than was asked.
+        AllocationError: an allocation that an engine of its own would not see.
+        EngineError: an engine that did not come up, or does not run the k or the tokens that were asked for.
     """
     seats = assign(variants, in_place=in_place, experts_spread=engine["parallel"].get("enable_expert_parallel", False))
     check_plugin(variant for variant, _ in seats)

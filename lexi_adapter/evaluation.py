@@ -16,7 +16,7 @@ from lexi_adapter.checkpoint import check_folder, read_config
 from lexi_adapter.scores import Model, Outcome, Score, Task, combine, compare
 from lexi_adapter.texts import find_vocabulary
 from lexi_adapter.transformers_model import find_allocation
-from lexi_adapter.variants import Variant, allocate, describe_folder
+from lexi_adapter.variants import Variant, allocate, check_names, describe_folder
 
 FORMAT, VERSION = "lexi-eval", 1
 # Of weights, of settings and tokenizers, and of code that --trust-remote-code runs.
@@ -54,10 +54,7 @@ def make_variants(
         if find_vocabulary(read_config(Path(other))) != find_vocabulary(config):
             raise AllocationError(f"{other} has another vocabulary than {folder}: they do not read the same tokens")
         variants.append(Variant(other, other))
-    names = [variant.name for variant in variants]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise AllocationError(f"two variants are called {double[0]!r}; name each once, by another path if need be")
+    check_names(variants)
     for variant in variants:
         find_allocation(variant)
     return tuple(variants)

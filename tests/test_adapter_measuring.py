@@ -3,12 +3,14 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lexi_adapter
 from lexi_adapter import benchmark, engines, latency, loads, reports, vllm_live, vllm_model
 from lexi_adapter.allocation import AllocationError, ModelIdentity, to_document
 from lexi_adapter.cli import main
@@ -16,6 +18,7 @@ from lexi_adapter.engines import EngineError, describe_engine, make_options, swi
 from lexi_adapter.variants import Variant, allocate
 from lexi_adapter.workloads import Workload, parse_workload
 
+TINY = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 MODEL = ModelIdentity("olmoe", 3, 8, 3, (0, 1, 2), "layers.{}.gate", "num_experts_per_tok", "0" * 64)
 WORKLOAD = Workload(4, 10, 6)
 DUMMY = ("--load-format", "dummy")
@@ -295,6 +298,17 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
         (["bench", "{}", "--engine", "{{"], "--engine is not JSON"),
         (["bench", "{}", "--plot", "figure.gif"], "no figure as figure.gif"),
         (["bench", "{}", "-o", "nowhere/bench.json"], "cannot write nowhere/bench.json"),
+        (["bench", "{}", "-o", "{}/config.json"], "reads the folder"),
+        (["bench", "{}", "--folder", "{}/sub", "-o", "{}/sub/bench.json"], "reads the folder"),
+        (["bench", "{}", "--allocation", "fits.json", "-o", "fits.json"], "reads or writes it as another file"),
+        (["bench", "{}", "--allocation", "fits.json", "--plot", "fits.json"], "reads or writes it as another file"),
+        (["bench", "{}", "-o", "p.png", "--plot", "./p.png"], "reads or writes it as another file"),
+        (["bench", "{}", "--lock", "card", "-o", "card"], "reads or writes it as another file"),
+        (["loads", "{}", "--text", "text.txt", "-o", "text.txt"], "reads or writes it as another file"),
+        (["loads", "{}", "--tokens", "{}/t", "-o", "{}/config.json"], "reads the folder"),
+        (["latency", "{}", "-o", "{}/config.json"], "reads the folder"),
+        (["latency", "{}", "--lock", "card", "-o", "card"], "reads or writes it as another file"),
+        (["bench", "{}", "-o", "/dev/null"], "not a regular file"),
         (["bench", "nowhere"], "cannot read nowhere/config.json"),
         (["bench", "{}", "--engine", '{{"parallel": 3}}'], "--engine: parallel is not for it to say"),
         (["bench", "{}", "--engine", '{{"variant": 3}}'], "--engine: variant is not for it to say"),
@@ -326,10 +340,12 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
         (["loads", "{}", "--tokens", "{}/config.json"], "is not a list of prompts"),
     ],
 )
-def test_bad_input_ends_in_one_line_before_an_engine_starts(arguments, message, tmp_path):
+def test_bad_input_ends_in_one_line_before_an_engine_starts(arguments, message, folder):
     config = {"model_type": "olmoe", "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 3}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
-    (tmp_path / "t").write_text("[[1]]")
+    (folder / "model" / "sub").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    (folder / "model" / "t").write_text("[[1]]")
+    (folder / "text.txt").touch()
     made_for = {
         "other": replace(MODEL, model_type="mixtral"),
         "wide": replace(MODEL, num_experts=16),
@@ -339,10 +355,20 @@ def test_bad_input_ends_in_one_line_before_an_engine_starts(arguments, message, 
     allocations = {name: allocate(model, dict.fromkeys(model.moe_layers, 2)) for name, model in made_for.items()}
     allocations["shifted"] = replace(allocate(MODEL, {0: 1, 1: 2, 2: 1}), gate_exponent=0.5)
     for name, allocation in allocations.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(to_document(allocation)))
-    result = CliRunner().invoke(main, [argument.format(tmp_path) for argument in arguments])
+        (folder / "model" / f"{name}.json").write_text(json.dumps(to_document(allocation)))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(main, [argument.format("model") for argument in arguments])
     assert result.exit_code == 2 and message in result.stderr
     assert result.stderr.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_eval_measures_nothing_where_vllm_would_not_see_an_allocation(folder, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    arguments = ["eval", str(TINY), "--task", "passkey", "--uniform-k", "2", "--backend", "vllm"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "VLLM_PLUGINS is 'other' and leaves out 'lexi'" in result.stderr
+    assert result.stderr.count("\n") == 1 and not any(folder.iterdir())
 
 
 @pytest.mark.parametrize(

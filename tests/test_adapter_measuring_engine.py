@@ -2,12 +2,15 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engine import allocate, export, make_servable, start
 from tiny import build_reference, find_moe_blocks
 
+from lexi_adapter import vllm_live
+from lexi_adapter.allocation import AllocationError
 from lexi_adapter.engines import (
     EngineError,
     answer_greedily,
@@ -126,9 +129,19 @@ def test_pruned_layers_run_and_come_back(engine):
 
 
 def test_a_function_that_fails_says_so_and_the_engine_lives_on(engine):
-    with pytest.raises(EngineError, match="engine of 'base': .*failed"):
+    with pytest.raises(EngineError, match=r"^engine of 'base': there is no k for MoE layers \[1, 2\] of this model"):
         engine.call(switch_layers, {0: 4})
+    with pytest.raises(EngineError, match=r"^engine of 'base': layers \[7\] are no MoE layers of this model"):
+        engine.call(switch_layers, {0: 4, 1: 4, 2: 4, 7: 4})
     assert len(engine.call(answer_greedily, WORKLOAD)) == 2
+
+
+def test_a_compiled_k_is_refused_with_what_to_write():
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(mode="compiled")))
+    with pytest.raises(
+        AllocationError, match="fixed the k of every SimpleNamespace .* --engine '{\"enforce_eager\": true}'"
+    ):
+        vllm_live._check_switchable(worker, {0: SimpleNamespace()})
 
 
 def test_drawn_weights_answer_differently_at_every_k(engine):

@@ -106,8 +106,10 @@ def bench(
     from lexi_adapter.reports import draw_bench, find_format, tabulate_bench, tabulate_kernels
     from lexi_adapter.variants import make_variants
 
-    for path in (output, plot) if plot else (output,):
-        check_writable(path)
+    read = [model, *files, *folders, *locks]
+    check_writable(output, apart_from=[*read, plot])
+    if plot:
+        check_writable(plot, apart_from=read)
     file_format = find_format(plot) if plot else None
     chosen = [known.parse_workload(text) for text in workloads] or [
         known.BALANCED,

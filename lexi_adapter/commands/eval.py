@@ -132,8 +132,10 @@ def eval_(
     own = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
     tasks = make_tasks(model, backend=backend, tokenizer=tokenizer, **own, **options)
     if backend == "vllm":
+        from lexi_adapter.engines import check_plugin
         from lexi_adapter.vllm_model import open_model
 
+        check_plugin(variants)
         if device is not None:
             raise AllocationError("--device is for transformers; vLLM runs on what it was built for")
         others = read_engine_options("auto", tensor_parallel_size, 1, False, engine)

@@ -36,7 +36,7 @@ def latency(
     from lexi_adapter.variants import describe_folder
     from lexi_adapter.workloads import parse_workload
 
-    check_writable(output)
+    check_writable(output, apart_from=[model, *locks])
     options = read_engine_options(**engine)
     identity = describe_folder(model, options["load_format"])
     steps, compared, facts = timing.measure(

@@ -53,7 +53,7 @@ def loads(
     from lexi_adapter import loads as counting
     from lexi_adapter.reports import tabulate_loads
 
-    check_writable(output)
+    check_writable(output, apart_from=[model, text, tokens, *files])
     if (text is None) == (tokens is None):
         raise AllocationError("give either --text or --tokens")
     found, facts = counting.measure(
