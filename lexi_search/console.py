@@ -84,13 +84,29 @@ def print_json(document: Any) -> None:
 
 def print_table(table: "RenderableType") -> None:
     """In a pipe nothing is folded: the reader is a program. On a terminal that is too narrow, it breaks lines itself
-    rather than having numbers cut."""
+    rather than having numbers cut. Names are shown as they are, and in ASCII what stdout's encoding lacks."""
     from rich.console import Console
 
-    wide = Console(width=10_000)
+    def make_console(width: int) -> Console:
+        return Console(width=width, markup=False, emoji=False)
+
+    console = make_console(10_000)
     if sys.stdout is not None and sys.stdout.isatty():
-        wide = Console(width=max(Console().width, wide.measure(table).minimum))
-    wide.print(table)
+        console = make_console(max(Console().width, console.measure(table).minimum))
+    with console.capture() as capture:
+        console.print(table)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = capture.get()
+    if not _can_show("±", encoding):
+        text = text.replace("±", "+-")
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), nl=False)
+
+
+def _can_show(text: str, encoding: str) -> bool:
+    try:
+        return bool(text.encode(encoding))
+    except UnicodeEncodeError:
+        return False
 
 
 def make_progress(*, quiet: bool = False) -> "Progress":

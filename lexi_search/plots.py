@@ -46,13 +46,16 @@ def draw_heatmap(
     panels = figure.subplots(1, len(profiles), squeeze=False)[0]
     for axes, (name, each) in zip(panels, profiles.items(), strict=True):
         _draw_panel(axes, each, loss or each.default_loss, normalised)
-        axes.set_title(name or f"{each.model.model_type}: loss of each layer at each k", loc="left")
+        title = _spell(name) or f"{each.model.model_type}: loss of each layer at each k"
+        axes.set_title(title, loc="left", parse_math=False)
         _draw_steps(axes, allocations, sorted(each.layers))
     if allocations:
         columns = max(1, len(profiles) * width // 7)
         handles, labels = panels[0].get_legend_handles_labels()
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, labelcolor="white")
         legend.get_frame().set(facecolor="#404040", edgecolor="none")
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 
@@ -120,6 +123,11 @@ def render(figure: Figure, file_format: str) -> bytes:
     return buffer.getvalue()
 
 
+def _spell(name: str) -> str:
+    """A file's name as text, whatever its bytes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _label(loss: str, normalised: bool) -> str:
     name = {
         "frobenius": r"mean $\|Y_k - Y_\mathrm{base}\|_F$",
@@ -142,6 +150,7 @@ def _draw_steps(axes: Axes, allocations: Mapping[str, Allocation], layers: Seque
             baseline=None,
             color=STEP_COLOURS[index % len(STEP_COLOURS)],
             linewidth=1.8,
-            label=f"{name}, B = {allocation.budget}",
+            # Without a dot before it, matplotlib leaves a name that starts with _ out.
+            label=f"{'./' * name.startswith('_')}{_spell(name)}, B = {allocation.budget}",
             path_effects=[patheffects.withStroke(linewidth=3.2, foreground="#00000099")],
         )

@@ -23,8 +23,11 @@ from synthetic import make_allocation, make_profile
 import lexi_search
 from lexi_search import artifacts
 from lexi_search.cli import main
-from lexi_search.console import parse_budgets, parse_layers
+from lexi_search.console import parse_budgets, parse_layers, print_table
 from lexi_search.errors import InputError
+from lexi_search.propagation import Variant
+from lexi_search.sensitivities import Judgement
+from lexi_search.tables import tabulate_judgements
 
 FAST = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
 CALL = [sys.executable, "-c", "from lexi_search.cli import main; main()"]
@@ -481,3 +484,14 @@ def read_terminal(master):
 
 def test_the_version_is_told():
     assert lexi_search.__version__ in succeed("--version")
+
+
+@pytest.mark.parametrize(("encoding", "sign"), [("ascii", "+-"), ("latin-1", "±"), ("utf-8", "±")])
+def test_what_stdout_cannot_show_is_spelt_out(monkeypatch, encoding, sign):
+    judged = {"k\u2082.json": Judgement(0.5, 0.25)}
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", shown)
+        print_table(tabulate_judgements({"k\u2082.json": Variant((1, 2))}, judged))
+    text = shown.buffer.getvalue().decode(encoding)
+    assert sign in text and ("k\u2082.json" if encoding == "utf-8" else "k\\u2082.json") in text

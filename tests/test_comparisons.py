@@ -90,6 +90,13 @@ def test_the_command_judges_every_loss(folder):
     )
 
 
+def test_names_are_shown_as_they_are(folder):
+    (folder / "a[").mkdir()
+    write(folder / "a.json", make_profile(5, 4))
+    write(folder / "a[" / "x] :smile:.json", make_profile(5, 4, seed=1))
+    assert "a[/x] :smile:.json" in succeed("compare", "a.json", "a[/x] :smile:.json")
+
+
 def test_profiles_stand_side_by_side(folder):
     write(folder / "a.json", make_profile(5, 4))
     write(folder / "b.json", add_model_losses(make_profile(5, 4)))

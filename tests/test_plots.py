@@ -68,3 +68,13 @@ def test_other_formats_are_refused(file_format):
 def test_a_profile_without_any_loss_can_be_drawn():
     profile = make_profile(3, 1)
     assert render(draw_heatmap(profile), "png")
+
+
+def test_names_of_files_are_shown_as_they_are():
+    names = ("$x^$.json", "_a.json", "caf\udce9 $y_$.json")
+    figure = draw_heatmap(dict.fromkeys(names, make_profile()), dict.fromkeys(names, make_allocation()))
+    assert render(figure, "svg")
+    spelt = ("$x^$.json", "_a.json", "caf\\udce9 $y_$.json")
+    assert tuple(axes.get_title("left") for axes in figure.axes[:3]) == spelt
+    shown = [text.get_text().partition(",")[0].removeprefix("./") for text in figure.legends[0].get_texts()]
+    assert tuple(shown) == spelt
