@@ -129,6 +129,5 @@ def check_tokens(what: str, sequences: Iterable[Sequence[int]], vocabulary: int 
         ends = (end for sequence in sequences for end in (min(sequence), max(sequence)))
         if (token := next((end for end in ends if not 0 <= end < vocabulary), None)) is not None:
             raise AllocationError(
-                f"{what} has token {token}, the model knows 0 to {vocabulary - 1}; name its own tokenizer by "
-                "--tokenizer"
+                f"{what} has token {token}, the model knows 0 to {vocabulary - 1}; use its own tokenizer"
             )

@@ -336,6 +336,8 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
         (["loads", "{}", "--tokens", "{}/t", "--allocation", "{}/other.json"], "the allocation was made for 'mixtral'"),
         (["loads", "{}", "--tokens", "{}/t", "--allocation", "{}/shifted.json"], "has a gate exponent of 0.5"),
         (["latency", "{}", "--workload", "4x1x4"], "workload 4x1x4 has 1 input token"),
+        (["loads", "{}", "--tokens", "{}/far"], "the model knows 0 to 6; use its own tokenizer"),
+        (["loads", "{}", "--tokens", "{}/negative"], "the model knows 0 to 6; use its own tokenizer"),
         (["loads", "{}"], "give either --text or --tokens"),
         (["loads", "{}", "--tokens", "{}/config.json"], "is not a list of prompts"),
     ],
@@ -343,8 +345,10 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
 def test_bad_input_ends_in_one_line_before_an_engine_starts(arguments, message, folder):
     config = {"model_type": "olmoe", "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 3}
     (folder / "model" / "sub").mkdir(parents=True)
-    (folder / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
-    (folder / "model" / "t").write_text("[[1]]")
+    config |= {"intermediate_size": 32, "vocab_size": 7}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    for name, prompts in (("t", [[1]]), ("far", [[1], [2, 7]]), ("negative", [[1, -1]])):
+        (folder / "model" / name).write_text(json.dumps(prompts))
     (folder / "text.txt").touch()
     made_for = {
         "other": replace(MODEL, model_type="mixtral"),

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_adapter.checkpoint import read_config
 from lexi_adapter.commands.options import PRUNED_SHARE, read_engine_options, takes_engine_options
 from lexi_adapter.console import print_table
 from lexi_adapter.files import check_writable, describe_call, write_json
-from lexi_adapter.texts import encode, load_tokenizer, read_text
+from lexi_adapter.texts import check_tokens, encode, find_vocabulary, load_tokenizer, read_text
 
 
 @click.command()
@@ -56,9 +57,11 @@ def loads(
     check_writable(output, apart_from=[model, text, tokens, *files])
     if (text is None) == (tokens is None):
         raise AllocationError("give either --text or --tokens")
+    chosen = _read_tokens(tokens) if tokens else _cut(model, text, prompts, length)
+    check_tokens(tokens or text, chosen, find_vocabulary(read_config(Path(model))))
     found, facts = counting.measure(
         model,
-        _read_tokens(tokens) if tokens else _cut(model, text, prompts, length),
+        chosen,
         allocations={file: read_allocation(file) for file in files},
         dropped=dropped,
         engine=read_engine_options(**engine),
