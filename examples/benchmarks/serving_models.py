@@ -27,7 +27,7 @@ SHARES = (0.75, 0.5)
 PRUNED = (0.25, 0.5)
 CARDS = (("deepseek-v2-lite", 2), ("deepseek-vl2-tiny", 2))
 OWN_CODE = {"deepseek-vl2-tiny", "minicpm-moe-8x2b"}  # configs with a configuration.py
-UNSURE = 0.1
+UNSURE = 0.2
 COMPILED_K = {"minicpm-moe-8x2b"}
 COLUMNS = (
     *(f"{kind} {100 * share:g} %" for share in SHARES for kind in ("mixed", "uniform")),
@@ -64,10 +64,9 @@ def find_column(variant):
     return f"{kind} {share}"
 
 
-def show_factor(line):
-    """With a ~ before it where the runs of the variant spread by more than `UNSURE` to either side."""
-    unsure = (line["highest"] - line["lowest"]) / 2 > UNSURE * line["median"]
-    return f"{'~' * unsure}{line['speedup']:.2f}"
+def mark(line, figure):
+    """The figure, with a ~ before it where highest and lowest run are more than `UNSURE` of the median apart."""
+    return f"{'~' * (line['highest'] - line['lowest'] > UNSURE * line['median'])}{figure}"
 
 
 def make_table(documents):
@@ -77,10 +76,10 @@ def make_table(documents):
     for document in documents:
         for workload in document["workloads"]:
             lines = [line for line in document["summary"] if line["workload"] == workload]
-            factors = {find_column(line["variant"]): show_factor(line) for line in lines[1:]}
+            factors = {find_column(line["variant"]): mark(line, f"{line['speedup']:.2f}") for line in lines[1:]}
             cards = document["variants"][0]["engine"]["workers"]
             name = Path(document["model"]).name + (f", {cards} cards" if cards > 1 else "")
-            cells = [name, workload, f"{lines[0]['median']:,.0f}"]
+            cells = [name, workload, mark(lines[0], f"{lines[0]['median']:,.0f}")]
             yield f"| {' | '.join([*cells, *(factors.get(column, '') for column in COLUMNS)])} |"
 
 
