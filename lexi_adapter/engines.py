@@ -50,7 +50,7 @@ class Engine:
         """
         try:
             outcome, value = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             outcome, value = "failed", "its process ended"
         if outcome == "failed":
             raise EngineError(f"engine of {self.name!r}: {value}")
@@ -58,7 +58,8 @@ class Engine:
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(llm, *args)` in the engine's process."""
-        self._connection.send((function, args))
+        with suppress(OSError):  # its process ended, as `wait` says
+            self._connection.send((function, args))
         return self.wait()
 
     def hang_up(self) -> None:
@@ -72,10 +73,11 @@ class Engine:
     def stop(self) -> None:
         """Let it end and wait until its memory is free."""
         self.hang_up()
-        self._process.join(60)
-        if self._process.is_alive():
-            self.interrupt()
-            self._process.join()
+        for force in (self._process.terminate, self._process.kill):
+            self._process.join(60)
+            if self._process.is_alive():
+                force()
+        self._process.join()
 
 
 def check_plugin(variants: Iterable[Variant]) -> None:
@@ -142,7 +144,7 @@ def _end_on_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: set by other than Python, and out of reach
 
 
 def _leave(number: int, _: Any) -> NoReturn:

@@ -133,8 +133,8 @@ def check_allocation(allocation: Allocation, folder: str, load_format: str) -> N
         return
     config = read_config(Path(folder))
     check_config(model, config, place)
-    if config["model_type"] in FAMILIES:
-        found = describe(config)
+    if config["model_type"] in FAMILIES or has_weights(Path(folder)):
+        found = describe_folder(folder, RANDOM)
         compare("the number of experts", found.num_experts, model.num_experts, place)
         compare("the list of MoE layers", list(found.moe_layers), list(model.moe_layers), place)
 
@@ -158,6 +158,11 @@ def _find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
         raise AllocationError(f"config.json of {name} has no {', '.join(missing)}; name them there")
     for key in keys:
         _check_count(name, key, text[key], 1)
+    if text[TOP_K] > text[family.num_experts]:
+        raise AllocationError(
+            f"config.json of {name}: {TOP_K} is {text[TOP_K]}, more than the {text[family.num_experts]} experts; fetch "
+            "it again"
+        )
     return family, text
 
 
@@ -174,8 +179,10 @@ def _find_moe_layers(name: str, text: Mapping[str, Any]) -> Iterator[int]:
     _check_count(name, "first_k_dense_replace", first, 0)
     _check_count(name, "moe_layer_freq", frequency, 1)
     _check_count(name, "decoder_sparse_step", step, 1)
-    if not isinstance(dense, list):
-        raise AllocationError(f"config.json of {name}: mlp_only_layers is {dense!r}, a list expected; fetch it again")
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise AllocationError(
+            f"config.json of {name}: mlp_only_layers is {dense!r}, a list of layers expected; fetch it again"
+        )
     for layer in range(text["num_hidden_layers"]):
         if layer >= first and layer % frequency == 0 and (layer + 1) % step == 0 and layer not in dense:
             yield layer

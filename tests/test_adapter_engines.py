@@ -14,6 +14,7 @@ import lexi_adapter
 
 # As vLLM does, the stand-in has a process of its own for the model, which only `shutdown` ends.
 STAND_IN = """
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -35,6 +36,11 @@ def wait(llm):
     Path("reached").touch()
     while True:  # a signal between two statements would not end a single long sleep
         time.sleep(0.05)
+
+
+def die(llm):
+    llm.model.kill()
+    os.kill(os.getpid(), 9)
 
 
 def fail(llm):
@@ -100,6 +106,20 @@ def test_ctrl_c_ends_all_in_one_word(start, state):
     assert log == "Aborted!\n" and process.returncode == 1
 
 
-def test_what_fails_in_an_engine_is_one_line(start):
-    _, log = start(COMMAND.replace("engine.call(vllm.wait)", "engine.call(vllm.fail)"), "busy").communicate(timeout=60)
-    assert log.endswith("lexi_adapter.engines.EngineError: engine of 'base': ValueError: two lines\n")
+DIE_TWICE = """try:
+            engine.call(vllm.die)
+        except Exception:
+            engine.call(vllm.die)"""
+
+
+@pytest.mark.parametrize(
+    "calls, line",
+    [
+        ("engine.call(vllm.fail)", "ValueError: two lines"),
+        ("engine.call(vllm.die)", "its process ended"),
+        (DIE_TWICE, "its process ended"),
+    ],
+)
+def test_what_fails_in_an_engine_is_one_line(start, calls, line):
+    _, log = start(COMMAND.replace("engine.call(vllm.wait)", calls), "busy").communicate(timeout=60)
+    assert log.endswith(f"lexi_adapter.engines.EngineError: engine of 'base': {line}\n")

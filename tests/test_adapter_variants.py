@@ -1,7 +1,7 @@
 """What `lexi-adapter bench` compares, from config.json alone."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -147,7 +147,9 @@ def test_too_few_experts_and_unknown_families_are_refused():
         ({"num_experts": "32"}, "num_experts is '32', an integer of at least 1 expected"),
         ({"num_experts_per_tok": True}, "num_experts_per_tok is True, an integer of at least 1 expected"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0, an integer of at least 1 expected"),
-        ({"mlp_only_layers": 3}, "mlp_only_layers is 3, a list expected"),
+        ({"num_experts_per_tok": 61}, "num_experts_per_tok is 61, more than the 60 experts"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers is 3, a list of layers expected"),
+        ({"mlp_only_layers": ["3"]}, r"mlp_only_layers is \['3'\], a list of layers expected"),
         ({"mlp_only_layers": list(range(24))}, "leaves no MoE layer"),
         ({"decoder_sparse_step": "1"}, "decoder_sparse_step is '1', an integer of at least 1 expected"),
         ({"first_k_dense_replace": [1]}, r"first_k_dense_replace is \[1\], an integer of at least 0 expected"),
@@ -193,6 +195,12 @@ def test_an_allocation_is_checked_against_the_weights_that_are_read(tmp_path):
     allocation = read_allocation(to_document(allocate_from_weights(other)))
     variants.check_allocation(allocation, str(other), "auto")
     variants.check_allocation(allocation, str(folder), "dummy")
+    glm4 = make_checkpoint("glm4_moe", tmp_path / "glm4_moe")
+    of_glm4 = read_allocation(to_document(allocate_from_weights(glm4)))
+    variants.check_allocation(of_glm4, str(glm4), "dummy")
+    wide = replace(of_glm4, model=replace(of_glm4.model, num_experts=99))
+    with pytest.raises(AllocationError, match="the number of experts is 16, the allocation was made for 99"):
+        variants.check_allocation(wide, str(glm4), "dummy")
     with pytest.raises(AllocationError, match="holds other router weights than the allocation was made for"):
         variants.make_variants(str(folder), load_format="auto", allocations={"a": allocation})
 
