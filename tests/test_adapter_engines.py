@@ -48,10 +48,12 @@ def fail(llm):
 """
 # What the commands do, to engines and on Ctrl-C.
 COMMAND = """
+import signal
 import sys
 import vllm
 from lexi_adapter.engines import start_engines
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 try:
     with start_engines([("base", {"state": sys.argv[1]}, {})]) as (engine,):
         if sys.argv[1] == "idle":
