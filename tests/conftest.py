@@ -11,7 +11,10 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
 )
 
-import hypothesis  # noqa: E402  (after the environment: plugins of hypothesis may import what reads it)
+import multiprocessing  # noqa: E402  (after the environment: plugins of hypothesis may import what reads it)
+from concurrent.futures import ProcessPoolExecutor  # noqa: E402
+
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("lexi", deadline=None)  # compiling takes as long as it takes
@@ -24,3 +27,23 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def narrow():
+    """`triton_gates.narrow` by Triton's interpreter, in a process of its own: it is all of Triton or nothing."""
+    import interpreted
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(len, ()).result()  # its process begins, with this environment
+
+    def narrow(weights, ids, top_k, exponent, *, ranked):
+        arrays = weights.numpy(), ids.numpy()
+        found = pool.submit(interpreted.narrow, *arrays, top_k, exponent, ranked=ranked).result()
+        return tuple(map(torch.from_numpy, found))
+
+    with pool:
+        yield narrow

@@ -1,8 +1,5 @@
 """The gate exponent's arithmetic, judged by one token at a time in float64, and a whole layer by a loop over tokens."""
 
-import importlib
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -61,35 +58,25 @@ def test_the_weights_are_those_of_the_definition(layer):
         assert token == pytest.approx(reference, rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def kernel():
-    """CUDA's kernel, run by Triton's interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.delitem(sys.modules, "lexi_adapter.triton_gates", raising=False)
-        yield importlib.import_module("lexi_adapter.triton_gates").narrow
-    sys.modules.pop("lexi_adapter.triton_gates", None)
-
-
 @given(layers())
-def test_the_kernel_gives_the_weights_of_the_definition(kernel, layer):
+def test_the_kernel_gives_the_weights_of_the_definition(narrow, layer):
     rng, scores, selection, top_k, own, exponent, rule = layer
     expected = [weigh(*token, top_k, own, exponent, **rule) for token in zip(scores, selection, strict=True)]
-    first = kernel(*route(scores, selection, own, **rule, order=np.arange(own)), top_k, exponent, ranked=False)
+    first = narrow(*route(scores, selection, own, **rule, order=np.arange(own)), top_k, exponent, ranked=False)
     by_score = [weigh(token, token, top_k, own, exponent, **rule) for token in scores]
     shuffled = route(scores, scores, own, **rule, order=rng.permutation(own))
-    largest = kernel(*shuffled, top_k, exponent, ranked=True)
+    largest = narrow(*shuffled, top_k, exponent, ranked=True)
     for found, reference in ((first, expected), (largest, by_score)):
         for token, weights in zip(read_weights(*found), reference, strict=True):
             assert token == pytest.approx(weights, rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 40])
-def test_the_kernel_takes_any_number_of_tokens_and_breaks_ties_by_place(kernel, tokens):
+def test_the_kernel_takes_any_number_of_tokens_and_breaks_ties_by_place(narrow, tokens):
     weights = torch.tensor([0.1, 0.3, 0.3, 0.3, 0.1]).repeat(tokens, 1)
     ids = torch.arange(5, dtype=torch.int32).repeat(tokens, 1)
     for ranked, expected in ((True, [1, 2]), (False, [0, 1])):
-        found, kept = kernel(weights, ids, 2, 1.0, ranked=ranked)
+        found, kept = narrow(weights, ids, 2, 1.0, ranked=ranked)
         assert found.shape == kept.shape == (tokens, 2) and kept.dtype == ids.dtype
         assert (kept == torch.tensor(expected)).all()
         torch.testing.assert_close(found.sum(-1), torch.full((tokens,), 1.1))
@@ -116,11 +103,11 @@ def test_a_renormalised_softmax_can_be_rescaled_instead(layer):
         assert token == pytest.approx(reference, rel=1e-5)
 
 
-def test_rows_without_weights_stay_without(kernel):
+def test_rows_without_weights_stay_without(narrow):
     """Padding rows, whose ids and weights vLLM blanks."""
     weights, ids = torch.zeros(2, 4), torch.full((2, 4), -1)
     for ranked in (True, False):
-        assert (kernel(weights, ids, 2, 0.5, ranked=ranked)[0] == 0).all()
+        assert (narrow(weights, ids, 2, 0.5, ranked=ranked)[0] == 0).all()
     assert (pick(weights, ids, ids[:, :2], 0.5) == 0).all()
     assert (compensate(weights, weights[:, :2], 0.5) == 0).all()
 

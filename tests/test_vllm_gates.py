@@ -40,15 +40,13 @@ def make_layer(name="FusedTopKRouter", **attributes):
 
 
 @pytest.fixture
-def cuda(monkeypatch):
+def cuda(monkeypatch, narrow):
     """A platform that says it is CUDA, compiles without generating code, and interprets kernels."""
     platform = SimpleNamespace(is_cuda=lambda: True, simple_compile_backend="eager")
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    sys.modules.pop("lexi_adapter.triton_gates", None)
+    monkeypatch.setitem(sys.modules, "lexi_adapter.triton_gates", SimpleNamespace(narrow=narrow))
     vllm_gates._fuse.cache_clear()
     yield
-    sys.modules.pop("lexi_adapter.triton_gates", None)
     vllm_gates._fuse.cache_clear()
 
 
