@@ -218,7 +218,13 @@ def make_document(
     kernels: what `kernels.combine` gives, with its variant and workload; left out if there are none.
     """
     described = [
-        {"name": v.name, "overrides": dict(v.overrides), "engine": _to_json(facts[v.name]), "answers": answers[v.name]}
+        {
+            "name": v.name,
+            "overrides": dict(v.overrides),
+            "gate_exponent": v.allocation and v.allocation.gate_exponent,
+            "engine": _to_json(facts[v.name]),
+            "answers": answers[v.name],
+        }
         for v in variants
         if v.name in facts
     ]

@@ -13,12 +13,14 @@ from typing import Any
 
 from lexi_adapter.allocation import Allocation, AllocationError
 from lexi_adapter.checkpoint import check_folder, read_config
+from lexi_adapter.files import is_result
 from lexi_adapter.scores import Model, Outcome, Score, Task, combine, compare
 from lexi_adapter.texts import find_vocabulary
 from lexi_adapter.transformers_model import find_allocation
 from lexi_adapter.variants import Variant, allocate, check_names, describe_folder
 
 FORMAT, VERSION = "lexi-eval", 1
+WORDS = {"files_sha256": "state of its files", "source_sha256": "source"}  # what differs, as a user says it
 # Of weights, of settings and tokenizers, and of code that --trust-remote-code runs.
 STATEFUL = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 
@@ -62,7 +64,8 @@ def make_variants(
 
 def hash_state(folder: str) -> str:
     """Hex SHA-256 over name, size and time of the files in a folder that a model or its tokenizer is made of."""
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix in STATEFUL and path.is_file())
+    there = (path for path in Path(folder).iterdir() if path.suffix in STATEFUL and path.is_file())
+    files = sorted(path for path in there if not is_result(path))
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(state).encode()).hexdigest()
 
@@ -166,7 +169,7 @@ def find_finished(document: Any, place: str, expected: Mapping[str, Any]) -> dic
 
 
 def _list_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    return sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    return sorted(WORDS.get(key, key) for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
 
 
 def read_outcome(piece: Mapping[str, Any]) -> Outcome:

@@ -40,8 +40,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = ()) -> None:
     """Raise the AllocationError that `write_atomically` would raise now, leaving nothing behind.
 
-    And one where `path` is a file of `apart_from`, or lies in a folder of it, such as a model's: what is read, or is
-    written as well; None is no file.
+    And one where `path` is a file of `apart_from`, or is there and lies in a folder of it, such as a model's, unless it
+    is a result itself: what is read, or is written as well; None is no file.
     """
     # A link that lies in a folder belongs to it wherever it leads, as all files of a model in the hub's cache do.
     folder, name = os.path.split(os.path.abspath(path))
@@ -52,10 +52,22 @@ def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | o
             raise AllocationError(
                 f"cannot write {path}: the same command reads or writes it as another file; choose another name"
             )
-        if taken.is_dir() and any(place.is_relative_to(taken) for place in places):
-            raise AllocationError(f"cannot write {path}: the same command reads the folder {other}; write elsewhere")
+        within = taken.is_dir() and any(place.is_relative_to(taken) for place in places)
+        if within and places[0].exists() and not is_result(places[0]):
+            raise AllocationError(f"cannot write {path}: it is a file of {other}, which the same command reads")
     _, temporary = _open_temporary(path)
     temporary.unlink()
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is one that this project writes: a figure, or JSON that says so."""
+    if path.suffix != ".json":
+        return path.suffix in (".png", ".svg", ".pdf")
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and str(document.get("format")).startswith("lexi-")
 
 
 def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path]:

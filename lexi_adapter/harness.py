@@ -82,7 +82,7 @@ def _load(names: Sequence[str], include_paths: Sequence[str], backend: str) -> s
         if backend == "transformers":
             import lm_eval.models.huggingface  # noqa: F401  (asks for more packages than lm-eval itself)
     except ImportError as error:
-        raise AllocationError(f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]'") from error
+        raise AllocationError(f"lm-eval cannot be imported ({error}); pip install '.[eval]'") from error
     manager = _index_tasks(tuple(include_paths))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:

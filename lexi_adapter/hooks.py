@@ -54,12 +54,16 @@ def find_function(name: str) -> Callable[[Callable[..., list[str]]], Mapping[str
     return function
 
 
-def hash_source(name: str, function: Callable[..., Any]) -> str:
-    """Hex SHA-256 over the files of the module at `name` and of the one that its function was written in."""
+def find_sources(name: str, function: Callable[..., Any]) -> list[str]:
+    """The files of the module at `name` and of the one that its function was written in."""
     places = dict.fromkeys([name.partition(":")[0], getattr(function, "__module__", None)])
-    files = [getattr(sys.modules.get(place), "__file__", None) for place in places]
+    return list(filter(None, (getattr(sys.modules.get(place), "__file__", None) for place in places)))
+
+
+def hash_source(name: str, function: Callable[..., Any]) -> str:
+    """Hex SHA-256 over the files of `find_sources`."""
     digest = hashlib.sha256()
-    for file in filter(None, files):
+    for file in find_sources(name, function):
         try:
             digest.update(Path(file).read_bytes())
         except OSError as error:
@@ -121,7 +125,7 @@ def _read(value: Any, place: str) -> Score:
     try:
         values = [float(item) for item in value] if isinstance(value, list | tuple) else None
         score = average(values) if values is not None else Score(float(value))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise AllocationError(f"{place}: neither a number nor a list of numbers ({error})") from error
     if not all(map(math.isfinite, score.values or (score.value,))):
         raise AllocationError(f"{place}: not finite")

@@ -31,12 +31,12 @@ class Panel:
 
 
 def match(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, str]:
-    """Name in `eval`'s document -> name in `bench`'s: the same name, or the same k in every layer of the same weights.
+    """Name in `eval`'s document -> name in `bench`'s: the same name, or the same k and exponent of the same weights.
 
     Variants that one of the two does not have are left out.
 
     Raises:
-        AllocationError: two variants of one name that ran different k.
+        AllocationError: two variants of one name that ran different k, or other gate exponents.
     """
     measured = {variant["name"]: variant for variant in speed["variants"]}
     pairs = {}
@@ -51,10 +51,18 @@ def match(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, str
                     f"{name!r} ran with top-k {ours} of layer {layer} in eval, but {theirs} in bench; measure the "
                     "same in both"
                 )
+            if top_k is not None and variant.get("gate_exponent") != measured[name].get("gate_exponent"):
+                raise AllocationError(
+                    f"{name!r} ran with another gate exponent in eval than in bench; measure one in both"
+                )
             pairs[name] = name
             continue
         alike = (
-            other for other, found in measured.items() if not found["overrides"] and top_k == found["engine"]["top_k"]
+            other
+            for other, found in measured.items()
+            if not found["overrides"]
+            and top_k == found["engine"]["top_k"]
+            and variant.get("gate_exponent") == found.get("gate_exponent")
         )
         if (other := next(alike, None)) is not None:
             pairs[name] = other

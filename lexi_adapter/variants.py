@@ -144,7 +144,7 @@ def _find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     if name not in list(FAMILIES):  # a list, because what a config holds need not be hashable
         raise AllocationError(
             f"model_type {name!r} is not one of {', '.join(FAMILIES)}, of which config.json alone tells enough; name a "
-            "folder with its weights, and compare by --allocation, made by lexi-search, or --folder"
+            "folder with its weights, or, where there are such options, an --allocation by lexi-search or a --folder"
         )
     family = FAMILIES[name]
     text = config.get(family.text_config) if family.text_config else config

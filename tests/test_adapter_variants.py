@@ -186,7 +186,9 @@ def test_weights_tell_of_families_that_a_config_alone_does_not(tmp_path):
     made = variants.make_variants(str(folder), load_format="auto", allocations={}, shares=(0.5,))
     assert [variant.name for variant in made] == ["base", "mixed k, 50 %", "uniform k = 2, 50 %"]
     (folder / "model.safetensors").unlink()
-    with pytest.raises(AllocationError, match="name a folder with its weights, and compare by --allocation, made by"):
+    with pytest.raises(
+        AllocationError, match="name a folder with its weights, or, where there are such options, an --allocation"
+    ):
         variants.describe_folder(str(folder), "dummy")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -195,9 +196,22 @@ def test_a_task_of_the_users_own(folder, monkeypatch):
     assert "returned int" in refuse(MODEL, "--task", "mine:wrong", "-o", "b.json")
     assert "needs --backend vllm" in refuse(MODEL, "--task", "mine:image", "-o", "b.json")
     assert "no task mine:nothing" in refuse(MODEL, "--task", "mine:nothing", "-o", "b.json")
-    for value in (float("nan"), "x", [], ["x"], None):
+    for value in (float("nan"), "x", [], ["x"], None, 10**400):
         with pytest.raises(AllocationError, match="task t, metric m"):
             hooks.measure(None, lambda generate, value=value: {"m": value}, "t", 99)
+
+
+def test_results_may_lie_in_the_models_folder(folder):
+    shutil.copytree(MODEL, "model")
+    Path("text.txt").write_text(TEXT)
+    task = ("--task", "perplexity", "--text", "../text.txt", "--window", "32", "--max-windows", "1")
+    os.chdir("model")
+    assert run(".", *task).exit_code == 0
+    write_allocation(Path("a.json"))
+    again = run(".", *task)
+    assert again.exit_code == 0 and "eval.json has 1 of 1 results\n" in again.stderr
+    Path("config.json").touch()
+    assert "other results of 'base' than these (another state of its files)" in refuse(".", *task)
 
 
 def test_results_of_another_source_are_refused(folder, monkeypatch):
@@ -210,7 +224,7 @@ def test_results_of_another_source_are_refused(folder, monkeypatch):
         assert "has 1 of 1 results" in run(*call).stderr
     Path("changing.py").write_text("def measure(generate):\n    return {'number': 4}\n")
     for call in calls:
-        assert f"holds other results of '{call[2]}' than these (another source_sha256)" in refuse(*call)
+        assert f"holds other results of '{call[2]}' than these (another source)" in refuse(*call)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +404,7 @@ def test_results_with_another_tokenizer_are_refused(folder):
     assert "holds results with tokenizer_sha256 " in refuse(*arguments)
 
 
-def test_what_the_command_reads_is_not_written_over(folder):
+def test_what_the_command_reads_is_not_written_over(folder, monkeypatch):
     Path("text.txt").write_text(TEXT)
     Path("questions.json").write_text("[]")
     write_allocation(Path("a.json"))
@@ -399,8 +413,16 @@ def test_what_the_command_reads_is_not_written_over(folder):
     before = {path: path.read_bytes() for path in Path.cwd().rglob("*.*")}
     tasks = ("--task", "perplexity", "--text", "text.txt", "--task", "qasper", "--qasper", "questions.json")
     arguments = ("model", *tasks, "--allocation", "a.json", "--folder", "other", "--tokenizer", "other", "--restart")
-    for output in ("text.txt", "questions.json", "a.json", "model/config.json", "other/new.json"):
+    for output in ("text.txt", "questions.json", "a.json"):
         assert f"cannot write {output}: the same command reads" in refuse(*arguments, "-o", output)
+    for output in ("model/config.json", "other/tokenizer.json"):
+        assert f"cannot write {output}: it is a file of " in refuse(*arguments, "-o", output)
+    Path("task.py").write_text(source := "def measure(generate):\n    return {'number': 3}\n")
+    monkeypatch.syspath_prepend(folder)
+    assert "cannot write task.py: the same" in refuse(MODEL, "--task", "task:measure", "-o", "task.py", "--restart")
+    assert Path("task.py").read_text() == source
+    Path("task.py").unlink()
+    shutil.rmtree("__pycache__", ignore_errors=True)
     assert {path: path.read_bytes() for path in Path.cwd().rglob("*.*")} == before
 
 

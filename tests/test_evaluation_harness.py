@@ -76,7 +76,7 @@ def test_the_task_files_are_among_the_settings(tmp_path, monkeypatch):
 
 def test_without_lm_eval_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(AllocationError, match=r"pip install 'lm-eval\[hf\]'"):
+    with pytest.raises(AllocationError, match=r"pip install '\.\[eval\]'"):
         make_tasks(["boolq"])
 
 

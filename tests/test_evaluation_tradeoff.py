@@ -70,6 +70,17 @@ def test_variants_are_matched_by_name_or_by_k():
     assert [point.value for point in panel.points] == [20, 21, 22, 23]
 
 
+def test_another_gate_exponent_is_another_model():
+    quality, speed = make_quality(), make_speed()
+    quality["variants"][1]["gate_exponent"] = 0.5
+    assert "mine.json" not in tradeoff.match(quality, speed)
+    speed["variants"][1]["gate_exponent"] = 0.5
+    assert tradeoff.match(quality, speed)["mine.json"] == "./mine.json"
+    speed["variants"][1] |= {"name": "mine.json", "gate_exponent": None}
+    with pytest.raises(AllocationError, match="'mine.json' ran with another gate exponent in eval than in bench"):
+        tradeoff.match(quality, speed)
+
+
 def test_one_name_for_two_sets_of_k_is_refused():
     for other in ({"0": 1, "1": 2}, {"0": 1, "1": 3, "2": 3}, {"0": 1}):
         speed = make_speed(names=("base", "mine.json"))

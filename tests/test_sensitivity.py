@@ -407,10 +407,14 @@ def test_bad_input_is_refused_in_one_line(folder, mixtral):
     words = Path("words")
     words.mkdir()
     refuse("cannot write .*nowhere", mixtral, *text, "-o", "nowhere/profile.json")
-    refuse(
-        "cannot write .*config.json: the same command reads the folder", mixtral, *text, "-o", mixtral / "config.json"
-    )
-    refuse("cannot write words/new: the same command reads", mixtral, *text, "--tokenizer", words, "-o", words / "new")
+    refuse("cannot write .*config.json: it is a file of", mixtral, *text, "-o", mixtral / "config.json")
+    (words / "own.json").touch()
+    refuse("cannot write words/own.json: it is a file", mixtral, *text, "--tokenizer", words, "-o", words / "own.json")
+    Path("truth.json.partial").write_text("mine")
+    journal = ("--length", 12, "--text", "truth.json.partial", "--restart")
+    refuse("cannot write .*truth.json.partial: the same command reads", mixtral, *journal)
+    assert Path("truth.json.partial").read_text() == "mine"
+    Path("truth.json.partial").unlink()
     for option in ("--text", "--tokens"):
         refuse("cannot write mine: the same command reads", mixtral, option, "mine", "-o", "mine")
     refuse("cannot read nothing/config.json", "nothing", *text)
@@ -421,7 +425,7 @@ def test_bad_input_is_refused_in_one_line(folder, mixtral):
         refuse(f"no device '{device}'", mixtral, *text, "--device", device)
     refuse("nothing has no tokenizer", mixtral, *text, "--tokenizer", "nothing")
     (folder / "truth.json.partial").mkdir()
-    refuse("cannot use .*truth.json.partial: Is a directory", mixtral, *text)
+    refuse("cannot write .*truth.json.partial: not a regular file", mixtral, *text)
     os.mkfifo("pipe.partial")
     refuse("cannot use .*pipe.partial: not a regular file", mixtral, *text, "-o", "pipe")
 

@@ -115,6 +115,7 @@ def eval_(
     """
     from lexi_adapter import evaluation
     from lexi_adapter.eval_reports import tabulate_eval
+    from lexi_adapter.hooks import find_function, find_sources
     from lexi_adapter.tasks import make_tasks
     from lexi_adapter.texts import load_tokenizer
 
@@ -131,6 +132,9 @@ def eval_(
     setting = {"backend": backend, "dtype": dtype, **_describe_tokenizer(tokenizer, model)}
     own = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
     tasks = make_tasks(model, backend=backend, tokenizer=tokenizer, **own, **options)
+    own_tasks = [name for name in options["names"] if _name_kind(name) == OWN]
+    sources = [file for name in own_tasks for file in find_sources(name, find_function(name))]
+    check_writable(output, apart_from=[*sources, *options["include_paths"]])
     if backend == "vllm":
         from lexi_adapter.engines import check_plugin
         from lexi_adapter.vllm_model import open_model
@@ -155,7 +159,9 @@ def eval_(
     if Path(output).exists() and not restart:
         empty = evaluation.make_document(variants, tasks, setting, {})
         finished = evaluation.find_finished(_read(output), output, empty)
-        click.echo(f"{output} has {len(finished)} of {len(variants) * len(tasks)} results; the rest follows", err=True)
+        count = len(variants) * len(tasks)
+        rest = "; the rest follows" if len(finished) < count else ""
+        click.echo(f"{output} has {len(finished)} of {count} results{rest}", err=True)
     made_by = describe_call()
     document = evaluation.evaluate(
         variants,

@@ -66,7 +66,7 @@ def read_engine_options(
         raise AllocationError("--engine is not a JSON object")
     given = [name for name in GIVEN if name in others]
     if given:
-        raise AllocationError(f"--engine: {given[0]} is not for it to say; leave it out, MODEL names the model")
+        raise AllocationError(f"--engine: {given[0]} is not for it to say, but for other options; leave it out")
     for name in OBJECTS:
         if not isinstance(others.get(name, {}), dict):
             raise AllocationError(f"--engine: {name} is {others[name]!r}, a JSON object expected")

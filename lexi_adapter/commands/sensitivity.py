@@ -1,5 +1,6 @@
 """`lexi-adapter sensitivity`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,6 +68,7 @@ def sensitivity(
     if bool(texts) + bool(files) + own != 1:
         raise AllocationError("give one of --text, --tokens and --generate")
     check_writable(output, apart_from=[model, tokenizer, *texts, *files])
+    check_writable(f"{os.path.realpath(output)}.partial", apart_from=[*texts, *files])  # the journal
     from lexi_adapter.checkpoint import read_config
     from lexi_adapter.identity import describe_checkpoint
     from lexi_adapter.journal import keep_journal
