@@ -427,7 +427,7 @@ def test_bad_input_is_refused_in_one_line(folder, mixtral):
     (folder / "truth.json.partial").mkdir()
     refuse("cannot write .*truth.json.partial: not a regular file", mixtral, *text)
     os.mkfifo("pipe.partial")
-    refuse("cannot use .*pipe.partial: not a regular file", mixtral, *text, "-o", "pipe")
+    refuse("cannot write .*pipe.partial: not a regular file", mixtral, *text, "-o", "pipe")
 
 
 @pytest.mark.parametrize(
