@@ -45,6 +45,11 @@ class Journal:
         self.parts[batch, layer] = movements
 
 
+def find_place(output: str | os.PathLike[str]) -> Path:
+    """Where the journal of the file that is to be written to `output` lies."""
+    return Path(f"{os.path.realpath(output)}.partial")
+
+
 @contextmanager
 def keep_journal(output: str | os.PathLike[str], run: Mapping[str, Any], *, restart: bool = False) -> Iterator[Journal]:
     """The journal of the file that is to be written to `output`, locked against other runs, and removed on success.
@@ -55,7 +60,7 @@ def keep_journal(output: str | os.PathLike[str], run: Mapping[str, Any], *, rest
         AllocationError: another run is at work on `output`; there is the journal of a run that was not `run`, or what
             is no journal, unless `restart` throws it away; the file cannot be used.
     """
-    path = Path(f"{os.path.realpath(output)}.partial")
+    path = find_place(output)
     try:
         file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
     except OSError as error:

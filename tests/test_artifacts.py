@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import stat
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import add_model_losses, make_allocation, make_cost_table, make_identity, make_profile
 
-from lexi_search import artifacts, files
+from lexi_search import artifacts
 from lexi_search.artifacts import LOSS_KINDS, Allocation, LayerLoss, ModelIdentity, Profile, ProfileSettings
 from lexi_search.errors import InputError
 
@@ -336,74 +334,3 @@ def test_invalid_objects_cannot_be_made():
         dataclasses.replace(make_allocation(), loss=float("nan"))
     with pytest.raises(InputError, match="top_k is 0"):
         make_identity(top_k=0)
-
-
-def test_writing_replaces_and_leaves_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    for data in (b"first", b"second"):
-        files.write_atomically(path, data)
-        assert path.read_bytes() == data
-        assert os.listdir(tmp_path) == ["file"]
-    reference = tmp_path / "reference"
-    reference.touch()
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(reference.stat().st_mode)
-
-
-def test_writing_through_a_link_keeps_the_link(tmp_path):
-    (tmp_path / "target").write_bytes(b"old")
-    (tmp_path / "link").symlink_to("target")
-    files.write_atomically(tmp_path / "link", b"new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch, failing):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(InputError, match="cannot write .*file: No space left on device"):
-        files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("write", [files.check_writable, lambda path: files.write_atomically(path, b"")])
-def test_places_that_cannot_be_written(tmp_path, write):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write .*absent/file: No such file or directory"):
-        write(tmp_path / "absent" / "file")
-    with pytest.raises(InputError, match="cannot write .*file/child: Not a directory"):
-        write(tmp_path / "file" / "child")
-    with pytest.raises(InputError, match="cannot write .*: not a regular file"):
-        write(tmp_path)
-    with pytest.raises(InputError, match="cannot write /dev/null: not a regular file"):
-        write("/dev/null")
-    with pytest.raises(InputError, match="cannot write /: not a regular file"):
-        write("/")
-    with pytest.raises(InputError, match="cannot write /proc/profile.json: "):
-        write("/proc/profile.json")
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_check_writable_leaves_nothing(tmp_path):
-    files.check_writable(tmp_path / "file")
-    assert os.listdir(tmp_path) == []

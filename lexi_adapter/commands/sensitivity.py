@@ -1,6 +1,5 @@
 """`lexi-adapter sensitivity`."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,16 +67,16 @@ def sensitivity(
     if bool(texts) + bool(files) + own != 1:
         raise AllocationError("give one of --text, --tokens and --generate")
     check_writable(output, apart_from=[model, tokenizer, *texts, *files])
-    check_writable(f"{os.path.realpath(output)}.partial", apart_from=[*texts, *files])  # the journal
     from lexi_adapter.checkpoint import read_config
     from lexi_adapter.identity import describe_checkpoint
-    from lexi_adapter.journal import keep_journal
+    from lexi_adapter.journal import find_place, keep_journal
     from lexi_adapter.loading import explain_full_memory, load_model
     from lexi_adapter.movements import measure
     from lexi_adapter.sensitivity import describe_run, make_document, make_settings
     from lexi_adapter.texts import check_length, encode, find_limit, load_tokenizer, read_text
     from lexi_adapter.windows import check_vocabulary, cut, generate, read_tokens
 
+    check_writable(find_place(output), apart_from=[*texts, *files])
     identity = describe_checkpoint(Path(model))
     check_length("--length", length, find_limit(read_config(Path(model))))
     reader = load_tokenizer(tokenizer or model) if texts else None

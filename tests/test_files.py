@@ -1,0 +1,94 @@
+"""What either package writes: whole or not at all, and only over regular files. They share the rules and no code."""
+
+import os
+import stat
+from functools import partial
+
+import pytest
+
+import lexi_adapter.files
+import lexi_search.files
+from lexi_adapter.allocation import AllocationError
+from lexi_search.errors import InputError
+
+REFUSALS = {lexi_search.files: InputError, lexi_adapter.files: AllocationError}
+
+
+@pytest.fixture(params=REFUSALS, ids=lambda files: files.__name__)
+def files(request):
+    return request.param
+
+
+def test_writing_replaces_and_leaves_nothing_else(files, tmp_path):
+    path = tmp_path / "file"
+    for data in (b"first", b"second"):
+        files.write_atomically(path, data)
+        assert path.read_bytes() == data
+        assert os.listdir(tmp_path) == ["file"]
+    reference = tmp_path / "reference"
+    reference.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(reference.stat().st_mode)
+
+
+def test_writing_through_a_link_keeps_the_link(files, tmp_path):
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    files.write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_alone(files, tmp_path, monkeypatch, failing):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(REFUSALS[files], match="cannot write .*file: No space left on device"):
+        files.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_alone(files, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_places_that_cannot_be_written(files, tmp_path, checked):
+    write = files.check_writable if checked else partial(files.write_atomically, data=b"")
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path, reason in {
+        tmp_path / "absent" / "file": "No such file or directory",
+        tmp_path / "file" / "child": "Not a directory",
+        tmp_path: "not a regular file",
+        tmp_path / "pipe": "not a regular file",
+        tmp_path / "link": "not a regular file",
+        "/dev/null": "not a regular file",
+        "/": "not a regular file",
+        "/proc/profile.json": "",
+    }.items():
+        with pytest.raises(REFUSALS[files], match=f"cannot write {path}: {reason}"):
+            write(path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_check_writable_leaves_nothing(files, tmp_path):
+    files.check_writable(tmp_path / "file")
+    assert os.listdir(tmp_path) == []
