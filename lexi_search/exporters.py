@@ -103,18 +103,19 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
     *path, top_k = model.top_k_key.split(".")
     section: Any = config
     for key in path:
-        section = section.get(key, {}) if isinstance(section, Mapping) else {}
+        section = section.get(key) if isinstance(section, Mapping) else None
+    section = section if isinstance(section, Mapping) else {}
     counts = ARCHITECTURES[model.model_type].num_experts if model.model_type in ARCHITECTURES else ()
     for name, place, expected in (
         ("model_type", config, model.model_type),
         ("num_hidden_layers", section, model.num_hidden_layers),
-        *((name, section, model.num_experts) for name in counts if isinstance(section, Mapping) and name in section),
+        *((name, section, model.num_experts) for name in counts if name in section),
         (top_k, section, model.top_k),
     ):
-        found = place.get(name) if isinstance(place, Mapping) else None
+        found = place.get(name)
         if isinstance(found, list) and found and all(item == found[0] for item in found):
             found = found[0]  # one for each layer, as Hunyuan's moe_topk
-        counted_otherwise = name == "num_hidden_layers" and isinstance(place, Mapping) and "layers_block_type" in place
+        counted_otherwise = name == "num_hidden_layers" and "layers_block_type" in place
         if found != expected and not counted_otherwise:
             raise InputError(f"the allocation is for {name} {expected!r}, the config has {found!r}: not the same model")
     if "lexi_allocation" in config or "per_layer_config" in section:

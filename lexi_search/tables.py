@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -202,5 +203,5 @@ def _entitle(title: str, table: Table) -> Group:
             column.min_width = FOLDED
         else:
             column.no_wrap = True
-            column.min_width = max(map(len, (str(column.header), *map(str, column.cells))))
+            column.min_width = max(map(cell_len, (str(column.header), *map(str, column.cells))))
     return Group(Text(title, style="bold"), table)
