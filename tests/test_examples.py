@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import make_profile
 
-from lexi_search.evolution import search
-from lexi_search.problems import pose
+from lexi_search.solvers.evolution import search
+from lexi_search.solvers.problem import pose
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

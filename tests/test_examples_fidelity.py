@@ -38,8 +38,8 @@ import wording  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from views import View, list_cells, read_views  # noqa: E402
 
-from lexi_adapter.transformers_patch import apply  # noqa: E402
-from lexi_adapter.variants import allocate  # noqa: E402
+from lexi_adapter.model.variants import allocate  # noqa: E402
+from lexi_adapter.serving.transformers_patch import apply  # noqa: E402
 
 DOMAINS = {"code": 3, "prose": 2}
 

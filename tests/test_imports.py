@@ -10,66 +10,38 @@ import pytest
 import lexi_search
 
 ROOT = Path(lexi_search.__file__).parent.parent
-# Reading order. A module may import those to its left only.
-LINE = [
-    "errors",
-    "files",
-    "documents",
-    "artifacts",
-    "merging",
-    "partials",
-    "checkpoint",
-    "schemes",
-    "quantisation",
-    "formats",
-    "tensors",
-    "architectures",
-    "layouts",
-    "models",
-    "routing",
-    "ffn",
-    "rope",
-    "decoders",
-    "components",
-    "stacks",
-    "attention",
-    "experts",
-    "moe",
-    "blocks",
-    "hopper",
-    "grouped",
-    "weights",
-    "carrying",
-    "moments",
-    "controls",
-    "measuring",
-    "propagation",
-    "synthesis",
-    "sensitivities",
-    "profiling",
-    "distribution",
-    "problems",
-    "frontiers",
-    "exact",
-    "populations",
-    "evolution",
-    "uncertainty",
-    "costs",
-    "allocations",
-    "fronts",
-    "comparisons",
-    "exporters",
-    "importance",
-    "slicing",
-    "sizes",
-    "shards",
-    "pruning",
-    "plots",
-    "tables",
-    "console",
-    "commands",
-    "cli",
-]
+# Wings in reading order, and the rooms of each. A room may import from wings above its own, and rooms before it.
+HOUSE = {
+    "lexi_search": {
+        "errors": "",
+        "artifacts": "files codec identity profile allocation cost_table serialisation merging",
+        "solvers": "problem pareto exact operators evolution uncertainty",
+        "layers": "spec weights routing ffn experts moe attention decoder kernels",
+        "checkpoint": "folder reader config writer dequantise quantisation_config quantisation_formats tensors",
+        "models": "moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
+        "profiling": "moments gaussian forward sampling divergence profile distributed resume session",
+        "allocation": "costs allocate tradeoff comparison export",
+        "pruning": "importance slicing sizes prune",
+        "cli": "console options tables plots commands main",
+    },
+    "lexi_adapter": {
+        "allocation": "",
+        "files": "",
+        "environment": "",
+        "model": "folder identity shapes variants",
+        "serving": "gates triton_gates transformers_gates transformers_patch "
+        "vllm_names vllm_gates vllm_build vllm_plugin",
+        "engines": "workload locks kernels worker process options measuring",
+        "speed": "throughput latency expert_load",
+        "tasks": "scores texts perplexity passkey qasper harness hooks registry",
+        "evaluation": "transformers_backend vllm_backend evaluate results tradeoff",
+        "sensitivity": "windows divergence replay ablation profile journal",
+        "cli": "console options tables figures commands main",
+    },
+}
+# Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
+FOLDERS = {"lexi_search/layers/kernels": "blocks hopper grouped"}
+MOST_ROOMS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 330, 60
 STANDARD = set(sys.stdlib_module_names) | {"lexi_search"}
 MAY_IMPORT = {
     "lexi_search": STANDARD
@@ -101,17 +73,85 @@ def find_imports(path):
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-def test_every_module_has_its_place_in_the_line():
-    assert {path.stem for path in (ROOT / "lexi_search").iterdir() if not path.name.startswith("_")} == set(LINE)
+def list_line(package):
+    """Every place of a package in reading order: wings as (wing,), rooms as (wing, room)."""
+    for wing, rooms in HOUSE[package].items():
+        yield from ((wing, room) for room in rooms.split())
+        yield (wing,)  # after its rooms: they import one another, never their wing
 
 
-@pytest.mark.parametrize("module", LINE)
-def test_imports_go_left_only(module):
-    folder = ROOT / "lexi_search" / module
-    files = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-    parts = [name.split(".") for file in files for name in find_imports(file)]
-    imported = {part[1] for part in parts if part[0] == "lexi_search"} - {"__version__"}
-    assert imported <= set(LINE[: LINE.index(module) + folder.is_dir()])  # a folder's modules may share among them
+def find_place(package, line, dotted):
+    """The longest beginning of a dotted name that is a place in the line; None for what is outside the package."""
+    parts = tuple(dotted.split("."))
+    if parts[0] != package:
+        return None
+    return next((parts[1:end] for end in (3, 2) if parts[1:end] in line), None)
+
+
+ROOMS = [(package, *place) for package in HOUSE for place in list_line(package)]
+
+
+def find_files(package, *place):
+    path = ROOT.joinpath(package, *place)
+    return sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_every_module_has_its_place_in_the_line(package):
+    top = ROOT / package
+    wings = {path.stem for path in top.iterdir() if not path.name.startswith("_")}
+    assert wings == set(HOUSE[package])
+    for wing, rooms in HOUSE[package].items():
+        there = {path.stem for path in (top / wing).glob("*") if not path.name.startswith("_")}
+        assert there == set(rooms.split()), wing
+        assert len(there) <= MOST_ROOMS, wing
+    folders = {str(path.relative_to(ROOT)) for path in top.glob("*/*") if path.is_dir() and path.name[0] != "_"}
+    assert folders - {f"{package}/cli/commands"} == {folder for folder in FOLDERS if folder.startswith(package)}
+
+
+@pytest.mark.parametrize("room", ROOMS, ids="/".join)
+def test_imports_go_left_only(room):
+    package, *place = room
+    line = list(list_line(package))
+    for file in find_files(*room):
+        for name in find_imports(file):
+            found = find_place(package, line, name)
+            if found is not None and found != tuple(place):
+                assert line.index(found) < line.index(tuple(place)), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, *(f"{package}/cli/commands" for package in HOUSE)])
+def test_modules_of_a_folder_import_only_those_before_them(folder):
+    order = FOLDERS.get(folder, "").split()
+    files = [path for path in (ROOT / folder).glob("*.py") if not path.name.startswith("_")]
+    assert not order or {path.stem for path in files} == set(order)
+    prefix = folder.replace("/", ".") + "."
+    for file in files:
+        imported = {name.removeprefix(prefix).split(".")[0] for name in find_imports(file) if name.startswith(prefix)}
+        assert imported <= set(order[: order.index(file.stem)] if order else ()), file
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_modules_and_functions_are_short(package):
+    for path in sorted((ROOT / package).glob("**/*.py")):
+        text = path.read_text()
+        assert len(text.splitlines()) <= MOST_LINES, path
+        if path.parent.name == "kernels":  # GPU kernels are one function each
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < MOST_LINES_OF_A_FUNCTION, f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_a_wing_says_what_it_is_for_and_nothing_else(package):
+    for path in sorted((ROOT / package).glob("*/**/__init__.py")):
+        (docstring,) = ast.parse(path.read_text()).body
+        assert isinstance(docstring.value.value, str), path
+        if path.parent.name != "commands":
+            rooms = {other.stem for other in path.parent.iterdir() if not other.name.startswith("_")}
+            missing = {room for room in rooms if f"`{room}`" not in docstring.value.value}
+            assert not missing, f"{path} does not name {missing}"
 
 
 @pytest.mark.parametrize("package", ["lexi_search", "lexi_adapter"])
@@ -123,7 +163,7 @@ def test_packages_import_only_what_is_theirs(package):
 
 
 def test_artifacts_need_the_standard_library_only():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import lexi_search.artifacts"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import lexi_search.artifacts.serialisation"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)  # -S: no site-packages
 
 
@@ -153,7 +193,9 @@ def loaded_after(statement):
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("statement", ["import lexi_search", "import lexi_search.artifacts", "import lexi_search.cli"])
+@pytest.mark.parametrize(
+    "statement", ["import lexi_search", "import lexi_search.artifacts.serialisation", "import lexi_search.cli.main"]
+)
 def test_importing_is_light(statement):
     heavy = {"jax", "jaxlib", "numpy", "torch", "transformers", "vllm", "matplotlib", "rich", "huggingface_hub"}
     assert not loaded_after(statement) & heavy
@@ -166,3 +208,10 @@ def test_exported_names_are_there_and_loaded_late():
     with pytest.raises(AttributeError, match="module 'lexi_search' has no attribute 'nonsense'"):
         lexi_search.nonsense  # noqa: B018
     assert "jax" not in loaded_after("from lexi_search import read_profile, Allocation, InputError")
+
+
+@pytest.mark.parametrize("module", ["lexi_adapter", "lexi_adapter.cli.main", "lexi_adapter.serving.vllm_plugin"])
+def test_importing_the_adapter_is_light(module):
+    code = f"import sys, {module}; print(*(name for name in sys.modules if '.' not in name))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "vllm", "transformers", "numpy", "jax", "lexi_search"} & set(done.stdout.split())

@@ -24,12 +24,12 @@ import jax
 import numpy as np
 import profile_shapes
 
-from lexi_search.artifacts import ProfileSettings
-from lexi_search.checkpoint import open_checkpoint
-from lexi_search.measuring import measure_layer
-from lexi_search.models import describe
-from lexi_search.moments import relative_errors, summarise
-from lexi_search.weights import stream_layers
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import describe
+from lexi_search.profiling.gaussian import measure_layer
+from lexi_search.profiling.moments import relative_errors, summarise
 
 TINY = Path(__file__).parents[1] / "tiny-olmoe"
 SMALLER = {  # hidden, width, experts of the shape in `profile_shapes.py`

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import click
 import torch
 
-from lexi_adapter.files import describe_call, write_json
-from lexi_adapter.vllm_gates import compensate_layer
+from lexi_adapter.environment import describe_call
+from lexi_adapter.files import write_json
+from lexi_adapter.serving.vllm_gates import compensate_layer
 
 EXPONENT, CALLS, REPLAYS = 0.5, 50, 50
 

@@ -33,11 +33,11 @@ def work(name, tokens, place):
     """One process: both rounds; in process 0 the seconds of the second."""
     import profile_shapes
 
-    from lexi_search.architectures import Routing
-    from lexi_search.artifacts import ProfileSettings
-    from lexi_search.distribution import gather, join, spread
-    from lexi_search.measuring import measure_layer
-    from lexi_search.moments import summarise
+    from lexi_search.artifacts.profile import ProfileSettings
+    from lexi_search.layers.spec import Routing
+    from lexi_search.profiling.distributed import gather, join, spread
+    from lexi_search.profiling.gaussian import measure_layer
+    from lexi_search.profiling.moments import summarise
 
     profile_shapes.SHAPES["tiny"] = (64, 32, 8, 2, 6, Routing())
     settings = ProfileSettings("paper", 0, 4, 512, "bfloat16", 1e-9, tokens)

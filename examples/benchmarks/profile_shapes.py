@@ -30,16 +30,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lexi_search.architectures import Activation, Routing
-from lexi_search.artifacts import ModelIdentity, ProfileSettings
-from lexi_search.blocks import BLOCK_ROWS, GATED_COLUMNS, lay_out, stack_experts
-from lexi_search.ffn import ExpertWeights
-from lexi_search.grouped import can_group, measure_stacked
-from lexi_search.measuring import _size_passes, draw, measure_layer
-from lexi_search.models import Model
-from lexi_search.moe import mixing_changes
-from lexi_search.routing import Choice, mixing_weights, route
-from lexi_search.weights import LayerWeights
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.layers.kernels.blocks import BLOCK_ROWS, GATED_COLUMNS, lay_out, stack_experts
+from lexi_search.layers.kernels.grouped import can_group, measure_stacked
+from lexi_search.layers.moe import mixing_changes
+from lexi_search.layers.routing import Choice, mixing_weights, route
+from lexi_search.layers.spec import Activation, Routing
+from lexi_search.layers.weights import ExpertWeights, LayerWeights
+from lexi_search.models.model import Model
+from lexi_search.profiling.gaussian import _size_passes, draw, measure_layer
 
 SIGMOID = Routing(scoring="sigmoid", renormalize=True, scale=2.5, num_groups=8, topk_groups=4, group_score="top2")
 # hidden, width, experts, k, MoE layers, routing
@@ -182,7 +182,7 @@ def measure_slowly(x, choice, stack, *, routing):
 
 def time_parts(model, weights, stack, full, settings, ceiling):
     """Milliseconds of each part of a full pass, one at a time, and what its products reach."""
-    from lexi_search.hopper import gram_distances, multiply_blocks, spread
+    from lexi_search.layers.kernels.hopper import gram_distances, multiply_blocks, spread
 
     time_it = partial(measure_seconds, repeats=5)
     num_experts, hidden, width = stack.down.shape

@@ -31,15 +31,18 @@ import profile_shapes  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from lexi_search.architectures import Activation  # noqa: E402
-from lexi_search.artifacts import ModelIdentity, ProfileSettings  # noqa: E402
-from lexi_search.checkpoint import open_checkpoint  # noqa: E402
-from lexi_search.ffn import ExpertWeights  # noqa: E402
-from lexi_search.measuring import draw, measure_layer  # noqa: E402
-from lexi_search.models import Model, describe  # noqa: E402
-from lexi_search.moments import summarise  # noqa: E402
-from lexi_search.profiling import profile_layers  # noqa: E402
-from lexi_search.weights import LayerWeights  # noqa: E402
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.profile import ProfileSettings  # noqa: E402
+from lexi_search.checkpoint.reader import open_checkpoint  # noqa: E402
+from lexi_search.layers.spec import Activation  # noqa: E402
+from lexi_search.layers.weights import (
+    ExpertWeights,  # noqa: E402
+    LayerWeights,  # noqa: E402
+)
+from lexi_search.models.model import Model, describe  # noqa: E402
+from lexi_search.profiling.gaussian import draw, measure_layer  # noqa: E402
+from lexi_search.profiling.moments import summarise  # noqa: E402
+from lexi_search.profiling.profile import profile_layers  # noqa: E402
 
 # model type, and its keys for the experts' width and number
 FAMILIES = {

@@ -25,9 +25,9 @@ import click
 import jax
 import numpy as np
 
-from lexi_search import weights
-from lexi_search.checkpoint import INDEX, open_checkpoint
-from lexi_search.models import describe
+from lexi_search.checkpoint.reader import INDEX, open_checkpoint
+from lexi_search.models import loading
+from lexi_search.models.model import describe
 
 HIDDEN, BLOCK = 2048, 128
 PLAIN_BYTES = 16 << 20
@@ -87,7 +87,7 @@ def read_plainly(files):
 
 
 def stream(checkpoint, model):
-    for _ in weights.stream_layers(checkpoint, model, model.layers):
+    for _ in loading.stream_layers(checkpoint, model, model.layers):
         pass
 
 
@@ -117,10 +117,10 @@ def peak_memory():
 @click.option("--experts", default=64)
 @click.option("--format", type=click.Choice(("bf16", "fp8")), default="bf16")
 @click.option("--repeats", default=3)
-@click.option("--readers", default=weights.READERS, help="Threads that read.")
+@click.option("--readers", default=loading.READERS, help="Threads that read.")
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(folder, size, layers, experts, format, repeats, readers, output):
-    weights.READERS = readers
+    loading.READERS = readers
     make_checkpoint(folder, size, layers, experts, format)
     checkpoint = open_checkpoint(folder)
     model = describe(checkpoint)

@@ -26,9 +26,9 @@ import click
 import numpy as np
 from search_gap import GENERATIONS, MUTATION_RATE, POPULATION, TOURNAMENT, describe_machine, make_table, show
 
-from lexi_search.evolution import search
-from lexi_search.exact import solve
-from lexi_search.problems import pose
+from lexi_search.solvers.evolution import search
+from lexi_search.solvers.exact import solve
+from lexi_search.solvers.problem import pose
 
 LAYERS, KS, KINDS = (12, 24, 32, 61), (2, 4, 8), ("convex", "concave", "monotone")
 EVALUATIONS = POPULATION * (GENERATIONS + 1)

@@ -7,9 +7,9 @@ profiles. A budget is unsolved if its loss is above that of the dynamic programm
 to that loss. An evaluation is the fitness of one allocation. Compile is what the first call of a shape takes longer
 than the second.
 
-Second table: what each choice of `lexi_search.evolution` is worth. A second implementation of algorithm 2, in NumPy and
-for one budget at a time, makes one change after another on the way from the textbook's reading (both parents by
-tournament, children replace everybody but the best, repair by single steps at random layers) to the search's own.
+Second table: what each choice of `lexi_search.solvers.evolution` is worth. A second implementation of algorithm 2,
+in NumPy and for one budget at a time, makes one change after another on the way from the textbook's reading (both
+parents by tournament, children replace everybody but the best, repair by single steps at random layers) to the search's own.
 """
 
 import inspect
@@ -25,10 +25,11 @@ import click
 import jax
 import numpy as np
 
-from lexi_search.artifacts import LOSS_KINDS, read_profile
-from lexi_search.evolution import search
-from lexi_search.exact import solve
-from lexi_search.problems import pose
+from lexi_search.artifacts.profile import LOSS_KINDS
+from lexi_search.artifacts.serialisation import read_profile
+from lexi_search.solvers.evolution import search
+from lexi_search.solvers.exact import solve
+from lexi_search.solvers.problem import pose
 
 LAYERS, KS = (12, 16, 24, 32, 61), (2, 4, 6, 8)
 KINDS = ("convex", "concave", "alike", "monotone", "noise")

@@ -21,10 +21,12 @@ import click
 import numpy as np
 from search_gap import GENERATIONS, POPULATION, describe_machine, make_table
 
-from lexi_search.artifacts import LayerLoss, ModelIdentity, Profile, ProfileSettings, write_profile
-from lexi_search.evolution import search
-from lexi_search.exact import solve, solve_many
-from lexi_search.problems import pose
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.profile import LayerLoss, Profile, ProfileSettings
+from lexi_search.artifacts.serialisation import write_profile
+from lexi_search.solvers.evolution import search
+from lexi_search.solvers.exact import solve, solve_many
+from lexi_search.solvers.problem import pose
 
 AXES = {
     "layers": (12, 24, 32, 48, 61),
@@ -94,7 +96,7 @@ def measure_command():
     with tempfile.TemporaryDirectory() as folder:
         write_big_profile(Path(folder) / "profile.json")
         arguments = ["search", "profile.json", "--budgets", "61:488:1", "-o", "allocations"]
-        call = [sys.executable, "-c", "from lexi_search.cli import main; main()", *arguments]
+        call = [sys.executable, "-c", "from lexi_search.cli.main import main; main()", *arguments]
         environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         seconds = {}

@@ -43,7 +43,7 @@ def run_vllm(model, prompts, dtype, eager, options):
     from vllm import LLM, SamplingParams
     from vllm import __version__ as version
 
-    from lexi_adapter.vllm_build import read_top_k
+    from lexi_adapter.serving.vllm_build import read_top_k
 
     # A key-value cache of known size: an engine that measured free memory would see what its neighbours take.
     memory = {"kv_cache_memory_bytes": 2**30, "gpu_memory_utilization": 0.05}

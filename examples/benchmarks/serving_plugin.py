@@ -19,10 +19,12 @@ from pathlib import Path
 
 import click
 
-from lexi_adapter import benchmark
-from lexi_adapter.files import describe_call, write_json
-from lexi_adapter.variants import RANDOM, TOP_K, Variant, allocate, describe_folder, make_variants
-from lexi_adapter.workloads import parse_workload
+from lexi_adapter.engines.workload import parse_workload
+from lexi_adapter.environment import describe_call
+from lexi_adapter.files import write_json
+from lexi_adapter.model.shapes import RANDOM, TOP_K, describe_folder
+from lexi_adapter.model.variants import Variant, allocate, make_variants
+from lexi_adapter.speed import throughput
 
 ALONE = {"VLLM_PLUGINS": ""}  # vLLM without any plugin
 AGAIN, OWN, OVERRIDES, FRESH = "base, again", "plugin, own k", "hf-overrides, half k", "fresh: "
@@ -84,7 +86,7 @@ def main(folder, load_format, workloads, started, answers, rounds, together, eng
         ]
         write_json(output, {**document, "pairs": compared, "made_by": made_by})
 
-    benchmark.measure(
+    throughput.measure(
         variants,
         [parse_workload(text) for text in workloads],
         rounds=rounds,

@@ -18,7 +18,7 @@ from origins import describe_run
 from windows import cut, read_streams
 
 from lexi_adapter.files import write_json
-from lexi_search.artifacts import read_profile
+from lexi_search.artifacts.serialisation import read_profile
 
 LENGTH = 512
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from windows import Windows
 
 from lexi_adapter.allocation import ModelIdentity
-from lexi_adapter.divergences import judge_allocations
-from lexi_adapter.identity import describe_checkpoint
-from lexi_adapter.variants import allocate
+from lexi_adapter.model.identity import describe_checkpoint
+from lexi_adapter.model.variants import allocate
+from lexi_adapter.sensitivity.divergence import judge_allocations
 
 DIGITS = 7
 

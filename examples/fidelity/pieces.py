@@ -15,8 +15,8 @@ from judging import Choice, Judge, Loaded, find_losses, load, round_off, to_floa
 from refining import refine
 from windows import Windows
 
-from lexi_adapter.variants import draw_top_k
-from lexi_adapter.windows import generate
+from lexi_adapter.model.variants import draw_top_k
+from lexi_adapter.sensitivity.windows import generate
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the model's own sum of k
 EXPONENTS = (None, 0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)

@@ -22,7 +22,7 @@ import click
 import torch
 from origins import name_call
 
-from lexi_adapter.turns import start_beside
+from lexi_adapter.engines.locks import start_beside
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 TRAINING, FIDELITY = EXAMPLES / "train_small_moe", EXAMPLES / "fidelity"

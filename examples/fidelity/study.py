@@ -32,8 +32,8 @@ from timing import time_passes  # noqa: E402
 from windows import cut_more, cut_what_fits, read_streams  # noqa: E402
 
 from lexi_adapter.allocation import AllocationError  # noqa: E402
+from lexi_adapter.engines.locks import measure_alone, start_beside  # noqa: E402
 from lexi_adapter.files import write_atomically  # noqa: E402
-from lexi_adapter.turns import measure_alone, start_beside  # noqa: E402
 
 FORMAT, VERSION = "lexi-fidelity", 1
 TABLES, CELLS, FLOORS = "tables", "cells", "floors"
@@ -100,7 +100,7 @@ def plan_floors(study: Study) -> Iterator[Piece]:
 def run(study: Study, save: Callable[[], None], until: float, cards: Sequence[str] = ()) -> bool:
     """Make what is missing, saving after each piece; False if time ran out. What fails is left out by name.
 
-    `cards` are files that stand for the GPU, as in `lexi_adapter.turns`.
+    `cards` are files that stand for the GPU, as in `lexi_adapter.engines.locks`.
     """
     finished = True
     seconds, skipped = (study.found.setdefault(name, {}) for name in ("seconds", "skipped"))

@@ -12,11 +12,11 @@ import numpy as np
 from judging import Loaded
 from windows import Windows
 
-from lexi_adapter.movements import measure
-from lexi_search import comparisons
-from lexi_search.artifacts import read_profile
-from lexi_search.exact import solve
-from lexi_search.problems import pose
+from lexi_adapter.sensitivity.ablation import measure
+from lexi_search.allocation import comparison
+from lexi_search.artifacts.serialisation import read_profile
+from lexi_search.solvers.exact import solve
+from lexi_search.solvers.problem import pose
 
 # Kinds of loss that are told apart; the paper's own, frobenius, is that of its own input alone.
 LOCAL = ("squared", "relative", "rms")
@@ -33,8 +33,8 @@ class Command(NamedTuple):
 
 
 LONGEST = 1e6  # seconds that are waited for a command; the system's own limit is not far above
-PRUNE = ("lexi_search.cli", "prune")
-PROFILE = ("lexi_search.cli", "profile", "{model}", "-o", "{output}")
+PRUNE = ("lexi_search.cli.main", "prune")
+PROFILE = ("lexi_search.cli.main", "profile", "{model}", "-o", "{output}")
 # {model} and {output} are filled in. The kinds that a profile does not hold are left out.
 COMMANDS: Mapping[str, Command] = {
     "paper": Command((*PROFILE, "--input", "paper"), ("frobenius", "squared")),
@@ -139,7 +139,7 @@ def predict(table: np.ndarray, top_k: tuple[int, ...]) -> float:
 
 def correlate(first: np.ndarray, second: np.ndarray) -> float | None:
     """Spearman's rank correlation; None where either is constant."""
-    found = comparisons.correlate(first, second) if np.size(first) else math.nan
+    found = comparison.correlate(first, second) if np.size(first) else math.nan
     return None if math.isnan(found) else found
 
 

@@ -9,8 +9,8 @@ import pieces
 import torch
 from judging import Loaded, load
 
-from lexi_adapter.transformers_patch import apply
-from lexi_adapter.variants import allocate
+from lexi_adapter.model.variants import allocate
+from lexi_adapter.serving.transformers_patch import apply
 
 ROUNDS = 5
 

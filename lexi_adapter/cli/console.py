@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.packages import explain_import
+from lexi_adapter.environment import explain_import
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -2,14 +2,14 @@
 
 import click
 
-from lexi_adapter.commands.bench import bench
-from lexi_adapter.commands.check import check
-from lexi_adapter.commands.eval import eval_
-from lexi_adapter.commands.latency import latency
-from lexi_adapter.commands.loads import loads
-from lexi_adapter.commands.sensitivity import sensitivity
-from lexi_adapter.commands.tradeoff import tradeoff
-from lexi_adapter.console import Commands
+from lexi_adapter.cli.commands.bench import bench
+from lexi_adapter.cli.commands.check import check
+from lexi_adapter.cli.commands.eval import eval_
+from lexi_adapter.cli.commands.latency import latency
+from lexi_adapter.cli.commands.loads import loads
+from lexi_adapter.cli.commands.sensitivity import sensitivity
+from lexi_adapter.cli.commands.tradeoff import tradeoff
+from lexi_adapter.cli.console import Commands
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

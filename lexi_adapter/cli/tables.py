@@ -1,9 +1,6 @@
 """What was measured, as tables for a terminal and as the figure of LExI's throughput."""
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -11,11 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lexi_adapter.allocation import AllocationError
-from lexi_adapter.latency import Check, Step
-from lexi_adapter.loads import Load
+from lexi_adapter.evaluation.tradeoff import Panel
+from lexi_adapter.speed.expert_load import Load
+from lexi_adapter.speed.latency import Check, Step
 
-FIGURE_FORMATS = ("png", "svg", "pdf")
+
+def _format(number: float | None) -> str:
+    return "" if number is None else f"{number:.4f}" if abs(number) < 1000 else f"{number:.4g}"
 
 
 def make_table() -> Table:
@@ -42,79 +41,15 @@ def tabulate_bench(document: Mapping[str, Any]) -> RenderableType:
     for variant in document["variants"]:
         cells = []
         for workload in document["workloads"]:
-            line = _find_line(document, variant["name"], workload)
+            line = find_line(document, variant["name"], workload)
             spread = 100 * (line["highest"] - line["lowest"]) / 2 / line["median"]
             cells += [f"{line['median']:,.0f} ± {spread:.1f} %", f"{line['speedup']:.2f}x"]
         table.add_row(variant["name"], str(sum(variant["engine"]["top_k"].values())), *cells)
     return entitle(title, table)
 
 
-def _find_line(document: Mapping[str, Any], variant: str, workload: str) -> Mapping[str, Any]:
+def find_line(document: Mapping[str, Any], variant: str, workload: str) -> Mapping[str, Any]:
     return next(line for line in document["summary"] if (line["variant"], line["workload"]) == (variant, workload))
-
-
-def find_format(path: str) -> str:
-    """The format of a figure by its file's name. AllocationError for others than `FIGURE_FORMATS`.
-
-    ImportError where nothing can be drawn: before the measuring, not after.
-    """
-    import matplotlib  # noqa: F401
-
-    file_format = Path(path).suffix[1:]
-    if file_format not in FIGURE_FORMATS:
-        raise AllocationError(f"no figure as {path}; name a file that ends in one of {', '.join(FIGURE_FORMATS)}")
-    return file_format
-
-
-@contextmanager
-def plain_text() -> Iterator[None]:
-    """Of what draws: matplotlib shows every text as it is, for names of files are no formulas."""
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):
-        yield
-
-
-def spell(name: str) -> str:
-    """A name of a file as a text that can be drawn: bytes of it that are no UTF-8 are spelt out."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-@plain_text()
-def draw_bench(document: Mapping[str, Any], file_format: str) -> bytes:
-    """Bars of tokens per second, a panel for every workload: the paper's figure 2, with the spread of the rounds."""
-    from matplotlib.figure import Figure
-
-    names = [variant["name"] for variant in document["variants"]]
-    workloads = document["workloads"]
-    figure = Figure(figsize=(1.5 + 3.2 * len(workloads), 1.2 + 0.32 * len(names)), layout="constrained")
-    for axes, workload in zip(
-        figure.subplots(1, len(workloads), sharey=True, squeeze=False)[0], workloads, strict=True
-    ):
-        lines = [_find_line(document, name, workload) for name in names]
-        medians = [line["median"] for line in lines]
-        below = [line["median"] - line["lowest"] for line in lines]
-        above = [line["highest"] - line["median"] for line in lines]
-        places = range(len(names))
-        axes.barh(places, medians, xerr=[below, above], color="#4c72b0", error_kw={"elinewidth": 1, "capsize": 2})
-        axes.set_yticks(places, [spell(name) for name in names])
-        axes.axvline(medians[0], color="#333333", linewidth=0.8, linestyle=":")
-        axes.set_title(spell(workload), loc="left")
-        axes.set_xlabel("tokens/s")
-        axes.invert_yaxis() if axes is figure.axes[0] else None
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(spell(document["model"]), x=0.01, ha="left")
-    return save_figure(figure, file_format)
-
-
-def save_figure(figure: Any, file_format: str) -> bytes:
-    """The bytes of a figure's file; an SVG's are the same for the same figure."""
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "lexi"}):
-        figure.savefig(buffer, format=file_format, dpi=150, metadata={"Date": None} if file_format == "svg" else None)
-    return buffer.getvalue()
 
 
 def tabulate_latency(steps: Sequence[Step]) -> RenderableType:
@@ -173,4 +108,34 @@ def tabulate_loads(loads: Mapping[str, Mapping[int, Load]]) -> RenderableType:
                 f"{load.active:.1f}",
             )
             table.add_row(name, str(layer), str(load.experts), *values)
+    return entitle(title, table)
+
+
+def tabulate_eval(document: Mapping[str, Any]) -> RenderableType:
+    """A row for every task, metric and variant: the score and its difference from the base's, with standard errors."""
+    title, table = f"{document['model']}, {document['setting']['backend']}", make_table()
+    for name in ("task", "metric", "variant"):
+        table.add_column(name)
+    for name in ("value", "± s.e.", "minus base", "± s.e."):
+        table.add_column(name, justify="right")
+    rows = dict.fromkeys((line["task"], line["metric"]) for line in document["summary"])
+    for task, metric in rows:
+        for line in document["summary"]:
+            if (line["task"], line["metric"]) == (task, metric):
+                numbers = (line[name] for name in ("value", "stderr", "difference", "difference_stderr"))
+                table.add_row(task, metric, line["variant"], *map(_format, numbers))
+    return entitle(title, table)
+
+
+def tabulate_tradeoff(panels: Sequence[Panel]) -> RenderableType:
+    """A row for every task, workload and variant: tokens per second and the score."""
+    title, table = "quality over throughput", make_table()
+    for name in ("task", "metric", "workload", "variant"):
+        table.add_column(name)
+    for name in ("tokens/s", "value", "± s.e."):
+        table.add_column(name, justify="right")
+    for panel in panels:
+        for point in panel.points:
+            numbers = (f"{point.throughput:,.0f}", _format(point.value), _format(point.stderr))
+            table.add_row(panel.task, panel.metric, panel.workload, point.variant, *numbers)
     return entitle(title, table)

@@ -13,8 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.vllm_build import read_top_k
-from lexi_adapter.vllm_names import HOLDERS
+from lexi_adapter.serving.vllm_build import find_holders, read_top_k
 
 # What runs a layer once it is called, in every supported version; taken over to leave the layer out.
 FORWARD = "_forward_impl"
@@ -71,12 +70,8 @@ def _make_state(top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, i
 
 def _find_layers(worker: Any) -> dict[int, Any]:
     model = worker.get_model()
-    modules = (module for module in model.modules() if _find_holders(module))
+    modules = (module for module in model.modules() if find_holders(module))
     return dict(zip(read_top_k(model), modules, strict=True))
-
-
-def _find_holders(module: Any) -> tuple[str, ...]:
-    return next((HOLDERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in HOLDERS), ())
 
 
 def _check_switchable(worker: Any, layers: Mapping[int, Any]) -> None:
@@ -100,7 +95,7 @@ def _check_switchable(worker: Any, layers: Mapping[int, Any]) -> None:
 
 
 def _set_top_k(module: Any, top_k: int) -> None:
-    for holder in _find_holders(module):
+    for holder in find_holders(module):
         parents, _, name = holder.rpartition(".")
         setattr(attrgetter(parents)(module) if parents else module, name, top_k)
 

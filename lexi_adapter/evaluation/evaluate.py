@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import Allocation, AllocationError
-from lexi_adapter.checkpoint import check_folder, read_config
 from lexi_adapter.files import is_result
-from lexi_adapter.scores import Model, Outcome, Score, Task, combine, compare
-from lexi_adapter.texts import find_vocabulary
-from lexi_adapter.transformers_model import find_allocation
-from lexi_adapter.variants import Variant, allocate, check_names, describe_folder
+from lexi_adapter.model.folder import check_folder, find_vocabulary, read_config
+from lexi_adapter.model.shapes import describe_folder
+from lexi_adapter.model.variants import Variant, allocate, check_names, find_allocation
+from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, combine, compare
 
 FORMAT, VERSION = "lexi-eval", 1
 WORDS = {"files_sha256": "state of its files", "source_sha256": "source"}  # what differs, as a user says it

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter import benchmark, evaluation
 from lexi_adapter.allocation import AllocationError
+from lexi_adapter.evaluation import evaluate
+from lexi_adapter.speed import throughput
 
 
 def read_results(path: str, kind: str) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def read_results(path: str, kind: str) -> dict[str, Any]:
         raise AllocationError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise AllocationError(f"{path} is not JSON ({error}); {remedy}") from error
-    version = {evaluation.FORMAT: evaluation.VERSION, benchmark.FORMAT: benchmark.VERSION}[kind]
+    version = {evaluate.FORMAT: evaluate.VERSION, throughput.FORMAT: throughput.VERSION}[kind]
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (kind, version):
         raise AllocationError(f"{path} is not a {kind} file of version {version}; {remedy}")
     if flaw := next(_find_flaws(document, SHAPES[kind], ""), None):
@@ -51,14 +52,14 @@ RATES = {"variant": _is_text, "workload": _is_text, "median": _is_number, "lowes
 # What is read of a document: keys and their shapes, [shape] of every entry of a list that is not empty, a check, or
 # several of these one after the other.
 SHAPES: Mapping[str, Any] = {
-    evaluation.FORMAT: {
+    evaluate.FORMAT: {
         "model": _is_text,
         "variants": [{"name": _is_text, "top_k": lambda value: value is None or _is_top_k(value)}],
         "summary": [
             {"variant": _is_text, "task": _is_text, "metric": _is_text, "value": _is_number, "stderr": _is_error}
         ],
     },
-    benchmark.FORMAT: {
+    throughput.FORMAT: {
         "variants": [
             {"name": _is_text, "overrides": lambda value: type(value) is dict, "engine": {"top_k": _is_top_k}}
         ],

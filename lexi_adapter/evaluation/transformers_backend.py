@@ -3,14 +3,23 @@
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import KEY, AllocationError, read_allocation
-from lexi_adapter.checkpoint import read_config
-from lexi_adapter.scores import Outcome
-from lexi_adapter.texts import check_prompt, check_tokens, check_unicode
-from lexi_adapter.variants import Variant
+import torch
+
+from lexi_adapter.allocation import AllocationError
+from lexi_adapter.model.variants import Variant, find_allocation
+from lexi_adapter.tasks.scores import Outcome
+from lexi_adapter.tasks.texts import check_prompt, check_tokens, check_unicode
+
+
+@contextmanager
+def explain_full_memory(batch: int) -> Iterator[None]:
+    """Make what torch raises on a device without room for a batch of so many sequences one line with the remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise AllocationError(f"the device ran out of memory; take a --batch below {batch}") from error
 
 
 class TransformersModel:
@@ -76,7 +85,7 @@ class TransformersModel:
     ) -> Outcome:
         from lm_eval.models.huggingface import HFLM
 
-        from lexi_adapter import harness
+        from lexi_adapter.tasks import harness
 
         lm = HFLM(pretrained=self.model, tokenizer=self.tokenizer, max_length=max_length, batch_size=batch_size)
         return harness.run(lm, task, include_paths, max_items, num_fewshot)
@@ -128,7 +137,7 @@ def open_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lexi_adapter.transformers_patch import apply
+    from lexi_adapter.serving.transformers_patch import apply
 
     asked = find_allocation(variant)
     try:
@@ -163,16 +172,29 @@ def open_model(
             torch.cuda.empty_cache()
 
 
-def find_allocation(variant: Variant) -> Any:
-    """The variant's allocation, or the one that its folder was exported with: transformers applies neither itself.
+def load_model(folder: str, *, device: str | None = None, dtype: str = "float32") -> torch.nn.Module:
+    """The language model in a folder, in evaluation mode on one device: by default the GPU where there is one.
 
     Raises:
-        AllocationError: both are there and ask for different things.
+        AllocationError: no such device or model, or the folder lacks a tensor, which transformers would make up.
     """
-    document = read_config(Path(variant.folder)).get(KEY)
-    own = None if document is None else read_allocation(document)
-    if own is not None and variant.allocation is not None and not own.asks_the_same_as(variant.allocation):
-        raise AllocationError(
-            f"{variant.folder} was exported with another allocation than {variant.name}; name its origin"
-        )
-    return variant.allocation or own
+    import transformers
+
+    place = find_device(device)
+    if place == "auto":
+        raise AllocationError("the layers have to be on one device; name that by --device")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise AllocationError(f"{folder} does not fit on {place}; try --dtype bfloat16") from error
+    except Exception as error:  # what it raises depends on the file that is missing, broken or unknown to it
+        raise AllocationError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    check_whole(folder, info)
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False  # they are for a loss of training, and layers that are not run give none
+    return model.eval()

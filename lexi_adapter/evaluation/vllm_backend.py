@@ -8,12 +8,14 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from lexi_adapter.engines import Engine, check_plugin, check_top_k, describe_engine, make_options, start_engines
-from lexi_adapter.files import find_vllm_version
-from lexi_adapter.scores import Outcome
-from lexi_adapter.texts import check_prompt
-from lexi_adapter.variants import Variant
-from lexi_adapter.workloads import Workload
+from lexi_adapter.engines.measuring import describe_engine
+from lexi_adapter.engines.options import check_plugin, check_top_k, make_options
+from lexi_adapter.engines.process import Engine, start_engines
+from lexi_adapter.engines.workload import Workload
+from lexi_adapter.environment import find_vllm_version
+from lexi_adapter.model.variants import Variant
+from lexi_adapter.tasks.scores import Outcome
+from lexi_adapter.tasks.texts import check_prompt
 
 # vLLM wants room for one more token than a prompt has, beyond the model's positions if the prompt fills them all. No
 # token is ever read there: tasks are checked against the positions.
@@ -105,7 +107,7 @@ def run_harness(
     batch_size: int,
 ) -> Outcome:
     """`harness.run` with lm-eval's class for vLLM, in the engine's process."""
-    from lexi_adapter import harness
+    from lexi_adapter.tasks import harness
 
     vllm_causallms = _import_harness_model()
     config = llm.llm_engine.model_config

@@ -13,6 +13,31 @@ from typing import Any, NoReturn
 
 from lexi_adapter.allocation import AllocationError, ModelIdentity
 
+# Where models with other senses keep their language model's configuration.
+TEXT_CONFIGS = ("text_config", "language_config", "llm_config")
+
+
+def find_limit(config: Mapping[str, Any]) -> int | None:
+    """The positions that a model knows, by its config.json; None if that does not say."""
+    return _find_count(config, "max_position_embeddings")
+
+
+def find_vocabulary(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model knows, by its config.json; None if that does not say."""
+    return _find_count(config, "vocab_size")
+
+
+def _find_count(config: Mapping[str, Any], key: str) -> int | None:
+    sections = (config, *(config.get(name) for name in TEXT_CONFIGS))
+    value = next((s[key] for s in sections if isinstance(s, Mapping) and s.get(key)), None)
+    if value is not None and (type(value) is not int or value < 1):
+        raise AllocationError(f"config.json: {key} is {value!r}, an integer of at least 1 expected; fetch it again")
+    return value
+
+
+# Load formats that do not read the folder's safetensors as a checkpoint.
+WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
+
 REMEDY = "profile and search this model with lexi-search to get one that fits"
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError, ModelIdentity
-from lexi_adapter.checkpoint import Tensor, hash_tensors, read_config, read_tensors
-from lexi_adapter.transformers_patch import ROUTER_WEIGHTS
+from lexi_adapter.model.folder import Tensor, hash_tensors, read_config, read_tensors
+
+# How the name of a router's weight may end. The top-k is held by the module that has it or by one of the two around.
+ROUTER_WEIGHTS = tuple(
+    f".{router}.weight" for router in ("gate", "router", "gate.wg", "router.gate", "router.layer", "router.classifier")
+)
 
 # Where a config keeps the language model's part and, in order of preference, its numbers.
 TEXT_CONFIGS = ("text_config", "language_config", "thinker_config.text_config")

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
-from lexi_adapter.decoders import Decoder, check_replays, find_decoder, replaced, run_from, run_recorded
-from lexi_adapter.divergences import Distances, compare, find_log_probabilities, stack
-from lexi_adapter.transformers_patch import apply
-from lexi_adapter.variants import allocate
+from lexi_adapter.model.variants import allocate
+from lexi_adapter.sensitivity.divergence import Distances, compare, find_log_probabilities, stack
+from lexi_adapter.sensitivity.replay import Decoder, check_replays, find_decoder, replaced, run_from, run_recorded
+from lexi_adapter.serving.transformers_patch import apply
 
 Table = Sequence[Sequence[float]]
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import kl_div
 
 from lexi_adapter.allocation import Allocation, AllocationError
-from lexi_adapter.transformers_patch import apply
-from lexi_adapter.variants import allocate
+from lexi_adapter.model.variants import allocate
+from lexi_adapter.serving.transformers_patch import apply
 
 
 class Distances(NamedTuple):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.movements import Movements
+from lexi_adapter.sensitivity.ablation import Movements
 
 # What of a run a user types, by its place in what the run is.
 OPTIONS = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lexi_adapter.allocation import ModelIdentity
-from lexi_adapter.movements import Movements
+from lexi_adapter.sensitivity.ablation import Movements
 
 FORMAT, VERSION = "lexi-profile", 1
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lexi_adapter.allocation import AllocationError, ModelIdentity
-from lexi_adapter.transformers_patch import find_routers
+from lexi_adapter.serving.transformers_patch import find_routers
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.gates import pick
+from lexi_adapter.serving.gates import pick
 
 # Model types whose weights are not the gate scores up to one factor a token.
 UNPROPORTIONAL = frozenset({"gemma4", "gemma4_text", "inkling", "inkling_text", "phimoe"})

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 
 from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity, check_reducible, read_allocation
-from lexi_adapter.checkpoint import REMEDY, check_layers, check_routers, compare, has_weights
-from lexi_adapter.transformers_gates import check_compensable, compensate_router, restore_router
+from lexi_adapter.model.folder import REMEDY, check_layers, check_routers, compare, has_weights
+from lexi_adapter.model.identity import ROUTER_WEIGHTS
+from lexi_adapter.serving.transformers_gates import check_compensable, compensate_router, restore_router
 
-# How the name of a router's weight may end. The top-k is held by the module that has it or by one of the two around.
-ROUTER_WEIGHTS = tuple(
-    f".{router}.weight" for router in ("gate", "router", "gate.wg", "router.gate", "router.layer", "router.classifier")
-)
 TOP_K_NAMES = ("top_k", "num_experts_per_tok")
 # A table of experts for every token of the vocabulary, as wide as the model's own top-k, instead of a choice by scores.
 FIXED_CHOICES = ("tid2eid",)

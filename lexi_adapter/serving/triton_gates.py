@@ -1,6 +1,6 @@
 """The gate exponent on CUDA, in one kernel after a router's own: of the model's own K experts, the first k, reweighed.
 
-For layers that vLLM's compiler does not see into; `lexi_adapter.gates` has the formula. Only imported where it runs, or
+For layers that vLLM's compiler does not see into; `gates` has the formula. Only imported where it runs, or
 is interpreted by a test (TRITON_INTERPRET=1).
 """
 
@@ -8,7 +8,7 @@ import torch
 import triton
 from triton import language as tl
 
-from lexi_adapter.gates import TINY
+from lexi_adapter.serving.gates import TINY
 
 ROWS = 16  # tokens of one program
 

@@ -15,8 +15,15 @@ from operator import attrgetter
 from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, AllocationError, describe_run, read_allocation
-from lexi_adapter.vllm_gates import compensate_layer
-from lexi_adapter.vllm_names import FACTORY_MODULE, FACTORY_NAMES, HOLDERS, OBEDIENT_ROUTING, OWN_BLOCKS, OWN_ROUTING
+from lexi_adapter.serving.vllm_gates import compensate_layer
+from lexi_adapter.serving.vllm_names import (
+    FACTORY_MODULE,
+    FACTORY_NAMES,
+    HOLDERS,
+    OBEDIENT_ROUTING,
+    OWN_BLOCKS,
+    OWN_ROUTING,
+)
 
 logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so that it prints as vLLM's do
 
@@ -165,7 +172,7 @@ def verify(build: Build, model: Any, stage: range) -> None:
         if id(module) not in known and _find_layer(path) < build.allocation.model.num_hidden_layers:
             raise AllocationError(f"{name}: MoE layer {path} was built around the allocation; not supported")
     for layer, layer_made in build.made.items():
-        top_k, holders = build.allocation.top_k[layer], _find_holders(layer_made)
+        top_k, holders = build.allocation.top_k[layer], find_holders(layer_made)
         if not holders:
             raise AllocationError(f"{name}: layer {layer} is a {type(layer_made).__name__}: not supported")
         for holder in holders:
@@ -192,11 +199,11 @@ def read_top_k(model: Any) -> dict[int, int]:
 
 def _find_moe_layers(model: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     for path, module in model.named_modules():
-        if holders := _find_holders(module):
+        if holders := find_holders(module):
             yield path, module, holders
 
 
-def _find_holders(module: Any) -> tuple[str, ...]:
+def find_holders(module: Any) -> tuple[str, ...]:
     return next((HOLDERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in HOLDERS), ())
 
 

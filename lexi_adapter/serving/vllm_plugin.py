@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, AllocationError, check_reducible, read_allocation, to_document
-from lexi_adapter.checkpoint import check_config, check_folder, compare, find_output_layer, has_weights, read_config
-from lexi_adapter.vllm_build import hook, hook_build
-from lexi_adapter.vllm_names import NEVER_TIED, check_version, describe_supported
+from lexi_adapter.model.folder import (
+    WEIGHTS_ELSEWHERE,
+    check_config,
+    check_folder,
+    compare,
+    find_output_layer,
+    has_weights,
+    read_config,
+)
+from lexi_adapter.serving.vllm_build import hook, hook_build
+from lexi_adapter.serving.vllm_names import NEVER_TIED, check_version, describe_supported
 
 ALIAS = "Lexi"  # what exported folders put before their architecture, so that a vLLM without this plugin stops
-# Load formats that do not read the folder's safetensors as a checkpoint.
-WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
 
 
 class Document(dict):

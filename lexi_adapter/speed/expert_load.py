@@ -10,17 +10,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lexi_adapter.allocation import Allocation, AllocationError
-from lexi_adapter.engines import (
+from lexi_adapter.engines.measuring import (
     describe_engine,
-    make_options,
     measure_engines,
     read_expert_counts,
     read_prompts,
     switch_layers,
     watch_experts,
 )
-from lexi_adapter.variants import Variant, check_allocation
-from lexi_adapter.workloads import Workload
+from lexi_adapter.engines.options import make_options
+from lexi_adapter.engines.workload import Workload
+from lexi_adapter.model.shapes import check_allocation
+from lexi_adapter.model.variants import Variant
 
 FORMAT, VERSION = "lexi-loads", 1
 

@@ -16,16 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError, ModelIdentity
-from lexi_adapter.engines import (
-    Engine,
-    describe_engine,
-    make_options,
-    measure_engines,
-    switch_layers,
-    time_run,
-)
-from lexi_adapter.variants import Variant, draw_top_k
-from lexi_adapter.workloads import Workload
+from lexi_adapter.engines.measuring import describe_engine, measure_engines, switch_layers, time_run
+from lexi_adapter.engines.options import make_options
+from lexi_adapter.engines.process import Engine
+from lexi_adapter.engines.workload import Workload
+from lexi_adapter.model.variants import Variant, draw_top_k
 
 FORMAT, VERSION = "lexi-cost", 1
 FIRST_STEPS = 3  # runs of the prompts alone, which take little time and vary more than whole runs do

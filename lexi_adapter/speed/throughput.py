@@ -12,20 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lexi_adapter.engines import (
-    Engine,
+from lexi_adapter.engines.measuring import (
     answer_greedily,
-    check_plugin,
-    check_top_k,
     describe_engine,
-    make_options,
     measure_engines,
     record_kernels,
     switch_layers,
     time_run,
 )
-from lexi_adapter.variants import Variant
-from lexi_adapter.workloads import Workload, parse_workload
+from lexi_adapter.engines.options import check_plugin, check_top_k, make_options
+from lexi_adapter.engines.process import Engine
+from lexi_adapter.engines.workload import Workload, parse_workload
+from lexi_adapter.model.variants import Variant
 
 FORMAT, VERSION = "lexi-bench", 1
 # Before the first round: unmeasured runs, in which kernels compile, and answers that tell variants apart.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.scores import Outcome, Score, Task
+from lexi_adapter.tasks.scores import Outcome, Score, Task
 
 PREFIX = "lm-eval:"
 # What `lm-eval:NAME` stands for where it is more than one task. LExI (section 3 and figure 4) averages accuracy over

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.scores import Model, Outcome, Score, Task, average
+from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, average
 
 
 def make_task(name: str, *, max_length: int) -> Task:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.scores import Model, Outcome, Task, average
-from lexi_adapter.texts import check_length, check_tokens, encode
+from lexi_adapter.tasks.scores import Model, Outcome, Task, average
+from lexi_adapter.tasks.texts import check_length, check_tokens, encode
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.scores import Model, Outcome, Score, Task, average
-from lexi_adapter.texts import check_length, check_tokens, encode, find_bos, read_text
+from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, average
+from lexi_adapter.tasks.texts import check_length, check_tokens, encode, find_bos, read_text
 
 DEFAULT_WINDOW = 2048
 OVERFLOW = 700.0  # nats per token; exp of more is no float

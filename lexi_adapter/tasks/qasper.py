@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.scores import Model, Outcome, Task, average
-from lexi_adapter.texts import check_tokens, check_unicode, encode, read_records
+from lexi_adapter.tasks.scores import Model, Outcome, Task, average
+from lexi_adapter.tasks.texts import check_tokens, check_unicode, encode, read_records
 
 ANSWER_TOKENS = 128  # LongBench's
 INSTRUCTION = (

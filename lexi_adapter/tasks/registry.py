@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lexi_adapter import harness, hooks, passkey, perplexity, qasper
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.checkpoint import read_config
-from lexi_adapter.scores import Task
-from lexi_adapter.texts import check_length, find_limit, find_vocabulary, load_tokenizer
+from lexi_adapter.model.folder import find_limit, find_vocabulary, read_config
+from lexi_adapter.tasks import harness, hooks, passkey, perplexity, qasper
+from lexi_adapter.tasks.scores import Task
+from lexi_adapter.tasks.texts import check_length, load_tokenizer
 
 DEFAULT_LENGTH, DEFAULT_PASSKEY_LENGTH = 4096, 1024
 OUR_TASKS = ("perplexity", "passkey", "qasper")

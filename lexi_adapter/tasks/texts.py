@@ -1,14 +1,11 @@
 """Text and questions as users have them, and the tokenizer and limits of the model that reads them."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import AllocationError
-
-# Where models with other senses keep their language model's configuration.
-TEXT_CONFIGS = ("text_config", "language_config", "llm_config")
 
 
 def read_text(path: str) -> str:
@@ -84,24 +81,6 @@ def find_bos(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts before a text, or None if it puts none."""
     bos = tokenizer.bos_token_id
     return bos if bos is not None and encode(tokenizer, "a")[:1] == [bos] else None
-
-
-def find_limit(config: Mapping[str, Any]) -> int | None:
-    """The positions that a model knows, by its config.json; None if that does not say."""
-    return _find_count(config, "max_position_embeddings")
-
-
-def find_vocabulary(config: Mapping[str, Any]) -> int | None:
-    """How many tokens a model knows, by its config.json; None if that does not say."""
-    return _find_count(config, "vocab_size")
-
-
-def _find_count(config: Mapping[str, Any], key: str) -> int | None:
-    sections = (config, *(config.get(name) for name in TEXT_CONFIGS))
-    value = next((s[key] for s in sections if isinstance(s, Mapping) and s.get(key)), None)
-    if value is not None and (type(value) is not int or value < 1):
-        raise AllocationError(f"config.json: {key} is {value!r}, an integer of at least 1 expected; fetch it again")
-    return value
 
 
 def check_length(what: str, length: int, limit: int | None) -> None:

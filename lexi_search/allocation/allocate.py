@@ -6,14 +6,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lexi_search import __version__
-from lexi_search.artifacts import Allocation, Profile, sha256
-from lexi_search.costs import Cost
+from lexi_search.allocation.costs import Cost
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.profile import Profile
+from lexi_search.artifacts.serialisation import sha256
 from lexi_search.errors import InputError
-from lexi_search.evolution import search
-from lexi_search.exact import solve
-from lexi_search.populations import Fitness
-from lexi_search.problems import Constraints, Problem, find_uniform, pose, sum_over_layers
-from lexi_search.uncertainty import judge
+from lexi_search.solvers.evolution import search
+from lexi_search.solvers.exact import solve
+from lexi_search.solvers.operators import Fitness
+from lexi_search.solvers.problem import Constraints, Problem, find_uniform, pose, sum_over_layers
+from lexi_search.solvers.uncertainty import judge
 
 METHODS = ("evolution", "exact")
 

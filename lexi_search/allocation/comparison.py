@@ -5,10 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from lexi_search.artifacts import Profile
+from lexi_search.artifacts.profile import Profile
 from lexi_search.errors import InputError
-from lexi_search.exact import solve
-from lexi_search.problems import pose, sum_over_layers
+from lexi_search.solvers.exact import solve
+from lexi_search.solvers.problem import pose, sum_over_layers
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the base's budget
 

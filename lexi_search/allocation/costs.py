@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
-from lexi_search.artifacts import CostTable, ModelIdentity, sha256
+from lexi_search.artifacts.cost_table import CostTable
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.serialisation import sha256
 from lexi_search.errors import InputError
-from lexi_search.problems import sum_over_layers
+from lexi_search.solvers.problem import sum_over_layers
 
 
 class Cost(NamedTuple):

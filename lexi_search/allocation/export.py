@@ -7,28 +7,23 @@ vLLM refuses to start instead of serving the full k.
 """
 
 import json
-import os
-import secrets
 import shlex
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from fnmatch import fnmatch
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from lexi_search.architectures import ARCHITECTURES
-from lexi_search.artifacts import Allocation, ModelIdentity, to_document
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.files import json_bytes, read_json_object
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.serialisation import to_document
+from lexi_search.checkpoint.folder import build_folder, find_folder, require_folder
 from lexi_search.errors import InputError
-from lexi_search.files import find_folder, json_bytes, read_json_object
+from lexi_search.models.moe_families import ARCHITECTURES
 
 ALIAS = "Lexi"
 # The hub's DeepSeek-VL2 configs name no architecture; vLLM is told this one.
 DEFAULT_ARCHITECTURES = {"deepseek_vl_v2": "DeepseekVLV2ForCausalLM"}
 # Families whose configuration class exists only in the model's own folder.
 NEED_REMOTE_CODE = frozenset({"minicpm"})
-# vLLM would read this one, in Mistral's own format, rather than the changed config.json.
-UNLINKED = frozenset({"config.json", "params.json"})
 
 
 def list_top_k(allocation: Allocation) -> dict[str, int]:
@@ -135,33 +130,9 @@ def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force
 
     Raises InputError where `folder` cannot be written or holds something else.
     """
-    changed = merge(read_json_object(_require_folder(model) / "config.json", finite=False), overrides)
+    changed = merge(read_json_object(require_folder(model) / "config.json", finite=False), overrides)
     with build_folder(folder, model, force=force) as building:
         (building / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
-
-
-@contextmanager
-def build_folder(
-    folder: str, model: str, *, unlinked: Collection[str] = UNLINKED, force: bool = False
-) -> Iterator[Path]:
-    """A folder with links to all of `model` but hidden entries and those called `unlinked` (patterns), to be completed.
-
-    It becomes `folder` when the block ends, and vanishes if that raises. InputError as `write_folder` says.
-    """
-    source, target = _require_folder(model), Path(os.path.realpath(folder))
-    _check_target(target, Path(os.path.realpath(model)), force)
-    building = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
-    try:
-        building.mkdir()
-        for entry in sorted(source.iterdir()):
-            if not any(fnmatch(entry.name, pattern) for pattern in (*unlinked, ".*")):
-                (building / entry.name).symlink_to(entry)
-        yield building
-        _move_into_place(building, target)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror} ({target.parent})") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,45 +154,3 @@ def _overlay(allocation: Allocation) -> dict[str, Any]:
     for key in reversed(path):
         overlay = {key: overlay}
     return overlay
-
-
-def _require_folder(model: str) -> Path:
-    source = Path(os.path.abspath(model))
-    if not source.is_dir():
-        raise InputError(f"{model}: no such folder; links need the model on this machine, so download it first")
-    return source
-
-
-def _check_target(target: Path, source: Path, force: bool) -> None:
-    if target == source or target in source.parents or source in target.parents:
-        raise InputError(f"cannot write {target}: it overlaps the model folder {source}; choose another place")
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise InputError(f"cannot write {target}: not a folder; choose another name")
-    if not any(target.iterdir()):
-        return
-    if not _is_export(target):
-        raise InputError(f"cannot write {target}: not empty and no earlier export; choose another name or remove it")
-    if not force:
-        raise InputError(f"cannot write {target}: an earlier export is there; --force replaces it")
-
-
-def _is_export(folder: Path) -> bool:
-    try:
-        return "lexi_allocation" in read_json_object(folder / "config.json", finite=False)
-    except InputError:
-        return False
-
-
-def _move_into_place(building: Path, target: Path) -> None:
-    earlier = building.with_suffix(".old")
-    if target.exists():
-        target.rename(earlier)
-    try:
-        building.rename(target)
-    except BaseException:
-        if earlier.exists():
-            earlier.rename(target)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)

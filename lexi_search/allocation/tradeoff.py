@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
-from lexi_search.allocations import pose_profile
-from lexi_search.artifacts import Profile
-from lexi_search.costs import Cost
+from lexi_search.allocation.allocate import pose_profile
+from lexi_search.allocation.costs import Cost
+from lexi_search.artifacts.profile import Profile
 from lexi_search.errors import InputError
-from lexi_search.frontiers import read_top_k, trace
-from lexi_search.problems import CAP_TOLERANCE, Constraints, sum_over_layers
+from lexi_search.solvers.pareto import read_top_k, trace
+from lexi_search.solvers.problem import CAP_TOLERANCE, Constraints, sum_over_layers
 
 
 class Point(NamedTuple):

@@ -11,6 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from lexi_search.errors import InputError
 
+MAX_GATE_EXPONENT = 2.0  # at 1 all of the dropped mass is handed on; with far more, weights overflow
+
 
 def encode(value: Any) -> Any:
     """`value` as JSON has it: fields that are None are left out, keys become strings."""
@@ -88,3 +90,12 @@ def require(condition: Any, message: str) -> None:
     """Raise InputError with `message` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def require_gate_exponent(value: float) -> None:
+    """Raise InputError unless `value` is between 0 and `MAX_GATE_EXPONENT`."""
+    require_loss(value, "gate_exponent")
+    require(
+        value <= MAX_GATE_EXPONENT,
+        f"gate_exponent is {value}, expected between 0 and {MAX_GATE_EXPONENT:g}; 1 hands all of the dropped mass on",
+    )

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import secrets
 import stat
 from collections.abc import Sequence
@@ -35,31 +34,6 @@ def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> di
     if not isinstance(document, dict):
         raise InputError(f"{path}: not a JSON object")
     return document
-
-
-def find_folder(source: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
-    """The folder `source`, or where `source` is no path here but a hub id (`owner/name`), the hub's copy of it.
-
-    From the hub only files matching `patterns` are fetched, through `huggingface_hub` and its cache. InputError where
-    there is neither.
-    """
-    folder = Path(source)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return _fetch(str(source), patterns)
-    if not folder.is_dir():
-        reason = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise InputError(f"{source}: {reason}; name a folder with config.json and safetensors shards, or a hub id")
-    return folder
-
-
-def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"{hub_id}: no such folder here, and not to be had from the hub ({reason})") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

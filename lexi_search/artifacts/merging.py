@@ -5,9 +5,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lexi_search.artifacts import ModelIdentity, Profile, ProfileSettings
+from lexi_search.artifacts.files import json_bytes
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.profile import Profile, ProfileSettings
 from lexi_search.errors import InputError
-from lexi_search.files import json_bytes
 
 
 class Header(NamedTuple):

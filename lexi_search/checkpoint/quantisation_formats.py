@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from lexi_search.quantisation import Storage
-from lexi_search.schemes import AWQ_ORDER, Fp4, PackedIntegers, Scaled, Scheme
+from lexi_search.checkpoint.dequantise import AWQ_ORDER, Fp4, PackedIntegers, Scaled, Scheme
+from lexi_search.checkpoint.quantisation_config import Storage
 
 FLOATS = ("float32", "float16", "bfloat16")
 FP8 = ("float8_e4m3fn", "float8_e5m2")

@@ -4,6 +4,7 @@ safetensors' own NumPy reader knows no FP8 and allocates a fresh array per tenso
 length, a JSON header, then data, so tensors are read by offset, into a buffer that the caller may reuse.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -15,8 +16,11 @@ from typing import Any, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
+from lexi_search.artifacts.files import read_json_object
+from lexi_search.checkpoint.folder import find_folder
 from lexi_search.errors import InputError
-from lexi_search.files import find_folder, read_json_object
+
+SAMPLES, SAMPLE_BYTES = 1024, 4096
 
 # safetensors' names for element types. Sub-byte types are left out: they have no NumPy array of their own.
 DTYPES = {
@@ -223,3 +227,24 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         raise ValueError("a name occurs twice")
     return content
+
+
+def sample_weights(checkpoint: Checkpoint) -> str:
+    """Hex SHA-256 over the name, type and shape of every tensor and some bytes from the middle of `SAMPLES` of them.
+
+    It tells apart checkpoints with the same routers, such as a fine-tuned or a quantised one, in a moment: hashing
+    every byte would take as long as profiling.
+    """
+    digest, names = hashlib.sha256(), sorted(checkpoint.entries)
+    for name in names:
+        entry = checkpoint.entries[name]
+        digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+    for name in names[:: -(-len(names) // SAMPLES)]:
+        file, _, _, start, size = checkpoint.entries[name]
+        try:
+            with open(file, "rb", buffering=0) as stored:
+                stored.seek(start + max(size - SAMPLE_BYTES, 0) // 2)
+                digest.update(stored.read(min(size, SAMPLE_BYTES)))
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()

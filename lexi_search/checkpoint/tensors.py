@@ -9,14 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
-from lexi_search.checkpoint import Checkpoint, TensorEntry
+from lexi_search.checkpoint.dequantise import Plain, Scheme
+from lexi_search.checkpoint.quantisation_config import Quantisation, Storage, read_quantisation
+from lexi_search.checkpoint.quantisation_formats import FORMATS, Format, Misfit
+from lexi_search.checkpoint.reader import Checkpoint, TensorEntry
 from lexi_search.errors import InputError
-from lexi_search.formats import FORMATS, Format, Misfit
-from lexi_search.quantisation import Quantisation, Storage, read_quantisation
-from lexi_search.schemes import Plain, Scheme
 
 
 class StoredTensor(NamedTuple):

@@ -2,12 +2,35 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from lexi_search.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint
-from lexi_search.files import json_bytes
-from lexi_search.slicing import Output, copy
+import numpy as np
+
+from lexi_search.artifacts.files import json_bytes
+from lexi_search.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint
+
+
+class Output(NamedTuple):
+    """A tensor to write: its name, shape, and what reads and cuts it, in runs whose bytes follow each other."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[Checkpoint], Iterator[np.ndarray]]
+
+
+def copy(checkpoint: Checkpoint, name: str, new: str | None = None) -> Output:
+    """A tensor as it is, perhaps under another name."""
+    entry = checkpoint.entries[name]
+    return Output(new or name, entry.dtype, entry.shape, partial(_copy, name))
+
+
+def _copy(name: str, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    yield checkpoint[name]
+
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

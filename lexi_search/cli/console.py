@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search.artifacts import LOSS_KINDS
+from lexi_search.artifacts.files import json_bytes
+from lexi_search.artifacts.profile import LOSS_KINDS
 from lexi_search.errors import InputError
-from lexi_search.files import json_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

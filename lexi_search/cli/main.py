@@ -3,16 +3,16 @@
 import click
 
 from lexi_search import __version__
-from lexi_search.commands.compare import compare
-from lexi_search.commands.export import export
-from lexi_search.commands.front import front
-from lexi_search.commands.judge import judge
-from lexi_search.commands.merge import merge_profiles
-from lexi_search.commands.profile import profile
-from lexi_search.commands.prune import prune
-from lexi_search.commands.search import search
-from lexi_search.commands.show import plot, show
-from lexi_search.console import Commands
+from lexi_search.cli.commands.compare import compare
+from lexi_search.cli.commands.export import export
+from lexi_search.cli.commands.front import front
+from lexi_search.cli.commands.judge import judge
+from lexi_search.cli.commands.merge import merge_profiles
+from lexi_search.cli.commands.profile import profile
+from lexi_search.cli.commands.prune import prune
+from lexi_search.cli.commands.search import search
+from lexi_search.cli.commands.show import plot, show
+from lexi_search.cli.console import Commands
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

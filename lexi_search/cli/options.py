@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search.artifacts import DTYPES, Profile, read_cost_table
-from lexi_search.console import parse_layers
+from lexi_search.artifacts.profile import DTYPES, Profile
+from lexi_search.artifacts.serialisation import read_cost_table
+from lexi_search.cli.console import parse_layers
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
-    from lexi_search.costs import Cost
-    from lexi_search.problems import Constraints
+    from lexi_search.allocation.costs import Cost
+    from lexi_search.solvers.problem import Constraints
 
 CONSTRAINTS = (
     click.option("--min-k", default=1, help="Smallest k of a layer."),
@@ -74,7 +75,7 @@ def make_constraints(
     group_size: int | None,
 ) -> "Constraints":
     """What the options say, by the rows of the profile's table."""
-    from lexi_search.problems import Constraints
+    from lexi_search.solvers.problem import Constraints
 
     layers, own = profile.model.moe_layers, profile.model.top_k
     low, high = [min_k] * len(layers), [profile.max_k if max_k is None else max_k] * len(layers)
@@ -131,7 +132,7 @@ def read_cost(profile: Profile, cost_file: str | None, mix: str | None) -> "Cost
         if mix:
             raise InputError("--mix needs --cost, the table whose steps it mixes")
         return None
-    from lexi_search.costs import weigh
+    from lexi_search.allocation.costs import weigh
 
     table = read_cost_table(cost_file)
     try:

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lexi_search.artifacts import Allocation, Profile
+from lexi_search.allocation.tradeoff import Front, Point
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.profile import Profile
 from lexi_search.errors import InputError
-from lexi_search.fronts import Front, Point
 
 FORMATS = ("png", "svg")
 STEP_COLOURS = ("#ffffff", "#ff7f11", "#ff4d9d", "#7fd8ff", "#ff2c2c", "#d0b3ff")

@@ -9,14 +9,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lexi_search.allocations import Found
-from lexi_search.artifacts import Allocation, Profile
-from lexi_search.comparisons import Comparison
-from lexi_search.fronts import Front, Point, thin
+from lexi_search.allocation.allocate import Found
+from lexi_search.allocation.comparison import Comparison
+from lexi_search.allocation.tradeoff import Front, Point, thin
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.profile import Profile
 
 if TYPE_CHECKING:
-    from lexi_search.propagation import Variant
-    from lexi_search.sensitivities import Judgement
+    from lexi_search.profiling.divergence import Judgement
+    from lexi_search.profiling.forward import Variant
 
 FOLDED = 16  # columns that a list of k has at least, however narrow the terminal
 

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lexi_search.components import Affine, GroupedWeights, LatentWeights
-from lexi_search.decoders import Attention, GroupedAttention, LatentAttention, Norm
-from lexi_search.ffn import find_precision
-from lexi_search.rope import Rope
+from lexi_search.layers.ffn import find_precision
+from lexi_search.layers.spec import Attention, GroupedAttention, LatentAttention, Norm, Rope
+from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
 
 SCORE_BYTES = 64 << 20  # of attention scores at a time: some queries of one sequence, or several whole sequences
 

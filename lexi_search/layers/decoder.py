@@ -4,19 +4,32 @@ A layer is `attend`, then the experts on what it returned, which are the caller'
 pass), then `finish`. Hidden states keep their element type; a leading axis of variants is so many more sequences.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lexi_search.attention import apply_affine, normalise
-from lexi_search.attention import attend as attend_causally
-from lexi_search.components import Affine, BlockWeights, EndWeights
-from lexi_search.decoders import Block, Norm
 from lexi_search.errors import InputError
-from lexi_search.ffn import apply_ffn, find_precision
-from lexi_search.stacks import Decoder
+from lexi_search.layers.attention import apply_affine, normalise
+from lexi_search.layers.attention import attend as attend_causally
+from lexi_search.layers.ffn import apply_ffn, find_precision
+from lexi_search.layers.spec import Block, Norm
+from lexi_search.layers.weights import Affine, BlockWeights, EndWeights
+
+
+class Decoder(NamedTuple):
+    """Everything that carrying tokens through a checkpoint takes besides the weights and `Model`."""
+
+    blocks: Sequence[Block]  # one for each decoder layer
+    tensors: Sequence[BlockWeights]  # where they are stored
+    ends: EndWeights
+    norm: Norm
+    embedding_scale: float
+    logit_scale: float
+    max_length: int | None = None  # of sequences, in tokens; longer ones are computed otherwise
 
 
 def embed(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lexi_search.architectures import Activation
-from lexi_search.ffn import ExpertWeights, apply_ffn
+from lexi_search.layers.ffn import apply_ffn
+from lexi_search.layers.spec import Activation
+from lexi_search.layers.weights import ExpertWeights
 
 # Rows in one expert product. Loads are cut into these sizes, so that a handful of compiled programs serves every expert
 # of every layer: few launches for a large load, little padding for a small one.

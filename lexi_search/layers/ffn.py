@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lexi_search.architectures import Activation
+from lexi_search.layers.spec import Activation
+from lexi_search.layers.weights import ExpertWeights
 
 ACTIVATIONS: Mapping[str, Any] = MappingProxyType(
     {
@@ -22,20 +23,6 @@ ACTIVATIONS: Mapping[str, Any] = MappingProxyType(
         "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     }
 )
-
-
-class ExpertWeights(NamedTuple):
-    """One expert, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
-
-    Where `gate` is None, y = down @ act(up @ x). Each product adds its bias where there is one.
-    """
-
-    gate: Float[Array, "width hidden"] | None
-    up: Float[Array, "width hidden"]
-    down: Float[Array, "hidden width"]
-    gate_bias: Float[Array, " width"] | None = None
-    up_bias: Float[Array, " width"] | None = None
-    down_bias: Float[Array, " hidden"] | None = None
 
 
 def apply_ffn(

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lexi_search.architectures import Activation, Routing
-from lexi_search.experts import expert_outputs
-from lexi_search.ffn import ExpertWeights, find_precision
-from lexi_search.routing import Choice, mixing_weights
+from lexi_search.layers.experts import expert_outputs
+from lexi_search.layers.ffn import find_precision
+from lexi_search.layers.routing import Choice, mixing_weights
+from lexi_search.layers.spec import Activation, Routing
+from lexi_search.layers.weights import ExpertWeights
 
 
 def compute_outputs(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lexi_search.architectures import Routing
+from lexi_search.layers.spec import Routing
 
 
 class Choice(NamedTuple):

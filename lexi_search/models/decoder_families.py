@@ -9,72 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lexi_search.architectures import Activation, Key
-from lexi_search.models import Config
-from lexi_search.rope import Rope
-
-
-class Norm(NamedTuple):
-    """x / rms(x) * gain, of x less its mean if `centred`, plus a bias if there is one; static under `jit`."""
-
-    eps: float
-    centred: bool = False
-
-
-class GroupedAttention(NamedTuple):
-    """Attention with `num_heads` / `num_kv_heads` queries to each key; hashable, static under `jit`.
-
-    Scores are `scale` times the products. A query sees the last `window` positions, itself included, or all. `clip`
-    bounds queries, keys and values on both sides. Queries and keys are normalised by `norm` if there are gains for it:
-    one for each value of a head, or one for each value of all heads together, before or after they are turned.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    norm: Norm
-    rope: Rope | None
-    window: int | None = None
-    clip: float = math.inf
-    norm_last: bool = False
-
-
-class LatentAttention(NamedTuple):
-    """DeepSeek's attention through low-rank keys and values (arXiv 2405.04434, section 2.1); static under `jit`.
-
-    A head's queries and keys are `nope_dim` values that stay, then `rope_dim` that turn; heads share a key's latter.
-    """
-
-    num_heads: int
-    nope_dim: int
-    rope_dim: int
-    scale: float
-    norm: Norm
-    rope: Rope
-    window: int | None = None
-
-
-Attention = GroupedAttention | LatentAttention
-
-
-class Block(NamedTuple):
-    """What one decoder layer computes outside its experts; hashable, static under `jit`, equal in most layers."""
-
-    attention: Attention
-    norm: Norm
-    activation: Activation  # of the dense MLP or the shared expert
-    residual_scale: float = 1.0
-
-
-class Norms(NamedTuple):
-    """The four places of a norm in a layer, of which a family uses some: around attention, around the MLP or MoE."""
-
-    attention_input: Any = None
-    attention_output: Any = None
-    ffn_input: Any = None
-    ffn_output: Any = None
-
+from lexi_search.checkpoint.config import Config, Key
+from lexi_search.layers.spec import Norms
 
 PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_layernorm")
 POST_NORMS = Norms(attention_output="post_attention_layernorm", ffn_output="post_feedforward_layernorm")

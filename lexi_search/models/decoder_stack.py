@@ -4,14 +4,32 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lexi_search.checkpoint import Checkpoint
-from lexi_search.components import Affine, BlockWeights, EndWeights, Finder, GroupedWeights, LatentWeights, Stored
-from lexi_search.decoders import FAMILIES, FULL, SLIDING, Block, Family, GroupedAttention, LatentAttention, Norm, Norms
+from lexi_search.checkpoint.config import Config, open_config
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
-from lexi_search.ffn import ACTIVATIONS, ExpertWeights
-from lexi_search.models import Config, Model, open_config
-from lexi_search.rope import Rope, find_temperature, make_rope, read_parameters
-from lexi_search.tensors import Tensors
+from lexi_search.layers.decoder import Decoder
+from lexi_search.layers.ffn import ACTIVATIONS
+from lexi_search.layers.spec import Block, GroupedAttention, LatentAttention, Norm, Norms, Rope
+from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, ExpertWeights, GroupedWeights, LatentWeights
+from lexi_search.models.decoder_families import FAMILIES, FULL, SLIDING, Family
+from lexi_search.models.finder import Finder, Stored
+from lexi_search.models.model import Model
+from lexi_search.models.rope import find_temperature, make_rope, read_parameters
+
+
+def find_first_token(checkpoint: Checkpoint, model: Model, vocabulary: int) -> int | None:
+    """The token that texts begin with, by the config; None where it names none that the embedding has."""
+    values = open_config(checkpoint, model.identity.top_k_key.rpartition(".")[0]).values
+    token = values.get("bos_token_id", checkpoint.config.get("bos_token_id"))
+    return token if type(token) is int and 0 <= token < vocabulary else None
+
+
+def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
+    """The size of the vocabulary: tokens that embedding and LM head both have, for one of them may be padded."""
+    stored, ends = Tensors(checkpoint), decoder.ends
+    return min(stored[tensor.name].shape[0] for tensor in (ends.embedding, ends.head.weight))
+
 
 # Module names below `layers.N.`; the first that is there counts.
 QUERIES, KEYS = ("self_attn.q_proj",), ("self_attn.k_proj",)
@@ -33,18 +51,6 @@ JOINED = ("input_linear", "output_linear")  # gate and up in one
 LEFT_OUT = ("rotary_emb.inv_freq", ".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 EXPERT = re.compile(r"\.experts\.\d+\.")  # known to `layouts`
 REMEDY = "use lexi-search profile --input paper, which takes the MoE layers alone"
-
-
-class Decoder(NamedTuple):
-    """Everything that carrying tokens through a checkpoint takes besides the weights and `Model`."""
-
-    blocks: Sequence[Block]  # one for each decoder layer
-    tensors: Sequence[BlockWeights]  # where they are stored
-    ends: EndWeights
-    norm: Norm
-    embedding_scale: float
-    logit_scale: float
-    max_length: int | None = None  # of sequences, in tokens; longer ones are computed otherwise
 
 
 class _Source(NamedTuple):

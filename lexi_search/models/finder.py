@@ -2,13 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-from lexi_search.decoders import Norms
+from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
-from lexi_search.ffn import ExpertWeights
-from lexi_search.layouts import require_shape
-from lexi_search.tensors import Tensors
+from lexi_search.layers.weights import Affine
+
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def require_shape(tensors: Tensors, name: str, shape: tuple[int | None, ...]) -> tuple[int, ...]:
+    """Check that a tensor is there, of a plain float type, and of this shape (None: any extent); return its shape."""
+    entry = tensors.get(name)
+    if entry is None:
+        raise InputError(f"{tensors.folder}: tensor {name} is missing; is the download complete?")
+    if entry.dtype.name not in WEIGHT_DTYPES:
+        raise InputError(f"{entry.file}: tensor {name} is {entry.dtype.name}; known are {', '.join(WEIGHT_DTYPES)}")
+    fits = len(entry.shape) == len(shape) and all(b in (None, a) for a, b in zip(entry.shape, shape, strict=True))
+    if not fits or 0 in entry.shape:
+        wanted = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        raise InputError(f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected [{wanted}]")
+    return entry.shape
+
 
 Shape = tuple[int | None, ...]  # None: any extent
 
@@ -19,66 +33,6 @@ class Stored:
 
     name: str
     rows: tuple[int, int] | None = None
-
-
-class Affine(NamedTuple):
-    """A matrix [out, in], or the gain of a norm, and its bias if there is one."""
-
-    weight: Any
-    bias: Any = None
-
-
-class GroupedWeights(NamedTuple):
-    """Of `GroupedAttention`: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden], o the way back.
-
-    A `gate` like q scales what goes into o; `sinks` [heads] are the scores of seeing nothing.
-    """
-
-    q: Affine
-    k: Affine
-    v: Affine
-    o: Affine
-    q_norm: Affine | None = None
-    k_norm: Affine | None = None
-    gate: Affine | None = None
-    sinks: Any = None
-
-
-class LatentWeights(NamedTuple):
-    """Of `LatentAttention`: queries from x or from q_norm(q_a x), keys and values from kv_norm of a part of kv_a x."""
-
-    q: Affine
-    kv_a: Affine
-    kv_norm: Affine
-    kv: Affine
-    o: Affine
-    q_a: Affine | None = None
-    q_norm: Affine | None = None
-
-
-class BlockWeights(NamedTuple):
-    """One decoder layer.
-
-    `ffn` is the dense MLP, or the shared experts of a MoE layer, whose output `ffn_gate` [1, hidden] scales if there
-    is one. `moe` are the router and the experts on the device (`weights.LayerWeights`), None in a dense layer.
-    """
-
-    attention: GroupedWeights | LatentWeights
-    norms: Norms
-    ffn: ExpertWeights | None
-    ffn_gate: Affine | None
-    moe: Any = None
-
-
-class EndWeights(NamedTuple):
-    """What stands before and after the layers: embedding [vocabulary, hidden], final norm, head [vocabulary, hidden].
-
-    The head is the embedding where both are one tensor.
-    """
-
-    embedding: Any
-    norm: Affine
-    head: Affine
 
 
 class Finder:

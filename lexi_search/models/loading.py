@@ -13,31 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
-from lexi_search.blocks import MEMORY_SHARE
-from lexi_search.checkpoint import Checkpoint
-from lexi_search.components import BlockWeights
+from lexi_search.checkpoint.dequantise import Parts, Plain, Scheme, dequantise
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
-from lexi_search.ffn import ExpertWeights
-from lexi_search.layouts import ExpertTensors
-from lexi_search.models import Model
-from lexi_search.schemes import Parts, Plain, Scheme, dequantise
-from lexi_search.stacks import Decoder
-from lexi_search.tensors import Tensors
+from lexi_search.layers.decoder import Decoder
+from lexi_search.layers.weights import MEMORY_SHARE, BlockWeights, ExpertWeights, LayerWeights
+from lexi_search.models.model import Model
+from lexi_search.models.moe_tensors import ExpertTensors
 
 READERS = 8  # threads that read, each into a host buffer of its own, as large as the largest tensor it has read
-
-
-class LayerWeights(NamedTuple):
-    """One MoE layer: the router, the bias of its selection or None, and the experts.
-
-    `experts[e]` dequantises anew where weights are quantised: take it once per use, and keep few.
-    """
-
-    router: Float[Array, "experts hidden"]
-    bias: Float[Array, " experts"] | None
-    experts: Sequence[ExpertWeights]
 
 
 class _Recipe(NamedTuple):

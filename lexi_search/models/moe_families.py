@@ -9,58 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-
-class Key(NamedTuple):
-    """A value that the config holds under `name`, and what it is where the key is absent or null."""
-
-    name: str
-    default: Any
-
-
-class Routing(NamedTuple):
-    """How router logits become the chosen experts and their mixing weights; hashable, static under `jit`.
-
-    Scores are `scoring` of the logits over all experts. Selection takes the top k of the scores within the
-    `topk_groups` best of `num_groups` groups, a group being judged by `group_score`: its best expert or the sum of its
-    best two. A bias per expert is added to the scores for the selection only, or to the logits. Weights are the
-    unbiased scores of the chosen experts, divided by their sum (plus `epsilon`, at least `norm_min`) if `renormalize`,
-    times `scale`: a softmax over the chosen logits alone is a softmax over all of them, renormalised. If
-    `scales_input`, the scores multiply the experts' inputs instead, and their outputs are summed as they are.
-
-    With an `exponent` b, the k of K experts weigh what they weigh at K times (S_K / S_k)^b, where S_j is the sum of the
-    j largest scores: the gate exponent of an allocation. Without, as a router that is told to choose k would have it,
-    which is b = 1 if `renormalize` and 0 if not.
-
-    "sparsemixer" (arXiv 2409.12136) chooses one expert after another, each scored by a softmax over the experts that
-    are left and whose logits are near the largest, as `jitter` says.
-    """
-
-    scoring: str = "softmax"  # or "sigmoid", or "sparsemixer"
-    renormalize: bool = False
-    scale: float = 1.0
-    num_groups: int = 1
-    topk_groups: int = 1
-    group_score: str = "max"  # or "top2"
-    bias: str | None = None  # or "selection", or "logits"
-    epsilon: float = 1e-20  # sigmoid scores may all underflow; DeepSeek's guard
-    norm_min: float = 0.0
-    jitter: float = 0.0
-    scales_input: bool = False
-    exponent: float | None = None
-
-
-class Activation(NamedTuple):
-    """What an expert does between its products; hashable, static under `jit`.
-
-    Gated experts compute f(gate) * (up + `up_offset`), where f is the function called `name`, or x * sigmoid(alpha x)
-    if `alpha` is not 1, and `limit` bounds gate from above and up on both sides. Ungated ones compute f(up).
-    """
-
-    name: str = "silu"
-    alpha: float = 1.0
-    limit: float | None = None
-    up_offset: float = 0.0
-
+from lexi_search.checkpoint.config import Key
+from lexi_search.layers.spec import Activation, Routing
 
 SIGMOID = Routing(
     scoring="sigmoid",

@@ -3,10 +3,11 @@
 import re
 from typing import NamedTuple
 
-from lexi_search.architectures import Architecture
+from lexi_search.checkpoint.dequantise import Plain
+from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
-from lexi_search.schemes import Plain
-from lexi_search.tensors import Tensors
+from lexi_search.models.finder import require_shape
+from lexi_search.models.moe_families import Architecture
 
 # Names of an expert's (gate, up, down), or (up, down) where it has no gate, below `experts.N.` of the block; the first
 # that are there count.
@@ -30,7 +31,6 @@ BIASES = (
 )
 # Parts of a checkpoint with decoder layers of their own: prediction of further tokens, speech.
 LEFT_OUT = re.compile(r"(.*\.)?(mtp|talker)\.")
-WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class ExpertTensors(NamedTuple):
@@ -136,17 +136,3 @@ def _check_fused(
             return ExpertTensors(fused=names + biases, transposed=transposed, interleaved=interleaved)
     shapes = f"{names[0]} {list(gate_up)} and {names[1]} {list(down)}"
     raise InputError(f"{tensors[names[0]].file}: {shapes} per expert do not fit hidden_size {hidden_size}")
-
-
-def require_shape(tensors: Tensors, name: str, shape: tuple[int | None, ...]) -> tuple[int, ...]:
-    """Check that a tensor is there, of a plain float type, and of this shape (None: any extent); return its shape."""
-    entry = tensors.get(name)
-    if entry is None:
-        raise InputError(f"{tensors.folder}: tensor {name} is missing; is the download complete?")
-    if entry.dtype.name not in WEIGHT_DTYPES:
-        raise InputError(f"{entry.file}: tensor {name} is {entry.dtype.name}; known are {', '.join(WEIGHT_DTYPES)}")
-    fits = len(entry.shape) == len(shape) and all(b in (None, a) for a, b in zip(entry.shape, shape, strict=True))
-    if not fits or 0 in entry.shape:
-        wanted = ", ".join("any" if extent is None else str(extent) for extent in shape)
-        raise InputError(f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected [{wanted}]")
-    return entry.shape

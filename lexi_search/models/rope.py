@@ -6,28 +6,15 @@ Frequencies and their scaling for long contexts are those of transformers, float
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from lexi_search.checkpoint.config import Config
 from lexi_search.errors import InputError
-from lexi_search.models import Config
+from lexi_search.layers.spec import Rope
 
 Parameters = Mapping[str, Any]  # of one rotation, as `rope_parameters` in a config holds them
-
-
-class Rope(NamedTuple):
-    """How queries and keys are turned; hashable, static under `jit`.
-
-    Pair i of the first 2 * len(frequencies) values of a head turns by `frequencies[i]` radians a position, and becomes
-    `scale` times as long. Pairs are neighbours if `interleaved`, else i and i + len(frequencies). In sequences longer
-    than `max_length` tokens it would be otherwise.
-    """
-
-    frequencies: tuple[float, ...]
-    scale: float = 1.0
-    interleaved: bool = False
-    max_length: int | None = None
 
 
 def read_parameters(config: Config, *, theta: float, layer_type: str | None = None) -> Parameters:

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import distributed  # JAX has no public name for the runtime's key-value store
+from jax._src import distributed
 
-from lexi_search.artifacts import LayerLoss
-from lexi_search.checkpoint import Checkpoint
+from lexi_search.artifacts.files import json_bytes
+from lexi_search.artifacts.merging import Header, find_difference
+from lexi_search.artifacts.profile import LayerLoss
+from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
-from lexi_search.files import json_bytes
-from lexi_search.merging import Header, find_difference
-from lexi_search.models import Model
+from lexi_search.models.model import Model
 
 HEARTBEAT_SECONDS = 60  # after this long without a sign of life JAX takes a process for dead
 POLL_SECONDS = 0.1

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
-from lexi_search.artifacts import LayerLoss, ProfileSettings
-from lexi_search.checkpoint import Checkpoint
+from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
+from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import Model
-from lexi_search.propagation import Movement, Run, Variant, check_room, measure_movement
-from lexi_search.stacks import describe_decoder
-from lexi_search.synthesis import draw_tokens
+from lexi_search.models.decoder_stack import describe_decoder
+from lexi_search.models.model import Model
+from lexi_search.profiling.forward import Movement, Run, Variant, check_room, measure_movement
+from lexi_search.profiling.sampling import draw_tokens
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 Report = Callable[[int], None]

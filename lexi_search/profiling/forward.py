@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int32
 
-from lexi_search.carrying import attend, embed, finish, read_logits
-from lexi_search.checkpoint import Checkpoint
+from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import Model
-from lexi_search.moe import compute_outputs, mix, squared_distances
-from lexi_search.routing import route
-from lexi_search.stacks import BlockWeights, Decoder, EndWeights
-from lexi_search.weights import read_tensors, stream_blocks
+from lexi_search.layers.decoder import Decoder, attend, embed, finish, read_logits
+from lexi_search.layers.moe import compute_outputs, mix, squared_distances
+from lexi_search.layers.routing import route
+from lexi_search.models.decoder_stack import BlockWeights, EndWeights
+from lexi_search.models.loading import read_tensors, stream_blocks
+from lexi_search.models.model import Model
 
 # Shares of a device's memory: expert outputs of one pass, hidden states of all variants. Where it is not told, bytes.
 PASS_SHARE, PASS_BYTES, HIDDEN_SHARE = 1 / 16, 16 << 20, 1 / 4

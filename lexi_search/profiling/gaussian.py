@@ -9,15 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lexi_search.artifacts import ProfileSettings
-from lexi_search.blocks import StackedExperts, stack_experts
-from lexi_search.controls import OTHERS, sum_controls
-from lexi_search.grouped import can_group, has_kernels, measure_stacked
-from lexi_search.models import Model
-from lexi_search.moe import compute_outputs, squared_distances
-from lexi_search.moments import Moments, accumulate, begin, relative_errors
-from lexi_search.routing import Choice, route
-from lexi_search.weights import LayerWeights
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.layers.kernels.blocks import StackedExperts, stack_experts
+from lexi_search.layers.kernels.grouped import can_group, has_kernels, measure_stacked
+from lexi_search.layers.moe import compute_outputs, mixing_changes, squared_distances
+from lexi_search.layers.routing import Choice, route
+from lexi_search.layers.spec import Routing
+from lexi_search.layers.weights import LayerWeights
+from lexi_search.models.model import Model
+from lexi_search.profiling.moments import Moments, accumulate, begin, relative_errors
+
+# Tokens that go through the router only are drawn as those of this many layers further on.
+OTHERS = 1 << 20
+
+
+@partial(jax.jit, static_argnames=("routing", "size"))
+def sum_controls(
+    scores: Float[Array, "tokens K"], distances: Float[Array, "tokens K"], *, routing: Routing, size: int
+) -> Float[Array, "iterations 3 K"]:
+    """Sums of c, c^2 and c d over each iteration of `size` tokens, float32; `distances` are the tokens' d."""
+    change = mixing_changes(scores, routing=routing)
+    control = (change * change).sum(axis=-1)
+    terms = jnp.stack([control, control * control, control * distances], axis=1)
+    return terms.reshape(-1, size, *terms.shape[1:]).sum(axis=1)
+
 
 MIN_ITERATIONS = 2  # one draw may look surer than it is
 # Expert outputs of one pass: a GPU wants many rows per expert, a CPU is fastest within its cache. A share of the

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lexi_search.artifacts import LayerLoss
+from lexi_search.artifacts.profile import LayerLoss
 
 
 class Controls(NamedTuple):

@@ -1,6 +1,5 @@
 """Stage 1 (LExI section 3.1, Algorithm 1): stream a checkpoint layer by layer into the loss of each layer at each k."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -8,18 +7,16 @@ from functools import partial
 import numpy as np
 from jaxtyping import Int
 
-from lexi_search.artifacts import LayerLoss, ProfileSettings
-from lexi_search.checkpoint import Checkpoint
+from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
+from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
-from lexi_search.ffn import ACTIVATIONS
-from lexi_search.measuring import find_needed, measure_layer
-from lexi_search.models import Model
-from lexi_search.moments import summarise
-from lexi_search.propagation import Run
-from lexi_search.sensitivities import draw_samples, measure_layers, open_run
-from lexi_search.weights import stream_layers
-
-SAMPLES, SAMPLE_BYTES = 1024, 4096
+from lexi_search.layers.ffn import ACTIVATIONS
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import Model
+from lexi_search.profiling.divergence import draw_samples, measure_layers, open_run
+from lexi_search.profiling.forward import Run
+from lexi_search.profiling.gaussian import find_needed, measure_layer
+from lexi_search.profiling.moments import summarise
 
 
 def profile_layers(
@@ -86,24 +83,3 @@ def _profile_each(
                 place = f"{checkpoint.folder}: the output of layer {layer}"
                 raise InputError(f"{place} overflows in {settings.dtype}{remedy}")
             yield layer, summarise(moments)
-
-
-def sample_weights(checkpoint: Checkpoint) -> str:
-    """Hex SHA-256 over the name, type and shape of every tensor and some bytes from the middle of `SAMPLES` of them.
-
-    It tells apart checkpoints with the same routers, such as a fine-tuned or a quantised one, in a moment: hashing
-    every byte would take as long as profiling.
-    """
-    digest, names = hashlib.sha256(), sorted(checkpoint.entries)
-    for name in names:
-        entry = checkpoint.entries[name]
-        digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
-    for name in names[:: -(-len(names) // SAMPLES)]:
-        file, _, _, start, size = checkpoint.entries[name]
-        try:
-            with open(file, "rb", buffering=0) as stored:
-                stored.seek(start + max(size - SAMPLE_BYTES, 0) // 2)
-                digest.update(stored.read(min(size, SAMPLE_BYTES)))
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()

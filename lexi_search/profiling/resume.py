@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lexi_search.artifacts import LayerLoss, Profile, read_profile, to_bytes
+from lexi_search.artifacts.files import json_bytes, write_atomically
+from lexi_search.artifacts.merging import Header, find_difference, read_header
+from lexi_search.artifacts.profile import LayerLoss, Profile
+from lexi_search.artifacts.serialisation import read_profile, to_bytes
 from lexi_search.errors import InputError
-from lexi_search.files import json_bytes, write_atomically
-from lexi_search.merging import Header, find_difference, read_header
 
 LOCK = "lock"
 LAYERS, FINDINGS = "*.json", "*.found"  # files

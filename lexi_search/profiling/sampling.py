@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key
 
-from lexi_search.models import open_config
-from lexi_search.propagation import MODEL, Run, carry, read_log_probabilities, split_tokens
-from lexi_search.tensors import Tensors
-from lexi_search.weights import read_tensors
+from lexi_search.models.decoder_stack import count_tokens, find_first_token
+from lexi_search.models.loading import read_tensors
+from lexi_search.profiling.forward import MODEL, Run, carry, read_log_probabilities, split_tokens
 
 PASSES = 6  # of which each makes the text more like the model's own; `examples/fidelity` judges what comes of it
 
@@ -36,9 +35,9 @@ def draw_tokens(
     many sequences it holds at once.
     """
     key = jax.random.key(seed)
-    vocabulary = _count_tokens(run)
+    vocabulary = count_tokens(run.checkpoint, run.decoder)
     tokens = np.array(jax.random.randint(key, (sequences, length), 0, vocabulary, jnp.int32))
-    first = find_first_token(run, vocabulary)
+    first = find_first_token(run.checkpoint, run.model, vocabulary)
     if first is not None:
         tokens[:, 0] = first
     for _ in range(passes):
@@ -51,19 +50,6 @@ def draw_tokens(
             drawn[some] = _sample(own[:, :vocabulary], key, np.arange(some.start, some.stop, dtype=np.int32))
         tokens[:, 1:] = drawn.reshape(tokens.shape)[:, :-1]
     return tokens
-
-
-def find_first_token(run: Run, vocabulary: int) -> int | None:
-    """The token that texts begin with, by the config; None where it says none that the embedding has."""
-    values = open_config(run.checkpoint, run.model.identity.top_k_key.rpartition(".")[0]).values
-    token = values.get("bos_token_id", run.checkpoint.config.get("bos_token_id"))
-    return token if type(token) is int and 0 <= token < vocabulary else None
-
-
-def _count_tokens(run: Run) -> int:
-    """Tokens that both the embedding and the head know: one of them may be padded."""
-    stored, ends = Tensors(run.checkpoint), run.decoder.ends
-    return min(stored[tensor.name].shape[0] for tensor in (ends.embedding, ends.head.weight))
 
 
 @jax.jit

@@ -15,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lexi_search.architectures import Activation, Routing
-from lexi_search.ffn import ExpertWeights, compute_hidden
-from lexi_search.models import Model
-from lexi_search.moe import compute_outputs
-from lexi_search.routing import Choice, mixing_weights, route
-from lexi_search.weights import LayerWeights
+from lexi_search.layers.ffn import compute_hidden
+from lexi_search.layers.moe import compute_outputs
+from lexi_search.layers.routing import Choice, mixing_weights, route
+from lexi_search.layers.spec import Activation, Routing
+from lexi_search.layers.weights import ExpertWeights, LayerWeights
+from lexi_search.models.model import Model
 
 ROWS = 1024  # tokens at a time
 LEAST_ROWS = 256  # tokens for the channels of one expert
-
 
 Batches = Iterable[Float[Array, "rows hidden"]]
 

@@ -19,23 +19,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lexi_search import __version__
-from lexi_search.artifacts import ModelIdentity
-from lexi_search.checkpoint import Checkpoint, open_checkpoint
-from lexi_search.documents import encode
+from lexi_search.artifacts.codec import encode
+from lexi_search.artifacts.files import json_bytes
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.checkpoint.folder import UNLINKED, build_folder
+from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
+from lexi_search.checkpoint.tensors import Tensors
+from lexi_search.checkpoint.writer import Output, write_shards
 from lexi_search.errors import InputError
-from lexi_search.exporters import UNLINKED, build_folder
-from lexi_search.files import json_bytes
-from lexi_search.importance import Batches, draw_batches, score_channels, score_experts
-from lexi_search.layouts import BIASES, LayerTensors
-from lexi_search.models import Model, describe, find_dtype
-from lexi_search.propagation import Run, carry
-from lexi_search.shards import write_shards
-from lexi_search.sizes import Sizes, change_config, check_width, find_blocks, find_sizes, is_single, pad_shared
-from lexi_search.slicing import Kept, Output, find_unit, slice_experts, slice_rows
-from lexi_search.stacks import describe_decoder
-from lexi_search.synthesis import draw_tokens
-from lexi_search.tensors import Tensors
-from lexi_search.weights import stream_layers
+from lexi_search.models.decoder_stack import describe_decoder
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import Model, describe, find_dtype
+from lexi_search.models.moe_tensors import BIASES, LayerTensors
+from lexi_search.profiling.forward import Run, carry
+from lexi_search.profiling.sampling import draw_tokens
+from lexi_search.pruning.importance import Batches, draw_batches, score_channels, score_experts
+from lexi_search.pruning.sizes import Sizes, change_config, check_width, find_blocks, find_sizes, is_single, pad_shared
+from lexi_search.pruning.slicing import Kept, find_unit, slice_experts, slice_rows
 
 FORMAT, VERSION = "lexi-pruning", 1
 NOTE = "lexi-pruning.json"

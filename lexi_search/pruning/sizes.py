@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lexi_search.architectures import ARCHITECTURES, Architecture
-from lexi_search.checkpoint import Checkpoint
+from lexi_search.checkpoint.config import COUNT_KEYS
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.checkpoint.tensors import Tensors
+from lexi_search.checkpoint.writer import Output
 from lexi_search.errors import InputError
-from lexi_search.layouts import LayerTensors, locate_tensors
-from lexi_search.models import Model
-from lexi_search.slicing import Output, pad
-from lexi_search.tensors import Tensors
+from lexi_search.models.model import Model
+from lexi_search.models.moe_families import ARCHITECTURES, Architecture
+from lexi_search.models.moe_tensors import LayerTensors, locate_tensors
+from lexi_search.pruning.slicing import pad
 
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 DOWN = ("down_proj", "w2")  # matrices of shared experts that have the width along their inputs
 
 

@@ -5,26 +5,18 @@ never dequantised: where a block, a group or a word holds several channels, thes
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from lexi_search.checkpoint import Checkpoint
+from lexi_search.checkpoint.dequantise import Fp4, PackedIntegers, Plain, Scaled, Scheme
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.checkpoint.tensors import StoredTensor, Tensors
+from lexi_search.checkpoint.writer import Output, copy
 from lexi_search.errors import InputError
-from lexi_search.layouts import ExpertTensors
-from lexi_search.schemes import Fp4, PackedIntegers, Plain, Scaled, Scheme
-from lexi_search.tensors import StoredTensor, Tensors
-
-
-class Output(NamedTuple):
-    """A tensor to write: its name, shape, and what reads and cuts it, in runs whose bytes follow each other."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    make: Callable[[Checkpoint], Iterator[np.ndarray]]
+from lexi_search.models.moe_tensors import ExpertTensors
 
 
 class Kept(NamedTuple):
@@ -88,12 +80,6 @@ def pad(checkpoint: Checkpoint, name: str, axis: int, extent: int) -> Output:
     entry = checkpoint.entries[name]
     shape = (*entry.shape[:axis], extent, *entry.shape[axis + 1 :])
     return Output(name, entry.dtype, shape, partial(_pad, name, axis, extent))
-
-
-def copy(checkpoint: Checkpoint, name: str, new: str | None = None) -> Output:
-    """A tensor as it is, perhaps under another name."""
-    entry = checkpoint.entries[name]
-    return Output(new or name, entry.dtype, entry.shape, partial(_copy, name))
 
 
 def _slice_separate(
@@ -243,10 +229,6 @@ def _list_indices(axis: _Axis, units: Sequence[int], unit: int, extent: int) -> 
     if axis.interleaved:
         return np.stack([2 * indices, 2 * indices + 1], axis=-1).reshape(-1)
     return np.concatenate([indices, indices + extent // 2])
-
-
-def _copy(name: str, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-    yield checkpoint[name]
 
 
 def _take(name: str, axis: int, indices: np.ndarray, checkpoint: Checkpoint) -> Iterator[np.ndarray]:

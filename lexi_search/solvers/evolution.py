@@ -25,9 +25,9 @@ from jax import lax, random
 from jaxtyping import Float, Float32, Float64, Int, Int32
 
 from lexi_search.errors import InputError
-from lexi_search.exact import Optimum
-from lexi_search.populations import Fitness, Settings, State, Task, start, step
-from lexi_search.problems import Problem, discretise, drop_dominated, find_uniform, read_levels, sum_over_layers
+from lexi_search.solvers.exact import Optimum
+from lexi_search.solvers.operators import Fitness, Settings, State, Task, start, step
+from lexi_search.solvers.problem import Problem, discretise, drop_dominated, find_uniform, read_levels, sum_over_layers
 
 # Members of a last population, at most, that are compared in float64.
 FINALISTS = 16

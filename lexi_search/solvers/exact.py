@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float64, Int, Int32
 
-from lexi_search.frontiers import read_top_k, trace
-from lexi_search.problems import Problem, discretise, read_levels, sum_over_layers
+from lexi_search.solvers.pareto import read_top_k, trace
+from lexi_search.solvers.problem import Problem, discretise, read_levels, sum_over_layers
 
 # Real costs become so many whole steps where many tables are solved together.
 COST_STEPS = 2**14

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int, Int64
 
-from lexi_search.problems import Problem, read_levels
+from lexi_search.solvers.problem import Problem, read_levels
 
 MAX_POINTS = 2**18
 GRAIN = 1e-14  # of the largest cost: what is less apart is equal

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
-from lexi_search.exact import solve_many
-from lexi_search.problems import Problem, sum_over_layers
+from lexi_search.solvers.exact import solve_many
+from lexi_search.solvers.problem import Problem, sum_over_layers
 
 # Above this expected regret, relative to the optimum, a profile is called too noisy for a budget.
 NOISY = 0.01

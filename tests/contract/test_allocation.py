@@ -2,19 +2,14 @@
 
 import copy
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_allocation
-from test_imports import find_imports
 
-import lexi_adapter
 from lexi_adapter.allocation import MAX_GATE_EXPONENT, Allocation, AllocationError, read_allocation, to_document
-from lexi_search import artifacts
+from lexi_search.artifacts import allocation, identity, serialisation
 from lexi_search.errors import InputError
 
 
@@ -24,7 +19,7 @@ def allocations(draw):
     own = draw(st.integers(1, 8))
     top_k = {layer: draw(st.integers(1, own)) for layer in layers}
     numbers = st.floats(0, 1e6)
-    model = artifacts.ModelIdentity(
+    model = identity.ModelIdentity(
         model_type="olmoe",
         num_hidden_layers=layers[-1] + 1 + draw(st.integers(0, 3)),
         num_experts=own + draw(st.integers(0, 8)),
@@ -34,14 +29,14 @@ def allocations(draw):
         top_k_key="num_experts_per_tok",
         router_sha256="0f" * 32,
     )
-    return artifacts.Allocation(
+    return allocation.Allocation(
         model=model,
         top_k=top_k,
         budget=sum(top_k.values()),
         loss=draw(numbers),
         optimal_loss=draw(numbers),
         made_by={"seed": draw(st.integers(0, 9))},
-        gate_exponent=draw(st.none() | st.floats(0, artifacts.MAX_GATE_EXPONENT)),
+        gate_exponent=draw(st.none() | st.floats(0, MAX_GATE_EXPONENT)),
     )
 
 
@@ -61,7 +56,7 @@ def read_both(path):
     """What each reader makes of a file: its document, or None where it refuses."""
     results = []
     for read, document, error in (
-        (artifacts.read_allocation, artifacts.to_document, InputError),
+        (serialisation.read_allocation, serialisation.to_document, InputError),
         (read_allocation, to_document, AllocationError),
     ):
         try:
@@ -74,17 +69,17 @@ def read_both(path):
 
 @given(allocations())
 def test_reads_what_lexi_search_writes(allocation):
-    read = read_allocation(artifacts.to_document(allocation))
+    read = read_allocation(serialisation.to_document(allocation))
     assert (read.top_k, read.budget, read.loss) == (allocation.top_k, allocation.budget, allocation.loss)
     assert vars(read.model) == vars(allocation.model)
-    assert to_document(read) == artifacts.to_document(allocation)
+    assert to_document(read) == serialisation.to_document(allocation)
     assert read_allocation(to_document(read)) == read == read_allocation(read)
 
 
 @settings(max_examples=300, deadline=None)
 @given(allocations(), st.data())
 def test_refuses_what_lexi_search_refuses(tmp_path_factory, allocation, data):
-    document = artifacts.to_document(allocation)
+    document = serialisation.to_document(allocation)
     damaged = copy.deepcopy(document)
     *parents, key = data.draw(st.sampled_from(list(find_places(document))))
     place = damaged
@@ -116,7 +111,7 @@ def test_refuses_other_files_in_one_line(tmp_path, text):
 
 @pytest.mark.parametrize("exponent", [0, 2, 2.0, 2.000001, 99, 1e308])
 def test_a_gate_exponent_has_an_end(tmp_path, exponent):
-    document = artifacts.to_document(make_allocation(gate_exponent=1.0)) | {"gate_exponent": exponent}
+    document = serialisation.to_document(make_allocation(gate_exponent=1.0)) | {"gate_exponent": exponent}
     path = tmp_path / "allocation.json"
     path.write_text(json.dumps(document))
     theirs, ours = read_both(path)
@@ -133,83 +128,8 @@ def test_names_a_missing_file(tmp_path):
 
 @given(allocations(), allocations())
 def test_two_allocations_ask_the_same_only_when_the_model_runs_the_same(one, other):
-    one, other = (read_allocation(artifacts.to_document(allocation)) for allocation in (one, other))
+    one, other = (read_allocation(serialisation.to_document(allocation)) for allocation in (one, other))
     same = (one.model, one.top_k, one.gate_exponent) == (other.model, other.top_k, other.gate_exponent)
     assert one.asks_the_same_as(other) is same
     relabelled = Allocation(**vars(one) | {"made_by": {"other": 1}, "loss": 1.0, "optimal_loss": 0.5})
     assert one.asks_the_same_as(relabelled)
-
-
-LINE = [
-    "allocation",
-    "files",
-    "packages",
-    "checkpoint",
-    "gates",
-    "triton_gates",
-    "vllm_names",
-    "vllm_gates",
-    "vllm_build",
-    "vllm_plugin",
-    "vllm_live",
-    "transformers_gates",
-    "transformers_patch",
-    "identity",
-    "kernels",
-    "workloads",
-    "turns",
-    "variants",
-    "engines",
-    "benchmark",
-    "latency",
-    "loads",
-    "scores",
-    "texts",
-    "perplexity",
-    "passkey",
-    "qasper",
-    "harness",
-    "hooks",
-    "tasks",
-    "transformers_model",
-    "vllm_model",
-    "evaluation",
-    "results",
-    "tradeoff",
-    "loading",
-    "windows",
-    "divergences",
-    "decoders",
-    "movements",
-    "sensitivity",
-    "journal",
-    "reports",
-    "eval_reports",
-    "console",
-    "commands",
-    "cli",
-]
-
-
-PACKAGE = Path(lexi_adapter.__file__).parent
-
-
-@pytest.mark.parametrize("module", LINE)
-def test_imports_go_left_only(module):
-    """Reading order, as in lexi_search: a module imports only those before it, a command also others of the folder."""
-    path = PACKAGE / module
-    files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    names = [name for file in files for name in find_imports(file)]
-    imported = {name.split(".")[1] for name in names if name.startswith("lexi_adapter.")}
-    assert imported <= set(LINE[: LINE.index(module) + path.is_dir()])
-
-
-def test_every_module_has_its_place_in_the_line():
-    assert {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")} == set(LINE)
-
-
-@pytest.mark.parametrize("module", ["lexi_adapter", "lexi_adapter.cli", "lexi_adapter.vllm_plugin"])
-def test_importing_is_light(module):
-    code = f"import sys, {module}; print(*(name for name in sys.modules if '.' not in name))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "vllm", "transformers", "numpy", "jax", "lexi_search"} & set(done.stdout.split())

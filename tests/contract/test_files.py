@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 
 import lexi_adapter.files
-import lexi_search.files
+import lexi_search.artifacts.files
 from lexi_adapter.allocation import AllocationError
 from lexi_search.errors import InputError
 
-REFUSALS = {lexi_search.files: InputError, lexi_adapter.files: AllocationError}
+REFUSALS = {lexi_search.artifacts.files: InputError, lexi_adapter.files: AllocationError}
 
 
 @pytest.fixture(params=REFUSALS, ids=lambda files: files.__name__)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from lexi_search import artifacts
-from lexi_search.cli import main
+from lexi_search.artifacts import serialisation
+from lexi_search.cli.main import main
 
 
 def run(*arguments):
@@ -32,5 +32,5 @@ def refuse(*arguments):
 
 
 def write(path, artifact):
-    path.write_bytes(artifacts.to_bytes(artifact))
+    path.write_bytes(serialisation.to_bytes(artifact))
     return path

@@ -14,10 +14,10 @@ from tiny import make_checkpoint
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from lexi_search.artifacts import Allocation
-from lexi_search.checkpoint import open_checkpoint
-from lexi_search.exporters import make_vllm_overrides, write_folder
-from lexi_search.models import describe
+from lexi_search.allocation.export import make_vllm_overrides, write_folder
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.models.model import describe
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9, 10], [100, 90, 80, 70, 60, 50], [200, 3, 201, 5, 202, 7, 203]]

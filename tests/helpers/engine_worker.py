@@ -61,7 +61,7 @@ def newer_vllm():
 
 def unknown_blocks():
     """An adapter that has never heard of MiniCPM's block."""
-    from lexi_adapter import vllm_build
+    from lexi_adapter.serving import vllm_build
 
     return mock.patch.object(vllm_build, "OWN_BLOCKS", ())
 
@@ -109,7 +109,7 @@ def corrupted_layer():
 
 def vanishing_file():
     """An allocation's file that is gone as soon as the first process has read it."""
-    from lexi_adapter import vllm_plugin
+    from lexi_adapter.serving import vllm_plugin
 
     read = vllm_plugin.read_allocation
 
@@ -139,7 +139,7 @@ SUBSTITUTES = {
 def run(job):
     from vllm import LLM, SamplingParams
 
-    from lexi_adapter.vllm_build import read_top_k
+    from lexi_adapter.serving.vllm_build import read_top_k
 
     llm = LLM(job["model"], **DEFAULTS | job["options"])
     top_k, *others = llm.apply_model(read_top_k)

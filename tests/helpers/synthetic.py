@@ -4,16 +4,10 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from lexi_search.artifacts import (
-    Allocation,
-    CostTable,
-    LayerLoss,
-    ModelIdentity,
-    ModelShape,
-    Profile,
-    ProfileSettings,
-    StepTime,
-)
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.cost_table import CostTable, StepTime
+from lexi_search.artifacts.identity import ModelIdentity, ModelShape
+from lexi_search.artifacts.profile import LayerLoss, Profile, ProfileSettings
 
 SETTINGS = ProfileSettings(
     input="paper", seed=0, batch=2, length=8, dtype="float32", relative_error=0.01, max_samples=1000

@@ -1,1 +1,1 @@
-"""The commands of `lexi-adapter`, one module each; what a command needs beyond its options is imported when it runs."""
+"""The subcommands of `lexi-adapter`, one module each."""

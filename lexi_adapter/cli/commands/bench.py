@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import read_allocation
-from lexi_adapter.commands.options import (
+from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.options import (
     PRUNED_SHARE,
     SHARE,
     FiniteRange,
@@ -14,8 +15,8 @@ from lexi_adapter.commands.options import (
     takes_engine_options,
     takes_locks,
 )
-from lexi_adapter.console import print_table
-from lexi_adapter.files import check_writable, describe_call, write_atomically, write_json
+from lexi_adapter.environment import describe_call
+from lexi_adapter.files import check_writable, write_atomically, write_json
 
 
 @click.command()
@@ -101,10 +102,11 @@ def bench(
 
     Batches of random tokens with fixed lengths; (input + output) tokens over end-to-end seconds.
     """
-    from lexi_adapter import benchmark
-    from lexi_adapter import workloads as known
-    from lexi_adapter.reports import draw_bench, find_format, tabulate_bench, tabulate_kernels
-    from lexi_adapter.variants import make_variants
+    from lexi_adapter.cli.figures import draw_bench, find_format
+    from lexi_adapter.cli.tables import tabulate_bench, tabulate_kernels
+    from lexi_adapter.engines import workload as known
+    from lexi_adapter.model.variants import make_variants
+    from lexi_adapter.speed import throughput
 
     read = [model, *files, *folders, *locks]
     check_writable(output, apart_from=[*read, plot])
@@ -128,7 +130,7 @@ def bench(
         seed=seed,
     )
     made_by = describe_call()
-    document = benchmark.measure(
+    document = throughput.measure(
         variants,
         list(dict.fromkeys(chosen)),
         rounds=rounds,

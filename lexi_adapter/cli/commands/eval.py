@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import AllocationError, read_allocation
-from lexi_adapter.commands.options import read_engine_options
-from lexi_adapter.console import print_table
-from lexi_adapter.files import check_writable, describe_call, write_json
-from lexi_adapter.harness import PREFIX
+from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.options import read_engine_options
+from lexi_adapter.environment import describe_call
+from lexi_adapter.files import check_writable, write_json
+from lexi_adapter.tasks.harness import PREFIX
 
 HARNESS, OWN = f"{PREFIX}TASK", "module:function"
 # Which tasks read an option.
@@ -113,16 +114,16 @@ def eval_(
     Every number comes with its standard error, and with its difference from the base, taken item by item. The same
     command goes on where it was cut short.
     """
-    from lexi_adapter import evaluation
-    from lexi_adapter.eval_reports import tabulate_eval
-    from lexi_adapter.hooks import find_function, find_sources
-    from lexi_adapter.tasks import make_tasks
-    from lexi_adapter.texts import load_tokenizer
+    from lexi_adapter.cli.tables import tabulate_eval
+    from lexi_adapter.evaluation import evaluate
+    from lexi_adapter.tasks.hooks import find_function, find_sources
+    from lexi_adapter.tasks.registry import make_tasks
+    from lexi_adapter.tasks.texts import load_tokenizer
 
     _check_readers(options["names"])
     read = [model, tokenizer, *folders, *files, *options["texts"], options["questions"]]
     check_writable(output, apart_from=read)
-    variants = evaluation.make_variants(
+    variants = evaluate.make_variants(
         model,
         allocations={file: read_allocation(file) for file in files},
         uniform=list(dict.fromkeys(uniform)),
@@ -136,8 +137,8 @@ def eval_(
     sources = [file for name in own_tasks for file in find_sources(name, find_function(name))]
     check_writable(output, apart_from=[*sources, *options["include_paths"]])
     if backend == "vllm":
-        from lexi_adapter.engines import check_plugin
-        from lexi_adapter.vllm_model import open_model
+        from lexi_adapter.engines.options import check_plugin
+        from lexi_adapter.evaluation.vllm_backend import open_model
 
         check_plugin(variants)
         if device is not None:
@@ -146,7 +147,7 @@ def eval_(
         setting |= {"engine": others}
         own |= {"tokenizer": tokenizer, "longest": max(task.longest for task in tasks), "engine": others}
     else:
-        from lexi_adapter.transformers_model import find_device, open_model
+        from lexi_adapter.evaluation.transformers_backend import find_device, open_model
 
         if engine != "{}" or tensor_parallel_size != 1:
             raise AllocationError("--engine and --tensor-parallel-size are for --backend vllm; see --device auto")
@@ -157,13 +158,13 @@ def eval_(
         }
     finished = {}
     if Path(output).exists() and not restart:
-        empty = evaluation.make_document(variants, tasks, setting, {})
-        finished = evaluation.find_finished(_read(output), output, empty)
+        empty = evaluate.make_document(variants, tasks, setting, {})
+        finished = evaluate.find_finished(_read(output), output, empty)
         count = len(variants) * len(tasks)
         rest = "; the rest follows" if len(finished) < count else ""
         click.echo(f"{output} has {len(finished)} of {count} results{rest}", err=True)
     made_by = describe_call()
-    document = evaluation.evaluate(
+    document = evaluate.evaluate(
         variants,
         tasks,
         setting=setting,
@@ -195,7 +196,7 @@ def _name_kind(name: str) -> str:
 
 def _describe_tokenizer(tokenizer: str, model: str) -> dict[str, str]:
     """The folder, however it was spelt, and the state of its files; that of the model's own is told with the model."""
-    from lexi_adapter.evaluation import hash_state
+    from lexi_adapter.evaluation.evaluate import hash_state
 
     place = Path(tokenizer).resolve()
     if not place.is_dir():

@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from lexi_adapter.commands.options import read_engine_options, takes_engine_options, takes_locks
-from lexi_adapter.console import print_table
-from lexi_adapter.files import check_writable, describe_call, write_json
+from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.options import read_engine_options, takes_engine_options, takes_locks
+from lexi_adapter.environment import describe_call
+from lexi_adapter.files import check_writable, write_json
 
 
 @click.command()
@@ -31,10 +32,10 @@ def latency(
     model: str, workloads: Sequence[str], rounds: int, checks: int, output: str, locks: Sequence[str], **engine: Any
 ) -> None:
     """Time of MODEL's MoE layers at each k on this card, as the cost table that a search takes."""
-    from lexi_adapter import latency as timing
-    from lexi_adapter.reports import tabulate_checks, tabulate_latency
-    from lexi_adapter.variants import describe_folder
-    from lexi_adapter.workloads import parse_workload
+    from lexi_adapter.cli.tables import tabulate_checks, tabulate_latency
+    from lexi_adapter.engines.workload import parse_workload
+    from lexi_adapter.model.shapes import describe_folder
+    from lexi_adapter.speed import latency as timing
 
     check_writable(output, apart_from=[model, *locks])
     options = read_engine_options(**engine)

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import AllocationError, read_allocation
-from lexi_adapter.checkpoint import read_config
-from lexi_adapter.commands.options import PRUNED_SHARE, read_engine_options, takes_engine_options
-from lexi_adapter.console import print_table
-from lexi_adapter.files import check_writable, describe_call, write_json
-from lexi_adapter.texts import check_tokens, encode, find_vocabulary, load_tokenizer, read_text
+from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.options import PRUNED_SHARE, read_engine_options, takes_engine_options
+from lexi_adapter.environment import describe_call
+from lexi_adapter.files import check_writable, write_json
+from lexi_adapter.model.folder import find_vocabulary, read_config
+from lexi_adapter.tasks.texts import check_tokens, encode, load_tokenizer, read_text
 
 
 @click.command()
@@ -51,8 +52,8 @@ def loads(
     **engine: Any,
 ) -> None:
     """How many of a text's tokens go to each expert of MODEL, with fewer active experts or fewer experts."""
-    from lexi_adapter import loads as counting
-    from lexi_adapter.reports import tabulate_loads
+    from lexi_adapter.cli.tables import tabulate_loads
+    from lexi_adapter.speed import expert_load as counting
 
     check_writable(output, apart_from=[model, text, tokens, *files])
     if (text is None) == (tokens is None):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lexi_adapter.allocation import MAX_GATE_EXPONENT, AllocationError
-from lexi_adapter.commands.options import FiniteRange
+from lexi_adapter.cli.options import FiniteRange
 from lexi_adapter.files import check_writable, write_json
 
 
@@ -67,14 +67,14 @@ def sensitivity(
     if bool(texts) + bool(files) + own != 1:
         raise AllocationError("give one of --text, --tokens and --generate")
     check_writable(output, apart_from=[model, tokenizer, *texts, *files])
-    from lexi_adapter.checkpoint import read_config
-    from lexi_adapter.identity import describe_checkpoint
-    from lexi_adapter.journal import find_place, keep_journal
-    from lexi_adapter.loading import explain_full_memory, load_model
-    from lexi_adapter.movements import measure
-    from lexi_adapter.sensitivity import describe_run, make_document, make_settings
-    from lexi_adapter.texts import check_length, encode, find_limit, load_tokenizer, read_text
-    from lexi_adapter.windows import check_vocabulary, cut, generate, read_tokens
+    from lexi_adapter.evaluation.transformers_backend import explain_full_memory, load_model
+    from lexi_adapter.model.folder import find_limit, read_config
+    from lexi_adapter.model.identity import describe_checkpoint
+    from lexi_adapter.sensitivity.ablation import measure
+    from lexi_adapter.sensitivity.journal import find_place, keep_journal
+    from lexi_adapter.sensitivity.profile import describe_run, make_document, make_settings
+    from lexi_adapter.sensitivity.windows import check_vocabulary, cut, generate, read_tokens
+    from lexi_adapter.tasks.texts import check_length, encode, load_tokenizer, read_text
 
     check_writable(find_place(output), apart_from=[*texts, *files])
     identity = describe_checkpoint(Path(model))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import click
 
-from lexi_adapter.console import print_table
+from lexi_adapter.cli.console import print_table
 from lexi_adapter.files import check_writable, write_atomically
 
 
@@ -20,10 +20,10 @@ def tradeoff(evaluation: str, benchmark: str, tasks: Sequence[str], workloads: S
     EVALUATION is the JSON of `lexi-adapter eval`, BENCHMARK that of `lexi-adapter bench`. Variants are the same if they
     have the same name, or the same k in every layer.
     """
-    from lexi_adapter import tradeoff as joining
-    from lexi_adapter.eval_reports import draw_tradeoff, tabulate_tradeoff
-    from lexi_adapter.reports import find_format
-    from lexi_adapter.results import read_results
+    from lexi_adapter.cli.figures import draw_tradeoff, find_format
+    from lexi_adapter.cli.tables import tabulate_tradeoff
+    from lexi_adapter.evaluation import tradeoff as joining
+    from lexi_adapter.evaluation.results import read_results
 
     file_format = find_format(output)
     check_writable(output, apart_from=[evaluation, benchmark])

@@ -1,1 +1,1 @@
-"""The commands of `lexi-search`, one module for each thing that a user does."""
+"""The subcommands of `lexi-search`, one module each; `show` holds `plot` as well."""

@@ -2,8 +2,9 @@
 
 import click
 
-from lexi_search.artifacts import LOSS_KINDS, read_profile
-from lexi_search.console import json_option, prepare_environment, print_json, print_table
+from lexi_search.artifacts.profile import LOSS_KINDS
+from lexi_search.artifacts.serialisation import read_profile
+from lexi_search.cli.console import json_option, prepare_environment, print_json, print_table
 
 
 @click.command()
@@ -26,10 +27,11 @@ def compare(reference: str, profiles: tuple[str, ...], loss: str | None, as_json
     others = {path: read_profile(path) for path in profiles}
     loss = loss or ("increase" if "increase" in truth.loss_kinds else truth.default_loss)
     prepare_environment()
-    from lexi_search import comparisons, tables
+    from lexi_search.allocation import comparison
+    from lexi_search.cli import tables
 
     found = {
-        (path, kind): comparisons.compare(truth, other, reference_loss=loss, loss=kind)
+        (path, kind): comparison.compare(truth, other, reference_loss=loss, loss=kind)
         for path, other in others.items()
         for kind in other.loss_kinds
     }

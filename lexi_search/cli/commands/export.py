@@ -2,9 +2,9 @@
 
 import click
 
-from lexi_search.artifacts import read_allocation
+from lexi_search.artifacts.files import check_writable, write_atomically
+from lexi_search.artifacts.serialisation import read_allocation
 from lexi_search.errors import InputError
-from lexi_search.files import check_writable, write_atomically
 
 
 @click.command()
@@ -23,7 +23,7 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     json, csv     the k per layer
     """
     chosen = read_allocation(allocation)
-    from lexi_search import exporters
+    from lexi_search.allocation import export as exporters
 
     config = exporters.read_config(model) if model else {}
     if model:

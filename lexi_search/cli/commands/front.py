@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search.artifacts import Profile, read_profile, sha256, write_allocation
-from lexi_search.commands.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
-from lexi_search.console import loss_option, prepare_environment, print_table
+from lexi_search.artifacts.files import check_writable, write_atomically
+from lexi_search.artifacts.profile import Profile
+from lexi_search.artifacts.serialisation import read_profile, sha256, write_allocation
+from lexi_search.cli.console import loss_option, prepare_environment, print_table
+from lexi_search.cli.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
 from lexi_search.errors import InputError
-from lexi_search.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
-    from lexi_search.costs import Cost
-    from lexi_search.fronts import Front, Point
+    from lexi_search.allocation.costs import Cost
+    from lexi_search.allocation.tradeoff import Front, Point
 
 
 @click.command()
@@ -66,26 +67,26 @@ def front(
     measured = read_profile(profile)
     loss = loss or measured.default_loss
     prepare_environment()
-    from lexi_search import fronts
-    from lexi_search.tables import tabulate_front
+    from lexi_search.allocation import tradeoff
+    from lexi_search.cli.tables import tabulate_front
 
     cost, constraints = read_cost(measured, cost_file, mix), make_constraints(measured, **options)
-    found = fronts.find_front(measured, cost=cost, constraints=constraints, loss=loss)
+    found = tradeoff.find_front(measured, cost=cost, constraints=constraints, loss=loss)
     chosen = None
     if knee:
-        chosen = fronts.find_knee(found)
+        chosen = tradeoff.find_knee(found)
     elif max_loss is not None:
-        chosen = fronts.find_fastest_within(found, parse_loss(max_loss, found))
+        chosen = tradeoff.find_fastest_within(found, parse_loss(max_loss, found))
     elif any(wishes):
-        chosen = fronts.find_best_within(found, ms=target_ms, speedup=target_speedup)
-    shown = fronts.thin(found.points, points) if points else found.points
+        chosen = tradeoff.find_best_within(found, ms=target_ms, speedup=target_speedup)
+    shown = tradeoff.thin(found.points, points) if points else found.points
     for name in outputs:
         write_atomically(name, format_front(name, measured, found, shown, chosen, loss=loss, cost=cost))
     print_table(tabulate_front(found, chosen))
     for name in outputs:
         click.echo(name)
     if chosen is not None:
-        from lexi_search.allocations import describe_origin, make_allocation
+        from lexi_search.allocation.allocate import describe_origin, make_allocation
 
         origin = describe_origin(measured, constraints, loss=loss, method="exact")
         spent = {"ms": chosen.ms, "speedup": chosen.speedup}
@@ -123,11 +124,11 @@ def format_front(
     cost: "Cost | None",
 ) -> bytes:
     """The bytes of an output file: all `points` as JSON or CSV, or a drawing of the front."""
-    from lexi_search.tables import list_points
+    from lexi_search.cli.tables import list_points
 
     form, layers = find_form(name), profile.model.moe_layers
     if form in ("png", "svg"):
-        from lexi_search.plots import draw_front, render
+        from lexi_search.cli.plots import draw_front, render
 
         return render(draw_front(front, chosen, title=f"{profile.model.model_type}: {loss} loss"), form)
     rows = list_points(points, layers)

@@ -2,9 +2,10 @@
 
 import click
 
-from lexi_search.artifacts import ProfileSettings, read_allocation
-from lexi_search.commands.options import choose_dtype, dtype_option
-from lexi_search.console import json_option, make_progress, prepare_environment, print_json, print_table
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.artifacts.serialisation import read_allocation
+from lexi_search.cli.console import json_option, make_progress, prepare_environment, print_json, print_table
+from lexi_search.cli.options import choose_dtype, dtype_option
 from lexi_search.errors import InputError
 
 
@@ -34,11 +35,11 @@ def judge(
     """
     read = {path: read_allocation(path) for path in allocations}
     prepare_environment()
-    from lexi_search.checkpoint import open_checkpoint
-    from lexi_search.models import describe, find_dtype
-    from lexi_search.propagation import Variant
-    from lexi_search.sensitivities import judge_variants, open_run
-    from lexi_search.tables import list_judgements, tabulate_judgements
+    from lexi_search.checkpoint.reader import open_checkpoint
+    from lexi_search.cli.tables import list_judgements, tabulate_judgements
+    from lexi_search.models.model import describe, find_dtype
+    from lexi_search.profiling.divergence import judge_variants, open_run
+    from lexi_search.profiling.forward import Variant
 
     checkpoint = open_checkpoint(weights)
     model = describe(checkpoint)

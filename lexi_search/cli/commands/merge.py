@@ -2,9 +2,9 @@
 
 import click
 
-from lexi_search.artifacts import read_profile, write_profile
-from lexi_search.files import check_writable
-from lexi_search.merging import find_missing, format_layers, merge
+from lexi_search.artifacts.files import check_writable
+from lexi_search.artifacts.merging import find_missing, format_layers, merge
+from lexi_search.artifacts.serialisation import read_profile, write_profile
 
 
 @click.command("merge")

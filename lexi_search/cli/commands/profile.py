@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lexi_search import __version__
-from lexi_search.artifacts import LayerLoss, Profile, ProfileSettings, require_gate_exponent, write_profile
-from lexi_search.commands.options import choose_dtype, dtype_option
-from lexi_search.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
+from lexi_search.artifacts.codec import require_gate_exponent
+from lexi_search.artifacts.files import check_writable
+from lexi_search.artifacts.merging import Header
+from lexi_search.artifacts.profile import LayerLoss, Profile, ProfileSettings
+from lexi_search.artifacts.serialisation import write_profile
+from lexi_search.cli.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
+from lexi_search.cli.options import choose_dtype, dtype_option
 from lexi_search.errors import InputError
-from lexi_search.files import check_writable
-from lexi_search.merging import Header
-from lexi_search.partials import Partials, keep_partials
+from lexi_search.profiling.resume import Partials, keep_partials
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -119,11 +121,11 @@ def profile(
     prepare_environment()
     import numpy as np
 
-    from lexi_search.checkpoint import open_checkpoint
-    from lexi_search.distribution import Group, agree, estimate_costs, gather, join, share, spread
-    from lexi_search.models import describe, find_dtype
-    from lexi_search.profiling import check_layers, profile_layers, sample_weights
-    from lexi_search.sensitivities import choose_exponent, draw_samples, open_run
+    from lexi_search.checkpoint.reader import open_checkpoint, sample_weights
+    from lexi_search.models.model import describe, find_dtype
+    from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, join, share, spread
+    from lexi_search.profiling.divergence import choose_exponent, draw_samples, open_run
+    from lexi_search.profiling.profile import check_layers, profile_layers
 
     with ExitStack() as stack:
         group = stack.enter_context(join(*place)) if together else Group()

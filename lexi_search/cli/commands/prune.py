@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lexi_search.console import make_progress, prepare_environment
+from lexi_search.cli.console import make_progress, prepare_environment
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
-    from lexi_search.pruning import Pruning
+    from lexi_search.pruning.prune import Pruning
 
 
 @click.command()
@@ -39,7 +39,7 @@ def prune(
         raise InputError("nothing to prune; give --experts or --width, such as --experts 25%")
     shares = {"experts": parse_share(experts, "--experts"), "width": parse_share(width, "--width")}
     prepare_environment()
-    from lexi_search.pruning import prune as write_pruned
+    from lexi_search.pruning.prune import prune as write_pruned
 
     with make_progress() as progress:
         task = progress.add_task("pruning", total=100)

@@ -6,18 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search.artifacts import read_profile, write_allocation
-from lexi_search.commands.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
-from lexi_search.console import json_option, loss_option, parse_budgets, prepare_environment, print_json, print_table
+from lexi_search.artifacts.files import check_writable, check_writable_folder, json_bytes, write_atomically
+from lexi_search.artifacts.serialisation import read_profile, write_allocation
+from lexi_search.cli.console import (
+    json_option,
+    loss_option,
+    parse_budgets,
+    prepare_environment,
+    print_json,
+    print_table,
+)
+from lexi_search.cli.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
 from lexi_search.errors import InputError
-from lexi_search.files import check_writable, check_writable_folder, json_bytes, write_atomically
 
 # Against noise, by the input of a profile; other inputs are `lexi-adapter sensitivity`'s.
 REMEDIES = {"paper": "a smaller --relative-error", "weights": "more text (--samples)"}
 
 if TYPE_CHECKING:
-    from lexi_search.allocations import Found
-    from lexi_search.costs import Cost
+    from lexi_search.allocation.allocate import Found
+    from lexi_search.allocation.costs import Cost
 
 
 @click.command()
@@ -92,8 +99,8 @@ def search(
     if history:
         check_writable(history, apart_from=[profile, cost_file, target])
     prepare_environment()
-    from lexi_search.allocations import allocate
-    from lexi_search.tables import summarise_found, tabulate_search
+    from lexi_search.allocation.allocate import allocate
+    from lexi_search.cli.tables import summarise_found, tabulate_search
 
     evolution = {name: options.pop(name) for name in ("population", "generations", "mutation_rate", "restarts")}
     cost = read_cost(measured, cost_file, mix)
@@ -155,7 +162,7 @@ def warn_of_noise(names: Sequence[str], found: Sequence["Found"], source: str) -
 
     Not where the search stopped short of the optimum: then that is what is lost.
     """
-    from lexi_search.uncertainty import NOISY
+    from lexi_search.solvers.uncertainty import NOISY
 
     noisy = {
         name: result.regret

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from lexi_search.artifacts import Allocation, read_artifact, read_profile
-from lexi_search.console import json_option, loss_option, normalised_option, print_json, print_table
-from lexi_search.files import check_writable, write_atomically
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.files import check_writable, write_atomically
+from lexi_search.artifacts.serialisation import read_artifact, read_profile
+from lexi_search.cli.console import json_option, loss_option, normalised_option, print_json, print_table
 
 
 @click.command()
@@ -17,7 +18,7 @@ from lexi_search.files import check_writable, write_atomically
 def show(file: str, loss: str | None, normalised: bool, as_json: bool) -> None:
     """Show a profile or an allocation as a table."""
     artifact = read_artifact(file)
-    from lexi_search import tables
+    from lexi_search.cli import tables
 
     if isinstance(artifact, Allocation):
         summarise, tabulate, scale = tables.summarise, tables.tabulate_allocation, {}
@@ -43,7 +44,7 @@ def plot(profile: str, others: tuple[str, ...], output: str, loss: str | None, n
     for path in others:
         found = read_artifact(path)
         (allocations if isinstance(found, Allocation) else profiles)[path] = found
-    from lexi_search.plots import draw_heatmap, render
+    from lexi_search.cli.plots import draw_heatmap, render
 
     shown = profiles if len(profiles) > 1 else profiles[profile]
     figure = draw_heatmap(shown, allocations, loss=loss, normalised=normalised)

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lexi_search.ffn import ExpertWeights
+from lexi_search.layers.weights import ExpertWeights
 
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 256  # of one tile of a product
 GATED_COLUMNS = BLOCK_COLUMNS // 2
 GRAM_ROWS = 64  # of one Gram matrix, which spans several tokens
 COPIED_AT_ONCE = 8  # experts
-MEMORY_SHARE = 3 / 4  # of a device's memory for layers and a stack of experts; the rest is for passes
 
 
 class StackedExperts(NamedTuple):

@@ -12,19 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lexi_search.architectures import Activation, Routing
-from lexi_search.blocks import (
+from lexi_search.layers.kernels.blocks import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     GATED_COLUMNS,
     GRAM_ROWS,
-    MEMORY_SHARE,
     StackedExperts,
     lay_out,
 )
-from lexi_search.ffn import ExpertWeights
-from lexi_search.moe import mixing_changes
-from lexi_search.routing import Choice
+from lexi_search.layers.moe import mixing_changes
+from lexi_search.layers.routing import Choice
+from lexi_search.layers.spec import Activation, Routing
+from lexi_search.layers.weights import MEMORY_SHARE, ExpertWeights
 
 ACTIVATIONS = (Activation("silu"), Activation("swish"))
 FIRST_JAX = (0, 11)  # whose Pallas the kernels are written for
@@ -70,7 +69,7 @@ def measure_stacked(
     interpret: Any = None,
 ) -> Float[Array, "tokens K"]:
     """||y_k - y_K||^2 of every token for k = 1..K, float32."""
-    from lexi_search.hopper import gram_distances, multiply_blocks, spread
+    from lexi_search.layers.kernels.hopper import gram_distances, multiply_blocks, spread
 
     layout = lay_out(choice.experts, num_experts=experts.down.shape[0])
     rows = spread(x, layout.places, rows=layout.block_experts.size * BLOCK_ROWS, interpret=interpret)

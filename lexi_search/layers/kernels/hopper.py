@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from lexi_search.blocks import BLOCK_COLUMNS, BLOCK_ROWS, GATED_COLUMNS, GRAM_ROWS
+from lexi_search.layers.kernels.blocks import BLOCK_COLUMNS, BLOCK_ROWS, GATED_COLUMNS, GRAM_ROWS
 
 # One tile of a product: BLOCK_ROWS x BLOCK_COLUMNS in steps of STEP, loaded ahead into STAGES buffers by a warpgroup
 # and multiplied by two, 64 rows each. Shared memory holds no more stages.

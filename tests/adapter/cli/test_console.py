@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_evaluation_tradeoff import make_quality, make_speed
+from results import make_quality, make_speed
 
+import lexi_adapter
 from lexi_adapter.allocation import to_document
-from lexi_adapter.console import Commands
-from lexi_adapter.identity import describe_checkpoint
-from lexi_adapter.variants import allocate
+from lexi_adapter.cli.console import Commands
+from lexi_adapter.model.identity import describe_checkpoint
+from lexi_adapter.model.variants import allocate
 
 CALL = (
-    "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split())); from lexi_adapter.cli import main; main()"
+    "import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split())); "
+    "from lexi_adapter.cli.main import main; main()"
 )
-EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-olmoe"
+EXAMPLE = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 
 
 @pytest.fixture
@@ -71,9 +73,9 @@ def test_a_defect_of_its_own_is_not_explained_away():
 
     @group.command()
     def broken():
-        from lexi_adapter.console import nothing  # noqa: F401
+        from lexi_adapter.cli.console import nothing  # noqa: F401
 
-    with pytest.raises(ImportError, match="cannot import name 'nothing' from 'lexi_adapter.console'"):
+    with pytest.raises(ImportError, match="cannot import name 'nothing' from 'lexi_adapter.cli.console'"):
         CliRunner().invoke(group, ["broken"], catch_exceptions=False)
 
 

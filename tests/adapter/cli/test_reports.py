@@ -7,10 +7,11 @@ import re
 import pytest
 from matplotlib.text import Text
 
-from lexi_adapter import benchmark, console, eval_reports, reports
-from lexi_adapter.latency import Check, Step
-from lexi_adapter.loads import Load
-from lexi_adapter.tradeoff import Panel, Point
+from lexi_adapter.cli import console, figures, tables
+from lexi_adapter.evaluation.tradeoff import Panel, Point
+from lexi_adapter.speed import throughput
+from lexi_adapter.speed.expert_load import Load
+from lexi_adapter.speed.latency import Check, Step
 
 LONG = "results/of/a/search/with/a/long/name/allocation-"
 NAMES = ("base", "d[/x].json", "a [bold]x.json", ":smile:.json", "$x^$.json", LONG + "1.json", LONG + "2.json")
@@ -20,7 +21,7 @@ WORKLOADS = ("16x1024x512", "1024x16384x65536")
 def make_bench(names=NAMES):
     engine = {"top_k": {"0": 3, "1": 2}}
     lines = [
-        benchmark.Summary(name, workload, 123456.0 + place, 110000.0, 130000.0, 0.25)
+        throughput.Summary(name, workload, 123456.0 + place, 110000.0, 130000.0, 0.25)
         for place, name in enumerate(names)
         for workload in WORKLOADS
     ]
@@ -61,16 +62,16 @@ def make_panels(names=NAMES):
 STEP = Step(32, 1.0, (1.25, 2.5) * 8)
 LOAD = Load(experts=64, max_over_mean=1.25, variation=0.75, idle=0.125, active=31.5)
 TABLES = {
-    "bench": lambda: (reports.tabulate_bench(make_bench()), (*NAMES, *WORKLOADS, "123,456", "0.25x")),
-    "kernels": lambda: (reports.tabulate_kernels(make_bench()), (*NAMES, *WORKLOADS, "12345.67", "99875.00")),
-    "eval": lambda: (eval_reports.tabulate_eval(make_eval()), (*NAMES, "mine[/b]", "score[x]", "-0.9876", "0.0543")),
-    "tradeoff": lambda: (eval_reports.tabulate_tradeoff(make_panels()), (*NAMES, *WORKLOADS, "123,456", "0.0678")),
-    "latency": lambda: (reports.tabulate_latency([STEP]), ("32", "1.2500", "2.5000", "k=16")),
+    "bench": lambda: (tables.tabulate_bench(make_bench()), (*NAMES, *WORKLOADS, "123,456", "0.25x")),
+    "kernels": lambda: (tables.tabulate_kernels(make_bench()), (*NAMES, *WORKLOADS, "12345.67", "99875.00")),
+    "eval": lambda: (tables.tabulate_eval(make_eval()), (*NAMES, "mine[/b]", "score[x]", "-0.9876", "0.0543")),
+    "tradeoff": lambda: (tables.tabulate_tradeoff(make_panels()), (*NAMES, *WORKLOADS, "123,456", "0.0678")),
+    "latency": lambda: (tables.tabulate_latency([STEP]), ("32", "1.2500", "2.5000", "k=16")),
     "checks": lambda: (
-        reports.tabulate_checks([Check(work, {0: 12, 1: 3}, 1.5, 1.25) for work in WORKLOADS]),
+        tables.tabulate_checks([Check(work, {0: 12, 1: 3}, 1.5, 1.25) for work in WORKLOADS]),
         (*WORKLOADS, "15", "1.500", "1.250", "+20.0"),
     ),
-    "loads": lambda: (reports.tabulate_loads({name: {11: LOAD} for name in NAMES}), (*NAMES, "1.25", "12.5", "31.5")),
+    "loads": lambda: (tables.tabulate_loads({name: {11: LOAD} for name in NAMES}), (*NAMES, "1.25", "12.5", "31.5")),
 }
 
 
@@ -98,7 +99,7 @@ def test_what_stdout_cannot_show_is_spelt_out(monkeypatch, encoding, spelt):
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with monkeypatch.context() as patch:
         patch.setattr("sys.stdout", shown)
-        console.print_table(reports.tabulate_bench(make_bench(names)))
+        console.print_table(tables.tabulate_bench(make_bench(names)))
     text = shown.buffer.getvalue().decode(encoding)
     assert spelt in text and "caf\\udce9.json" in text
     assert ("k\u2082.json" if encoding == "utf-8" else "k\\u2082.json") in text
@@ -107,8 +108,8 @@ def test_what_stdout_cannot_show_is_spelt_out(monkeypatch, encoding, spelt):
 @pytest.mark.parametrize(
     ("module", "draw", "make"),
     [
-        (reports, lambda document: reports.draw_bench(document, "svg"), make_bench),
-        (eval_reports, lambda panels: eval_reports.draw_tradeoff("weights/$_$", panels, "svg"), make_panels),
+        (figures, lambda document: figures.draw_bench(document, "svg"), make_bench),
+        (figures, lambda panels: figures.draw_tradeoff("weights/$_$", panels, "svg"), make_panels),
     ],
 )
 def test_figures_show_names_as_they_are(monkeypatch, module, draw, make):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.kernels import (
+from lexi_adapter.engines.kernels import (
     COMMUNICATION,
     NAMES,
     Kernel,

@@ -51,7 +51,7 @@ COMMAND = """
 import signal
 import sys
 import vllm
-from lexi_adapter.engines import start_engines
+from lexi_adapter.engines.process import start_engines
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 try:
@@ -124,4 +124,4 @@ DIE_TWICE = """try:
 )
 def test_what_fails_in_an_engine_is_one_line(start, calls, line):
     _, log = start(COMMAND.replace("engine.call(vllm.wait)", calls), "busy").communicate(timeout=60)
-    assert log.endswith(f"lexi_adapter.engines.EngineError: engine of 'base': {line}\n")
+    assert log.endswith(f"lexi_adapter.engines.process.EngineError: engine of 'base': {line}\n")

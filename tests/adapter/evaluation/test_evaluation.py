@@ -18,12 +18,13 @@ from tiny import find_moe_blocks, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexi_adapter
-from lexi_adapter import evaluation, hooks, transformers_model
 from lexi_adapter.allocation import AllocationError, read_allocation
-from lexi_adapter.cli import main
-from lexi_adapter.scores import Outcome, Score, Task
-from lexi_adapter.variants import Variant
-from lexi_search.artifacts import to_document
+from lexi_adapter.cli.main import main
+from lexi_adapter.evaluation import evaluate, transformers_backend
+from lexi_adapter.model.variants import Variant
+from lexi_adapter.tasks import hooks
+from lexi_adapter.tasks.scores import Outcome, Score, Task
+from lexi_search.artifacts.serialisation import to_document
 
 MODEL = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 TEXT = "\n".join(f"def method_{n}(self, value):\n    return self.values[value + {n}]\n" for n in range(40))
@@ -145,7 +146,7 @@ def test_a_run_that_was_cut_short_goes_on(folder):
     variants = [Variant("base", str(MODEL)), Variant("again", str(MODEL))]
 
     def start(tasks, finished):
-        return evaluation.evaluate(
+        return evaluate.evaluate(
             variants, tasks, setting={"backend": "x"}, finished=finished, open_model=Opened, report=reports.append
         )
 
@@ -153,14 +154,14 @@ def test_a_run_that_was_cut_short_goes_on(folder):
         start([make("one"), make("two", fails=True)], {})
     kept = json.loads(json.dumps(reports[-1], sort_keys=True))
     tasks = [make("one"), make("two")]
-    empty = json.loads(json.dumps(evaluation.make_document(variants, tasks, {"backend": "x"}, {})))
-    document = start(tasks, evaluation.find_finished(kept, "eval.json", empty))
+    empty = json.loads(json.dumps(evaluate.make_document(variants, tasks, {"backend": "x"}, {})))
+    document = start(tasks, evaluate.find_finished(kept, "eval.json", empty))
     assert done == [("base", "one"), ("base", "two"), ("again", "one"), ("again", "two")]
     assert document["pieces"] == start(tasks, {})["pieces"]
     assert [line["metric"] for line in document["summary"]][:2] == ["b", "a"]
     for change in ({"setting": {"backend": "y"}}, {"tasks": []}, {"variants": empty["variants"][1:]}, {"version": 2}):
         with pytest.raises(AllocationError, match="eval.json"):
-            evaluation.find_finished(kept if "version" not in change else kept | change, "eval.json", empty | change)
+            evaluate.find_finished(kept if "version" not in change else kept | change, "eval.json", empty | change)
 
 
 def test_the_same_command_measures_nothing_twice(folder, monkeypatch):
@@ -168,7 +169,7 @@ def test_the_same_command_measures_nothing_twice(folder, monkeypatch):
     arguments = (MODEL, "--task", "perplexity", "--text", "text.txt", "--window", WINDOW, "--max-windows", "1")
     assert run(*arguments).exit_code == 0
     first = json.loads(Path("eval.json").read_text())
-    monkeypatch.setattr("lexi_adapter.transformers_model.open_model", pytest.fail)
+    monkeypatch.setattr("lexi_adapter.evaluation.transformers_backend.open_model", pytest.fail)
     result = run(*arguments)
     assert result.exit_code == 0 and "eval.json has 1 of 1 results" in result.stderr
     assert json.loads(Path("eval.json").read_text()) == first
@@ -248,7 +249,7 @@ def test_a_module_that_cannot_be_imported_is_refused(folder, monkeypatch, reques
 @pytest.fixture(scope="module")
 def opened(tokenizer):
     options = {"device": "cpu", "dtype": "float32", "batch_size": 2, "trust_remote_code": False}
-    with transformers_model.open_model(Variant("base", str(MODEL)), tokenizer, **options) as model:
+    with transformers_backend.open_model(Variant("base", str(MODEL)), tokenizer, **options) as model:
         yield model
 
 
@@ -451,13 +452,13 @@ def test_an_option_that_no_task_reads_is_refused(folder, option, task, reader):
 
 def test_uniform_k_needs_no_table_of_families(folder):
     checkpoint = make_checkpoint("glm4_moe", folder / "glm")
-    base, uniform = evaluation.make_variants(str(checkpoint), allocations={}, uniform=[2])
+    base, uniform = evaluate.make_variants(str(checkpoint), allocations={}, uniform=[2])
     layers = read_allocation(to_document(allocate(checkpoint, (2,))))
     assert base.allocation is None and uniform.allocation.asks_the_same_as(layers)
 
 
 def test_two_allocations_at_once_are_refused_before_anything_is_measured(folder, monkeypatch):
-    monkeypatch.setattr(transformers_model, "open_model", pytest.fail)
+    monkeypatch.setattr(transformers_backend, "open_model", pytest.fail)
     exported = export(allocate(MODEL, (2,)), MODEL, Path("exported"))
     write_allocation(Path("other.json"), top_k=(3,))
     arguments = (exported, "--task", "passkey", "--passkey-length", "120", "--depths", "1", "--trials", "1")

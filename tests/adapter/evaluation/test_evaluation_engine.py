@@ -10,12 +10,13 @@ from engine import allocate
 from transformers import AutoTokenizer
 
 import lexi_adapter
-from lexi_adapter import passkey, transformers_model, vllm_model
 from lexi_adapter.allocation import read_allocation
-from lexi_adapter.cli import main
-from lexi_adapter.engines import EngineError
-from lexi_adapter.variants import Variant
-from lexi_search.artifacts import to_document
+from lexi_adapter.cli.main import main
+from lexi_adapter.engines.process import EngineError
+from lexi_adapter.evaluation import transformers_backend, vllm_backend
+from lexi_adapter.model.variants import Variant
+from lexi_adapter.tasks import passkey
+from lexi_search.artifacts.serialisation import to_document
 
 MODEL = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 LONGEST = 1024  # all positions of the model: a window may fill them
@@ -30,11 +31,11 @@ def test_vllm_scores_and_answers_as_transformers_does(monkeypatch):
     windows = [torch.randint(1, 2048, (length,), generator=generator).tolist() for length in (40, 40, 40, 7, LONGEST)]
     trials = passkey.make_trials(tokenizer, length=150, depths=2, trials=1, seed=0)
     prompts = [*(list(trial.prompt) for trial in trials), "def read_lines(path):\n"]
-    with transformers_model.open_model(variant, tokenizer, device="cpu", **COMMON) as model:
+    with transformers_backend.open_model(variant, tokenizer, device="cpu", **COMMON) as model:
         expected = [model.score([window])[0] for window in windows]
         answers = model.generate(prompts, 6)
     options = {"load_format": "auto", "parallel": {}, "enforce_eager": True}
-    with vllm_model.open_model(variant, str(MODEL), longest=LONGEST, engine=options, **COMMON) as model:
+    with vllm_backend.open_model(variant, str(MODEL), longest=LONGEST, engine=options, **COMMON) as model:
         found = model.score(windows)
         assert model.generate(prompts, 6) == answers
         with pytest.raises(
@@ -63,7 +64,7 @@ def test_the_command_opens_engines_as_it_was_told(folder, monkeypatch):
         def score(self, windows):
             return [[-1.0 - len(opened)] * (len(window) - 1) for window in windows]
 
-    monkeypatch.setattr(vllm_model, "open_model", Fake)
+    monkeypatch.setattr(vllm_backend, "open_model", Fake)
     Path("text.txt").write_text("def f(self): pass\n" * 30)
     (folder / "allocation.json").write_text(json.dumps(to_document(allocate(MODEL))))
     shape = ("--text", "text.txt", "--window", "16", "--batch-size", "3", "--dtype", "float32")

@@ -10,11 +10,11 @@ from engine import allocate, export
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, make_checkpoint
 
-from lexi_adapter import cli
 from lexi_adapter.allocation import AllocationError, read_allocation
-from lexi_adapter.checkpoint import check_folder, find_routers
-from lexi_adapter.commands import check as checking
-from lexi_search.artifacts import to_document, write_allocation
+from lexi_adapter.cli import main
+from lexi_adapter.cli.commands import check as checking
+from lexi_adapter.model.folder import check_folder, find_routers
+from lexi_search.artifacts.serialisation import to_document, write_allocation
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_broken_files(olmoe):
 
 
 def check(*arguments):
-    result = CliRunner().invoke(cli.main, ["check", *map(str, arguments)])
+    result = CliRunner().invoke(main.main, ["check", *map(str, arguments)])
     assert result.exit_code in (0, 2), result.output
     assert result.exit_code == 0 or (result.output.startswith("Error: ") and result.output.count("\n") == 1)
     return result.output if result.exit_code == 0 else result.output.removeprefix("Error: ").strip()

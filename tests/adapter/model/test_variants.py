@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, make_checkpoint
 
 import lexi_adapter
-from lexi_adapter import variants
 from lexi_adapter.allocation import AllocationError, ModelIdentity, read_allocation, to_document
-from lexi_adapter.workloads import Workload, draw_prompts, parse_workload
+from lexi_adapter.engines.workload import Workload, draw_prompts, parse_workload
+from lexi_adapter.model import shapes, variants
 
 SHAPES = Path(lexi_adapter.__file__).parent.parent / "examples" / "benchmarks" / "configs"
 # Experts, k and MoE layers as the model cards have them; what remains of experts, width and shared experts at one half.
@@ -55,7 +55,7 @@ def test_every_shape_is_known():
 def test_shapes_and_what_pruning_leaves_of_them(name):
     config = read_shape(name)
     experts, top_k, layers, dropped, narrowed = PUBLIC[name]
-    model = variants.describe(config)
+    model = shapes.describe(config)
     assert (model.num_experts, model.top_k, len(model.moe_layers)) == (experts, top_k, layers)
     assert variants.drop_experts("a", "b", config, 0.5).overrides == dropped
     assert variants.narrow_experts("a", "b", config, 0.5).overrides == narrowed
@@ -65,8 +65,8 @@ def test_shapes_and_what_pruning_leaves_of_them(name):
 def test_a_config_describes_what_the_weights_do(family, tmp_path):
     folder = make_checkpoint(family, tmp_path / family)
     expected = asdict(allocate_from_weights(folder).model)
-    assert asdict(variants.describe_folder(str(folder), "auto")) == expected
-    assert asdict(variants.describe_folder(str(folder), "dummy")) == expected | {"router_sha256": "0" * 64}
+    assert asdict(shapes.describe_folder(str(folder), "auto")) == expected
+    assert asdict(shapes.describe_folder(str(folder), "dummy")) == expected | {"router_sha256": "0" * 64}
 
 
 @given(st.integers(1, 20), st.integers(1, 8), st.floats(0, 1), st.integers(0, 99))
@@ -134,9 +134,9 @@ def test_too_few_experts_and_unknown_families_are_refused():
     with pytest.raises(AllocationError, match=r"leaves 6, fewer than k = 8"):
         variants.drop_experts("a", "b", read_shape("olmoe-1b-7b"), 0.9)
     with pytest.raises(AllocationError, match="'nonsense' is not one of olmoe"):
-        variants.describe({"model_type": "nonsense"})
+        shapes.describe({"model_type": "nonsense"})
     with pytest.raises(AllocationError, match="has no intermediate_size"):
-        variants.describe({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1})
+        shapes.describe({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1})
 
 
 @pytest.mark.parametrize(
@@ -181,28 +181,28 @@ def test_experts_are_not_narrowed_to_nothing():
 def test_weights_tell_of_families_that_a_config_alone_does_not(tmp_path):
     folder = make_checkpoint("glm4_moe", tmp_path / "glm4_moe")
     expected = asdict(allocate_from_weights(folder).model)
-    assert asdict(variants.describe_folder(str(folder), "auto")) == expected
-    assert asdict(variants.describe_folder(str(folder), "dummy")) == expected | {"router_sha256": "0" * 64}
+    assert asdict(shapes.describe_folder(str(folder), "auto")) == expected
+    assert asdict(shapes.describe_folder(str(folder), "dummy")) == expected | {"router_sha256": "0" * 64}
     made = variants.make_variants(str(folder), load_format="auto", allocations={}, shares=(0.5,))
     assert [variant.name for variant in made] == ["base", "mixed k, 50 %", "uniform k = 2, 50 %"]
     (folder / "model.safetensors").unlink()
     with pytest.raises(
         AllocationError, match="name a folder with its weights, or, where there are such options, an --allocation"
     ):
-        variants.describe_folder(str(folder), "dummy")
+        shapes.describe_folder(str(folder), "dummy")
 
 
 def test_an_allocation_is_checked_against_the_weights_that_are_read(tmp_path):
     folder, other = (make_checkpoint("olmoe", tmp_path / str(seed), seed=seed) for seed in (0, 1))
     allocation = read_allocation(to_document(allocate_from_weights(other)))
-    variants.check_allocation(allocation, str(other), "auto")
-    variants.check_allocation(allocation, str(folder), "dummy")
+    shapes.check_allocation(allocation, str(other), "auto")
+    shapes.check_allocation(allocation, str(folder), "dummy")
     glm4 = make_checkpoint("glm4_moe", tmp_path / "glm4_moe")
     of_glm4 = read_allocation(to_document(allocate_from_weights(glm4)))
-    variants.check_allocation(of_glm4, str(glm4), "dummy")
+    shapes.check_allocation(of_glm4, str(glm4), "dummy")
     wide = replace(of_glm4, model=replace(of_glm4.model, num_experts=99))
     with pytest.raises(AllocationError, match="the number of experts is 16, the allocation was made for 99"):
-        variants.check_allocation(wide, str(glm4), "dummy")
+        shapes.check_allocation(wide, str(glm4), "dummy")
     with pytest.raises(AllocationError, match="holds other router weights than the allocation was made for"):
         variants.make_variants(str(folder), load_format="auto", allocations={"a": allocation})
 
@@ -211,7 +211,7 @@ def test_pruning_reaches_a_language_model_inside_another():
     config = {"model_type": "deepseek_vl_v2", "language_config": read_shape("deepseek-vl2-tiny")}
     pruned = variants.drop_experts("a", "b", config, 0.25)
     assert pruned.overrides == {"language_config": {"n_routed_experts": 48}} and pruned.kept == {"experts": (48, 64)}
-    assert variants.describe(config).top_k_key == "language_config.num_experts_per_tok"
+    assert shapes.describe(config).top_k_key == "language_config.num_experts_per_tok"
 
 
 @given(st.integers(1, 300), st.integers(1, 99999), st.integers(1, 99999))

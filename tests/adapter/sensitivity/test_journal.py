@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.journal import Journal, keep_journal
-from lexi_adapter.movements import Movements
+from lexi_adapter.sensitivity.ablation import Movements
+from lexi_adapter.sensitivity.journal import Journal, keep_journal
 
 RUN = {"made_by": {"sequences_per_pass": 1}}
 PART = Movements([[1.5]], [[0.5]], [], [])

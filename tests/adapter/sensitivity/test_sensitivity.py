@@ -26,22 +26,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.cli import main
-from lexi_adapter.decoders import check_replays, find_decoder, run, run_from, run_recorded
-from lexi_adapter.divergences import judge_allocations
-from lexi_adapter.identity import describe_checkpoint
-from lexi_adapter.journal import Journal
-from lexi_adapter.loading import load_model
-from lexi_adapter.movements import Movements, measure
-from lexi_adapter.sensitivity import summarise
-from lexi_adapter.transformers_patch import apply
-from lexi_adapter.variants import allocate
-from lexi_adapter.windows import cut, generate
-from lexi_search.artifacts import read_profile
-from lexi_search.checkpoint import open_checkpoint
+from lexi_adapter.cli.main import main
+from lexi_adapter.evaluation.transformers_backend import load_model
+from lexi_adapter.model.identity import describe_checkpoint
+from lexi_adapter.model.variants import allocate
+from lexi_adapter.sensitivity.ablation import Movements, measure
+from lexi_adapter.sensitivity.divergence import judge_allocations
+from lexi_adapter.sensitivity.journal import Journal
+from lexi_adapter.sensitivity.profile import summarise
+from lexi_adapter.sensitivity.replay import check_replays, find_decoder, run, run_from, run_recorded
+from lexi_adapter.sensitivity.windows import cut, generate
+from lexi_adapter.serving.transformers_patch import apply
+from lexi_search.artifacts.serialisation import read_profile
+from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import describe
-from lexi_search.weights import stream_layers
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import describe
 
 WINDOWS = torch.randint(3, 256, (3, 12), generator=torch.Generator().manual_seed(5))
 # A dense layer and a shared expert; scaled outputs; layers that tell each other more than hidden states, or keep
@@ -474,7 +474,7 @@ def test_a_device_that_is_too_small_is_told(folder, mixtral, monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("a lot tried\nto be had")
 
-    monkeypatch.setattr("lexi_adapter.movements.compare", fail)
+    monkeypatch.setattr("lexi_adapter.sensitivity.ablation.compare", fail)
     refuse(
         "ran out of memory; take a --batch below 2",
         mixtral,

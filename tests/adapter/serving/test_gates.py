@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny import build_reference, make_checkpoint
 
 import lexi_adapter
-from lexi_adapter.gates import compensate, pick, rescale
-from lexi_search.artifacts import to_document
+from lexi_adapter.serving.gates import compensate, pick, rescale
+from lexi_search.artifacts.serialisation import to_document
 
 
 def weigh(scores, selection, top_k, own, exponent, *, renormalize, scale):

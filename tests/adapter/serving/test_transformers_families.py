@@ -11,7 +11,7 @@ from moe_families import EXPERTS, SETTINGS, TOP_K, build, find_families, find_te
 
 import lexi_adapter
 from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
-from lexi_adapter.transformers_patch import ROUTER_WEIGHTS
+from lexi_adapter.model.identity import ROUTER_WEIGHTS
 
 # Families whose classes for text alone are tested instead, or whose tiny model transformers itself does not build.
 UNBUILT = {

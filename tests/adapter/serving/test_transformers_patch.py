@@ -11,7 +11,7 @@ from tiny import FAMILIES, build_reference, find_moe_blocks, make_checkpoint
 
 import lexi_adapter
 from lexi_adapter.allocation import AllocationError, read_allocation
-from lexi_search.artifacts import to_document, write_allocation
+from lexi_search.artifacts.serialisation import to_document, write_allocation
 
 TOKENS = torch.arange(3, 40).reshape(1, -1)
 # transformers has no classes for these two: their language models are those of other families.

@@ -6,9 +6,9 @@ from tiny import make_checkpoint
 from transformers import OlmoeConfig
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.vllm_plugin import restore
-from lexi_search.artifacts import to_document
-from lexi_search.exporters import make_vllm_overrides
+from lexi_adapter.serving.vllm_plugin import restore
+from lexi_search.allocation.export import make_vllm_overrides
+from lexi_search.artifacts.serialisation import to_document
 
 ARCHITECTURES = {"architectures": ["OlmoeForCausalLM"]}
 

@@ -8,7 +8,7 @@ from engine import CHANGES, PROMPTS, allocate, export, make_job, make_servable, 
 from tiny import FAMILIES, build_reference
 
 import lexi_adapter
-from lexi_search.artifacts import to_document
+from lexi_search.artifacts.serialisation import to_document
 
 # transformers has no classes for these two: their language models are those of other families.
 EXPONENT = 0.5

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lexi_adapter import vllm_gates
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.gates import compensate
-from lexi_adapter.vllm_gates import compensate_layer
-from lexi_adapter.vllm_names import FIRST, ROUTERS
+from lexi_adapter.serving import vllm_gates
+from lexi_adapter.serving.gates import compensate
+from lexi_adapter.serving.vllm_gates import compensate_layer
+from lexi_adapter.serving.vllm_names import FIRST, ROUTERS
 
 OWN, TOP_K, EXPONENT = 4, 2, 0.5
 LOGITS = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def cuda(monkeypatch, narrow):
     """A platform that says it is CUDA, compiles without generating code, and interprets kernels."""
     platform = SimpleNamespace(is_cuda=lambda: True, simple_compile_backend="eager")
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
-    monkeypatch.setitem(sys.modules, "lexi_adapter.triton_gates", SimpleNamespace(narrow=narrow))
+    monkeypatch.setitem(sys.modules, "lexi_adapter.serving.triton_gates", SimpleNamespace(narrow=narrow))
     vllm_gates._fuse.cache_clear()
     yield
     vllm_gates._fuse.cache_clear()

@@ -8,12 +8,19 @@ import pytest
 from engine import start
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.vllm_names import FACTORY_NAMES, HOOKED, OBEDIENT_ROUTING, OWN_BLOCKS, OWN_ROUTING, check_version
+from lexi_adapter.serving.vllm_names import (
+    FACTORY_NAMES,
+    HOOKED,
+    OBEDIENT_ROUTING,
+    OWN_BLOCKS,
+    OWN_ROUTING,
+    check_version,
+)
 
 # Runs in a process of its own: what is there, as JSON.
 LOOK = """
 import importlib, inspect, json, pkgutil
-from lexi_adapter import vllm_names as names
+from lexi_adapter.serving import vllm_names as names
 from vllm.model_executor.layers.fused_moe import router as package
 from vllm.model_executor.models.cohere2_moe import token_choice_with_bias
 

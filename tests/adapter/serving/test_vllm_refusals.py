@@ -9,8 +9,8 @@ from engine import allocate, export, job_with, make_job, make_overrides, make_se
 from tiny import make_checkpoint
 
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.vllm_plugin import check_settings
-from lexi_search.artifacts import to_document
+from lexi_adapter.serving.vllm_plugin import check_settings
+from lexi_search.artifacts.serialisation import to_document
 
 REFUSALS = {}
 
@@ -225,7 +225,7 @@ def test_refuses_to_return_routed_experts(place):
 def test_stops_where_vllm_lacks_what_is_hooked():
     code = """
 import vllm.config
-from lexi_adapter.vllm_plugin import register
+from lexi_adapter.serving.vllm_plugin import register
 register()
 hooked = vllm.config.VllmConfig.__post_init__
 register()

@@ -9,7 +9,9 @@ from pathlib import Path
 from engine import make_served, start
 from tiny import make_checkpoint
 
-DEMO = Path(__file__).parent.parent / "examples" / "serve_demo.py"
+import lexi_adapter
+
+DEMO = Path(lexi_adapter.__file__).parent.parent / "examples" / "serve_demo.py"
 ARGUMENTS = ["--prompt", "t3 t4 t5", "--tokens", "4"]
 
 

@@ -9,8 +9,8 @@ import pytest
 from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, two_workers
 from tiny import FAMILIES, make_checkpoint
 
-from lexi_adapter.vllm_plugin import Document
-from lexi_search.artifacts import to_document, write_allocation
+from lexi_adapter.serving.vllm_plugin import Document
+from lexi_search.artifacts.serialisation import to_document, write_allocation
 
 CHUNKED = dict(max_num_batched_tokens=4, max_num_seqs=2, enable_chunked_prefill=True, enable_prefix_caching=True)
 

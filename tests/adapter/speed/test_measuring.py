@@ -11,12 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lexi_adapter
-from lexi_adapter import benchmark, engines, latency, loads, reports, vllm_live, vllm_model
 from lexi_adapter.allocation import AllocationError, ModelIdentity, to_document
-from lexi_adapter.cli import main
-from lexi_adapter.engines import EngineError, describe_engine, make_options, switch_layers, time_run
-from lexi_adapter.variants import Variant, allocate
-from lexi_adapter.workloads import Workload, parse_workload
+from lexi_adapter.cli import figures
+from lexi_adapter.cli.main import main
+from lexi_adapter.engines import options, worker
+from lexi_adapter.engines.measuring import describe_engine, switch_layers, time_run
+from lexi_adapter.engines.options import make_options
+from lexi_adapter.engines.process import EngineError
+from lexi_adapter.engines.workload import Workload, parse_workload
+from lexi_adapter.evaluation import vllm_backend
+from lexi_adapter.model.variants import Variant, allocate
+from lexi_adapter.speed import expert_load, latency, throughput
 
 TINY = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 MODEL = ModelIdentity("olmoe", 3, 8, 3, (0, 1, 2), "layers.{}.gate", "num_experts_per_tok", "0" * 64)
@@ -39,22 +44,22 @@ def make_variants():
 
 def test_every_variant_has_an_engine_and_in_place_those_of_the_same_weights_share_one():
     variants = make_variants()
-    assert benchmark.assign(variants, in_place=False) == tuple((variant, (variant,)) for variant in variants)
-    (base, guests), *others = benchmark.assign(variants, in_place=True)
+    assert throughput.assign(variants, in_place=False) == tuple((variant, (variant,)) for variant in variants)
+    (base, guests), *others = throughput.assign(variants, in_place=True)
     assert base.name == "base" and [variant.name for variant in guests] == ["base", "half", "pruned"]
     assert [variant.name for variant, _ in others] == ["compensated", "elsewhere", "alone"]
-    (_, guests), *others = benchmark.assign(variants, in_place=True, experts_spread=True)
+    (_, guests), *others = throughput.assign(variants, in_place=True, experts_spread=True)
     assert [variant.name for variant in guests] == ["base", "half"] and "pruned" in [v.name for v, _ in others]
 
 
 @given(st.lists(seconds, min_size=3, max_size=3), st.lists(seconds, min_size=3, max_size=3))
 def test_throughput_is_tokens_over_seconds(base, other):
     runs = [
-        benchmark.Run(name, str(WORKLOAD), turn, times[turn])
+        throughput.Run(name, str(WORKLOAD), turn, times[turn])
         for turn in range(3)
         for name, times in (("base", base), ("other", other))
     ]
-    first, second = benchmark.summarise(runs, "base")
+    first, second = throughput.summarise(runs, "base")
     for line, times in ((first, base), (second, other)):
         rates = sorted(64 / time for time in times)
         assert (line.lowest, line.median, line.highest) == tuple(rates)
@@ -157,9 +162,9 @@ def test_loads_are_those_that_a_loop_finds(steps):
     mean = sum(totals.values()) / 3
     if mean == 0:
         with pytest.raises(AllocationError, match="no token reached"):
-            loads.summarise(steps, dropped=(2,))
+            expert_load.summarise(steps, dropped=(2,))
         return
-    load = loads.summarise(steps, dropped=(2,))
+    load = expert_load.summarise(steps, dropped=(2,))
     assert load.experts == 3 and load.active == pytest.approx(sum(active) / len(active))
     assert load.max_over_mean == pytest.approx(max(totals.values()) / mean)
     assert load.idle == len([total for total in totals.values() if total == 0]) / 3
@@ -168,27 +173,27 @@ def test_loads_are_those_that_a_loop_finds(steps):
 
 def test_the_least_used_experts_are_dropped():
     counts = {0: [[5, 1, 0, 2], [5, 0, 3, 2]], 1: [[1, 2, 3, 4]]}
-    assert loads.find_least_used(counts, 0.5, 2) == {0: [1, 2], 1: [0, 1]}
-    assert loads.find_least_used(counts, 0.0, 2) == {0: [], 1: []}
+    assert expert_load.find_least_used(counts, 0.5, 2) == {0: [1, 2], 1: [0, 1]}
+    assert expert_load.find_least_used(counts, 0.0, 2) == {0: [], 1: []}
     with pytest.raises(AllocationError, match="leaves fewer than k = 3"):
-        loads.find_least_used(counts, 0.5, 3)
+        expert_load.find_least_used(counts, 0.5, 3)
 
 
 def make_document():
     variants = make_variants()[:2]
-    runs = [benchmark.Run(v.name, str(w), t, 1.0 + t) for v in variants for w in (WORKLOAD,) for t in range(3)]
+    runs = [throughput.Run(v.name, str(w), t, 1.0 + t) for v in variants for w in (WORKLOAD,) for t in range(3)]
     facts = {v.name: {"device": "a card", "top_k": {0: 3, 1: 2}} for v in variants}
-    return benchmark.make_document(variants, [WORKLOAD], runs, facts, {v.name: [[1]] for v in variants})
+    return throughput.make_document(variants, [WORKLOAD], runs, facts, {v.name: [[1]] for v in variants})
 
 
 @pytest.mark.parametrize("file_format, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_the_figure_is_drawn(file_format, start):
-    assert reports.draw_bench(make_document(), file_format).startswith(start)
+    assert figures.draw_bench(make_document(), file_format).startswith(start)
 
 
 def test_other_figures_are_refused():
     with pytest.raises(AllocationError, match="no figure as bench.gif"):
-        reports.find_format("bench.gif")
+        figures.find_format("bench.gif")
 
 
 def test_options_are_those_of_the_workloads_and_the_user_wins():
@@ -221,11 +226,11 @@ class StandIn:
 def measure(variants, **options):
     others = {"rounds": 1, "together": None, "in_place": False, "report": lambda document: None}
     engine = {"load_format": "auto", "parallel": {}}
-    return benchmark.measure(variants, [WORKLOAD], engine=engine, **(others | options))
+    return throughput.measure(variants, [WORKLOAD], engine=engine, **(others | options))
 
 
 def open_model(variant):
-    return vllm_model.open_model(
+    return vllm_backend.open_model(
         variant,
         "",
         dtype="",
@@ -241,8 +246,8 @@ def test_an_engine_that_runs_another_k_than_the_allocations_is_refused(monkeypat
     def start(wanted, **_):
         yield [StandIn() for _ in wanted]
 
-    monkeypatch.setattr(benchmark, "measure_engines", start)
-    monkeypatch.setattr(vllm_model, "start_engines", start)
+    monkeypatch.setattr(throughput, "measure_engines", start)
+    monkeypatch.setattr(vllm_backend, "start_engines", start)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     base, half, *_ = make_variants()
     assert [line["variant"] for line in measure([base])["summary"]] == ["base"]
@@ -266,10 +271,10 @@ def test_an_allocation_that_vllm_would_not_see_is_refused_before_an_engine_start
         measure([base, half])
     with pytest.raises(AllocationError, match=message), open_model(half):
         pass
-    engines.check_plugin([base, replace(half, environment={"VLLM_PLUGINS": "other,lexi"})])
+    options.check_plugin([base, replace(half, environment={"VLLM_PLUGINS": "other,lexi"})])
     monkeypatch.setenv("VLLM_PLUGINS", "lexi")
     with pytest.raises(AllocationError, match=message):
-        engines.check_plugin([replace(half, environment={"VLLM_PLUGINS": plugins})])
+        options.check_plugin([replace(half, environment={"VLLM_PLUGINS": plugins})])
 
 
 def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
@@ -282,7 +287,7 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
         def collective_rpc(self, function, args):
             return [function(worker, *args) for worker in (0, 1)]
 
-    monkeypatch.setattr(vllm_live, "switch", refuse)
+    monkeypatch.setattr(worker, "switch", refuse)
     with pytest.raises(AllocationError, match="^not this one$"):
         switch_layers(LLM(), {0: 1, 1: 2})
     with pytest.raises(AllocationError, match=r"layers \[5\] are no MoE layers of this model, which has \[0, 1\]"):

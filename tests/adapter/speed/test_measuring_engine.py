@@ -9,22 +9,20 @@ import torch
 from engine import allocate, export, make_servable, start
 from tiny import build_reference, find_moe_blocks
 
-from lexi_adapter import vllm_live
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.engines import (
-    EngineError,
+from lexi_adapter.engines.measuring import (
     answer_greedily,
     draw_weights,
-    make_options,
     read_expert_counts,
     read_prompts,
-    start_engines,
     switch_layers,
     watch_experts,
 )
-from lexi_adapter.variants import Variant
-from lexi_adapter.workloads import Workload, draw_prompts
-from lexi_search.artifacts import to_document
+from lexi_adapter.engines.options import make_options
+from lexi_adapter.engines.process import EngineError, start_engines
+from lexi_adapter.engines.workload import Workload, draw_prompts
+from lexi_adapter.model.variants import Variant
+from lexi_search.artifacts.serialisation import to_document
 
 WORKLOAD = Workload(2, 12, 6)
 ENGINE = {"dtype": "float32", "enforce_eager": True}
@@ -141,7 +139,7 @@ def test_a_compiled_k_is_refused_with_what_to_write():
     with pytest.raises(
         AllocationError, match="fixed the k of every SimpleNamespace .* --engine '{\"enforce_eager\": true}'"
     ):
-        vllm_live._check_switchable(worker, {0: SimpleNamespace()})
+        worker._check_switchable(worker, {0: SimpleNamespace()})
 
 
 def test_drawn_weights_answer_differently_at_every_k(engine):
@@ -156,7 +154,12 @@ def test_drawn_weights_answer_differently_at_every_k(engine):
 
 def run(*arguments):
     done = start(
-        sys.executable, "-c", "from lexi_adapter.cli import main; main()", *arguments, "--engine", json.dumps(ENGINE)
+        sys.executable,
+        "-c",
+        "from lexi_adapter.cli.main import main; main()",
+        *arguments,
+        "--engine",
+        json.dumps(ENGINE),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexi_adapter
-from lexi_adapter import harness
 from lexi_adapter.allocation import AllocationError
-from lexi_adapter.scores import Score
+from lexi_adapter.tasks import harness
+from lexi_adapter.tasks.scores import Score
 
 MODEL = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 CHOICES = ["self", "None", "zebra"]  # lm-eval puts a space before each
@@ -105,7 +105,7 @@ def task_folder(tmp_path):
 def test_a_task_of_ones_own_is_scored_as_by_hand(task_folder):
     tmp_path, documents = task_folder
     arguments = ["--task", "lm-eval:lexi_returns", "--include-path", tmp_path, "--uniform-k", "1", "--dtype", "float32"]
-    code = "from lexi_adapter.cli import main; main()"  # in a process of its own: lm-eval and its data sets warn
+    code = "from lexi_adapter.cli.main import main; main()"  # in a process of its own: lm-eval and its data sets warn
 
     def run(*arguments):
         command = [sys.executable, "-c", code, "eval", *map(str, arguments)]

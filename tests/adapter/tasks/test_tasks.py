@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import lexi_adapter
-from lexi_adapter import evaluation, passkey, perplexity, qasper, scores, texts
-from lexi_adapter.scores import Outcome, Score, Task
+from lexi_adapter.evaluation import evaluate
+from lexi_adapter.tasks import passkey, perplexity, qasper, scores, texts
+from lexi_adapter.tasks.scores import Outcome, Score, Task
 
 MODEL = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 
@@ -180,7 +181,7 @@ def test_groups_are_averaged_with_errors_in_squares():
         (variant, name): Outcome({"acc": Score(value, error)})
         for variant, name, value, error in (("base", "x", 0.5, 0.3), ("base", "y", 0.7, 0.4), ("other", "x", 0.4, None))
     }
-    lines = {(line["variant"], line["task"]): line for line in evaluation.summarise(["base", "other"], tasks, pieces)}
+    lines = {(line["variant"], line["task"]): line for line in evaluate.summarise(["base", "other"], tasks, pieces)}
     assert lines["base", "all"]["value"] == pytest.approx(0.6)
     assert lines["base", "all"]["stderr"] == pytest.approx(0.25)
     assert ("other", "all") not in lines  # one of its tasks is not there yet

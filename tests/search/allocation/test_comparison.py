@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from synthetic import add_model_losses, make_allocation, make_profile
 
-from lexi_search.artifacts import LOSS_KINDS
-from lexi_search.comparisons import SHARES, compare, correlate
+from lexi_search.allocation.comparison import SHARES, compare, correlate
+from lexi_search.artifacts.profile import LOSS_KINDS
 from lexi_search.errors import InputError
 
 

@@ -12,7 +12,8 @@ import torch
 import transformers
 from synthetic import make_allocation
 
-from lexi_search import artifacts, exporters
+from lexi_search.allocation import export
+from lexi_search.artifacts import serialisation
 from lexi_search.errors import InputError
 
 CONFIG = {
@@ -57,47 +58,47 @@ def snapshot(folder):
 
 def test_flat_list_and_csv_have_every_layer_in_order():
     allocation = make_allocation(12, 4)
-    assert exporters.list_top_k(allocation) == {str(layer): allocation.top_k[layer] for layer in range(12)}
-    rows = list(csv.reader(exporters.format_csv(allocation).splitlines()))
+    assert export.list_top_k(allocation) == {str(layer): allocation.top_k[layer] for layer in range(12)}
+    rows = list(csv.reader(export.format_csv(allocation).splitlines()))
     assert rows == [["layer", "top_k"], *([str(layer), str(allocation.top_k[layer])] for layer in range(12))]
 
 
 def test_overlay_sits_where_the_models_own_k_is():
     layers = {"0": {"num_experts_per_tok": 1}, "1": {"num_experts_per_tok": 2}}
     overlay = {"per_layer_config": layers, "allow_global_per_layer_attribute_access": True}
-    assert exporters.make_overlay(make_allocation(2)) == overlay
-    nested = exporters.make_overlay(make_nested_allocation())
+    assert export.make_overlay(make_allocation(2)) == overlay
+    nested = export.make_overlay(make_nested_allocation())
     assert set(nested) == {"language_config"}
     assert set(nested["language_config"]["per_layer_config"]) == {"1", "2", "3"}
 
 
 def test_gate_exponent_is_refused_where_no_config_can_say_it():
     with pytest.raises(InputError, match="a config cannot hold a gate exponent; apply the allocation itself"):
-        exporters.make_overlay(make_allocation(gate_exponent=0.5))
-    overrides = exporters.make_vllm_overrides(make_allocation(gate_exponent=0.5), CONFIG)
+        export.make_overlay(make_allocation(gate_exponent=0.5))
+    overrides = export.make_vllm_overrides(make_allocation(gate_exponent=0.5), CONFIG)
     assert overrides["lexi_allocation"]["gate_exponent"] == 0.5
 
 
 def test_vllm_overrides_name_the_alias_and_carry_the_allocation():
     allocation = make_allocation()
-    overrides = exporters.make_vllm_overrides(allocation, CONFIG)
+    overrides = export.make_vllm_overrides(allocation, CONFIG)
     assert overrides["architectures"] == ["LexiOlmoeForCausalLM"]
-    assert overrides["lexi_allocation"] == artifacts.to_document(allocation)
+    assert overrides["lexi_allocation"] == serialisation.to_document(allocation)
     assert overrides["per_layer_config"]["3"] == {"num_experts_per_tok": 4}
-    nested = exporters.make_vllm_overrides(make_nested_allocation(), NESTED)
+    nested = export.make_vllm_overrides(make_nested_allocation(), NESTED)
     assert nested["architectures"] == ["LexiDeepseekVLV2ForCausalLM"]
     assert "per_layer_config" not in nested
     with pytest.raises(InputError, match="config.json names no architectures"):
-        exporters.make_vllm_overrides(allocation, {**CONFIG, "architectures": []})
+        export.make_vllm_overrides(allocation, {**CONFIG, "architectures": []})
 
 
 def test_command_survives_the_shell():
     overrides = {"quote": "it's", "n": 1}
-    words = shlex.split(exporters.format_vllm_command("my model", "olmoe", overrides))
+    words = shlex.split(export.format_vllm_command("my model", "olmoe", overrides))
     assert words[:4] == ["vllm", "serve", "my model", "--hf-overrides"]
     assert json.loads(words[4]) == overrides
-    assert exporters.format_vllm_command("folder", "olmoe") == "vllm serve folder"
-    assert exporters.format_vllm_command("folder", "minicpm") == "vllm serve folder --trust-remote-code"
+    assert export.format_vllm_command("folder", "olmoe") == "vllm serve folder"
+    assert export.format_vllm_command("folder", "minicpm") == "vllm serve folder --trust-remote-code"
 
 
 @pytest.mark.parametrize(
@@ -113,32 +114,32 @@ def test_command_survives_the_shell():
 )
 def test_config_of_another_model_is_refused(changes, message):
     model = make_allocation().model
-    exporters.check_config(model, CONFIG)
+    export.check_config(model, CONFIG)
     with pytest.raises(InputError, match=message):
-        exporters.check_config(model, CONFIG | changes)
+        export.check_config(model, CONFIG | changes)
 
 
 def test_config_without_the_nested_part_is_refused():
     model = make_nested_allocation().model
-    exporters.check_config(model, NESTED)
+    export.check_config(model, NESTED)
     for config in ({"model_type": "deepseek_vl_v2"}, NESTED | {"language_config": None}):
         with pytest.raises(InputError, match="the allocation is for num_hidden_layers 4, the config has None"):
-            exporters.check_config(model, config)
+            export.check_config(model, config)
 
 
 def test_config_may_have_a_value_for_each_layer():
     model = make_allocation().model
-    exporters.check_config(model, CONFIG | {"num_experts_per_tok": [4] * 4})
-    exporters.check_config(
+    export.check_config(model, CONFIG | {"num_experts_per_tok": [4] * 4})
+    export.check_config(
         model, {k: v for k, v in CONFIG.items() if k != "num_hidden_layers"} | {"layers_block_type": []}
     )
     with pytest.raises(InputError, match=r"num_experts_per_tok 4, the config has \[4, 2\]"):
-        exporters.check_config(model, CONFIG | {"num_experts_per_tok": [4, 2]})
+        export.check_config(model, CONFIG | {"num_experts_per_tok": [4, 2]})
 
 
 def test_merge_goes_into_objects_and_keeps_the_base():
     base = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
-    assert exporters.merge(base, {"b": {"d": {"f": 4}, "c": {}}, "g": 5}) == {
+    assert export.merge(base, {"b": {"d": {"f": 4}, "c": {}}, "g": 5}) == {
         "a": 1,
         "b": {"c": {}, "d": {"e": 3, "f": 4}},
         "g": 5,
@@ -148,7 +149,7 @@ def test_merge_goes_into_objects_and_keeps_the_base():
 
 def test_folder_links_all_but_the_config(folder, tmp_path):
     before = snapshot(folder)
-    exporters.write_folder(str(tmp_path / "out"), str(folder), {"added": {"x": 1}})
+    export.write_folder(str(tmp_path / "out"), str(folder), {"added": {"x": 1}})
     out = tmp_path / "out"
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "original", "tokenizer.json"]
     assert json.loads((out / "config.json").read_text()) == CONFIG | {"added": {"x": 1}}
@@ -163,19 +164,19 @@ def test_folder_links_all_but_the_config(folder, tmp_path):
 
 def test_folder_from_a_relative_path(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exporters.write_folder("out", "model", {})
+    export.write_folder("out", "model", {})
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_an_empty_folder_is_taken_and_a_full_one_is_not(folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    exporters.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 1}})
+    export.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 1}})
     first = snapshot(out)
     with pytest.raises(InputError, match="an earlier export is there; --force replaces it"):
-        exporters.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 2}})
+        export.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 2}})
     assert snapshot(out) == first
-    exporters.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 2}}, force=True)
+    export.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 2}}, force=True)
     assert json.loads((out / "config.json").read_text())["lexi_allocation"] == {"n": 2}
     assert (tmp_path / "blobs" / "abc").read_bytes() == b"weights"
     assert sorted(os.listdir(tmp_path)) == ["blobs", "model", "out"]
@@ -190,7 +191,7 @@ def test_force_never_replaces_what_is_no_export(folder, tmp_path, config):
         (out / "config.json").write_text(config)
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match="not empty and no earlier export; choose another name or remove it"):
-        exporters.write_folder(str(out), str(folder), {}, force=True)
+        export.write_folder(str(out), str(folder), {}, force=True)
     assert snapshot(tmp_path) == before
 
 
@@ -210,23 +211,23 @@ def test_places_that_cannot_be_exported_to(folder, tmp_path, out, message):
     (tmp_path / "alias").symlink_to("model")
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match=f"cannot write .*: {message}"):
-        exporters.write_folder(str(tmp_path / out), str(folder), {}, force=True)
+        export.write_folder(str(tmp_path / out), str(folder), {}, force=True)
     assert snapshot(tmp_path) == before
 
 
 def test_models_that_are_not_here(tmp_path):
     with pytest.raises(InputError, match="org/model: no such folder; links need the model on this machine"):
-        exporters.write_folder(str(tmp_path / "out"), "org/model", {})
+        export.write_folder(str(tmp_path / "out"), "org/model", {})
     with pytest.raises(InputError, match="cannot read .*config.json: No such file or directory"):
-        exporters.write_folder(str(tmp_path / "out"), str(tmp_path), {})
+        export.write_folder(str(tmp_path / "out"), str(tmp_path), {})
     with pytest.raises(InputError, match="absent: no such folder"):
-        exporters.read_config(str(tmp_path / "absent"))
+        export.read_config(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("failing", ["symlink_to", "rename"])
 def test_a_failed_export_leaves_things_as_they_were(folder, tmp_path, monkeypatch, failing):
     out = tmp_path / "out"
-    exporters.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 1}})
+    export.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 1}})
     before, calls = snapshot(tmp_path), []
     original = getattr(Path, failing)
 
@@ -238,7 +239,7 @@ def test_a_failed_export_leaves_things_as_they_were(folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, failing, fail_second)
     with pytest.raises(InputError, match="cannot write .*out: No space left on device"):
-        exporters.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 2}}, force=True)
+        export.write_folder(str(out), str(folder), {"lexi_allocation": {"n": 2}}, force=True)
     monkeypatch.undo()
     assert snapshot(tmp_path) == before
 
@@ -254,9 +255,9 @@ def test_transformers_loads_an_exported_folder(tmp_path, family):
     allocation = make_allocation(
         layers, 4, model_type=model_type, moe_layers=tuple(sorted(blocks)), num_experts=experts
     )
-    exporters.check_config(allocation.model, exporters.read_config(str(model_folder)))
+    export.check_config(allocation.model, export.read_config(str(model_folder)))
     out = tmp_path / "out"
-    exporters.write_folder(str(out), str(model_folder), exporters.make_transformers_overrides(allocation))
+    export.write_folder(str(out), str(model_folder), export.make_transformers_overrides(allocation))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
     for name, value in reference.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
@@ -264,7 +265,7 @@ def test_transformers_loads_an_exported_folder(tmp_path, family):
     loaded.save_pretrained(tmp_path / "again")
     again = transformers.AutoConfig.from_pretrained(tmp_path / "again")
     assert read_top_k(again, blocks) == allocation.top_k
-    assert again.lexi_allocation == artifacts.to_document(allocation)
+    assert again.lexi_allocation == serialisation.to_document(allocation)
 
 
 def read_top_k(config, layers):
@@ -274,4 +275,4 @@ def read_top_k(config, layers):
 @pytest.mark.parametrize("form", ["json", "csv"])
 def test_plain_numbers_are_refused_where_they_would_be_another_model(form):
     with pytest.raises(InputError, match=f"{form} cannot hold the allocation's gate exponent; take --to vllm"):
-        exporters.format_text(make_allocation(gate_exponent=0.5), form)
+        export.format_text(make_allocation(gate_exponent=0.5), form)

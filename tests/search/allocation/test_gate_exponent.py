@@ -4,14 +4,14 @@ import pytest
 import tiny
 from command_line import refuse, succeed
 
-from lexi_search import artifacts
+from lexi_search.artifacts import serialisation
 
 QUICK = ("--input", "paper", "--batch", 2, "--length", 32, "--samples", 256, "--relative-error", 0)
 
 
 def read_losses(folder, checkpoint, *options):
     succeed("profile", checkpoint, "-o", folder / "p.json", *QUICK, *options)
-    profile = artifacts.read_profile(folder / "p.json")
+    profile = serialisation.read_profile(folder / "p.json")
     return profile, profile.losses("rms")
 
 
@@ -31,7 +31,7 @@ def test_allocations_carry_the_exponent_of_their_profile(folder):
     assert profile.settings.gate_exponent == 0.5
     budget = len(profile.layers) + 1
     succeed("search", "p.json", "--budget", budget)
-    assert artifacts.read_allocation("allocation.json").gate_exponent == 0.5
+    assert serialisation.read_allocation("allocation.json").gate_exponent == 0.5
 
 
 def test_exponents_that_cannot_be_are_refused(folder):

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import add_model_losses, make_allocation, make_cost_table, make_identity, make_profile
 
-from lexi_search import artifacts
-from lexi_search.artifacts import LOSS_KINDS, Allocation, LayerLoss, ModelIdentity, Profile, ProfileSettings
+from lexi_search.artifacts import serialisation
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.codec import MAX_GATE_EXPONENT
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.profile import DTYPES, LOSS_KINDS, LayerLoss, Profile, ProfileSettings
 from lexi_search.errors import InputError
 
 losses = st.floats(0, allow_nan=False, allow_infinity=False)
@@ -44,7 +47,7 @@ def profiles(draw):
         seed=draw(st.integers(0)),
         batch=draw(counts),
         length=draw(counts),
-        dtype=draw(st.sampled_from(artifacts.DTYPES)),
+        dtype=draw(st.sampled_from(DTYPES)),
         relative_error=draw(losses),
         max_samples=draw(counts),
     )
@@ -63,39 +66,39 @@ def profiles(draw):
 def allocations(draw):
     model = draw(identities())
     top_k = {layer: draw(st.integers(1, model.top_k)) for layer in model.moe_layers}
-    exponent = draw(st.none() | st.floats(0, artifacts.MAX_GATE_EXPONENT))
+    exponent = draw(st.none() | st.floats(0, MAX_GATE_EXPONENT))
     return Allocation(model, top_k, sum(top_k.values()), draw(losses), draw(losses), draw(made_by), exponent)
 
 
 @given(profile=profiles())
 def test_profile_survives_its_file(tmp_path_factory, profile):
     path = tmp_path_factory.mktemp("profile") / "profile.json"
-    artifacts.write_profile(path, profile)
-    again = artifacts.read_profile(path)
-    assert again == profile == artifacts.read_artifact(path)
-    assert artifacts.to_bytes(again) == path.read_bytes()
+    serialisation.write_profile(path, profile)
+    again = serialisation.read_profile(path)
+    assert again == profile == serialisation.read_artifact(path)
+    assert serialisation.to_bytes(again) == path.read_bytes()
 
 
 @given(allocation=allocations())
 def test_allocation_survives_its_file(tmp_path_factory, allocation):
     path = tmp_path_factory.mktemp("allocation") / "allocation.json"
-    artifacts.write_allocation(path, allocation)
-    again = artifacts.read_allocation(path)
-    assert again == allocation == artifacts.read_artifact(path)
-    assert artifacts.to_bytes(again) == path.read_bytes()
+    serialisation.write_allocation(path, allocation)
+    again = serialisation.read_allocation(path)
+    assert again == allocation == serialisation.read_artifact(path)
+    assert serialisation.to_bytes(again) == path.read_bytes()
 
 
 def test_bytes_are_canonical_whatever_the_order_of_insertion():
     allocation = make_allocation(12)
     backwards = dataclasses.replace(allocation, top_k=dict(reversed(allocation.top_k.items())))
-    data = artifacts.to_bytes(allocation)
-    assert artifacts.to_bytes(backwards) == data
+    data = serialisation.to_bytes(allocation)
+    assert serialisation.to_bytes(backwards) == data
     assert data == (json.dumps(json.loads(data), sort_keys=True, indent=1) + "\n").encode()
     assert "gate_exponent" not in json.loads(data)
 
 
 def test_the_file_is_the_documented_one():
-    document = artifacts.to_document(make_allocation(2, 2, gate_exponent=0.5))
+    document = serialisation.to_document(make_allocation(2, 2, gate_exponent=0.5))
     assert document == {
         "format": "lexi-allocation",
         "version": 1,
@@ -133,8 +136,8 @@ def test_losses_of_the_whole_model(tmp_path):
     plain, profile = make_profile(3, 3), add_model_losses(make_profile(3, 3))
     assert (plain.loss_kinds, profile.loss_kinds) == (("frobenius", "rms", "squared"), tuple(LOSS_KINDS))
     path = tmp_path / "profile.json"
-    artifacts.write_profile(path, profile)
-    assert artifacts.read_profile(path) == profile
+    serialisation.write_profile(path, profile)
+    assert serialisation.read_profile(path) == profile
     measured = profile.layers[0].increase
     assert any(value < 0 for row in profile.layers.values() for value in row.increase)  # noise around nothing
     assert profile.losses("increase")[0] == tuple(max(value, 0.0) for value in measured)
@@ -215,9 +218,9 @@ BROKEN_ALLOCATIONS = [
 
 @pytest.mark.parametrize("path, value, message", BROKEN_ALLOCATIONS)
 def test_broken_allocation_is_refused(tmp_path, path, value, message):
-    document = artifacts.to_document(make_allocation())
+    document = serialisation.to_document(make_allocation())
     change(document, path, value)
-    assert_refused(artifacts.read_allocation, tmp_path, json.dumps(document), message)
+    assert_refused(serialisation.read_allocation, tmp_path, json.dumps(document), message)
 
 
 BROKEN_PROFILES = [
@@ -245,17 +248,17 @@ BROKEN_PROFILES = [
 
 @pytest.mark.parametrize("path, value, message", BROKEN_PROFILES)
 def test_broken_profile_is_refused(tmp_path, path, value, message):
-    document = artifacts.to_document(make_profile())
+    document = serialisation.to_document(make_profile())
     change(document, path, value)
-    assert_refused(artifacts.read_profile, tmp_path, json.dumps(document), message)
+    assert_refused(serialisation.read_profile, tmp_path, json.dumps(document), message)
 
 
 def test_profile_of_fewer_k_than_the_model_is_refused(tmp_path):
-    document = artifacts.to_document(make_profile())
+    document = serialisation.to_document(make_profile())
     for name in ("frobenius", "frobenius_stderr", "rms", "rms_stderr"):
         document["layers"]["2"][name] = [1.0, 0.0]
     message = "layer 2 has losses for 2 values of k, 4 expected"
-    assert_refused(artifacts.read_profile, tmp_path, json.dumps(document), message)
+    assert_refused(serialisation.read_profile, tmp_path, json.dumps(document), message)
 
 
 BROKEN_COSTS = [
@@ -273,15 +276,15 @@ BROKEN_COSTS = [
 
 def test_cost_table_comes_back_as_it_was(tmp_path):
     table = make_cost_table()
-    (tmp_path / "cost").write_bytes(artifacts.to_bytes(table))
-    assert artifacts.read_cost_table(tmp_path / "cost") == table
+    (tmp_path / "cost").write_bytes(serialisation.to_bytes(table))
+    assert serialisation.read_cost_table(tmp_path / "cost") == table
 
 
 @pytest.mark.parametrize("path, value, message", BROKEN_COSTS)
 def test_broken_cost_table_is_refused(tmp_path, path, value, message):
-    document = artifacts.to_document(make_cost_table())
+    document = serialisation.to_document(make_cost_table())
     change(document, path, value)
-    assert_refused(artifacts.read_cost_table, tmp_path, json.dumps(document), message)
+    assert_refused(serialisation.read_cost_table, tmp_path, json.dumps(document), message)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +302,7 @@ def test_broken_cost_table_is_refused(tmp_path, path, value, message):
     ],
 )
 def test_file_that_is_no_artifact_is_refused(tmp_path, text, message):
-    assert_refused(artifacts.read_artifact, tmp_path, text, message)
+    assert_refused(serialisation.read_artifact, tmp_path, text, message)
 
 
 def assert_refused(read, folder, text, message):
@@ -315,14 +318,14 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "file.json"
     path.write_bytes(b"\xff\xfe\x00garbage")
     with pytest.raises(InputError, match="not JSON"):
-        artifacts.read_artifact(path)
+        serialisation.read_artifact(path)
 
 
 def test_unreadable_paths_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot read .*absent.json: No such file or directory"):
-        artifacts.read_profile(tmp_path / "absent.json")
+        serialisation.read_profile(tmp_path / "absent.json")
     with pytest.raises(InputError, match="cannot read .*: Is a directory"):
-        artifacts.read_profile(tmp_path)
+        serialisation.read_profile(tmp_path)
 
 
 def test_invalid_objects_cannot_be_made():

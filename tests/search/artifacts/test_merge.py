@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import make_profile
 
-from lexi_search import artifacts
-from lexi_search.cli import main
-from lexi_search.console import parse_layers
+from lexi_search.artifacts import serialisation
+from lexi_search.artifacts.merging import format_layers, merge
+from lexi_search.cli.console import parse_layers
+from lexi_search.cli.main import main
 from lexi_search.errors import InputError
-from lexi_search.merging import format_layers, merge
 
 WHOLE = make_profile(12)
 
@@ -29,7 +29,7 @@ layer_sets = st.sets(st.sampled_from(WHOLE.model.moe_layers), min_size=1)
 @given(st.lists(layer_sets, min_size=1, max_size=5))
 def test_parts_in_any_order_and_overlapping_are_the_whole_of_their_layers(shares):
     merged = merge({str(place): take(share) for place, share in enumerate(shares)})
-    assert artifacts.to_bytes(merged) == artifacts.to_bytes(take(sorted(set().union(*shares))))
+    assert serialisation.to_bytes(merged) == serialisation.to_bytes(take(sorted(set().union(*shares))))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_layers_are_written_as_they_are_read(layers):
 def test_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, layers in (("a", range(4)), ("b", range(6, 9)), ("c", (4, 5, 9, 10, 11))):
-        artifacts.write_profile(name, take(layers))
+        serialisation.write_profile(name, take(layers))
 
     def run(*arguments):
         return CliRunner().invoke(main, ["merge", *arguments], catch_exceptions=False)
@@ -78,7 +78,7 @@ def test_command(tmp_path, monkeypatch):
     assert done.stderr == "5 of 12 layers are still missing: --layers 4:5,9:11\n"
     done = run("c", "ab")
     assert (done.exit_code, done.stdout, done.stderr) == (0, "profile.json\n", "")
-    assert Path("profile.json").read_bytes() == artifacts.to_bytes(WHOLE)
+    assert Path("profile.json").read_bytes() == serialisation.to_bytes(WHOLE)
     before = sorted(os.listdir())
     for arguments, words in (
         (("a", "absent"), "cannot read absent: No such file or directory"),

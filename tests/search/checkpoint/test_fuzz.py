@@ -19,10 +19,10 @@ from quantised import CASES
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from lexi_search.checkpoint import INDEX, open_checkpoint
+from lexi_search.checkpoint.reader import INDEX, open_checkpoint
+from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
-from lexi_search.models import describe
-from lexi_search.tensors import Tensors
+from lexi_search.models.model import describe
 
 CASE_COUNT = 10_000
 SHARDS = ("one.safetensors", "two.safetensors")

@@ -10,14 +10,14 @@ import torch
 from quantised import AWQ_FIELDS, CASES, gpt_oss, pack
 from safetensors.torch import load_file, save_file
 
-from lexi_search.artifacts import ProfileSettings
-from lexi_search.checkpoint import open_checkpoint
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.checkpoint.dequantise import Plain, dequantise
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
-from lexi_search.models import describe, find_dtype
-from lexi_search.profiling import profile_layers
-from lexi_search.schemes import Plain, dequantise
-from lexi_search.tensors import Tensors
-from lexi_search.weights import stream_layers
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import describe, find_dtype
+from lexi_search.profiling.profile import profile_layers
 
 NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
-from lexi_search.checkpoint import INDEX, open_checkpoint, read_header
+from lexi_search.checkpoint.reader import INDEX, open_checkpoint, read_header
 from lexi_search.errors import InputError
 
 ARRAYS = st.sampled_from(

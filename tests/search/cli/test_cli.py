@@ -21,16 +21,17 @@ from safetensors.numpy import load_file, save_file
 from synthetic import make_allocation, make_profile
 
 import lexi_search
-from lexi_search import artifacts
-from lexi_search.cli import main
-from lexi_search.console import parse_budgets, parse_layers, print_table
+from lexi_search.artifacts import serialisation
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.cli.console import parse_budgets, parse_layers, print_table
+from lexi_search.cli.main import main
+from lexi_search.cli.tables import tabulate_judgements
 from lexi_search.errors import InputError
-from lexi_search.propagation import Variant
-from lexi_search.sensitivities import Judgement
-from lexi_search.tables import tabulate_judgements
+from lexi_search.profiling.divergence import Judgement
+from lexi_search.profiling.forward import Variant
 
 FAST = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
-CALL = [sys.executable, "-c", "from lexi_search.cli import main; main()"]
+CALL = [sys.executable, "-c", "from lexi_search.cli.main import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_a_closed_stdout_loses_nothing(folder):
     program = " ".join(map(shlex.quote, [*CALL, "search", "p", "--budget", "9"]))
     done = subprocess.run(f"{program} >&-", shell=True, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert artifacts.read_allocation("allocation.json").budget == 9
+    assert serialisation.read_allocation("allocation.json").budget == 9
 
 
 # --- profile
@@ -79,10 +80,10 @@ def test_a_closed_stdout_loses_nothing(folder):
 
 def test_profile_writes_the_file_and_says_where(folder, checkpoint):
     assert succeed("profile", checkpoint, *FAST) == "profile.json\n"
-    profile = artifacts.read_profile("profile.json")
+    profile = serialisation.read_profile("profile.json")
     assert tuple(profile.layers) == profile.model.moe_layers == (0, 1, 2)
     assert profile.model.model_type == "olmoe"
-    assert profile.settings == artifacts.ProfileSettings("paper", 0, 2, 32, "float32", 0.2, 2**20)
+    assert profile.settings == ProfileSettings("paper", 0, 2, 32, "float32", 0.2, 2**20)
     assert profile.made_by.keys() == {"lexi_search", "weights_sample_sha256"}
     assert profile.made_by["lexi_search"] == lexi_search.__version__
     assert os.listdir() == ["profile.json"]
@@ -98,7 +99,7 @@ def test_profile_has_the_same_bytes_with_the_same_seed_only(folder, checkpoint):
 def test_profile_of_some_layers_has_what_the_whole_has(folder, checkpoint):
     succeed("profile", checkpoint, *FAST, "-o", "whole")
     succeed("profile", checkpoint, *FAST, "-o", "part", "--layers", "1:2")
-    whole, part = artifacts.read_profile("whole"), artifacts.read_profile("part")
+    whole, part = serialisation.read_profile("whole"), serialisation.read_profile("part")
     assert part.layers == {layer: whole.layers[layer] for layer in (1, 2)}
     message = refuse("search", "part", "--budget", "6")
     assert message == (
@@ -278,7 +279,7 @@ def allocation(checkpoint, folder):
     succeed("profile", checkpoint, *FAST)
     succeed("search", "profile.json", "--budget", "7")
     (folder / "profile.json").unlink()
-    return artifacts.read_allocation("allocation.json")
+    return serialisation.read_allocation("allocation.json")
 
 
 def test_export_lists(allocation):
@@ -299,7 +300,7 @@ def test_export_to_transformers(allocation, checkpoint):
         "lexi_adapter.apply(transformers.AutoModelForCausalLM.from_pretrained('out'), 'allocation.json')\n"
     )
     original = json.loads((checkpoint / "config.json").read_text())
-    extra = {"lexi_allocation": artifacts.to_document(allocation)}
+    extra = {"lexi_allocation": serialisation.to_document(allocation)}
     assert json.loads(Path("out/config.json").read_text()) == original | overlay | extra
 
 
@@ -345,19 +346,19 @@ def test_the_chain_on_every_family(folder, family):
     """Profile, search, export: the folder for vLLM differs in the config only, where the model's own k is."""
     model = tiny.make_checkpoint(family, folder / "model")
     succeed("profile", "model", *FAST)
-    layers = artifacts.read_profile("profile.json").model.moe_layers
+    layers = serialisation.read_profile("profile.json").model.moe_layers
     succeed("search", "profile.json", "--budget", 3 * len(layers) - 1, "--resamples", 0)
     assert succeed("export", "allocation.json", "--to", "vllm", "--model", "model", "-o", "out").startswith(
         "vllm serve "
     )
     before, after = (json.loads((path / "config.json").read_text()) for path in (model, folder / "out"))
     section = after.get("language_config", after)
-    allocation = artifacts.read_allocation("allocation.json")
+    allocation = serialisation.read_allocation("allocation.json")
     assert section.pop("per_layer_config") == {
         str(layer): {"num_experts_per_tok": k} for layer, k in allocation.top_k.items()
     }
     assert section.pop("allow_global_per_layer_attribute_access") is True
-    assert after.pop("lexi_allocation") == artifacts.to_document(allocation)
+    assert after.pop("lexi_allocation") == serialisation.to_document(allocation)
     assert after.pop("architectures") == ["Lexi" + name for name in before.pop("architectures")]
     assert after == before
     for name in os.listdir(model):
@@ -400,7 +401,7 @@ def test_bugs_stay_tracebacks(monkeypatch):
     def fail(*_):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("lexi_search.commands.show.read_artifact", fail)
+    monkeypatch.setattr("lexi_search.cli.commands.show.read_artifact", fail)
     with pytest.raises(ValueError, match="a bug"):
         run("show", "x")
 
@@ -441,7 +442,7 @@ def test_a_profile_cut_short_in_its_first_layer_leaves_nothing_to_read(folder, c
     caches = folder / "lexi-search" / "jax"
     # A shell that runs the tests in the background has SIGINT ignored, and a child would inherit that.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    call = [sys.executable, "-c", heed + "from lexi_search.cli import main; main()"]
+    call = [sys.executable, "-c", heed + "from lexi_search.cli.main import main; main()"]
     command = [*call, "profile", str(checkpoint), "--input", "paper", "--relative-error", "0", "--samples", str(10**9)]
     environment = make_environment(XDG_CACHE_HOME=str(folder))
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)

@@ -12,8 +12,8 @@ import pytest
 from command_line import refuse, run, succeed, write
 from synthetic import make_allocation, make_cost_table, make_profile
 
-from lexi_search import artifacts
-from lexi_search.cli import main
+from lexi_search.artifacts import serialisation
+from lexi_search.cli.main import main
 
 
 def sum_losses(table, allocation):
@@ -23,10 +23,10 @@ def sum_losses(table, allocation):
 def test_search_one_budget_writes_a_file(folder):
     profile = make_profile()
     output = succeed("search", write(folder / "profile.json", profile), "--budget", 9)
-    allocation = artifacts.read_allocation("allocation.json")
+    allocation = serialisation.read_allocation("allocation.json")
     assert allocation.budget == 9
     assert allocation.model == profile.model
-    assert allocation.made_by["profile_sha256"] == artifacts.sha256(profile)
+    assert allocation.made_by["profile_sha256"] == serialisation.sha256(profile)
     assert allocation.loss == pytest.approx(
         sum(profile.losses("frobenius")[i][allocation.top_k[i] - 1] for i in range(4))
     )
@@ -45,7 +45,7 @@ def test_search_many_budgets_writes_a_folder(folder):
     assert [row["budget"] for row in rows] == [4, 7, 8, 12, 16]
     assert sorted(os.listdir("allocations")) == sorted(f"allocation-{b}.json" for b in (4, 7, 8, 12, 16))
     for row in rows:
-        allocation = artifacts.read_allocation(row["file"])
+        allocation = serialisation.read_allocation(row["file"])
         assert row["top_k"] == {str(layer): k for layer, k in allocation.top_k.items()}
         assert (row["loss"], row["optimal_loss"]) == (allocation.loss, allocation.optimal_loss)
         assert row["average_k"] == row["budget"] / 4
@@ -74,7 +74,7 @@ def test_search_keeps_to_bounds_and_losses(folder):
     profile = make_profile(6, 4)
     write(folder / "p", profile)
     succeed("search", "p", "--budget", "15", "--min-k", "2", "--max-k", "3", "--loss", "squared")
-    allocation = artifacts.read_allocation("allocation.json")
+    allocation = serialisation.read_allocation("allocation.json")
     assert set(allocation.top_k.values()) == {2, 3}
     assert allocation.made_by["loss"] == "squared"
     assert allocation.loss == pytest.approx(sum_losses(profile.losses("squared"), allocation))
@@ -113,7 +113,7 @@ def test_search_refuses_other_files(folder):
     write(folder / "a", make_allocation())
     assert "expected 'lexi-profile'" in refuse("search", "a", "--budget", "8")
     assert "cannot read absent: No such file or directory" in refuse("search", "absent", "--budget", "8")
-    document = artifacts.to_document(make_profile()) | {"version": 2}
+    document = serialisation.to_document(make_profile()) | {"version": 2}
     (folder / "p").write_text(json.dumps(document))
     assert "its format version is 2, lexi-search 0.1.0 reads 1; make the file again" in refuse(
         "search", "p", "--budget", 8
@@ -121,7 +121,7 @@ def test_search_refuses_other_files(folder):
 
 
 def test_search_defaults_are_the_librarys():
-    from lexi_search.evolution import search
+    from lexi_search.solvers.evolution import search
 
     defaults = {name: parameter.default for name, parameter in inspect.signature(search).parameters.items()}
     for option in main.commands["search"].params:
@@ -137,7 +137,7 @@ def test_exact_gives_the_optimum_that_evolution_is_judged_by(folder):
     write(folder / "p", make_profile(12, 8))
     for method in ("evolution", "exact"):
         succeed("search", "p", "--budget", "40", "--method", method, "-o", method)
-    evolved, exact = (artifacts.read_allocation(name) for name in ("evolution", "exact"))
+    evolved, exact = (serialisation.read_allocation(name) for name in ("evolution", "exact"))
     assert exact.gap == 0 and exact.loss == evolved.optimal_loss
     assert exact.made_by["method"] == "exact" and "population" not in exact.made_by
     assert evolved.made_by["method"] == "evolution" and evolved.made_by["seed"] == 0
@@ -149,7 +149,7 @@ def test_constraints(folder, method):
     write(folder / "p", make_profile(12, 8, moe_layers=layers))
     options = ["--allowed-k", "1,2,4,8", "--protect", "10", "--bounds", "1:3=2:4", "--group", "5:6", "--group", "7:9"]
     succeed("search", "p", "--budget", "37", "--method", method, *options)
-    allocation = artifacts.read_allocation("allocation.json")
+    allocation = serialisation.read_allocation("allocation.json")
     k = allocation.top_k
     assert set(k.values()) <= {1, 2, 4, 8} and k[10] == 8
     assert all(2 <= k[layer] <= 4 for layer in (1, 2, 3)) and k[5] == k[6] and k[7] == k[9]
@@ -157,14 +157,14 @@ def test_constraints(folder, method):
     assert allocation.made_by["groups"] == [[5, 6], [7, 9]] and allocation.made_by["allowed_k"] == [1, 2, 4, 8]
     assert allocation.made_by["min_k"] == {str(layer): {1: 2, 2: 2, 3: 2, 10: 8}.get(layer, 1) for layer in layers}
     succeed("search", "p", "--budget", "37", "--method", method, "--group-size", "3")
-    k = [k for _, k in sorted(artifacts.read_allocation("allocation.json").top_k.items())]
+    k = [k for _, k in sorted(serialisation.read_allocation("allocation.json").top_k.items())]
     assert len(set(k[:3])) == len(set(k[3:6])) == len(set(k[6:])) == 1
 
 
 def test_a_noisy_profile_is_said_to_be_one(folder):
     profile = make_profile(6, 4)
     write(folder / "p", profile)
-    document = artifacts.to_document(profile)
+    document = serialisation.to_document(profile)
     for layer in document["layers"].values():
         layer["frobenius_stderr"] = [value / 2 for value in layer["frobenius"]]
     (folder / "noisy").write_text(json.dumps(document))
@@ -186,7 +186,7 @@ def test_history(folder):
     for budget, values in history.items():
         assert len(values["best"]) == len(values["mean"]) == 30
         assert all(a >= b for a, b in zip(values["best"], values["best"][1:], strict=False))
-        loss = artifacts.read_allocation(f"allocations/allocation-{budget}.json").loss
+        loss = serialisation.read_allocation(f"allocations/allocation-{budget}.json").loss
         assert values["best"][-1] == pytest.approx(loss, rel=1e-5)
 
 
@@ -218,11 +218,11 @@ def test_a_target_in_time_or_speed_is_kept(folder, method):
         "allocation-1.25x.json",
     ]
     for row, limit in zip(rows, (base * 0.85, base / 1.1, base / 1.25), strict=True):
-        allocation = artifacts.read_allocation(row["file"])
+        allocation = serialisation.read_allocation(row["file"])
         assert row["ms"] == pytest.approx(time_of(table, mix, allocation.top_k)) and row["ms"] <= limit * (1 + 1e-9)
         assert row["speedup"] == pytest.approx(base / row["ms"])
         paid = allocation.made_by["cost"]
-        assert paid["mix"] == {"16": 100.0, "4096": 2.0} and paid["table_sha256"] == artifacts.sha256(table)
+        assert paid["mix"] == {"16": 100.0, "4096": 2.0} and paid["table_sha256"] == serialisation.sha256(table)
         assert (paid["ms"], paid["speedup"]) == (row["ms"], row["speedup"])
         assert row["loss"] <= row["uniform_loss"]
         assert row["gap"] == pytest.approx(0, abs=1e-3) if method == "evolution" else row["gap"] == 0
@@ -341,7 +341,7 @@ def test_front_chooses(folder):
 
     def choose(*options):
         succeed("front", "p", *options)
-        allocation = artifacts.read_allocation("allocation.json")
+        allocation = serialisation.read_allocation("allocation.json")
         assert allocation.gap == 0 and allocation.made_by["method"] == "exact"
         return allocation
 
@@ -357,7 +357,7 @@ def test_front_chooses(folder):
         ms = time_of(table, {4096: 1}, allocation.top_k)
         assert ms <= base / 1.2 and allocation.made_by["cost"]["ms"] == pytest.approx(ms)
         succeed("search", "p", *timed, "--target-speedup", "1.2", "--method", "exact", "-o", "exact.json")
-        assert artifacts.read_allocation("exact.json").loss == allocation.loss
+        assert serialisation.read_allocation("exact.json").loss == allocation.loss
     assert choose(*timed, "--knee", "--group-size", "6").budget % 6 == 0
 
 
@@ -387,10 +387,10 @@ def test_constraints_may_be_said_in_parts_and_must_agree(folder):
     write(folder / "p", make_profile(4, 4))
     for options in (["--protect", "0", "--protect", "3"], ["--protect", "0,3", "--bounds", "0=4:4"]):
         succeed("search", "p", "--budget", 11, *options)
-        top_k = artifacts.read_allocation("allocation.json").top_k
+        top_k = serialisation.read_allocation("allocation.json").top_k
         assert (top_k[0], top_k[3]) == (4, 4)
     succeed("search", "p", "--budget", 9, "--allowed-k", "1", "--allowed-k", "3")
-    assert set(artifacts.read_allocation("allocation.json").top_k.values()) <= {1, 3}
+    assert set(serialisation.read_allocation("allocation.json").top_k.values()) <= {1, 3}
     for options, said in (
         (["--protect", "0", "--bounds", "0:1=1:3"], "--bounds 0:1=1:3 and --protect 0 disagree about layer 0"),
         (["--bounds", "2=1:3", "--bounds", "1:3=1:2"], "--bounds 2=1:3 and --bounds 1:3=1:2 disagree about layer 2"),
@@ -423,11 +423,11 @@ def test_a_search_that_stops_short_is_not_blamed_on_the_profile(folder):
     profile = make_profile(8, 8)
     write(folder / "p", profile)
     result = run("search", "p", "--budget", 32, "--population", 2, "--generations", 1)
-    assert artifacts.read_allocation("allocation.json").gap > 0.01 and result.stderr == ""
+    assert serialisation.read_allocation("allocation.json").gap > 0.01 and result.stderr == ""
 
 
 def test_a_front_says_which_point_was_chosen_where_nothing_is_bold(folder):
     write(folder / "p", make_profile())
     title = succeed("front", "p", "--knee").splitlines()[0]
-    chosen = artifacts.read_allocation("allocation.json")
+    chosen = serialisation.read_allocation("allocation.json")
     assert title.endswith(f"chosen: budget {chosen.budget}, loss {chosen.loss:.6g}")

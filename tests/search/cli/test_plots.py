@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from synthetic import add_model_losses, make_allocation, make_profile
 
-from lexi_search.artifacts import LOSS_KINDS
+from lexi_search.artifacts.profile import LOSS_KINDS
+from lexi_search.cli.plots import draw_heatmap, render
 from lexi_search.errors import InputError
-from lexi_search.plots import draw_heatmap, render
 
 SKIPPED_FIRST = {"num_hidden_layers": 62, "moe_layers": tuple(range(1, 62))}
 

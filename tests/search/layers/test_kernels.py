@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lexi_search.architectures import Activation, Routing
-from lexi_search.blocks import BLOCK_ROWS, StackedExperts, lay_out, stack_experts
-from lexi_search.ffn import ExpertWeights
-from lexi_search.grouped import can_group, measure_stacked
-from lexi_search.moe import compute_outputs, squared_distances
-from lexi_search.routing import route
+from lexi_search.layers.kernels.blocks import BLOCK_ROWS, StackedExperts, lay_out, stack_experts
+from lexi_search.layers.kernels.grouped import can_group, measure_stacked
+from lexi_search.layers.moe import compute_outputs, squared_distances
+from lexi_search.layers.routing import route
+from lexi_search.layers.spec import Activation, Routing
+from lexi_search.layers.weights import ExpertWeights
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, TOKENS = 4, 256, 128, 3, 70
 
@@ -42,7 +42,7 @@ def multiply_slowly(x, weights, block_experts, num_blocks, *, gated, interpret):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_equals_the_experts_one_by_one(dtype, monkeypatch):
     pytest.importorskip("absl", reason="Pallas' GPU side needs it")
-    from lexi_search import hopper
+    from lexi_search.layers.kernels import hopper
 
     monkeypatch.setattr(hopper, "multiply_blocks", multiply_slowly)
     router, experts, x = make_layer(dtype)
@@ -62,7 +62,7 @@ def test_kernel_equals_the_blocks_one_by_one(gated):
     pytest.importorskip("absl", reason="Pallas' GPU side needs it")
     from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
-    from lexi_search.hopper import multiply_blocks
+    from lexi_search.layers.kernels.hopper import multiply_blocks
 
     draw = np.random.default_rng(1)
     x = jnp.asarray(draw.normal(size=(4 * BLOCK_ROWS, 320)), jnp.bfloat16)

@@ -8,11 +8,12 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lexi_search.architectures import Activation, Routing
-from lexi_search.experts import CHUNK_SIZES, MAX_PADDING, cut_into_chunks, expert_outputs
-from lexi_search.ffn import ACTIVATIONS, ExpertWeights
-from lexi_search.moe import compute_outputs, mix, squared_distances
-from lexi_search.routing import mixing_weights, route
+from lexi_search.layers.experts import CHUNK_SIZES, MAX_PADDING, cut_into_chunks, expert_outputs
+from lexi_search.layers.ffn import ACTIVATIONS
+from lexi_search.layers.moe import compute_outputs, mix, squared_distances
+from lexi_search.layers.routing import mixing_weights, route
+from lexi_search.layers.spec import Activation, Routing
+from lexi_search.layers.weights import ExpertWeights
 
 EXPERTS, HIDDEN, WIDTH, TOP_K, TOKENS = 8, 24, 12, 4, 40
 

@@ -9,20 +9,21 @@ import pytest
 import reference
 import tiny
 import torch
+from blocks import compute_reference
 from safetensors.torch import load_file, save_file
 
-from lexi_search.architectures import ARCHITECTURES, Routing
-from lexi_search.checkpoint import open_checkpoint
+from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import describe, find_dtype
-from lexi_search.moe import compute_outputs as compute_outputs_of_experts
-from lexi_search.moe import mix
-from lexi_search.routing import route
-from lexi_search.weights import stream_layers
+from lexi_search.layers.moe import compute_outputs as compute_outputs_of_experts
+from lexi_search.layers.moe import mix
+from lexi_search.layers.routing import route
+from lexi_search.layers.spec import Routing
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import describe, find_dtype
+from lexi_search.models.moe_families import ARCHITECTURES
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
 MAX_K = {"llama4": 4, "llama4_text": 4}  # where the model's own k is 1
-SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 
 def test_every_registered_family_is_tested():
@@ -44,19 +45,6 @@ def compute_outputs(folder, layer, x, max_k=None):
     choice = route(tokens, weights.router, weights.bias, routing=routing, top_k=model.top_k)
     outputs = compute_outputs_of_experts(tokens, choice, weights.experts, routing=routing, activation=model.activation)
     return [mix(outputs, choice.scores, jnp.int32(k), routing=routing) for k in range(1, model.top_k + 1)]
-
-
-def compute_reference(block, x, k):
-    """The routed part of transformers' block at this k: what its shared expert adds does not depend on k."""
-    for module in block.modules():
-        if hasattr(module, "top_k"):
-            module.top_k = k
-    for name in SHARED:
-        if getattr(block, name, None) is not None:
-            getattr(block, name).forward = torch.zeros_like
-    with torch.no_grad():
-        output = block(x[None])
-    return (output[0] if isinstance(output, tuple) else output).reshape(x.shape).numpy()
 
 
 def compute_phimoe(block, x, k):

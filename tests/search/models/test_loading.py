@@ -12,11 +12,11 @@ import torch
 from quantised import CASES
 from safetensors.torch import load_file, save_file
 
-from lexi_search import weights as weights_module
-from lexi_search.checkpoint import Checkpoint, open_checkpoint
+from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import describe
-from lexi_search.weights import stream_layers
+from lexi_search.models import loading as weights_module
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import describe
 
 
 @pytest.fixture(scope="module")

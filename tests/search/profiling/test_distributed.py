@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import lexi_search
-from lexi_search.artifacts import read_profile
-from lexi_search.checkpoint import open_checkpoint
-from lexi_search.distribution import estimate_costs, spread
-from lexi_search.models import describe
+from lexi_search.artifacts.serialisation import read_profile
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.models.model import describe
+from lexi_search.profiling.distributed import estimate_costs, spread
 
 FAST = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
-CALL = "from lexi_search.cli import main; main()"
+CALL = "from lexi_search.cli.main import main; main()"
 # The same with a shorter patience, and a process that dies as soon as it has measured a layer, before it tells.
 CALL_AND_DIE = """
-import os, signal, lexi_search.console as console
+import os, signal, lexi_search.cli.console as console
 def prepare(prepare=console.prepare_environment):
     prepare()
-    import lexi_search.distribution as distribution
+    import lexi_search.profiling.distributed as distribution
     distribution.HEARTBEAT_SECONDS = 3
     def gather(group, measured, layers, gather=distribution.gather):
         def die(measured):

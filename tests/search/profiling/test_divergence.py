@@ -16,16 +16,18 @@ from command_line import refuse, succeed
 from safetensors.numpy import load_file, save_file
 
 import lexi_adapter
-from lexi_search import artifacts, propagation
-from lexi_search.artifacts import Allocation, ProfileSettings
-from lexi_search.checkpoint import Checkpoint, open_checkpoint
+from lexi_search.artifacts import serialisation
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import describe
-from lexi_search.profiling import profile_layers
-from lexi_search.propagation import Run, Variant, measure_movement
-from lexi_search.sensitivities import EXPONENTS, choose_exponent, measure_layers, summarise
-from lexi_search.stacks import describe_decoder
-from lexi_search.synthesis import draw_tokens
+from lexi_search.models.decoder_stack import describe_decoder
+from lexi_search.models.model import describe
+from lexi_search.profiling import forward
+from lexi_search.profiling.divergence import EXPONENTS, choose_exponent, measure_layers, summarise
+from lexi_search.profiling.forward import Run, Variant, measure_movement
+from lexi_search.profiling.profile import profile_layers
+from lexi_search.profiling.sampling import draw_tokens
 
 FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v2")  # the last begins with a dense layer
 QUICK = ("--batch", 2, "--length", 16, "--samples", 64)
@@ -65,7 +67,7 @@ def find_log_probabilities(model, run, tokens, variant=None):
     top_k, exponent = variant or ((whole,) * len(run.model.layers), None)
     chosen = dict(zip(identity.moe_layers, top_k, strict=True))
     allocation = Allocation(identity, chosen, sum(top_k), 0.0, 0.0, {"lexi_search": "0"}, exponent)
-    lexi_adapter.apply(model, artifacts.to_document(allocation), check_weights=False)
+    lexi_adapter.apply(model, serialisation.to_document(allocation), check_weights=False)
     with torch.no_grad():
         logits = model(torch.as_tensor(np.asarray(tokens)).long(), use_cache=False).logits
     return logits.double().log_softmax(-1).numpy()
@@ -130,9 +132,9 @@ def test_what_goes_through_at_once_changes_nothing(olmoe, monkeypatch):
     run, _ = olmoe
     tokens, variants = make_tokens(), make_variants(run)
     together = measure_movement(run, tokens, variants)
-    monkeypatch.setattr(propagation, "PASS_BYTES", 1)
-    monkeypatch.setattr(propagation, "LOGIT_BYTES", 1)
-    monkeypatch.setattr(propagation, "_choose_storage", lambda run, tokens: np.asarray)
+    monkeypatch.setattr(forward, "PASS_BYTES", 1)
+    monkeypatch.setattr(forward, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(forward, "_choose_storage", lambda run, tokens: np.asarray)
     for one, other in zip(together, measure_movement(run, tokens, variants), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
@@ -185,7 +187,7 @@ def test_losses_are_means_with_standard_errors_over_sequences():
     squares, relative = rng.uniform(1, 2, (2, 3, 6, 4))
     squares[..., -1] = relative[..., -1] = 0
     divergence = rng.uniform(0, 1, (3, 6))
-    movement = propagation.Movement(squares, relative, divergence)
+    movement = forward.Movement(squares, relative, divergence)
     loss = summarise(movement, 1, divergence, make_settings(batch=3))
     assert (loss.iterations, loss.samples) == (2, 6 * LENGTH)
     for k in range(4):
@@ -226,7 +228,7 @@ def test_by_default_the_models_own_text_decides(folder, olmoe):
     """Profile, search and export; the losses are those of transformers on the text that the model writes."""
     run, model = olmoe
     succeed("profile", run.checkpoint.folder, "--length", 32, "--samples", 256)
-    profile, whole = artifacts.read_profile("profile.json"), run.model.top_k
+    profile, whole = serialisation.read_profile("profile.json"), run.model.top_k
     assert profile.settings == ProfileSettings("weights", 0, 4, 32, "float32", 0.0, 256)
     tokens = draw_tokens(run, sequences=8, length=32, seed=0)
     own = find_log_probabilities(model, run, tokens)
@@ -240,7 +242,7 @@ def test_by_default_the_models_own_text_decides(folder, olmoe):
             assert found.divergence[k - 1] == pytest.approx(means.mean(), rel=2e-3)
             assert found.divergence_stderr[k - 1] == pytest.approx(means.std(ddof=1) / 8**0.5, rel=2e-2)
     command_line.run("search", "profile.json", "--budget", 2 * len(layers) + 1)  # may be told to be noisy
-    allocation = artifacts.read_allocation("allocation.json")
+    allocation = serialisation.read_allocation("allocation.json")
     table = np.array(profile.losses("divergence"))
     every = itertools.product(range(1, whole + 1), repeat=len(layers))
     fitting = [ks for ks in every if sum(ks) == 2 * len(layers) + 1]
@@ -253,27 +255,27 @@ def test_by_default_the_models_own_text_decides(folder, olmoe):
 
 def test_profile_of_the_models_own_text(folder, checkpoint):
     succeed("profile", checkpoint, *QUICK)
-    profile = artifacts.read_profile("profile.json")
+    profile = serialisation.read_profile("profile.json")
     assert profile.loss_kinds == ("frobenius", "rms", "squared", "relative", "divergence")
     assert (profile.settings.input, profile.settings.max_samples, profile.layers[0].samples) == ("weights", 64, 64)
     layers = len(profile.layers)
     succeed("search", "profile.json", "--budget", layers + 1)
-    allocation = artifacts.read_allocation("allocation.json")
+    allocation = serialisation.read_allocation("allocation.json")
     assert allocation.made_by["loss"] == "divergence"
     table = profile.losses("divergence")
     assert allocation.loss == pytest.approx(sum(table[i][allocation.top_k[i] - 1] for i in range(layers)))
     assert "divergence loss of each layer" in succeed("show", "profile.json")
     for command in (("plot", "profile.json"), ("front", "profile.json", "--knee")):
         succeed(*command)
-    assert artifacts.read_allocation("allocation.json").made_by["loss"] == "divergence"
+    assert serialisation.read_allocation("allocation.json").made_by["loss"] == "divergence"
 
 
 def test_parts_make_the_same_profile(folder, checkpoint):
     succeed("profile", checkpoint, *QUICK)
     for name, layers in (("a", "0"), ("b", "1")):
         succeed("profile", checkpoint, *QUICK, "--layers", layers, "-o", f"{name}.json")
-    whole = artifacts.read_profile("profile.json")
-    parts = [artifacts.read_profile(f"{name}.json") for name in "ab"]
+    whole = serialisation.read_profile("profile.json")
+    parts = [serialisation.read_profile(f"{name}.json") for name in "ab"]
     for part in parts:
         for layer, loss in part.layers.items():
             assert loss.rms == whole.layers[layer].rms
@@ -282,13 +284,13 @@ def test_parts_make_the_same_profile(folder, checkpoint):
 
 def test_a_gate_exponent_can_be_found(folder, checkpoint):
     result = command_line.run("profile", checkpoint, *QUICK, "--gate-exponent", "auto")
-    found = artifacts.read_profile("profile.json").settings.gate_exponent
+    found = serialisation.read_profile("profile.json").settings.gate_exponent
     assert found in EXPONENTS
     assert (result.stdout, result.stderr) == ("profile.json\n", f"gate exponent {found:g}\n")
     succeed("profile", checkpoint, *QUICK, "--gate-exponent", found, "-o", "given.json")
     assert (folder / "given.json").read_bytes() == (folder / "profile.json").read_bytes()
-    succeed("search", "profile.json", "--budget", len(artifacts.read_profile("profile.json").layers) + 1)
-    assert artifacts.read_allocation("allocation.json").gate_exponent == found
+    succeed("search", "profile.json", "--budget", len(serialisation.read_profile("profile.json").layers) + 1)
+    assert serialisation.read_allocation("allocation.json").gate_exponent == found
 
 
 REFUSED = [
@@ -352,7 +354,7 @@ def test_whole_allocations_are_judged(folder, olmoe):
     layers = len(identity.moe_layers)
     top_k = {layer: 1 + place % whole for place, layer in enumerate(identity.moe_layers)}
     allocation = Allocation(identity, top_k, sum(top_k.values()), 0.0, 0.0, {"lexi_search": "0"}, 0.5)
-    artifacts.write_allocation("a.json", allocation)
+    serialisation.write_allocation("a.json", allocation)
     options = ("--batch", 2, "--length", LENGTH, "--samples", 4 * LENGTH)
     rows = json.loads(succeed("judge", weights, "a.json", *options, "--json"))
     assert [row["divergence"] for row in rows] == sorted(row["divergence"] for row in rows)
@@ -370,5 +372,5 @@ def test_whole_allocations_are_judged(folder, olmoe):
         assert row["budget"] == sum(variants[row["name"]].top_k)
     lines = succeed("judge", weights, "a.json", *options).splitlines()
     assert "a.json" in lines[2 + [row["name"] for row in rows].index("a.json")]
-    artifacts.write_allocation("b.json", replace(allocation, model=replace(identity, router_sha256="f" * 64)))
+    serialisation.write_allocation("b.json", replace(allocation, model=replace(identity, router_sha256="f" * 64)))
     assert "b.json is for another model than" in refuse("judge", weights, "b.json", *options)

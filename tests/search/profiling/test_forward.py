@@ -12,17 +12,18 @@ import torch
 from quantised import CASES
 from safetensors.torch import load_file, save_file
 
-from lexi_search import attention as attention_module
-from lexi_search.carrying import attend, embed, finish, read_logits
-from lexi_search.checkpoint import open_checkpoint
-from lexi_search.components import Affine, GroupedWeights
-from lexi_search.decoders import FAMILIES, GroupedAttention, Norm
+from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import describe
-from lexi_search.moe import compute_outputs, mix
-from lexi_search.routing import route
-from lexi_search.stacks import describe_decoder
-from lexi_search.weights import read_tensors, stream_blocks
+from lexi_search.layers import attention as attention_module
+from lexi_search.layers.decoder import attend, embed, finish, read_logits
+from lexi_search.layers.moe import compute_outputs, mix
+from lexi_search.layers.routing import route
+from lexi_search.layers.spec import GroupedAttention, Norm
+from lexi_search.layers.weights import Affine, GroupedWeights
+from lexi_search.models.decoder_families import FAMILIES
+from lexi_search.models.decoder_stack import describe_decoder
+from lexi_search.models.loading import read_tensors, stream_blocks
+from lexi_search.models.model import describe
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
 LENGTH = 24

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import tiny
 
-from lexi_search import experts, measuring
-from lexi_search.architectures import Activation
-from lexi_search.artifacts import ProfileSettings
-from lexi_search.checkpoint import open_checkpoint
-from lexi_search.ffn import ExpertWeights
-from lexi_search.measuring import measure_layer
-from lexi_search.models import describe
-from lexi_search.weights import stream_layers
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.layers import experts
+from lexi_search.layers.spec import Activation
+from lexi_search.layers.weights import ExpertWeights
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import describe
+from lexi_search.profiling import gaussian
+from lexi_search.profiling.gaussian import measure_layer
 
 SETTINGS = ProfileSettings(
     input="paper", seed=0, batch=2, length=32, dtype="float32", relative_error=0.0, max_samples=64 * 25
@@ -28,10 +29,10 @@ PROFILE = """
 import dataclasses, json, sys
 import jax
 from lexi_search import measuring
-from lexi_search.artifacts import ProfileSettings
-from lexi_search.checkpoint import open_checkpoint
-from lexi_search.models import describe
-from lexi_search.profiling import profile_layers
+from lexi_search.artifacts.serialisation import ProfileSettings
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.models.model import describe
+from lexi_search.profiling.profile import profile_layers
 
 measuring.PASS_BYTES = 100_000
 folder, settings = sys.argv[1], ProfileSettings(**json.loads(sys.argv[2]))
@@ -74,8 +75,8 @@ def test_passes_are_counted_in_order_wherever_they_end(folder, monkeypatch):
         started.append((first, count))
         return jnp.asarray(np.stack([1 + spread[:, 0], 1 + 64 * spread[:, 1]], axis=1)[first : first + count])
 
-    monkeypatch.setattr(measuring, "_measure_pass", measure)
-    monkeypatch.setattr(measuring, "_size_passes", lambda model, settings: (2, 6))
+    monkeypatch.setattr(gaussian, "_measure_pass", measure)
+    monkeypatch.setattr(gaussian, "_size_passes", lambda model, settings: (2, 6))
     (_, weights), *_ = stream_layers(checkpoint, model, model.layers[:1])
     for limit in (1, 2, 8, 25):
         started = []

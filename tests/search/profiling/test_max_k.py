@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from blocks import compute_reference
 from command_line import refuse, succeed
-from test_families import compute_reference
 
-from lexi_search import artifacts
-from lexi_search.artifacts import ProfileSettings
-from lexi_search.checkpoint import open_checkpoint
-from lexi_search.documents import encode
+from lexi_search.artifacts import serialisation
+from lexi_search.artifacts.codec import encode
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.measuring import draw
-from lexi_search.models import describe
+from lexi_search.models.model import describe
+from lexi_search.profiling.gaussian import draw
 
 QUICK = ("--input", "paper", "--batch", 2, "--length", 32, "--samples", 128, "--relative-error", 0)
 
@@ -34,7 +34,7 @@ def profile(llama, tmp_path_factory):
 
 
 def test_losses_are_relative_to_the_output_at_max_k(llama, profile):
-    found = artifacts.read_profile(profile)
+    found = serialisation.read_profile(profile)
     assert (found.model.top_k, found.settings.max_k, found.max_k) == (1, 3, 3)
     described, settings = describe(open_checkpoint(llama), max_k=3), found.settings
     for layer, block in tiny.find_moe_blocks(tiny.build_reference("llama4_text")).items():
@@ -47,9 +47,9 @@ def test_losses_are_relative_to_the_output_at_max_k(llama, profile):
 
 
 def test_allocations_may_have_more_than_the_models_own_k(profile, tmp_path):
-    layers = len(artifacts.read_profile(profile).layers)
+    layers = len(serialisation.read_profile(profile).layers)
     succeed("search", profile, "--budget", 3 * layers, "-o", tmp_path / "allocation.json")
-    allocation = artifacts.read_allocation(tmp_path / "allocation.json")
+    allocation = serialisation.read_allocation(tmp_path / "allocation.json")
     assert (set(allocation.top_k.values()), allocation.max_k, allocation.loss) == ({3}, 3, 0.0)
     assert "of 3" in succeed("show", tmp_path / "allocation.json")
     with pytest.raises(InputError, match="top_k of layer .* is 3, expected between 1 and the model's own 1"):
@@ -59,7 +59,7 @@ def test_allocations_may_have_more_than_the_models_own_k(profile, tmp_path):
 
 
 def test_a_profile_has_losses_up_to_max_k(profile):
-    found = artifacts.read_profile(profile)
+    found = serialisation.read_profile(profile)
     for wrong, message in ((2, "losses for 3 values of k, 2 expected"), (17, "max_k is 17, expected between")):
         with pytest.raises(InputError, match=message):
             dataclasses.replace(found, settings=dataclasses.replace(found.settings, max_k=wrong))

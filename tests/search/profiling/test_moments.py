@@ -9,16 +9,17 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lexi_search import artifacts, measuring
-from lexi_search.artifacts import ProfileSettings
-from lexi_search.checkpoint import open_checkpoint
-from lexi_search.cli import main
+from lexi_search.artifacts import serialisation
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.cli.main import main
 from lexi_search.errors import InputError
-from lexi_search.models import describe
-from lexi_search.moments import accumulate, begin, estimate, relative_errors, summarise
-from lexi_search.profiling import profile_layers
-from lexi_search.routing import mixing_weights, route
-from lexi_search.weights import stream_layers
+from lexi_search.layers.routing import mixing_weights, route
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import describe
+from lexi_search.profiling import gaussian
+from lexi_search.profiling.moments import accumulate, begin, estimate, relative_errors, summarise
+from lexi_search.profiling.profile import profile_layers
 
 SETTINGS = ProfileSettings(
     input="paper", seed=0, batch=2, length=32, dtype="float32", relative_error=0.0, max_samples=512, control_variate=4
@@ -122,28 +123,28 @@ def test_the_control_is_the_change_of_the_mixing_weights(opened):
     """From the tokens that are measured, and from four times as many, which are not the same ones."""
     checkpoint, model = opened
     ((_, weights),) = stream_layers(checkpoint, model, (0,))
-    moments = measuring.measure_layer(model, weights, 0, SETTINGS)
+    moments = gaussian.measure_layer(model, weights, 0, SETTINGS)
     assert moments.samples == 512
 
     def controls(layer, count):
-        x = measuring.draw(model, layer, 0, count, SETTINGS)
+        x = gaussian.draw(model, layer, 0, count, SETTINGS)
         scores = route(x, weights.router, weights.bias, routing=model.routing, top_k=4).scores
         c = [np.asarray(mixing_weights(scores, np.int32(k), routing=model.routing), np.float64) for k in range(1, 5)]
         return x, np.array([((weights_k - c[-1]) ** 2).sum(axis=1) for weights_k in c]).T
 
     x, c = controls(0, 8)
-    d = np.asarray(measuring.measure_tokens(x, model, weights), np.float64)
+    d = np.asarray(gaussian.measure_tokens(x, model, weights), np.float64)
     np.testing.assert_allclose(moments.controls.sums, c.sum(axis=0), rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(moments.controls.squares, (c * c).sum(axis=0), rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(moments.controls.products, (c * d).sum(axis=0), rtol=1e-5, atol=1e-9)
-    unmeasured, others = controls(measuring.OTHERS, 32)
+    unmeasured, others = controls(gaussian.OTHERS, 32)
     np.testing.assert_allclose(moments.controls.others, others.sum(axis=0) / 4, rtol=1e-5, atol=1e-9)
     assert not (np.asarray(unmeasured)[:512] == np.asarray(x)).any()
 
 
 def test_size_of_a_pass_decides_nothing(opened, monkeypatch):
     together = run(opened, relative_error=0.02, max_samples=1 << 13)
-    monkeypatch.setattr(measuring, "PASS_BYTES", 1)
+    monkeypatch.setattr(gaussian, "PASS_BYTES", 1)
     alone = run(opened, relative_error=0.02, max_samples=1 << 13)
     assert together.iterations == alone.iterations > 4
     np.testing.assert_allclose(together.rms, alone.rms, rtol=1e-5)
@@ -175,7 +176,7 @@ def test_the_command_says_so_in_the_file(opened, tmp_path, monkeypatch):
     for name, options in (("with", ["--control-variate", "4"]), ("without", [])):
         arguments = ["profile", str(opened[0].folder), *fast, *options, "-o", str(tmp_path / name)]
         assert CliRunner().invoke(main, arguments, catch_exceptions=False).exit_code == 0
-    assert artifacts.read_profile(tmp_path / "with").settings.control_variate == 4
+    assert serialisation.read_profile(tmp_path / "with").settings.control_variate == 4
     assert b"control_variate" not in (tmp_path / "without").read_bytes()
     with pytest.raises(InputError, match="control_variate is 0, at least 1 expected"):
         dataclasses.replace(SETTINGS, control_variate=0)

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from blocks import compute_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_families import compute_reference
 
-from lexi_search import measuring
-from lexi_search.architectures import Activation
-from lexi_search.artifacts import ProfileSettings
-from lexi_search.checkpoint import Checkpoint, open_checkpoint
+from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.measuring import draw
-from lexi_search.models import describe
-from lexi_search.moments import Moments, relative_errors, summarise
-from lexi_search.profiling import profile_layers
+from lexi_search.layers.spec import Activation
+from lexi_search.models.model import describe
+from lexi_search.profiling import gaussian
+from lexi_search.profiling.gaussian import draw
+from lexi_search.profiling.moments import Moments, relative_errors, summarise
+from lexi_search.profiling.profile import profile_layers
 
 SETTINGS = ProfileSettings(
     input="paper", seed=0, batch=2, length=32, dtype="float32", relative_error=0.0, max_samples=256
@@ -69,7 +69,7 @@ def test_input_is_standard_normal():
 
 
 def describe_olmoe_like(hidden_size):
-    from lexi_search.models import Model
+    from lexi_search.models.model import Model
 
     return Model(identity=None, hidden_size=hidden_size, activation=Activation(), routing=None, tensors={})
 
@@ -80,7 +80,7 @@ def test_a_layer_does_not_depend_on_the_others(folder):
 
 def test_size_of_a_pass_decides_nothing(folder, monkeypatch):
     together = run(folder, relative_error=0.03, max_samples=1 << 12)
-    monkeypatch.setattr(measuring, "PASS_BYTES", 1)
+    monkeypatch.setattr(gaussian, "PASS_BYTES", 1)
     alone = run(folder, relative_error=0.03, max_samples=1 << 12)
     for layer, loss in together.items():
         assert loss.iterations == alone[layer].iterations > 4

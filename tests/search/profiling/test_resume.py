@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 from synthetic import make_profile
 
 import lexi_search
-from lexi_search import artifacts, partials
+from lexi_search.artifacts import serialisation
+from lexi_search.artifacts.merging import read_header
 from lexi_search.errors import InputError
-from lexi_search.merging import read_header
-from lexi_search.partials import Partials, keep_partials
+from lexi_search.profiling import resume
+from lexi_search.profiling.resume import Partials, keep_partials
 
 FAST = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
 STORE = Path("profile.json.partial")
@@ -27,7 +28,7 @@ STORE = Path("profile.json.partial")
 DIE = """
 import os, signal
 from lexi_search import files, partials
-from lexi_search.cli import main
+from lexi_search.cli.main import main
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 def add_and_die(self, layer, loss, add=partials.Partials.add):
@@ -118,7 +119,7 @@ def test_layers_that_were_not_asked_for_are_not_written(cut_short, checkpoint, u
     store = cut_short / STORE
     told = f"1 of 2 layers are finished in {store}\n1 more finished layers stay in {store}\n"
     assert (done.exit_code, done.stderr) == (0, told)
-    assert tuple(artifacts.read_profile("profile.json").layers) == (1, 2)
+    assert tuple(serialisation.read_profile("profile.json").layers) == (1, 2)
     assert [path.name.partition("-")[0] for path in STORE.glob("*.json")] == ["0"]
     assert run(checkpoint, *FAST).exit_code == 0
     assert Path("profile.json").read_bytes() == unbroken and os.listdir() == ["profile.json"]
@@ -152,7 +153,7 @@ def test_other_weights_are_refused(cut_short, checkpoint, part, words):
 
 
 def test_another_input_is_refused_before_anything_is_drawn(cut_short, checkpoint, monkeypatch):
-    monkeypatch.setattr("lexi_search.sensitivities.draw_tokens", None)
+    monkeypatch.setattr("lexi_search.profiling.divergence.draw_tokens", None)
     for options in ([], ["--gate-exponent", "auto"]):
         done = run(checkpoint, *options)
         assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -162,7 +163,7 @@ def test_another_input_is_refused_before_anything_is_drawn(cut_short, checkpoint
 def test_a_found_exponent_must_be_that_of_the_finished_layers(folder, checkpoint):
     small = ["--batch", "2", "--length", "16", "--samples", "64"]
     found = run(checkpoint, *small, "--gate-exponent", "auto").stderr.split()[-1]
-    unbroken = artifacts.read_profile("profile.json")
+    unbroken = serialisation.read_profile("profile.json")
     for exponent, code in ((found, 0), ("0.4", 2)):
         with pytest.MonkeyPatch.context() as patch:
             interrupt_after(patch, 1)
@@ -170,7 +171,7 @@ def test_a_found_exponent_must_be_that_of_the_finished_layers(folder, checkpoint
         done = run(checkpoint, *small, "--gate-exponent", "auto")
         assert done.exit_code == code
         assert ("1 of 3 layers are finished" if code == 0 else "gate_exponent is 0.4, not ") in done.stderr
-    again = artifacts.read_profile("profile.json")
+    again = serialisation.read_profile("profile.json")
     for layer, loss in unbroken.layers.items():
         assert again.layers[layer].divergence == pytest.approx(loss.divergence, rel=1e-3)
 
@@ -178,7 +179,7 @@ def test_a_found_exponent_must_be_that_of_the_finished_layers(folder, checkpoint
 def test_restart_throws_away(cut_short, checkpoint):
     done = run(checkpoint, *FAST, "--seed", "1", "--restart")
     assert (done.exit_code, done.stderr) == (0, "")
-    assert artifacts.read_profile("profile.json").settings.seed == 1
+    assert serialisation.read_profile("profile.json").settings.seed == 1
     assert os.listdir() == ["profile.json"]
 
 
@@ -201,11 +202,11 @@ def test_no_changed_byte_goes_unnoticed(tmp_path, data):
         kept.add(0, profile.layers[0])
         (path,) = kept.folder.glob("*.json")
         original = path.read_bytes()
-    assert partials._read(path).layers == profile.layers
+    assert resume._read(path).layers == profile.layers
     place = data.draw(st.integers(0, len(original) - 1))
     other = data.draw(st.integers(0, 255).filter(lambda byte: byte != original[place]))
     path.write_bytes(original[:place] + bytes([other]) + original[place + 1 :])
-    assert partials._read(path) is None
+    assert resume._read(path) is None
 
 
 def test_two_runs_on_one_output_do_not_meet(folder, checkpoint, unbroken):
@@ -226,8 +227,8 @@ def test_the_lock_of_a_run_that_just_ended_is_none(folder):
     """Opened while its holder lived, locked after that removed it: whoever has it is alone with a file of no name."""
     header = read_header(make_profile())
     with pytest.MonkeyPatch.context() as patch:
-        real = partials.fcntl.flock
-        patch.setattr(partials.fcntl, "flock", lambda lock, how: (os.unlink("p.partial/lock"), real(lock, how)))
+        real = resume.fcntl.flock
+        patch.setattr(resume.fcntl, "flock", lambda lock, how: (os.unlink("p.partial/lock"), real(lock, how)))
         with pytest.raises(InputError, match="another run is writing p; wait"), keep_partials("p", header):
             pass
 
@@ -282,7 +283,7 @@ def text_kept(folder, checkpoint):
     """A run on the model's own text that was interrupted after it had the text; the whole profile is in `whole`."""
     assert run(checkpoint, *WRITES, "-o", "whole").exit_code == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lexi_search.profiling.measure_layers", interrupt)
+        patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
         done = run(checkpoint, *WRITES)
     kept = f"the text and 0 of 3 layers are kept in {folder / STORE}"
     assert (done.exit_code, done.stderr) == (
@@ -298,7 +299,7 @@ def interrupt(*_, **__):
 
 
 def test_the_text_is_drawn_once(text_kept, checkpoint, monkeypatch):
-    monkeypatch.setattr("lexi_search.sensitivities.draw_samples", interrupt)
+    monkeypatch.setattr("lexi_search.profiling.divergence.draw_samples", interrupt)
     done = run(checkpoint, *WRITES)
     assert (done.exit_code, done.stdout) == (0, "profile.json\n")
     assert done.stderr == f"the text and 0 of 3 layers are finished in {text_kept / STORE}\n"
@@ -320,10 +321,10 @@ def test_a_text_that_is_damaged_is_drawn_again_and_another_runs_is_refused(text_
 def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, monkeypatch):
     auto = [*WRITES, "--gate-exponent", "auto"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lexi_search.profiling.measure_layers", interrupt)
+        patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
         assert run(checkpoint, *auto).exit_code == 130
     assert sorted(path.name.partition("-")[0] for path in STORE.glob("*.found")) == ["exponent", "text"]
     for name in ("draw_samples", "choose_exponent"):
-        monkeypatch.setattr(f"lexi_search.sensitivities.{name}", interrupt)
+        monkeypatch.setattr(f"lexi_search.profiling.divergence.{name}", interrupt)
     assert run(checkpoint, *auto).exit_code == 0 and not STORE.exists()
     assert run(checkpoint, *WRITES, "-o", "other").exit_code == 1  # which draws, so that the above did not

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from quantised import CASES, gpt_oss
 from safetensors.torch import load_file, save_file
 
-from lexi_search import pruning
-from lexi_search.checkpoint import INDEX, open_checkpoint
+from lexi_search.checkpoint.reader import INDEX, open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import describe
-from lexi_search.propagation import Run
-from lexi_search.stacks import describe_decoder
-from lexi_search.synthesis import draw_tokens
-from lexi_search.weights import stream_layers
+from lexi_search.models.decoder_stack import describe_decoder
+from lexi_search.models.loading import stream_layers
+from lexi_search.models.model import describe
+from lexi_search.profiling.forward import Run
+from lexi_search.profiling.sampling import draw_tokens
+from lexi_search.pruning import prune as pruning
 
 QUARTER = Fraction(1, 4)
 BOUND = {"jamba", "hunyuan_v1_moe", "llama4", "llama4_text"}  # dense layers or shared experts have the width by one key

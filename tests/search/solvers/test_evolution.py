@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lexi_search import evolution
 from lexi_search.errors import InputError
-from lexi_search.evolution import make_tasks, search
-from lexi_search.exact import solve
-from lexi_search.populations import Settings, read_top_k, repair, start, step
-from lexi_search.problems import Constraints, find_uniform, pose, sum_over_layers
+from lexi_search.solvers import evolution
+from lexi_search.solvers.evolution import make_tasks, search
+from lexi_search.solvers.exact import solve
+from lexi_search.solvers.operators import Settings, read_top_k, repair, start, step
+from lexi_search.solvers.problem import Constraints, find_uniform, pose, sum_over_layers
 
 SMALL = {"population": 32, "generations": 20}
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lexi_search.errors import InputError
-from lexi_search.exact import solve, solve_many
-from lexi_search.problems import Constraints, find_uniform, pose, sum_over_layers
+from lexi_search.solvers.exact import solve, solve_many
+from lexi_search.solvers.problem import Constraints, find_uniform, pose, sum_over_layers
 
 TABLES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=4).flatmap(
     lambda shape: hnp.arrays(

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lexi_search.allocation.tradeoff import Front, Point, find_best_within, find_fastest_within, find_knee, thin
 from lexi_search.errors import InputError
-from lexi_search.frontiers import read_top_k, trace
-from lexi_search.fronts import Front, Point, find_best_within, find_fastest_within, find_knee, thin
-from lexi_search.problems import pose, sum_over_layers
+from lexi_search.solvers.pareto import read_top_k, trace
+from lexi_search.solvers.problem import pose, sum_over_layers
 
 VALUES = st.floats(0, 100, allow_subnormal=False) | st.sampled_from([0.0, 1.0, 2.0])
 TABLES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=4).flatmap(

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from synthetic import make_cost_table, make_identity, make_profile
 
-from lexi_search.artifacts import sha256
-from lexi_search.costs import weigh
+from lexi_search.allocation.costs import weigh
+from lexi_search.artifacts.serialisation import sha256
 from lexi_search.errors import InputError
-from lexi_search.exact import solve
-from lexi_search.problems import Constraints, pose, sum_over_layers
-from lexi_search.uncertainty import judge, resample
+from lexi_search.solvers.exact import solve
+from lexi_search.solvers.problem import Constraints, pose, sum_over_layers
+from lexi_search.solvers.uncertainty import judge, resample
 
 
 def test_shares_and_regret_are_those_of_a_loop():

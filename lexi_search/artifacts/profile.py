@@ -1,0 +1,178 @@
+"""A profile: the loss of every MoE layer at every k, with standard errors, and how it was measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lexi_search.artifacts.codec import require, require_gate_exponent, require_loss
+from lexi_search.artifacts.identity import ModelIdentity
+
+DTYPES = ("float32", "bfloat16", "float16")
+# What a search may minimise, and the field of `LayerLoss` that it is read from.
+LOSS_KINDS = {
+    "frobenius": "frobenius",
+    "rms": "rms",
+    "squared": "rms",
+    "relative": "relative",
+    "divergence": "divergence",
+    "increase": "increase",
+}
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """How a profile was measured: `batch` sequences of `length` tokens per iteration, drawn as `input` says.
+
+    Iterations stop when every relative standard error is at most `relative_error`, or at `max_samples` tokens. Losses
+    are relative to the output at `max_k`; where it is None, as in most files, at the model's own k. With
+    `control_variate`, so many times as many tokens went through the router alone, to correct the means. With a
+    `gate_exponent`, kept experts took over a part of the others' gate mass, as under allocations of the profile.
+    """
+
+    input: str
+    seed: int
+    batch: int
+    length: int
+    dtype: str
+    relative_error: float
+    max_samples: int
+    max_k: int | None = None
+    control_variate: int | None = None
+    gate_exponent: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.input, "input is empty")
+        require(self.dtype in DTYPES, f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        require(self.seed >= 0, f"seed is {self.seed}, at least 0 expected")
+        for name in ("batch", "length", "max_samples"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, at least 1 expected")
+        require_loss(self.relative_error, "relative_error")
+        if self.control_variate is not None:
+            require(self.control_variate >= 1, f"control_variate is {self.control_variate}, at least 1 expected")
+        if self.gate_exponent is not None:
+            require_gate_exponent(self.gate_exponent)
+
+
+def _require_losses(name: str, values: tuple[float, ...], count: int, *, signed: bool = False) -> None:
+    require(len(values) == count >= 1, f"{name} has {len(values)} entries, frobenius has {count}")
+    for k, value in enumerate(values, 1):
+        require_loss(abs(value) if signed else value, f"{name} at k = {k}")
+    require(values[-1] == 0, f"{name} at the last k is {values[-1]}, 0 expected")
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """How far one layer's output moves when it keeps k experts; entry j of each tuple is k = j + 1, the last is 0.
+
+    The last k is the model's own, or the profile's `max_k`.
+
+    `frobenius` is the paper's number (section 3.1, Algorithm 1): the mean over iterations of ||Y_k - Y_base||_F for X
+    of shape [batch, length, hidden]. `rms` is the root mean square over tokens of ||y_k - y_base||, which does not
+    depend on batch and length. Both in units of the layer's output.
+
+    Where the model's own hidden states were the input, or stand-ins for them, there may be more. `relative` is the mean
+    over tokens of ||y_k - y_base||^2 / ||h||^2, with h the residual stream that the layer's output was added to. Of the
+    whole model's output with this layer alone at k, `divergence` is the Kullback-Leibler divergence from the model's
+    own next-token distribution and `increase` that of the cross-entropy on a text, both in nats per token; an increase
+    may be negative. Each has its standard error.
+    """
+
+    iterations: int
+    samples: int
+    frobenius: tuple[float, ...]
+    frobenius_stderr: tuple[float, ...]
+    rms: tuple[float, ...]
+    rms_stderr: tuple[float, ...]
+    relative: tuple[float, ...] | None = None
+    relative_stderr: tuple[float, ...] | None = None
+    divergence: tuple[float, ...] | None = None
+    divergence_stderr: tuple[float, ...] | None = None
+    increase: tuple[float, ...] | None = None
+    increase_stderr: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.iterations >= 1, f"iterations is {self.iterations}, at least 1 expected")
+        for name in dict.fromkeys(LOSS_KINDS.values()):
+            values, errors = getattr(self, name), getattr(self, f"{name}_stderr")
+            require((values is None) == (errors is None), f"one of {name} and {name}_stderr is missing")
+            if values is not None:
+                _require_losses(name, values, len(self.frobenius), signed=name == "increase")
+                _require_losses(f"{name}_stderr", errors, len(self.frobenius))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The loss of every profiled layer at every k. `layers` may cover a part of `model.moe_layers`."""
+
+    model: ModelIdentity
+    settings: ProfileSettings
+    layers: Mapping[int, LayerLoss]
+    made_by: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        require(self.layers, "the profile has no layers")
+        extra = sorted(set(self.layers) - set(self.model.moe_layers))
+        require(not extra, f"layers {extra} are not among the model's moe_layers")
+        require(
+            self.model.top_k <= self.max_k <= self.model.num_experts,
+            f"max_k is {self.max_k}, expected between the model's own {self.model.top_k} and num_experts = "
+            f"{self.model.num_experts}",
+        )
+        per_iteration = self.settings.batch * self.settings.length
+        for layer, loss in self.layers.items():
+            require(
+                len(loss.frobenius) == self.max_k,
+                f"layer {layer} has losses for {len(loss.frobenius)} values of k, {self.max_k} expected",
+            )
+            require(
+                loss.samples == loss.iterations * per_iteration,
+                f"layer {layer} has {loss.samples} samples, not iterations * batch * length = "
+                f"{loss.iterations * per_iteration}",
+            )
+
+    @property
+    def max_k(self) -> int:
+        """The largest k that was measured, whose output is the reference of the losses."""
+        return self.model.top_k if self.settings.max_k is None else self.settings.max_k
+
+    @property
+    def loss_kinds(self) -> tuple[str, ...]:
+        """The kinds of loss that every layer has."""
+        layers = self.layers.values()
+        return tuple(kind for kind, name in LOSS_KINDS.items() if all(getattr(loss, name) for loss in layers))
+
+    @property
+    def default_loss(self) -> str:
+        """The kind that a search minimises unless it is told: what the whole model loses if that is known, else the
+        paper's norm."""
+        return "divergence" if "divergence" in self.loss_kinds else "frobenius"
+
+    def losses(self, kind: str, *, normalised: bool = False) -> tuple[tuple[float, ...], ...]:
+        """The table that a search minimises over, [layers, top_k], layers ascending; column j is k = j + 1.
+
+        A field of `LayerLoss` ("frobenius" is the paper's norm), or "squared", the square of `rms`, convex in k. An
+        increase below zero counts as zero. If `normalised`, relative to the largest of the table. InputError if the
+        profile does not hold that kind.
+        """
+        rows = self._read(kind, "")
+        if kind == "squared":
+            rows = tuple(tuple(value * value for value in row) for row in rows)
+        rows = tuple(tuple(max(value, 0.0) for value in row) for row in rows)
+        largest = max(map(max, rows))
+        return tuple(tuple(value / largest for value in row) for row in rows) if normalised and largest else rows
+
+    def errors(self, kind: str) -> tuple[tuple[float, ...], ...]:
+        """The standard error of each entry of `losses(kind)`; of a square by the delta method."""
+        errors = self._read(kind, "_stderr")
+        if kind != "squared":
+            return errors
+        return tuple(
+            tuple(2 * rms * error for rms, error in zip(*rows, strict=True))
+            for rows in zip(self._read("rms", ""), errors, strict=True)
+        )
+
+    def _read(self, kind: str, suffix: str) -> tuple[tuple[float, ...], ...]:
+        require(kind in LOSS_KINDS, f"loss kind {kind!r} is unknown, expected one of {', '.join(LOSS_KINDS)}")
+        held, source = self.loss_kinds, self.settings.input
+        require(kind in held, f"the profile, made with input {source!r}, holds {', '.join(held)}, no {kind}")
+        return tuple(getattr(loss, LOSS_KINDS[kind] + suffix) for _, loss in sorted(self.layers.items()))

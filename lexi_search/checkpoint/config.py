@@ -1,0 +1,80 @@
+"""Checked access to a checkpoint's config.json: counts, numbers and nested sections, refused by name and place."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.errors import InputError
+
+
+class Key(NamedTuple):
+    """A value that the config holds under `name`, and what it is where the key is absent or null."""
+
+    name: str
+    default: Any
+
+
+class Config(NamedTuple):
+    """The part of `config.json` that speaks of the language model, and how to name its keys in messages."""
+
+    values: Mapping[str, Any]
+    place: str  # file and, where nested, the key of that part
+
+    def find_key(self, aliases: tuple[str, ...]) -> str:
+        key = next((key for key in aliases if self.values.get(key) is not None), None)
+        if key is None:
+            raise InputError(f"{self.place}: {' or '.join(aliases)} is missing; is this a mixture-of-experts model?")
+        return key
+
+    def read_count(self, *aliases: str) -> int:
+        """A whole number of at least 1, or a list of one such number for every layer that are all equal."""
+        key = self.find_key(aliases)
+        value = self.values[key]
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if type(value) is list:
+            raise InputError(f"{self.place}: {key} differs between layers; known is one value for all of them")
+        if type(value) is not int or value < 1:
+            raise InputError(f"{self.place}: {key} is {value!r}, expected a whole number of at least 1")
+        return value
+
+    def count_layers(self) -> int:
+        key = self.find_key(("num_hidden_layers", "layers_block_type"))  # the second has an entry for every layer
+        if key == "layers_block_type" and isinstance(self.values[key], list):
+            return len(self.values[key])
+        return self.read_count(key)
+
+    def resolve(self, value: Any) -> Any:
+        """What a `Key` stands for here, of its default's type; anything else is the value itself."""
+        if not isinstance(value, Key):
+            return value
+        found = self.values.get(value.name)
+        if found is None:
+            return value.default
+        if isinstance(value.default, float) and type(found) is int and abs(found) < 2**53:
+            found = float(found)
+        if type(found) is not type(value.default) or (isinstance(found, float) and not math.isfinite(found)):
+            raise InputError(f"{self.place}: {value.name} is {found!r}, expected a value like {value.default!r}")
+        return found
+
+    def read_choice(self, key: str, known: Mapping[Any, Any]) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            return next(iter(known))
+        if not any(isinstance(value, bool) == isinstance(choice, bool) and value == choice for choice in known):
+            raise InputError(f"{self.place}: {key} {value!r} is not known; known are {', '.join(map(str, known))}")
+        return value
+
+
+def open_config(checkpoint: Checkpoint, path: str | None) -> Config:
+    """The language model's part of `config.json`, which a multimodal one keeps under the dotted `path`."""
+    place, values = str(checkpoint.folder / "config.json"), checkpoint.config
+    for key in path.split(".") if path else ():
+        values = values.get(key)
+        if not isinstance(values, dict):
+            raise InputError(f"{place}: {path} is missing or not an object")
+    return Config(values, f"{place}, {path}" if path else place)
+
+
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
