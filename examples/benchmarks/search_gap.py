@@ -9,7 +9,8 @@ than the second.
 
 Second table: what each choice of `lexi_search.solvers.evolution` is worth. A second implementation of algorithm 2,
 in NumPy and for one budget at a time, makes one change after another on the way from the textbook's reading (both
-parents by tournament, children replace everybody but the best, repair by single steps at random layers) to the search's own.
+parents by tournament, children replace everybody but the best, repair by single steps at random layers) to the
+search's own.
 """
 
 import inspect
