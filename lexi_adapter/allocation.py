@@ -12,18 +12,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lexi_adapter.errors import AllocationError
+
 FORMAT = "lexi-allocation"
 KEY = "lexi_allocation"  # of the document in config.json, --hf-overrides and --additional-config
 VERSION = 1
 MAX_GATE_EXPONENT = 2.0  # at 1 all of the dropped mass is handed on; with far more, weights overflow
 FIXED_TOP_K = {"phimoe": 2}  # model types whose routing function, vLLM's and transformers', knows one top-k
-
-
-class AllocationError(Exception):
-    """An allocation that cannot be applied. `str(error)` is one line: the thing, the place and the remedy.
-
-    Not a ValueError: pydantic, which vLLM's configurations are made of, would bury one in a report of its own.
-    """
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 
 
 def write_json(path: str | os.PathLike[str], document: Any) -> None:

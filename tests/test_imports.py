@@ -25,6 +25,7 @@ HOUSE = {
         "cli": "console options tables plots commands main",
     },
     "lexi_adapter": {
+        "errors": "",
         "allocation": "",
         "files": "",
         "environment": "",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.environment import explain_import
+from lexi_adapter.errors import AdapterError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,12 +20,12 @@ class Refusal(click.ClickException):
 
 
 class Commands(click.Group):
-    """A group of commands whose `AllocationError` is a refusal, as are a package that lacks and a disk that is full."""
+    """A group of commands whose `AdapterError` is a refusal, as are a package that lacks and a disk that is full."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except AllocationError as error:
+        except AdapterError as error:
             raise Refusal(str(error)) from error
         except ImportError as error:
             if (explained := explain_import(error)) is None:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.cli.tables import find_line
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.evaluation.tradeoff import Panel
 
 FIGURE_FORMATS = ("png", "svg", "pdf")

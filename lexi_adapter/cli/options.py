@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from lexi_adapter.allocation import KEY, AllocationError
+from lexi_adapter.allocation import KEY
+from lexi_adapter.errors import AllocationError
 
 # What --engine may not name: arguments of `make_options` that the commands give, the model among them.
 GIVEN = ("model", "parallel", "variant", "workloads")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 
 NAMES = COMMUNICATION, MOE, ATTENTION, GEMM, OTHER = "communication", "moe", "attention", "gemm", "other"
 # The first pattern that is found in a kernel's name, in any case, says its kind; names as vLLM 0.26, NCCL, cuBLAS,

@@ -8,7 +8,7 @@ import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.engines import kernels
 from lexi_adapter.engines import worker as vllm_live
 from lexi_adapter.engines.locks import measure_alone, start_beside
 from lexi_adapter.engines.process import Engine, EngineError, start_engines
 from lexi_adapter.engines.workload import Workload, draw_prompts
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.shapes import RANDOM
 
 

@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lexi_adapter.allocation import KEY, AllocationError, to_document
+from lexi_adapter.allocation import KEY, to_document
 from lexi_adapter.engines.process import EngineError
 from lexi_adapter.engines.workload import Workload
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.variants import Variant
 
 PLUGIN = "lexi"  # this package's entry point among vLLM's plugins, as VLLM_PLUGINS names it

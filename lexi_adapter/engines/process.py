@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.environment import explain_import
+from lexi_adapter.errors import AllocationError
 
 # Functions travel to the workers by name; without this vLLM sends none. And no report of use leaves a benchmark.
 ENVIRONMENT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1"}

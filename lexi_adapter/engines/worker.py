@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.serving.vllm_build import find_holders, read_top_k
 
 # What runs a layer once it is called, in every supported version; taken over to leave the layer out.
@@ -27,11 +27,11 @@ WRAPPER_GRAPHS, MANAGER, MANAGER_GRAPHS = "concrete_cudagraph_entries", "cudagra
 def attempt(worker: Any, function: Callable[..., Any], args: Sequence[Any]) -> tuple[str | None, Any]:
     """Why `function(worker, *args)` is refused, or None, and what it returns.
 
-    An AllocationError is an answer here: vLLM wraps exceptions on their way back, and leaves no type and no message.
+    An AdapterError is an answer here: vLLM wraps exceptions on their way back, and leaves no type and no message.
     """
     try:
         return None, function(worker, *args)
-    except AllocationError as error:
+    except AdapterError as error:
         return str(error), None
 
 

@@ -4,7 +4,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 
 
 @dataclass(frozen=True, order=True)

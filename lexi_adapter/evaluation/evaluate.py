@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import Allocation, AllocationError
+from lexi_adapter.allocation import Allocation
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.files import is_result
 from lexi_adapter.model.folder import check_folder, find_vocabulary, read_config
 from lexi_adapter.model.shapes import describe_folder

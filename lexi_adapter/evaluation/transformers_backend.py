@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.variants import Variant, find_allocation
 from lexi_adapter.tasks.scores import Outcome
 from lexi_adapter.tasks.texts import check_prompt, check_tokens, check_unicode

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lexi_adapter.allocation import AllocationError, ModelIdentity
+from lexi_adapter.allocation import ModelIdentity
+from lexi_adapter.errors import AllocationError
 
 # Where models with other senses keep their language model's configuration.
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config")

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError, ModelIdentity
+from lexi_adapter.allocation import ModelIdentity
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import Tensor, hash_tensors, read_config, read_tensors
 
 # How the name of a router's weight may end. The top-k is held by the module that has it or by one of the two around.

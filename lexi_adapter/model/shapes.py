@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
+from lexi_adapter.allocation import Allocation, ModelIdentity
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import (
     WEIGHTS_ELSEWHERE,
     check_config,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import KEY, Allocation, AllocationError, ModelIdentity, read_allocation
+from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, read_allocation
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import read_config
 from lexi_adapter.model.shapes import (
     RANDOM,

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
+from lexi_adapter.allocation import Allocation, ModelIdentity
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.variants import allocate
 from lexi_adapter.sensitivity.divergence import Distances, compare, find_log_probabilities, stack
 from lexi_adapter.sensitivity.replay import Decoder, check_replays, find_decoder, replaced, run_from, run_recorded

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import kl_div
 
-from lexi_adapter.allocation import Allocation, AllocationError
+from lexi_adapter.allocation import Allocation
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.variants import allocate
 from lexi_adapter.serving.transformers_patch import apply
 

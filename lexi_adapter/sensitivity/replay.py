@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lexi_adapter.allocation import AllocationError, ModelIdentity
+from lexi_adapter.allocation import ModelIdentity
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving.transformers_patch import find_routers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 
 
 def read_tokens(path: str) -> list[list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving.gates import pick
 
 # Model types whose weights are not the gate scores up to one factor a token.

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity, check_reducible, read_allocation
+from lexi_adapter.allocation import Allocation, ModelIdentity, check_reducible, read_allocation
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import REMEDY, check_layers, check_routers, compare, has_weights
 from lexi_adapter.model.identity import ROUTER_WEIGHTS
 from lexi_adapter.serving.transformers_gates import check_compensable, compensate_router, restore_router

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-from lexi_adapter.allocation import KEY, Allocation, AllocationError, describe_run, read_allocation
+from lexi_adapter.allocation import KEY, Allocation, describe_run, read_allocation
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_adapter.serving.vllm_names import (
     FACTORY_MODULE,

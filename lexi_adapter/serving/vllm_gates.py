@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving.vllm_names import LARGEST, ORDERED_SCORES, ROUTERS
 
 REMEDY = "search without a gate exponent"

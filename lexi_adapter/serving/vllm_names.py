@@ -6,7 +6,7 @@ Written against the sources of vLLM 0.26, 0.32 and 0.33. Standard library only; 
 import re
 from collections.abc import Mapping
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 
 OLDEST, NEWEST = (0, 26), (0, 33)
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import KEY, Allocation, AllocationError, check_reducible, read_allocation, to_document
+from lexi_adapter.allocation import KEY, Allocation, check_reducible, read_allocation, to_document
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.folder import (
     WEIGHTS_ELSEWHERE,
     check_config,
@@ -159,7 +160,7 @@ def _find_sources(vllm_config: Any) -> Iterator[tuple[str, Any]]:
 def _read(source: Any, place: str) -> Allocation:
     try:
         return read_allocation(source)
-    except AllocationError as error:
+    except AdapterError as error:
         raise AllocationError(f"{KEY} in {place}: {error}") from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lexi_adapter.allocation import Allocation, AllocationError
+from lexi_adapter.allocation import Allocation
 from lexi_adapter.engines.measuring import (
     describe_engine,
     measure_engines,
@@ -20,6 +20,7 @@ from lexi_adapter.engines.measuring import (
 )
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.workload import Workload
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.shapes import check_allocation
 from lexi_adapter.model.variants import Variant
 

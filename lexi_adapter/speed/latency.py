@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError, ModelIdentity
+from lexi_adapter.allocation import ModelIdentity
 from lexi_adapter.engines.measuring import describe_engine, measure_engines, switch_layers, time_run
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.process import Engine
 from lexi_adapter.engines.workload import Workload
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.variants import Variant, draw_top_k
 
 FORMAT, VERSION = "lexi-cost", 1

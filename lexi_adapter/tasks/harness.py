@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.tasks.scores import Outcome, Score, Task
 
 PREFIX = "lm-eval:"

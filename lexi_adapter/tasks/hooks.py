@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, average
 
 
@@ -96,7 +96,7 @@ def measure(model: Model, function: Callable[..., Any], name: str, max_length: i
 
     try:
         found = function(generate)
-    except AllocationError as error:
+    except AdapterError as error:
         raise AllocationError(f"task {name}: {error}") from error
     except (Exception, SystemExit) as error:
         if error in failures:

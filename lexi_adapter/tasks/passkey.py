@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.tasks.scores import Model, Outcome, Task, average
 from lexi_adapter.tasks.texts import check_length, check_tokens, encode
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.tasks.scores import Model, Outcome, Task, average
 from lexi_adapter.tasks.texts import check_tokens, check_unicode, encode, read_records
 

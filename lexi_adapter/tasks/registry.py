@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import find_limit, find_vocabulary, read_config
 from lexi_adapter.tasks import harness, hooks, passkey, perplexity, qasper
 from lexi_adapter.tasks.scores import Task

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_allocation
 
-from lexi_adapter.allocation import MAX_GATE_EXPONENT, Allocation, AllocationError, read_allocation, to_document
+from lexi_adapter.allocation import MAX_GATE_EXPONENT, Allocation, read_allocation, to_document
+from lexi_adapter.errors import AllocationError
 from lexi_search.artifacts import allocation, identity, serialisation
 from lexi_search.errors import InputError
 

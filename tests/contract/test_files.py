@@ -8,7 +8,7 @@ import pytest
 
 import lexi_adapter.files
 import lexi_search.artifacts.files
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_search.errors import InputError
 
 REFUSALS = {lexi_search.artifacts.files: InputError, lexi_adapter.files: AllocationError}

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from lexi_adapter.allocation import KEY, Allocation, AllocationError, check_reducible, describe_run, read_allocation
+from lexi_adapter.allocation import KEY, Allocation, check_reducible, describe_run, read_allocation
 from lexi_adapter.environment import find_vllm_version
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import check_folder, has_weights, read_config
 from lexi_adapter.serving.vllm_names import check_version
 from lexi_adapter.serving.vllm_plugin import check_output_layer

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli.console import print_table
 from lexi_adapter.cli.options import read_engine_options
 from lexi_adapter.environment import describe_call
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.files import check_writable, write_json
 from lexi_adapter.tasks.harness import PREFIX
 

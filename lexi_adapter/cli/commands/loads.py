@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli.console import print_table
 from lexi_adapter.cli.options import PRUNED_SHARE, read_engine_options, takes_engine_options
 from lexi_adapter.environment import describe_call
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.files import check_writable, write_json
 from lexi_adapter.model.folder import find_vocabulary, read_config
 from lexi_adapter.tasks.texts import check_tokens, encode, load_tokenizer, read_text

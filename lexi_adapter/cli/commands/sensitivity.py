@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from lexi_adapter.allocation import MAX_GATE_EXPONENT, AllocationError
+from lexi_adapter.allocation import MAX_GATE_EXPONENT
 from lexi_adapter.cli.options import FiniteRange
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.files import check_writable, write_json
 
 

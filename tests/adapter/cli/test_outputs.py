@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lexi_adapter import files
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 
 
 def test_outputs_are_kept_apart_from_inputs(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.engines.kernels import (
     COMMUNICATION,
     NAMES,
@@ -21,6 +20,7 @@ from lexi_adapter.engines.kernels import (
     stop_recording,
     summarise,
 )
+from lexi_adapter.errors import AllocationError
 
 KNOWN = {
     "communication": [

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.engines.locks import measure_alone, start_beside
+from lexi_adapter.errors import AllocationError
 
 CARDS = st.lists(st.sampled_from("012"), min_size=1, max_size=3)
 

@@ -18,8 +18,9 @@ from tiny import find_moe_blocks, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexi_adapter
-from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli.main import main
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.evaluation import evaluate, transformers_backend
 from lexi_adapter.model.variants import Variant
 from lexi_adapter.tasks import hooks

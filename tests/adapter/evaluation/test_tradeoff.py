@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 from results import make_quality, make_speed
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.cli.main import main
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.evaluation import tradeoff
 
 

@@ -10,9 +10,10 @@ from engine import allocate, export
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, make_checkpoint
 
-from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli import main
 from lexi_adapter.cli.commands import check as checking
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import check_folder, find_routers
 from lexi_search.artifacts.serialisation import to_document, write_allocation
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, make_checkpoint
 
 import lexi_adapter
-from lexi_adapter.allocation import AllocationError, ModelIdentity, read_allocation, to_document
+from lexi_adapter.allocation import ModelIdentity, read_allocation, to_document
 from lexi_adapter.engines.workload import Workload, draw_prompts, parse_workload
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model import shapes, variants
 
 SHAPES = Path(lexi_adapter.__file__).parent.parent / "examples" / "benchmarks" / "configs"

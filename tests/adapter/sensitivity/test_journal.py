@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.sensitivity.ablation import Movements
 from lexi_adapter.sensitivity.journal import Journal, keep_journal
 

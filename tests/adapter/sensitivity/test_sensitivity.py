@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.cli.main import main
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.evaluation.transformers_backend import load_model
 from lexi_adapter.model.identity import describe_checkpoint
 from lexi_adapter.model.variants import allocate

@@ -10,7 +10,8 @@ import torch
 from moe_families import EXPERTS, SETTINGS, TOP_K, build, find_families, find_text_class, find_top_k_key
 
 import lexi_adapter
-from lexi_adapter.allocation import Allocation, AllocationError, ModelIdentity
+from lexi_adapter.allocation import Allocation, ModelIdentity
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.identity import ROUTER_WEIGHTS
 
 # Families whose classes for text alone are tested instead, or whose tiny model transformers itself does not build.

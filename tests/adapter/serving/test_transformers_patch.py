@@ -10,7 +10,8 @@ from engine import allocate, export
 from tiny import FAMILIES, build_reference, find_moe_blocks, make_checkpoint
 
 import lexi_adapter
-from lexi_adapter.allocation import AllocationError, read_allocation
+from lexi_adapter.allocation import read_allocation
+from lexi_adapter.errors import AllocationError
 from lexi_search.artifacts.serialisation import to_document, write_allocation
 
 TOKENS = torch.arange(3, 40).reshape(1, -1)

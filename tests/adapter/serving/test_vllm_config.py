@@ -5,7 +5,7 @@ from engine import allocate
 from tiny import make_checkpoint
 from transformers import OlmoeConfig
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving.vllm_plugin import restore
 from lexi_search.allocation.export import make_vllm_overrides
 from lexi_search.artifacts.serialisation import to_document

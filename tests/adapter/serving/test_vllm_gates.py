@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving import vllm_gates
 from lexi_adapter.serving.gates import compensate
 from lexi_adapter.serving.vllm_gates import compensate_layer

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from engine import start
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving.vllm_names import (
     FACTORY_NAMES,
     HOOKED,

@@ -8,7 +8,7 @@ import pytest
 from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, start
 from tiny import make_checkpoint
 
-from lexi_adapter.allocation import AllocationError
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving.vllm_plugin import check_settings
 from lexi_search.artifacts.serialisation import to_document
 
@@ -235,5 +235,5 @@ register()
 """
     done = start(sys.executable, "-c", code)
     *_, last = done.stderr.splitlines()
-    assert done.returncode == 1 and last.startswith("lexi_adapter.allocation.AllocationError: lexi_adapter cannot hook")
+    assert done.returncode == 1 and last.startswith("lexi_adapter.errors.AllocationError: lexi_adapter cannot hook")
     assert "get_model_arch_config" in last and "supports vLLM 0.26 to 0.33" in last

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lexi_adapter
-from lexi_adapter.allocation import AllocationError, ModelIdentity, to_document
+from lexi_adapter.allocation import ModelIdentity, to_document
 from lexi_adapter.cli import figures
 from lexi_adapter.cli.main import main
 from lexi_adapter.engines import options, worker
@@ -19,6 +19,7 @@ from lexi_adapter.engines.measuring import describe_engine, switch_layers, time_
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.process import EngineError
 from lexi_adapter.engines.workload import Workload, parse_workload
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.evaluation import vllm_backend
 from lexi_adapter.model.variants import Variant, allocate
 from lexi_adapter.speed import expert_load, latency, throughput

@@ -9,7 +9,6 @@ import torch
 from engine import allocate, export, make_servable, start
 from tiny import build_reference, find_moe_blocks
 
-from lexi_adapter.allocation import AllocationError
 from lexi_adapter.engines.measuring import (
     answer_greedily,
     draw_weights,
@@ -21,6 +20,7 @@ from lexi_adapter.engines.measuring import (
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.process import EngineError, start_engines
 from lexi_adapter.engines.workload import Workload, draw_prompts
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.variants import Variant
 from lexi_search.artifacts.serialisation import to_document
 
