@@ -83,6 +83,28 @@ def test_a_models_table_has_every_factor_in_its_column_and_says_which_are_unsure
     assert filled == {"mixed 50 %": "1.50", "uniform 75 %": "~0.90"}
 
 
+def test_a_kernels_table_has_the_base_and_half_of_the_experts_of_every_file_with_kernels():
+    table = load("benchmarks/serving_models")
+
+    def record(variant, workload, moe, transfer=0.004):
+        seconds = {"moe": moe, "attention": 0.001, "gemm": 0.002, "other": 0.003, "communication": 0.5}
+        return {"variant": variant, "workload": workload, "seconds": seconds, "transfer": transfer}
+
+    records = [
+        record("base", "16x512x32", 0.9),
+        record("base", "16x1024x16", 0.02),
+        record("intra-pruned 50 %", "16x1024x16", 0.03),
+        record("mixed k, 50 %", "16x1024x16", 0.01, None),
+        record("uniform k = 4, 50 %", "16x1024x16", 0.04),
+    ]
+    document = {"model": "configs/some-moe", "variants": [{"engine": {"workers": 4}}]}
+    assert list(table.make_kernels_table([document])) == []
+    assert list(table.make_kernels_table([document, {**document, "kernels": records}]))[2:] == [
+        "| some-moe, 4 cards | base | 20.0 | 6.0 | 4.0 |",
+        "| some-moe, 4 cards | mixed k, 50 % | 10.0 | 6.0 |  |",
+    ]
+
+
 def test_a_pair_of_engines_is_compared_round_by_round_and_answer_by_answer():
     pairs = load("benchmarks/serving_pairs")
     seconds = {"base": [[2.0], [4.0, 8.0, 1.0], [3.0]], "plugin": [[1.0], [2.0], []]}
@@ -106,7 +128,11 @@ def test_a_pair_of_engines_is_compared_round_by_round_and_answer_by_answer():
     }
     _, row, whole = pairs.make_rows({"file": document})
     # By round: 2 / 1 and 4 / 2; the third has no run of the one, and the other workload is another row's.
-    assert row == ("file", "plugin / base", "1x2x3", 2, "2.000", "0.000", "1.500", "0.800", "2 of 3")
+    assert row == ("file", "plugin / base", "1x2x3", 2, "2.000", "2.000", "0.000", "1.500", "0.800", "2 of 3")
     assert whole[:4] == ("all", "plugin / base", "", 2)
     before = {**document, "variants": [{"name": "base"}, {"name": "plugin"}]}
     assert pairs.compare_answers(before, "plugin", "base") == ""
+    # Results of `lexi-adapter bench` name no pairs; what is asked for is compared at every workload.
+    bench = {**document, "workloads": ["1x2x3"]}
+    del bench["pairs"]
+    assert list(pairs.make_rows({"file": bench}, [("plugin", "base")]))[1] == row
