@@ -1,9 +1,12 @@
-"""The examples that users copy from do what they say."""
+"""The examples that users copy from do what they say, and what the documents link to is there."""
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import make_profile
@@ -11,7 +14,9 @@ from synthetic import make_profile
 from lexi_search.solvers.evolution import search
 from lexi_search.solvers.problem import pose
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)|^ {0,3}\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
 
 
 def load(name):
@@ -83,6 +88,28 @@ def test_a_models_table_has_every_factor_in_its_column_and_says_which_are_unsure
     assert filled == {"mixed 50 %": "1.50", "uniform 75 %": "~0.90"}
 
 
+def test_a_kernels_table_has_the_base_and_half_of_the_experts_of_every_file_with_kernels():
+    table = load("benchmarks/serving_models")
+
+    def record(variant, workload, moe, transfer=0.004):
+        seconds = {"moe": moe, "attention": 0.001, "gemm": 0.002, "other": 0.003, "communication": 0.5}
+        return {"variant": variant, "workload": workload, "seconds": seconds, "transfer": transfer}
+
+    records = [
+        record("base", "16x512x32", 0.9),
+        record("base", "16x1024x16", 0.02),
+        record("intra-pruned 50 %", "16x1024x16", 0.03),
+        record("mixed k, 50 %", "16x1024x16", 0.01, None),
+        record("uniform k = 4, 50 %", "16x1024x16", 0.04),
+    ]
+    document = {"model": "configs/some-moe", "variants": [{"engine": {"workers": 4}}]}
+    assert list(table.make_kernels_table([document])) == []
+    assert list(table.make_kernels_table([document, {**document, "kernels": records}]))[2:] == [
+        "| some-moe, 4 cards | base | 20.0 | 6.0 | 4.0 |",
+        "| some-moe, 4 cards | mixed k, 50 % | 10.0 | 6.0 |  |",
+    ]
+
+
 def test_a_pair_of_engines_is_compared_round_by_round_and_answer_by_answer():
     pairs = load("benchmarks/serving_pairs")
     seconds = {"base": [[2.0], [4.0, 8.0, 1.0], [3.0]], "plugin": [[1.0], [2.0], []]}
@@ -106,7 +133,78 @@ def test_a_pair_of_engines_is_compared_round_by_round_and_answer_by_answer():
     }
     _, row, whole = pairs.make_rows({"file": document})
     # By round: 2 / 1 and 4 / 2; the third has no run of the one, and the other workload is another row's.
-    assert row == ("file", "plugin / base", "1x2x3", 2, "2.000", "0.000", "1.500", "0.800", "2 of 3")
+    assert row == ("file", "plugin / base", "1x2x3", 2, "2.000", "2.000", "0.000", "1.500", "0.800", "2 of 3")
     assert whole[:4] == ("all", "plugin / base", "", 2)
     before = {**document, "variants": [{"name": "base"}, {"name": "plugin"}]}
     assert pairs.compare_answers(before, "plugin", "base") == ""
+    # Results of `lexi-adapter bench` name no pairs; what is asked for is compared at every workload.
+    bench = {**document, "workloads": ["1x2x3"]}
+    del bench["pairs"]
+    assert list(pairs.make_rows({"file": bench}, [("plugin", "base")]))[1] == row
+
+
+@pytest.mark.parametrize("folder", ["h100", "h200", "h200_x4", "h200_x4_ep"])
+def test_the_serving_tables_of_the_results_are_what_their_files_say(folder):
+    table, results = load("benchmarks/serving_models"), EXAMPLES / "benchmarks" / "results" / folder
+    documents = [json.loads(path.read_text()) for path in sorted(results.glob("serving_bench_*.json"))]
+    written = (EXAMPLES / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    for lines in (list(table.make_table(documents)), list(table.make_kernels_table(documents))):
+        assert "\n".join(lines) in written
+
+
+def strip_code(text):
+    """The document without fenced and indented blocks of code, and with code in a line for GitHub to read as it is."""
+    text = re.sub(r"^ {0,3}(```+|~~~+).*?^ {0,3}\1[`~]*\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?:^|(?<=\n\n))(?: {4}.*\n?)+", "", text)
+
+
+def list_anchors(text):
+    """What a fragment may name: headings by GitHub's rules, and anchors set by hand."""
+    text, found = strip_code(text), []
+    for heading in re.findall(r"^ {0,3}#{1,6} +(.+?)(?: +#+)? *$", text, re.MULTILINE):
+        shown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        name = re.sub(r"[^\w\- ]", "", shown.strip().lower()).replace(" ", "-")
+        same = sum(name == other for other, _ in found)
+        found.append((name, f"{name}-{same}" if same else name))
+    by_hand = re.findall(r"<a\s[^>]*?(?:name|id)=[\"']([^\"']+)", text)
+    return {anchor for _, anchor in found} | set(by_hand)
+
+
+def find_broken_links(document, root):
+    """Links of a Markdown file to files, folders or anchors that are not there."""
+    text = document.read_text(encoding="utf-8")
+    for match in LINK.finditer(re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", strip_code(text), flags=re.DOTALL)):
+        link = match[1] or match[2]
+        if re.match(r"[a-z][a-z0-9+.-]*:", link, re.IGNORECASE):
+            continue  # elsewhere: a test does not ask the network
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        inside = target.is_relative_to(root.resolve()) and target.exists()
+        if not inside or anchor and (target.suffix != ".md" or anchor not in list_anchors(target.read_text("utf-8"))):
+            yield link
+
+
+def test_a_link_is_broken_if_its_file_or_its_anchor_is_missing(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "other.md").write_text(
+        "# The plugin's `k`, in [vLLM](x) & 2\n## Twice\n<a name='by-hand'></a>\n## Twice\n```\n# code\n```\n"
+    )
+    good = ["there", "there/other.md", "there/other.md#the-plugins-k-in-vllm--2", "there/other.md#twice-1", "#here"]
+    good += ["there/other.md#by-hand", "https://example.org/no#where", "mailto:a@example.org"]
+    bad = ["gone.md", "../outside.md", "there/other.md#the-plugin", "there/other.md#twice-2", "there/other.md#code"]
+    bad += ["#nowhere", "there#anchor"]
+    (tmp_path.parent / "outside.md").touch()
+    document = tmp_path / "document.md"
+    document.write_text(
+        "# Here\n" + "\n".join(f"[two\nlines]({link})" for link in [*good, *bad]) + "\n\n    [code](gone-1.md)\n\n"
+        "`[code](gone-2.md)`\n```\n[code](gone-3.md)\n```\n[named]: gone-4.md\n"
+    )
+    assert list(find_broken_links(document, tmp_path)) == [*bad, "gone-4.md"]
+
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in EXAMPLES.rglob("*.md"))]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_between_documents_leads_somewhere(name):
+    assert list(find_broken_links(ROOT / name, ROOT)) == []

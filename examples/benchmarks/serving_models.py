@@ -1,13 +1,15 @@
-"""Throughput of the paper's six models with fewer active experts and with pruned ones: the README's serving tables.
+"""Throughput of the paper's six models with fewer active experts and with pruned ones: serving tables of RESULTS.md.
 
     python examples/benchmarks/serving_models.py [--model NAME ...] [--gpus N] [-o FOLDER] [-- --kernels ...]
+    python examples/benchmarks/serving_models.py --table -o FOLDER    # print only, of files that are there
 
 Runs `lexi-adapter bench` on the shapes in `configs/` with random weights, up to --at-once models side by side, each
 within --limit seconds, and prints what all result files in FOLDER say as one table: tokens/s of the base, and the
-others' factors on it. Models are dealt to the host's cards, --tensor-parallel-size of them each, the DeepSeek models
-at most two, as in the paper; on one card nothing is measured while another model starts or is measured. All variants
-of a model are measured in one engine, in place, so that their runs are interleaved and the model has to fit only once;
-MiniCPM's k is compiled into its graph, so that each of its variants is started.
+others' factors on it. A second table says where a card's time goes, if files hold kernels. Models are dealt to the
+host's cards, --tensor-parallel-size of them each, the DeepSeek models at most two, as in the paper; on one card
+nothing is measured while another model starts or is measured. All variants of a model are measured in one engine, in
+place, so that their runs are interleaved and the model has to fit only once; MiniCPM's k is compiled into its graph, so
+that each of its variants is started.
 """
 
 import json
@@ -22,12 +24,13 @@ from pathlib import Path
 import click
 
 SHAPES = Path(os.path.relpath(Path(__file__).parent / "configs"))  # as results name it
-BENCH = [sys.executable, "-c", "from lexi_adapter.cli.main import main; main()", "bench"]
+BENCH = [sys.executable, "-c", "from lexi_adapter.cli.main.main import main; main()", "bench"]
 SHARES = (0.75, 0.5)
 PRUNED = (0.25, 0.5)
 CARDS = (("deepseek-v2-lite", 2), ("deepseek-vl2-tiny", 2))
 OWN_CODE = {"deepseek-vl2-tiny", "minicpm-moe-8x2b"}  # configs with a configuration.py
 UNSURE = 0.2
+PREFILL = "16x1024x16"  # where kernels are compared: shorter outputs are recorded whole
 COMPILED_K = {"minicpm-moe-8x2b"}
 COLUMNS = (
     *(f"{kind} {100 * share:g} %" for share in SHARES for kind in ("mixed", "uniform")),
@@ -69,6 +72,12 @@ def mark(line, figure):
     return f"{'~' * (line['highest'] - line['lowest'] > UNSURE * line['median'])}{figure}"
 
 
+def name_model(document):
+    """The model, and on how many cards it ran where that is more than one."""
+    cards = document["variants"][0]["engine"]["workers"]
+    return Path(document["model"]).name + (f", {cards} cards" if cards > 1 else "")
+
+
 def make_table(documents):
     """Markdown: one row a model and workload."""
     yield f"| model | batch x input x output | base [tokens/s] | {' | '.join(COLUMNS)} |"
@@ -77,10 +86,36 @@ def make_table(documents):
         for workload in document["workloads"]:
             lines = [line for line in document["summary"] if line["workload"] == workload]
             factors = {find_column(line["variant"]): mark(line, f"{line['speedup']:.2f}") for line in lines[1:]}
-            cards = document["variants"][0]["engine"]["workers"]
-            name = Path(document["model"]).name + (f", {cards} cards" if cards > 1 else "")
-            cells = [name, workload, mark(lines[0], f"{lines[0]['median']:,.0f}")]
+            cells = [name_model(document), workload, mark(lines[0], f"{lines[0]['median']:,.0f}")]
             yield f"| {' | '.join([*cells, *(factors.get(column, '') for column in COLUMNS)])} |"
+
+
+def make_kernels_table(documents):
+    """Markdown: milliseconds of one card's kernels at `PREFILL`, of the base and of half of the active experts.
+
+    The half is the mixed allocation, or uniform k where there is no mixed one. No lines if no kernels were recorded.
+    """
+    documents = [document for document in documents if "kernels" in document]
+    if documents:
+        yield "| model | variant | MoE kernels [ms] | other compute [ms] | transfer [ms] |"
+        yield "|---|---|---|---|---|"
+    for document in documents:
+        records = [record for record in document["kernels"] if record["workload"] == PREFILL]
+        halves = [record for record in records if find_column(record["variant"]) in ("mixed 50 %", "uniform 50 %")]
+        for record in [record for record in records if record["variant"] == "base"] + halves[:1]:
+            seconds = record["seconds"]
+            rest = sum(seconds.values()) - seconds["moe"] - seconds["communication"]
+            times = (seconds["moe"], rest, record["transfer"])
+            times = ("" if value is None else f"{1000 * value:.1f}" for value in times)
+            yield f"| {name_model(document)} | {record['variant']} | {' | '.join(times)} |"
+
+
+def show(folder):
+    documents = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("serving_bench_*.json"))]
+    for line in make_table(documents):
+        click.echo(line)
+    for number, line in enumerate(make_kernels_table(documents)):
+        click.echo(line if number else f"\n{line}")
 
 
 @click.command(help=__doc__.splitlines()[0])
@@ -95,8 +130,11 @@ def make_table(documents):
 @click.option("--at-once", default=1, show_default=True, help="Models at the same time; they have to fit together.")
 @click.option("--limit", default=3600, show_default=True, help="Seconds for one model.")
 @click.option("-o", "--output", "folder", default=".", help="Result files go here, serving_bench_NAME.json.")
+@click.option("--table", "only_show", is_flag=True, help="Measure nothing: print what the files in FOLDER say.")
 @click.argument("others", nargs=-1, type=click.UNPROCESSED)
-def main(names, gpus, most, fewer, at_once, limit, folder, **settings):
+def main(names, gpus, most, fewer, at_once, limit, folder, only_show, **settings):
+    if only_show:
+        return show(folder)
     names = names or sorted(path.parent.name for path in SHAPES.glob("*/config.json"))
     there = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
     if len(there) < most:
@@ -118,9 +156,7 @@ def main(names, gpus, most, fewer, at_once, limit, folder, **settings):
 
     with tempfile.TemporaryDirectory() as locks, ThreadPoolExecutor(at_once) as pool:
         list(pool.map(lambda place: run(place, locks), deal(names, there, most, dict(fewer))))
-    files = sorted(Path(folder).glob("serving_bench_*.json"))
-    for line in make_table(json.loads(path.read_text()) for path in files):
-        click.echo(line)
+    show(folder)
 
 
 if __name__ == "__main__":
