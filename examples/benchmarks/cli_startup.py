@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 RUNS = 20
-COMMAND = [sys.executable, "-c", "from lexi_search.cli.main.main import main; main(['--help'])"]
+COMMAND = [sys.executable, "-c", "from lexi_search.cli.main import main; main(['--help'])"]
 
 
 def measure_cpu_seconds() -> float:

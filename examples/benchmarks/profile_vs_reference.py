@@ -35,7 +35,10 @@ from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.profile import ProfileSettings  # noqa: E402
 from lexi_search.checkpoint.reader import open_checkpoint  # noqa: E402
 from lexi_search.layers.spec import Activation  # noqa: E402
-from lexi_search.layers.weights import ExpertWeights, LayerWeights
+from lexi_search.layers.weights import (
+    ExpertWeights,  # noqa: E402
+    LayerWeights,  # noqa: E402
+)
 from lexi_search.models.model import Model, describe  # noqa: E402
 from lexi_search.profiling.gaussian import draw, measure_layer  # noqa: E402
 from lexi_search.profiling.moments import summarise  # noqa: E402

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from lexi_search.checkpoint.reader import INDEX, open_checkpoint
-from lexi_search.models.model import loading
+from lexi_search.models import loading
 from lexi_search.models.model import describe
 
 HIDDEN, BLOCK = 2048, 128

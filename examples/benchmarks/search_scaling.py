@@ -96,7 +96,7 @@ def measure_command():
     with tempfile.TemporaryDirectory() as folder:
         write_big_profile(Path(folder) / "profile.json")
         arguments = ["search", "profile.json", "--budgets", "61:488:1", "-o", "allocations"]
-        call = [sys.executable, "-c", "from lexi_search.cli.main.main import main; main()", *arguments]
+        call = [sys.executable, "-c", "from lexi_search.cli.main import main; main()", *arguments]
         environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         seconds = {}

@@ -100,7 +100,7 @@ def plan_floors(study: Study) -> Iterator[Piece]:
 def run(study: Study, save: Callable[[], None], until: float, cards: Sequence[str] = ()) -> bool:
     """Make what is missing, saving after each piece; False if time ran out. What fails is left out by name.
 
-    `cards` are files that stand for the GPU, as in `lexi_adapter.engines.process.locks`.
+    `cards` are files that stand for the GPU, as in `lexi_adapter.engines.locks`.
     """
     finished = True
     seconds, skipped = (study.found.setdefault(name, {}) for name in ("seconds", "skipped"))

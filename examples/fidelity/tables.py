@@ -33,8 +33,8 @@ class Command(NamedTuple):
 
 
 LONGEST = 1e6  # seconds that are waited for a command; the system's own limit is not far above
-PRUNE = ("lexi_search.cli.main.main", "prune")
-PROFILE = ("lexi_search.cli.main.main", "profile", "{model}", "-o", "{output}")
+PRUNE = ("lexi_search.cli.main", "prune")
+PROFILE = ("lexi_search.cli.main", "profile", "{model}", "-o", "{output}")
 # {model} and {output} are filled in. The kinds that a profile does not hold are left out.
 COMMANDS: Mapping[str, Command] = {
     "paper": Command((*PROFILE, "--input", "paper"), ("frobenius", "squared")),
