@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 SHAPES = Path(os.path.relpath(Path(__file__).parent / "configs"))  # as results name it
-BENCH = [sys.executable, "-c", "from lexi_adapter.cli.main.main import main; main()", "bench"]
+BENCH = [sys.executable, "-c", "from lexi_adapter.cli.main import main; main()", "bench"]
 SHARES = (0.75, 0.5)
 PRUNED = (0.25, 0.5)
 CARDS = (("deepseek-v2-lite", 2), ("deepseek-vl2-tiny", 2))
