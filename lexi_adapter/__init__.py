@@ -11,7 +11,7 @@ __all__ = ["apply"]
 
 def __getattr__(name: str) -> Any:
     if name == "apply":
-        from lexi_adapter.transformers_patch import apply
+        from lexi_adapter.serving.transformers_patch import apply
 
         return apply
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

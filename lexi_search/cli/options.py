@@ -40,18 +40,6 @@ dtype_option = click.option(
 )
 
 
-def choose_dtype(dtype: str, source: str, stored: str) -> str:
-    """What `--dtype` asks for; where that is auto, what suits the input and the `stored` weights.
-
-    CPUs multiply 16-bit floats several times slower, which a whole model carried along makes felt.
-    """
-    import jax
-
-    if dtype != "auto":
-        return dtype
-    return "float32" if source != "paper" and jax.default_backend() == "cpu" else stored
-
-
 def add_options(options: Sequence[Callable]) -> Callable:
     """A decorator that adds each of `options` to a command, in order."""
 

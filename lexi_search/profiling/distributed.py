@@ -1,4 +1,4 @@
-"""One run over several processes, through JAX's own distributed runtime: who measures which layers, and who gathers.
+"""One profile over several processes, through JAX's distributed runtime: layers are shared out, losses gathered.
 
 Processes share nothing but the runtime's key-value store: no disk, and no collective operation between devices. Process
 0 says what is to be done and gathers what the others measured. A process that stops says why, and the others stop at
@@ -28,7 +28,7 @@ SHARED, STOPPED, LAYERS, DONE = (f"lexi/{name}/" for name in ("shared", "stopped
 
 
 class Group(NamedTuple):
-    """The processes of one run as this one sees them: number `index` of `size`; `store` is None where it is alone."""
+    """This process among those of a run: number `index` of `size`; `store` is None where there is one alone."""
 
     index: int = 0
     size: int = 1
@@ -41,8 +41,8 @@ def join(
 ) -> Iterator[Group]:
     """Join the other processes of a run, for the time of a `with` block; before anything else that uses JAX.
 
-    What is not given is found out by JAX, which knows Slurm, Open MPI, Kubernetes and others. Where the block raises,
-    the others hear of it and stop; where it ends, it ends for all.
+    JAX finds out what is not given, under Slurm, Open MPI, Kubernetes and others. Where the block raises, the other
+    processes are told and stop; where it ends, it ends for all.
 
     Raises:
         InputError: JAX finds no cluster and not all three are given, or the processes do not find together.
@@ -74,7 +74,7 @@ class PeerError(InputError):
 
 
 def share(group: Group, name: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns in process 0, in every process; the others wait for it. JSON values, each name once."""
+    """The value that `make` returns in process 0, in every process; JSON, and each name once."""
     if group.store is None:
         return make()
     if group.index == 0:
@@ -92,9 +92,9 @@ def agree(group: Group, header: Header) -> None:
 
 
 def spread(costs: Mapping[int, int], size: int) -> tuple[tuple[int, ...], ...]:
-    """The layers of each of `size` processes, ascending: the costliest first, each to whoever has least so far.
+    """The layers of each of `size` processes, ascending: the costliest first, each to the process with least so far.
 
-    `costs` is layer -> work in any unit. What is spread decides, and not in what order it is given.
+    `costs` is layer -> work in any unit. The result does not depend on their order.
     """
     shares: list[list[int]] = [[] for _ in range(size)]
     loads = [0] * size
@@ -106,10 +106,10 @@ def spread(costs: Mapping[int, int], size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def estimate_costs(checkpoint: Checkpoint, model: Model, layers: Sequence[int], source: str) -> dict[int, int]:
-    """Layer -> work of measuring it on the input `source`.
+    """The work of measuring each layer on the input `source`, as layer -> a number.
 
-    On `paper` input the bytes of its tensors in the checkpoint, which both reading and computing take time for. On
-    other input the decoder layers that tokens go through from it on: each process reads the whole model.
+    On `paper` input the bytes of its tensors in the checkpoint, since both reading and computing take time for them. On
+    other input the number of decoder layers from it on: each process reads the whole model.
     """
     if source != "paper":
         return {layer: model.identity.num_hidden_layers - layer for layer in layers}
@@ -125,10 +125,10 @@ def estimate_costs(checkpoint: Checkpoint, model: Model, layers: Sequence[int], 
 def gather(
     group: Group, measured: Iterator[tuple[int, LayerLoss]], layers: Sequence[int]
 ) -> Iterator[tuple[int, LayerLoss]]:
-    """What this process `measured`; in process 0 all of `layers`, those of the others as they arrive.
+    """The layers that this process `measured`; in process 0 all of `layers`, those of other processes as they arrive.
 
-    They arrive between layers of process 0's own, and after them. Raises InputError as soon as it is known that another
-    process has stopped.
+    They arrive between layers of process 0, and after them. Raises InputError as soon as another process is known to
+    have stopped.
     """
     awaited = set() if group.index else set(layers)
     for layer, loss in measured:
@@ -155,7 +155,7 @@ def _receive(group: Group, awaited: set[int]) -> Iterator[tuple[int, LayerLoss]]
 
 
 def _await(group: Group, folder: str) -> list[bytes]:
-    """What is in a folder of the key-value store, as soon as there is something."""
+    """The values in a folder of the key-value store, as soon as there are any."""
     while not (found := group.store.key_value_dir_get_bytes(folder)):
         _check(group)
         time.sleep(POLL_SECONDS)

@@ -1,8 +1,8 @@
-"""Stage 1 on the model's own hidden states: what the whole model loses when one layer has fewer experts.
+"""Stage 1 on the model's own text: the KL divergence of the whole model with one layer at a smaller k.
 
-The paper's input, N(0, 1), is like nothing that a layer ever sees, and how far one layer's output moves says little of
-what later layers make of it. Here text that the model writes itself (`synthesis`) is carried through it once more, with
-every layer at every k in turn (`propagation`). It needs no data; it does need to know all that the model computes.
+The paper's input, N(0, 1), is unlike the hidden states that a layer sees, and the change of one layer's output says
+little of what later layers make of it. Here the model runs on text that it sampled itself (`sampling`), with every
+layer at every k in turn (`forward`). That takes no data, but every computation of the model has to be known.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import Model
-from lexi_search.profiling.forward import Movement, Run, Variant, check_room, measure_movement
+from lexi_search.profiling.forward import Losses, Run, Variant, check_room, measure_losses
 from lexi_search.profiling.sampling import draw_tokens
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -24,14 +24,14 @@ Report = Callable[[int], None]
 
 
 class Judgement(NamedTuple):
-    """The divergence of a way to run the model from the model itself, in nats per token, and its standard error."""
+    """The KL divergence of a variant from the unreduced model, in nats per token, and its standard error."""
 
     divergence: float
     stderr: float
 
 
 def open_run(checkpoint: Checkpoint, model: Model, dtype: str) -> Run:
-    """How tokens are carried through a checkpoint in `dtype`; InputError where not all that it computes is known."""
+    """The checkpoint, described for forward passes in `dtype`; InputError where a part of the model is not known."""
     return Run(checkpoint, model, describe_decoder(checkpoint, model), dtype)
 
 
@@ -48,35 +48,34 @@ def measure_layers(
     Raises:
         InputError: hidden states that overflow in `settings.dtype`.
     """
-    exponent, whole = settings.gate_exponent, run.model.top_k
+    full = run.model.top_k
     variants = [
-        Variant(tuple(k if layer == own else whole for own in run.model.layers), exponent)
+        Variant(tuple(k if other == layer else full for other in run.model.layers), settings.gate_exponent)
         for layer in layers
-        for k in range(1, whole)
+        for k in range(1, full)
     ]
-    movement = measure_movement(run, tokens, variants, report=report)
-    if not np.isfinite(movement.divergence).all():
+    losses = measure_losses(run, tokens, variants, report=report)
+    if not np.isfinite(losses.divergence).all():
         remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
         raise InputError(f"{run.checkpoint.folder}: hidden states overflow in {settings.dtype}{remedy}")
-    divergence = movement.divergence.reshape(len(layers), whole - 1, -1)
-    for place, layer in enumerate(layers):
-        yield layer, summarise(movement, run.model.layers.index(layer), divergence[place], settings)
+    divergence = losses.divergence.reshape(len(layers), full - 1, -1)
+    for number, layer in enumerate(layers):
+        yield layer, summarise(losses, run.model.layers.index(layer), divergence[number], settings)
 
 
 def judge_variants(
     run: Run, settings: ProfileSettings, variants: Sequence[Variant], *, report: Report = lambda layer: None
 ) -> list[Judgement]:
-    """What the whole model loses under each variant, on text drawn as `settings` say."""
+    """The divergence of each variant from the unreduced model, on text sampled as `settings` say."""
     tokens = draw_samples(run, settings, report=report)
-    movement = measure_movement(run, tokens, variants, report=report)
-    means, errors = _estimate(movement.divergence.T)
+    means, errors = _estimate(measure_losses(run, tokens, variants, report=report).divergence.T)
     return [Judgement(*pair) for pair in zip(means.tolist(), errors.tolist(), strict=True)]
 
 
 def draw_samples(
     run: Run, settings: ProfileSettings, *, layers: int = 0, report: Report = lambda layer: None
 ) -> Int[np.ndarray, "sequences length"]:
-    """Text by the model itself, in whole iterations of `batch` sequences, as many as `max_samples` tokens hold.
+    """Text sampled from the model: whole iterations of `batch` sequences, as many as `max_samples` tokens hold.
 
     Raises InputError for fewer than two sequences, or too many to measure so many `layers` on.
     """
@@ -95,24 +94,27 @@ def draw_samples(
 def choose_exponent(
     run: Run, tokens: Int[np.ndarray, "sequences length"], *, report: Report = lambda layer: None
 ) -> float:
-    """The gate exponent, of `EXPONENTS`, with which the model diverges least at every uniform k taken together.
+    """The gate exponent, of `EXPONENTS`, with which uniform k diverges least from the model, all k taken together.
 
     Each k counts alike: the divergence is taken relative to the smallest that any exponent leads to.
     """
     layers, ks = len(run.model.layers), range(1, run.model.top_k)
     variants = [Variant((k,) * layers, exponent) for exponent in EXPONENTS for k in ks]
-    movement = measure_movement(run, tokens, variants, report=report)
-    divergence = movement.divergence.mean(axis=1).reshape(len(EXPONENTS), len(ks))
+    losses = measure_losses(run, tokens, variants, report=report)
+    divergence = losses.divergence.mean(axis=1).reshape(len(EXPONENTS), len(ks))
     least = divergence.min(axis=0)
     relative = np.divide(divergence, least, where=least > 0, out=np.ones_like(divergence))
     return EXPONENTS[int(relative.mean(axis=1).argmin())]
 
 
 def summarise(
-    movement: Movement, place: int, divergence: Float64[np.ndarray, "fewer sequences"], settings: ProfileSettings
+    losses: Losses, index: int, divergence: Float64[np.ndarray, "fewer sequences"], settings: ProfileSettings
 ) -> LayerLoss:
-    """The losses of the MoE layer at `place`; standard errors over sequences, whose tokens depend on one another."""
-    squares, relative = movement.squares[place], movement.relative[place]
+    """The losses of the MoE layer number `index`; standard errors over sequences, whose tokens are not independent.
+
+    `divergence` is that with this layer at k = 1..K-1.
+    """
+    squares, relative = losses.squares[index], losses.relative[index]
     sequences = len(squares)
     iterations = sequences // settings.batch
     mean, error = _estimate(squares)
@@ -121,10 +123,18 @@ def summarise(
     norms = np.sqrt(squares.reshape(iterations, settings.batch, -1).sum(axis=1) * settings.length).mean(axis=0)
     divergence, divergence_error = _estimate(np.pad(divergence.T, ((0, 0), (0, 1))))
     relative, relative_error = _estimate(relative)
-    # Rounding alone could make a divergence negative.
-    values = (norms, norms * share, rms, rms * share, relative, relative_error)
-    values += (np.maximum(divergence, 0.0), divergence_error)
-    return LayerLoss(iterations, sequences * settings.length, *(tuple(value.tolist()) for value in values))
+    return LayerLoss(
+        iterations=iterations,
+        samples=sequences * settings.length,
+        frobenius=tuple(norms.tolist()),
+        frobenius_stderr=tuple((norms * share).tolist()),
+        rms=tuple(rms.tolist()),
+        rms_stderr=tuple((rms * share).tolist()),
+        relative=tuple(relative.tolist()),
+        relative_stderr=tuple(relative_error.tolist()),
+        divergence=tuple(np.maximum(divergence, 0.0).tolist()),  # rounding alone could make one negative
+        divergence_stderr=tuple(divergence_error.tolist()),
+    )
 
 
 def _estimate(

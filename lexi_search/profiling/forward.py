@@ -1,7 +1,8 @@
-"""How far a model's own predictions move when layers have fewer experts: tokens carried through it, layer by layer.
+"""The forward pass of a model and of many variants of it at once, layer by layer, reading the checkpoint once.
 
-Many ways to run the model go through a layer while its weights are on the device. Those that agree with the model up to
-a layer share its hidden states up to there, and what differs there is mixed from one pass over the experts.
+A variant gives MoE layers a top-k of their own. All variants go through a layer while its weights are on the device.
+Those that agree with the model up to a layer share its hidden states up to there, and where they branch off, their
+outputs are mixed from one pass over the experts.
 """
 
 import os
@@ -26,24 +27,24 @@ from lexi_search.models.model import Model
 # Shares of a device's memory: expert outputs of one pass, hidden states of all variants. Where it is not told, bytes.
 PASS_SHARE, PASS_BYTES, HIDDEN_SHARE = 1 / 16, 16 << 20, 1 / 4
 LOGIT_BYTES = 256 << 20  # of float32 logits at a time
-MODEL = -1  # the number of the way that is the model itself
+MODEL = -1  # the variant index of the unreduced model
 
 Hidden = Float[Array, "sequences length hidden"]
 
 
 class Variant(NamedTuple):
-    """One way to run the model: the top-k of each MoE layer in order, and a gate exponent or None (see `Routing`)."""
+    """A top-k for each MoE layer, in order, and a gate exponent or None (see `Routing`)."""
 
     top_k: tuple[int, ...]
     exponent: float | None = None
 
 
-class Movement(NamedTuple):
+class Losses(NamedTuple):
     """Means over the tokens of each sequence, for k = 1..K, float64.
 
     `squares` of ||y_k - y_K||^2 in each MoE layer, `relative` of the same over ||h||^2, where h is the residual stream
-    that the layer's output is added to. `divergence` of each variant's next-token distribution from the model's own,
-    Kullback-Leibler, in nats.
+    that the layer's output is added to. `divergence` is the KL divergence of each variant's next-token distribution
+    from the unreduced model's, in nats.
     """
 
     squares: Float64[np.ndarray, "layers sequences K"]
@@ -52,7 +53,7 @@ class Movement(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A checkpoint and how tokens are carried through it: what all passes have in common."""
+    """A checkpoint and the element type of its hidden states: what all forward passes have in common."""
 
     checkpoint: Checkpoint
     model: Model
@@ -60,8 +61,8 @@ class Run(NamedTuple):
     dtype: str
 
 
-class Mixture(NamedTuple):
-    """A MoE layer on some tokens: what goes in, each token's K expert outputs and scores, and the residual stream."""
+class MoEOutputs(NamedTuple):
+    """A MoE layer on some tokens: its input, each token's K expert outputs and scores, and the residual stream."""
 
     layer: int  # of the decoder
     x: Float[Array, "tokens hidden"]
@@ -70,91 +71,123 @@ class Mixture(NamedTuple):
     hidden: Hidden
 
 
-def measure_movement(
+class _Plan(NamedTuple):
+    """The cut of a forward pass: `chunk` sequences at a time, `together` variants of them at a time.
+
+    `branches` has for each variant the first MoE layer, counted from 0, in which it differs from the model, or None.
+    `keep` moves hidden states to where they wait for the next layer: device or host memory.
+    """
+
+    chunk: int
+    together: int
+    branches: tuple[int | None, ...]
+    keep: Callable[[Hidden], Any]
+
+
+def measure_losses(
     run: Run,
     tokens: Int[np.ndarray, "sequences length"],
     variants: Sequence[Variant],
     *,
     report: Callable[[int], None] = lambda layer: None,
-) -> Movement:
-    """Carry `tokens` through the model and all `variants` of it, reading the checkpoint once.
+) -> Losses:
+    """The losses of every MoE layer at every k, and of all `variants`, on `tokens`; reads the checkpoint once.
 
     `run.model.routing` says how the layers' own losses are weighed; a variant brings an exponent of its own. `report`
-    hears of each decoder layer that is done. Not finite where hidden states overflow in `run.dtype`.
+    is called with the index of each decoder layer that is done. Not finite where hidden states overflow in `run.dtype`.
     """
     losses: list[np.ndarray] = []
 
-    def observe(mixture: Mixture) -> None:
-        losses.append(_measure_layer(mixture, run))
+    def observe(outputs: MoEOutputs) -> None:
+        losses.append(_measure_layer(outputs, run))
 
-    ways = carry(run, tokens, variants, observe=observe, report=report)
-    by_layer = np.asarray(losses).reshape(len(run.model.layers), len(ways), 2, -1, run.model.top_k)
+    chunks = forward(run, tokens, variants, observe=observe, report=report)
+    by_layer = np.asarray(losses).reshape(len(run.model.layers), len(chunks), 2, -1, run.model.top_k)
     squares, relative = np.moveaxis(by_layer, 2, 0).reshape(2, len(run.model.layers), len(tokens), -1)
     ends = read_tensors(run.checkpoint, run.decoder.ends._replace(embedding=()))
-    parts = [_diverge(run, ends, way, len(variants)) for way in ways]
-    return Movement(squares, relative, np.concatenate(parts, axis=1))
+    parts = [_measure_divergence(run, ends, states, len(variants)) for states in chunks]
+    return Losses(squares, relative, np.concatenate(parts, axis=1))
 
 
-def carry(
+def forward(
     run: Run,
     tokens: Int[np.ndarray, "sequences length"],
     variants: Sequence[Variant] = (),
     *,
-    observe: Callable[[Mixture], None] = lambda mixture: None,
+    observe: Callable[[MoEOutputs], None] = lambda outputs: None,
     report: Callable[[int], None] = lambda layer: None,
 ) -> list[dict[int, Hidden]]:
-    """The hidden states after the last layer, for some sequences after others: way -> states.
+    """Hidden states after the last layer, a dict for each chunk of sequences: variant index -> states.
 
-    A way is `MODEL` or the index of a variant; a variant that is the model itself is not there. `observe` sees each MoE
-    layer of the model for those sequences in turn.
+    The unreduced model has the index `MODEL`, -1; a variant that is the same as the model has no states of its own.
+    `observe` is called with the outputs of each MoE layer of the model, for one chunk after the other.
     """
-    model, whole = run.model, run.model.top_k
-    starts = [next((n for n, k in enumerate(v.top_k) if k < whole), None) for v in variants]
-    limit = _limit_tokens(run)
-    size = _divide(len(tokens), limit // tokens.shape[1])
-    together = max(limit // (size * tokens.shape[1]), 1)
-    keep = _choose_storage(run, tokens.size * (1 + sum(start is not None for start in starts)))
+    plan = _plan(run, tokens, variants)
     ends = read_tensors(run.checkpoint, run.decoder.ends._replace(norm=(), head=()))
-    ways: list[dict[int, Any]] = [
-        {MODEL: keep(embed(run.decoder, ends, part, dtype=run.dtype))}
-        for part in np.split(np.asarray(tokens, np.int32), len(tokens) // size)
+    chunks: list[dict[int, Any]] = [
+        {MODEL: plan.keep(embed(run.decoder, ends, chunk, dtype=run.dtype))}
+        for chunk in np.split(np.asarray(tokens, np.int32), len(tokens) // plan.chunk)
     ]
     del ends
-    place = 0  # among the MoE layers
-    for layer, weights in stream_blocks(run.checkpoint, model, run.decoder):
-        moe = weights.moe
-        if moe is not None:  # dequantised once
-            weights = weights._replace(moe=moe._replace(experts=tuple(moe.experts)))
-        step = partial(_pass, run, layer, weights)
-        for way in ways:
-            others = [number for number in way if number != MODEL]
-            starting = [number for number, start in enumerate(starts) if moe is not None and start == place]
-            first = [Variant((whole,) * len(model.layers)), *(variants[number] for number in starting)]
-            hidden, mixture = step(way[MODEL], [(v.top_k[place] if moe else whole, v.exponent) for v in first])
-            for group in _group(others, variants, together):
-                ks = [variants[number].top_k[place] if moe else whole for number in group]
-                ks += ks[-1:] * (together - len(group))  # one shape, one compilation
-                states = [way[number] for number in group]
-                states = jnp.concatenate([*states, *states[-1:] * (together - len(group))])
-                k = np.repeat(np.asarray(ks, np.int32), size * tokens.shape[1])[:, None]
-                [moved], _ = step(states, [(k, variants[group[0]].exponent)])
-                way |= zip(group, map(keep, jnp.split(moved, together)), strict=False)
-            way |= zip([MODEL, *starting], map(keep, hidden), strict=True)
-            if mixture is not None:
-                observe(mixture)
-        place += moe is not None
+    for layer, weights in stream_blocks(run.checkpoint, run.model, run.decoder):
+        if weights.moe is not None:  # dequantised once
+            weights = weights._replace(moe=weights.moe._replace(experts=tuple(weights.moe.experts)))
+        for states in chunks:
+            outputs = _advance(run, plan, variants, layer, weights, states)
+            if outputs is not None:
+                observe(outputs)
         report(layer)
-    return ways
+    return chunks
 
 
-def _pass(
+def _plan(run: Run, tokens: Int[np.ndarray, "sequences length"], variants: Sequence[Variant]) -> _Plan:
+    full, (sequences, length) = run.model.top_k, tokens.shape
+    branches = tuple(next((n for n, k in enumerate(variant.top_k) if k < full), None) for variant in variants)
+    limit = _limit_tokens(run)
+    chunk = _divide(sequences, limit // length)
+    keep = _choose_storage(run, tokens.size * (1 + sum(branch is not None for branch in branches)))
+    return _Plan(chunk, max(limit // (chunk * length), 1), branches, keep)
+
+
+def _advance(
+    run: Run, plan: _Plan, variants: Sequence[Variant], layer: int, weights: BlockWeights, states: dict[int, Any]
+) -> MoEOutputs | None:
+    """The model's own outputs in a layer, if it is a MoE layer; takes `states` through it.
+
+    States are replaced one by one, so that never two copies of all are in memory. Variants that branch off in this
+    layer share the model's input and expert outputs, and mix them with a k of their own.
+    """
+    full, is_moe = run.model.top_k, weights.moe is not None
+    place = run.model.layers.index(layer) if is_moe else None
+    step = partial(_step, run, layer, weights)
+
+    def list_mixings(some: Sequence[Variant]) -> list[tuple[int, float | None]]:
+        return [(variant.top_k[place] if is_moe else full, variant.exponent) for variant in some]
+
+    reduced = [number for number in states if number != MODEL]
+    branching = [number for number, branch in enumerate(plan.branches) if is_moe and branch == place]
+    model = Variant((full,) * len(run.model.layers))
+    hidden, outputs = step(states[MODEL], list_mixings([model, *(variants[number] for number in branching)]))
+    for group in _group(reduced, variants, plan.together):
+        top_k = [k for k, _ in list_mixings([variants[number] for number in group])]
+        top_k += top_k[-1:] * (plan.together - len(group))  # one shape, one compilation
+        joined = [states[number] for number in group]
+        joined = jnp.concatenate([*joined, *joined[-1:] * (plan.together - len(group))])
+        k = np.repeat(np.asarray(top_k, np.int32), joined.shape[1] * (len(joined) // plan.together))[:, None]
+        [moved], _ = step(joined, [(k, variants[group[0]].exponent)])
+        states |= zip(group, map(plan.keep, jnp.split(moved, plan.together)), strict=False)
+    states |= zip([MODEL, *branching], map(plan.keep, hidden), strict=True)
+    return outputs
+
+
+def _step(
     run: Run,
     layer: int,
     weights: BlockWeights,
     hidden: Hidden,
     mixings: Sequence[tuple[int | Int32[np.ndarray, "tokens 1"], float | None]],
-) -> tuple[list[Hidden], Mixture | None]:
-    """The hidden states after a layer for each of `mixings`: a k, of all tokens or of each, and a gate exponent."""
+) -> tuple[list[Hidden], MoEOutputs | None]:
+    """Hidden states after a layer for each of `mixings`: a k, of all tokens or of each, and a gate exponent."""
     block, model, moe = run.decoder.blocks[layer], run.model, weights.moe
     hidden, x = attend(block, weights, jnp.asarray(hidden))
     if moe is None:
@@ -166,12 +199,12 @@ def _pass(
     for k, exponent in mixings:
         mixed = mix(outputs, choice.scores, jnp.asarray(k, jnp.int32), routing=plain._replace(exponent=exponent))
         results.append(finish(block, weights, hidden, x, mixed))
-    return results, Mixture(layer, x, outputs, choice.scores, hidden)
+    return results, MoEOutputs(layer, x, outputs, choice.scores, hidden)
 
 
-def _measure_layer(mixture: Mixture, run: Run) -> Float64[np.ndarray, "2 sequences K"]:
-    distances = squared_distances(mixture.outputs, mixture.scores, routing=run.model.routing)
-    return np.asarray(_average(distances, mixture.hidden), np.float64)
+def _measure_layer(outputs: MoEOutputs, run: Run) -> Float64[np.ndarray, "2 sequences K"]:
+    distances = squared_distances(outputs.outputs, outputs.scores, routing=run.model.routing)
+    return np.asarray(_average(distances, outputs.hidden), np.float64)
 
 
 @jax.jit
@@ -182,17 +215,17 @@ def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array
     return jnp.stack([distances.mean(axis=1), (distances / size).mean(axis=1)])
 
 
-def _diverge(
-    run: Run, ends: EndWeights, way: dict[int, Hidden], count: int
+def _measure_divergence(
+    run: Run, ends: EndWeights, states: dict[int, Hidden], count: int
 ) -> Float64[np.ndarray, "variants sequences"]:
-    """The divergence of each variant from the model; 0 for one that is the model itself."""
-    sequences, length, hidden = way[MODEL].shape
+    """The KL divergence of each of `count` variants from the model; 0 for one that is the model itself."""
+    sequences, length, hidden = states[MODEL].shape
     divergence = np.zeros((count, sequences * length))
     for some in split_tokens(sequences * length, ends):
-        own = read_log_probabilities(run.decoder, ends, jnp.asarray(way[MODEL]).reshape(-1, hidden)[some])
-        for number in way.keys() - {MODEL}:
-            states = jnp.asarray(way[number]).reshape(-1, hidden)[some]
-            divergence[number, some] = _sum_divergence(own, read_log_probabilities(run.decoder, ends, states))
+        model = read_log_probabilities(run.decoder, ends, jnp.asarray(states[MODEL]).reshape(-1, hidden)[some])
+        for number in states.keys() - {MODEL}:
+            reduced = jnp.asarray(states[number]).reshape(-1, hidden)[some]
+            divergence[number, some] = _sum_divergence(model, read_log_probabilities(run.decoder, ends, reduced))
     return divergence.reshape(count, sequences, length).mean(axis=2)
 
 
@@ -205,32 +238,35 @@ def split_tokens(count: int, ends: EndWeights) -> Iterator[slice]:
 def read_log_probabilities(
     decoder: Decoder, ends: EndWeights, hidden: Float[Array, "tokens hidden"]
 ) -> Float[Array, "tokens vocabulary"]:
-    """Logarithms of the next token's probabilities, float32."""
+    """Log-probabilities of the next token, float32."""
     return jax.nn.log_softmax(read_logits(decoder, ends, hidden), axis=-1)
 
 
 @jax.jit
 def _sum_divergence(
-    own: Float[Array, "tokens vocabulary"], other: Float[Array, "tokens vocabulary"]
+    model: Float[Array, "tokens vocabulary"], variant: Float[Array, "tokens vocabulary"]
 ) -> Float[Array, " tokens"]:
-    return (jnp.exp(own) * (own - other)).sum(axis=-1)
+    return (jnp.exp(model) * (model - variant)).sum(axis=-1)
 
 
 def _limit_tokens(run: Run) -> int:
-    """Tokens of one pass."""
+    """The tokens whose expert outputs are computed at once."""
     memory = jax.local_devices()[0].memory_stats()
     space = PASS_SHARE * memory["bytes_limit"] if memory else PASS_BYTES
     return int(space // (run.model.top_k * run.model.hidden_size * jnp.dtype(run.dtype).itemsize))
 
 
 def _choose_storage(run: Run, tokens: int) -> Callable[[Hidden], Any]:
-    """Where hidden states of so many tokens wait for the next layer: on the device, or in host memory."""
+    """A function that moves hidden states to where they wait for the next layer: the device, or host memory.
+
+    `tokens` counts them over all variants.
+    """
     memory, size = jax.local_devices()[0].memory_stats(), check_room(run, tokens)
     return (lambda hidden: hidden) if memory is None or size <= HIDDEN_SHARE * memory["bytes_limit"] else np.asarray
 
 
 def check_room(run: Run, tokens: int) -> int:
-    """The bytes of the hidden states of so many tokens, of all ways together; InputError for more than the host has."""
+    """Bytes of the hidden states of so many tokens, over all variants; InputError for more than the host has."""
     size = tokens * run.model.hidden_size * jnp.dtype(run.dtype).itemsize
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > host:
@@ -242,10 +278,10 @@ def check_room(run: Run, tokens: int) -> int:
 
 
 def _group(numbers: Sequence[int], variants: Sequence[Variant], size: int) -> Iterator[list[int]]:
-    """Variants of one exponent each, `size` at a time."""
+    """Groups of at most `size` variants that have the same exponent, as lists of their indices."""
     for exponent in dict.fromkeys(variants[number].exponent for number in numbers):
-        own = [number for number in numbers if variants[number].exponent == exponent]
-        yield from (own[start : start + size] for start in range(0, len(own), size))
+        alike = [number for number in numbers if variants[number].exponent == exponent]
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def _divide(count: int, most: int) -> int:

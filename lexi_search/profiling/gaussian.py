@@ -1,4 +1,4 @@
-"""Draws iterations of Stage 1's input and measures them on one layer until its losses are known well enough."""
+"""Stage 1 on the paper's input: iterations of N(0, 1) on one layer, until its losses are known well enough."""
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,21 +19,8 @@ from lexi_search.layers.weights import LayerWeights
 from lexi_search.models.model import Model
 from lexi_search.profiling.moments import Moments, accumulate, begin, relative_errors
 
-# Tokens that go through the router only are drawn as those of this many layers further on.
+# Tokens that go through the router alone are drawn as those of this many layers further on.
 OTHERS = 1 << 20
-
-
-@partial(jax.jit, static_argnames=("routing", "size"))
-def sum_controls(
-    scores: Float[Array, "tokens K"], distances: Float[Array, "tokens K"], *, routing: Routing, size: int
-) -> Float[Array, "iterations 3 K"]:
-    """Sums of c, c^2 and c d over each iteration of `size` tokens, float32; `distances` are the tokens' d."""
-    change = mixing_changes(scores, routing=routing)
-    control = (change * change).sum(axis=-1)
-    terms = jnp.stack([control, control * control, control * distances], axis=1)
-    return terms.reshape(-1, size, *terms.shape[1:]).sum(axis=1)
-
-
 MIN_ITERATIONS = 2  # one draw may look surer than it is
 # Expert outputs of one pass: a GPU wants many rows per expert, a CPU is fastest within its cache. A share of the
 # memory, which also holds two layers, the inputs, and copies while products are tuned; or bytes where it is not told.
@@ -42,10 +29,10 @@ PASSES_AHEAD = 2  # on each device: it goes on while the last one's sums travel
 
 
 def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: ProfileSettings) -> Moments:
-    """Draw and measure iterations until every k is known to `relative_error` or the next would exceed `max_samples`.
+    """The sums over iterations until every k is known to `relative_error` or the next would exceed `max_samples`.
 
     Iterations are computed several at a time, in passes that local devices take in turn, and counted one by one in
-    their order. What a pass holds does not depend on the number of devices, so that it decides nothing but the speed.
+    their order. The size of a pass does not depend on the number of devices, which thus decides the speed alone.
     Not finite where an output overflows.
     """
     limit = settings.max_samples // (settings.batch * settings.length)
@@ -63,11 +50,11 @@ def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: Pro
             needed = max(1, -(-_estimate_missing(moments, settings) // size))
             while waiting and len(running) < min(needed, PASSES_AHEAD * len(devices)):
                 number, start = waiting.popleft()
-                place = number % len(devices)
-                if place not in replicas:
-                    replicas[place] = _prepare(model, weights, devices[place], settings)
-                work = model, replicas[place], layer, start, min(size, limit - start), settings
-                running.append(pool.submit(_measure_pass, *work, device=devices[place]))
+                index = number % len(devices)
+                if index not in replicas:
+                    replicas[index] = _prepare(model, weights, devices[index], settings)
+                work = model, replicas[index], layer, start, min(size, limit - start), settings
+                running.append(pool.submit(_measure_pass, *work, device=devices[index]))
             moments, finished = _count(moments, running.popleft().result(), settings)
     return moments
 
@@ -79,7 +66,7 @@ def find_needed(
     router: Float[Array, "experts hidden"],
     bias: Float[Array, " experts"] | None,
 ) -> list[int]:
-    """The experts that the first pass sends tokens to: what to read ahead of it. All, where all are stacked anyway."""
+    """The experts that the first pass sends tokens to, to be read ahead of it; all, where all are stacked anyway."""
     if has_kernels(jax.local_devices()[0], settings.dtype):
         return list(range(len(router)))
     count = min(_size_passes(model, settings)[0], settings.max_samples // (settings.batch * settings.length))
@@ -89,7 +76,7 @@ def find_needed(
 
 
 def _prepare(model: Model, weights: LayerWeights, device: jax.Device, settings: ProfileSettings) -> LayerWeights:
-    """The weights on one device: stacked if it multiplies all experts at once."""
+    """The weights on one device; stacked if it multiplies all experts at once."""
     experts = weights.experts
     traits = {"activation": model.activation, "routing": model.routing, "dtype": settings.dtype}
     if can_group(experts, device, top_k=model.top_k, **traits):
@@ -110,7 +97,7 @@ def _measure_pass(
     *,
     device: jax.Device,
 ) -> Float[Array, "iterations sums K"]:
-    """For each iteration the sums that `moments.accumulate` takes."""
+    """The sums that `moments.accumulate` takes, for each iteration."""
     with jax.default_device(device):
         x = draw(model, layer, first, count, settings)
         distances = measure_tokens(x, model, weights)
@@ -131,15 +118,26 @@ def _sum_controls(
     count: int,
     settings: ProfileSettings,
 ) -> Float[Array, "iterations 4 K"]:
-    """The sums of `moments.Controls` over each iteration; its other tokens are a part of their own of the draws."""
+    """The sums of `moments.Controls` over each iteration; its other tokens have draws of their own."""
     ratio, traits = settings.control_variate, {"routing": model.routing, "size": settings.batch * settings.length}
-    measured = sum_controls(_route(x, model, weights).scores, distances, **traits)
+    measured = _sum_control_terms(_route(x, model, weights).scores, distances, **traits)
     others = []
     for part in range(ratio):
         unmeasured = draw(model, OTHERS + layer, first * ratio + part * count, count, settings)
-        others.append(sum_controls(_route(unmeasured, model, weights).scores, distances, **traits)[:, :1])
+        others.append(_sum_control_terms(_route(unmeasured, model, weights).scores, distances, **traits)[:, :1])
     mean = jnp.concatenate(others).reshape(count, ratio, -1).mean(axis=1, keepdims=True)
     return jnp.concatenate([measured, mean], axis=1)
+
+
+@partial(jax.jit, static_argnames=("routing", "size"))
+def _sum_control_terms(
+    scores: Float[Array, "tokens K"], distances: Float[Array, "tokens K"], *, routing: Routing, size: int
+) -> Float[Array, "iterations 3 K"]:
+    """Sums of c, c^2 and c d over each iteration of `size` tokens, float32; c: the control variate, d: `distances`."""
+    change = mixing_changes(scores, routing=routing)
+    control = (change * change).sum(axis=-1)
+    terms = jnp.stack([control, control * control, control * distances], axis=1)
+    return terms.reshape(-1, size, *terms.shape[1:]).sum(axis=1)
 
 
 def draw(model: Model, layer: int, first: int, count: int, settings: ProfileSettings) -> Float[Array, "tokens hidden"]:
@@ -184,7 +182,7 @@ def _sum_iterations(distances: Float[Array, "tokens K"], *, size: int) -> Float[
 def _count(
     moments: Moments, sums: Float[Array, "iterations sums K"], settings: ProfileSettings
 ) -> tuple[Moments, bool]:
-    """The moments with a pass's iterations, one by one, and whether one of them was the last: known, or overflown."""
+    """The moments after the iterations of a pass, and whether one of them was the last: losses known, or overflow."""
     for squares, fourths, *controls in np.asarray(sums, np.float64):
         moments = accumulate(moments, settings.batch * settings.length, squares, fourths, *controls)
         if not np.isfinite(squares).all() or _is_known(moments, settings):
@@ -202,7 +200,7 @@ def _size_passes(model: Model, settings: ProfileSettings) -> tuple[int, int]:
 
 
 def _estimate_missing(moments: Moments, settings: ProfileSettings) -> int:
-    """How many more iterations the relative error is likely to take."""
+    """The number of further iterations that the relative error is likely to take."""
     ratio = relative_errors(moments).max() / max(settings.relative_error, 1e-9)
     return int(min(moments.iterations * max(ratio**2 - 1, 0), 1e9))
 

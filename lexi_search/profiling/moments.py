@@ -1,4 +1,4 @@
-"""What was measured so far of one layer, as sums, and the means with standard errors that they give."""
+"""Running sums over one layer's samples, and the means and standard errors that they give."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from lexi_search.artifacts.profile import LayerLoss
 
 
 class Controls(NamedTuple):
-    """Sums over tokens of the control variate c, which the router alone decides, for k = 1..K; float64.
+    """Sums over tokens of the control variate c, a function of the router's scores alone, for k = 1..K; float64.
 
     Over the measured tokens: `sums` of c, `squares` of c^2, `products` of c d. Over `ratio` times as many others, which
     went through the router only: `others` of c, divided by `ratio`.
@@ -22,7 +22,7 @@ class Controls(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums over what was drawn so far, for k = 1..K, with d = ||y_k - y_base||^2 of one token; float64.
+    """Running sums over samples, for k = 1..K, with d = ||y_k - y_base||^2 of one token; float64.
 
     `frobenius` sums ||Y_k - Y_base||_F over iterations, `squares` sums d and `fourths` sums d^2 over tokens.
     """
@@ -36,13 +36,13 @@ class Moments(NamedTuple):
 
 
 def begin(top_k: int, ratio: int | None = None) -> Moments:
-    """Nothing measured yet; with `ratio`, a control variate over so many times as many tokens."""
+    """The sums before the first sample; with `ratio`, with a control variate over so many times as many tokens."""
     zero = np.zeros(top_k)
     return Moments(0, 0, zero, zero, zero, Controls(ratio, zero, zero, zero, zero) if ratio else None)
 
 
 def summarise(moments: Moments) -> LayerLoss:
-    """Means with their standard errors, which all come from the spread of d over tokens, drawn independently.
+    """The losses with standard errors, which all come from the spread of d over tokens, drawn independently.
 
     Over the few iterations that reach 1 %, the spread of the norms themselves would be a poor estimate. By the delta
     method se(sqrt(m)) = se(m) / (2 sqrt(m)); a norm over n tokens is sqrt(n) times a root mean square. What a control

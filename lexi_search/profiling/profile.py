@@ -1,9 +1,10 @@
-"""Stage 1 (LExI section 3.1, Algorithm 1): stream a checkpoint layer by layer into the loss of each layer at each k."""
+"""Stage 1 (LExI section 3.1, Algorithm 1): the loss of each layer at each k, streamed from a checkpoint."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -28,16 +29,16 @@ def profile_layers(
     tokens: Int[np.ndarray, "sequences length"] | None = None,
     report: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[tuple[int, LayerLoss]]:
-    """Measure `layers`, yielding (decoder-layer index, losses): on `paper` input as each is done, else all at the end.
+    """Yield (decoder-layer index, losses) for each of `layers`: on `paper` input as each is done, else all at the end.
 
-    What a layer yields depends on the weights, its index and `settings`, not on which other layers are measured, or in
+    The losses of a layer depend on the weights, its index and `settings`, not on which other layers are measured, or in
     what order. The device holds the weights of two layers at most, as stored; on `paper` input an expert that gets no
-    token is not read. On other input the text is `tokens`, if they are drawn already, and `report` hears of every
-    decoder layer in every pass through the model.
+    token is not read. On other input the text is `tokens`, if it is sampled already, and `report` is called with the
+    index of every decoder layer in every pass over the model.
 
     Raises:
         InputError: a layer that is no MoE layer, an activation that is not known, NaN or Inf in a weight or output,
-            a sample cap below one iteration; on input other than `paper` a model of which not all is known.
+            a sample cap below one iteration; on input other than `paper` a model with an unknown part.
     """
     check_layers(checkpoint, model, layers)
     if model.activation.name not in ACTIVATIONS:
@@ -47,6 +48,16 @@ def profile_layers(
         return _profile_each(checkpoint, model, layers, settings)
     run = open_run(checkpoint, model, settings.dtype)
     return _profile_text(run, layers, settings, tokens, report) if layers else iter(())
+
+
+def choose_dtype(dtype: str, source: str, stored: str) -> str:
+    """The element type `dtype`; where that is "auto", the one that suits the input `source` and the `stored` weights.
+
+    CPUs multiply 16-bit floats several times slower, which a pass over the whole model makes felt.
+    """
+    if dtype != "auto":
+        return dtype
+    return "float32" if source != "paper" and jax.default_backend() == "cpu" else stored
 
 
 def check_layers(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> None:

@@ -1,8 +1,8 @@
-"""The finished layers of a profile that is not whole yet, kept beside it so that a run cut short goes on from there.
+"""Finished layers of a profile, kept beside its file, so that a run that was cut short goes on from there.
 
 `profile.json.partial/` holds one file per finished layer, a canonical profile of that layer alone with the start of its
-bytes' SHA-256 in its name; likewise what all layers take and took long to find, such as the text that they are measured
-on; and a lock that the run holds while it lives.
+bytes' SHA-256 in its name; the same for findings that all layers need and that took long, such as the sampled text; and
+a lock that the run holds while it lives.
 """
 
 import fcntl
@@ -27,9 +27,9 @@ LAYERS, FINDINGS = "*.json", "*.found"  # files
 
 @dataclass
 class Partials:
-    """The finished layers of one run, in `folder` and here, and what all layers take, by name.
+    """The finished layers of one run, in memory and in `folder`, and findings that all layers need, by name.
 
-    `damaged` counts files that are not what was written.
+    `damaged` counts files whose bytes are not those that were written.
     """
 
     header: Header
@@ -39,9 +39,9 @@ class Partials:
     damaged: int = 0
 
     def load(self, header: Header, *, but_exponent: bool = False) -> None:
-        """Take up the layers that are there, of the run that `header` describes, perhaps but for its gate exponent.
+        """Load the layers and findings in the folder, all of the run that `header` describes.
 
-        Raises InputError where they are another run's.
+        With `but_exponent` the gate exponents may differ. InputError where they are another run's.
         """
         self.header, self.layers, self.findings, self.damaged = header, {}, {}, 0
         for path in sorted((*self.folder.glob(LAYERS), *self.folder.glob(FINDINGS))):
@@ -52,7 +52,7 @@ class Partials:
                 self._check(read_header(found).to_document(), but_exponent)
                 self.layers |= found.layers
             else:
-                self._check(found["run"], but_exponent=True)  # nor does it depend on one
+                self._check(found["run"], but_exponent=True)  # a finding does not depend on it
                 self.findings[path.name.partition("-")[0]] = found["value"]
 
     def _check(self, theirs: dict[str, Any], but_exponent: bool) -> None:
@@ -66,7 +66,7 @@ class Partials:
             )
 
     def find(self, name: str, make: Callable[[], Any]) -> Any:
-        """The value of this name, plain JSON: found by an earlier run of this kind, or made now and kept."""
+        """The finding of this name, plain JSON: from an earlier run, or made now and kept."""
         if name not in self.findings:
             data = json_bytes({"run": self.header.to_document(), "value": make()})
             write_atomically(self.folder / _name(name, data, FINDINGS), data)
@@ -74,20 +74,20 @@ class Partials:
         return self.findings[name]
 
     def add(self, layer: int, loss: LayerLoss) -> None:
-        """Keep one more layer; when this returns, it is on disk."""
+        """Add a finished layer; when this returns, it is on disk."""
         data = to_bytes(Profile(self.header.model, self.header.settings, {layer: loss}, self.header.made_by))
         write_atomically(self.folder / _name(layer, data, LAYERS), data)
         self.layers[layer] = loss
 
     def clear(self) -> None:
-        """Remove everything, and what writes cut short left."""
+        """Remove everything, and temporary files of writes that were cut short."""
         for path in self.folder.iterdir():
             if path.suffix in (".json", ".found", ".tmp"):
                 path.unlink()
         self.layers, self.findings, self.damaged = {}, {}, 0
 
     def drop(self, layers: Collection[int]) -> None:
-        """Remove these layers, which are in the output now. Others that it was not to have stay, with what all take."""
+        """Remove these layers, which are in the output now. Any others stay, and with them the findings."""
         for layer in set(layers) & set(self.layers):
             for path in self.folder.glob(f"{layer}-*.json"):
                 path.unlink()
@@ -100,7 +100,7 @@ class Partials:
 def keep_partials(
     output: str | os.PathLike[str], header: Header, *, restart: bool = False, but_exponent: bool = False
 ) -> Iterator[Partials]:
-    """The finished layers of the profile that is to be written to `output`, locked against other runs meanwhile.
+    """The finished layers of the profile that is to be written to `output`, locked against other runs.
 
     A file whose bytes are not those that were written counts as not there: its layer is to be measured again. The
     folder goes when nothing is left in it. With `but_exponent` the header's gate exponent is not known yet: `load` is
@@ -129,7 +129,7 @@ def keep_partials(
 
 
 def _lock(path: Path, output: str | os.PathLike[str]) -> int:
-    """A file descriptor that holds the lock; the kernel lets go of it however the process ends."""
+    """A file descriptor that holds the lock; the kernel releases it however the process ends."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +145,7 @@ def _lock(path: Path, output: str | os.PathLike[str]) -> int:
 
 
 def _read(path: Path) -> Profile | Mapping[str, Any] | None:
-    """What was written to `path`; None where the bytes are not those that the name was made for."""
+    """The layer or finding in `path`; None where the bytes do not match the hash in its name."""
     try:
         data = path.read_bytes()
         if path.name != _name(path.name.partition("-")[0], data, f"*{path.suffix}"):
@@ -160,7 +160,7 @@ def _name(what: int | str, data: bytes, pattern: str) -> str:
 
 
 def _remove(partials: Partials) -> None:
-    """Whatever else somebody put into the folder stays, and with it the folder."""
+    """Remove the folder and the files of this module in it; the folder stays if it holds others."""
     try:
         partials.clear()
         (partials.folder / LOCK).unlink()

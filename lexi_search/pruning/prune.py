@@ -31,7 +31,7 @@ from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import Model, describe, find_dtype
 from lexi_search.models.moe_tensors import BIASES, LayerTensors
-from lexi_search.profiling.forward import Run, carry
+from lexi_search.profiling.forward import Run, forward
 from lexi_search.profiling.sampling import draw_tokens
 from lexi_search.pruning.importance import Batches, draw_batches, score_channels, score_experts
 from lexi_search.pruning.sizes import Sizes, change_config, check_width, find_blocks, find_sizes, is_single, pad_shared
@@ -200,7 +200,7 @@ def _draw_inputs(source: _Source, input: str, samples: int, seed: int) -> Callab
     length = min(LENGTH, samples)
     tokens = draw_tokens(run, sequences=samples // length, length=length, seed=seed)
     seen: dict[str, list[np.ndarray]] = {model.identity.router.format(layer): [] for layer in model.layers}
-    carry(run, tokens, observe=lambda mixture: seen[model.identity.router.format(mixture.layer)].append(mixture.x))
+    forward(run, tokens, observe=lambda moe: seen[model.identity.router.format(moe.layer)].append(moe.x))
     routers = [block.router for block in source.blocks.values()]
     return lambda number: seen[routers[number]] if routers[number] in seen else random(number)
 

@@ -5,7 +5,7 @@ import click
 from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.artifacts.serialisation import read_allocation
 from lexi_search.cli.console import json_option, make_progress, prepare_environment, print_json, print_table
-from lexi_search.cli.options import choose_dtype, dtype_option
+from lexi_search.cli.options import dtype_option
 from lexi_search.errors import InputError
 
 
@@ -40,6 +40,7 @@ def judge(
     from lexi_search.models.model import describe, find_dtype
     from lexi_search.profiling.divergence import judge_variants, open_run
     from lexi_search.profiling.forward import Variant
+    from lexi_search.profiling.profile import choose_dtype
 
     checkpoint = open_checkpoint(weights)
     model = describe(checkpoint)

@@ -1,33 +1,19 @@
 """`lexi-search profile`."""
 
-from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import replace
-from functools import cache
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search import __version__
-from lexi_search.artifacts.codec import require_gate_exponent
-from lexi_search.artifacts.files import check_writable
-from lexi_search.artifacts.merging import Header
-from lexi_search.artifacts.profile import LayerLoss, Profile, ProfileSettings
-from lexi_search.artifacts.serialisation import write_profile
 from lexi_search.cli.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
-from lexi_search.cli.options import choose_dtype, dtype_option
-from lexi_search.errors import InputError
-from lexi_search.profiling.resume import Partials, keep_partials
+from lexi_search.cli.options import dtype_option
+from lexi_search.profiling.resume import Partials
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-AUTO = "auto"
-DEFAULTS = {  # of options, by input
-    "weights": {"relative_error": 0.0, "samples": 2**12},
-    "paper": {"relative_error": 0.01, "samples": 2**20},
-}
+INPUTS = ("weights", "paper")
 
 
 @click.command()
@@ -36,10 +22,9 @@ DEFAULTS = {  # of options, by input
 @click.option("--layers", help="Only these decoder layers: 0:15 (both ends included), 3, or 0,2,5.  [default: all]")
 @click.option(
     "--input",
-    "source",
-    type=click.Choice(tuple(DEFAULTS)),
+    type=click.Choice(INPUTS),
     default="weights",
-    help="weights: text that the model writes, through the whole model. paper: N(0, 1) to each layer by itself.",
+    help="weights: text sampled from the model, through the whole model. paper: N(0, 1) to each layer by itself.",
 )
 @click.option("--batch", default=4, help="Sequences per iteration.")
 @click.option("--length", default=512, help="Tokens per sequence.")
@@ -79,28 +64,18 @@ def profile(
     weights: str,
     output: str,
     layers: str | None,
-    source: str,
-    batch: int,
-    length: int,
-    relative_error: float | None,
-    samples: int | None,
-    control_variate: int | None,
-    seed: int,
-    dtype: str,
-    max_k: int | None,
-    gate_exponent: str | None,
-    restart: bool,
     distributed: bool,
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
+    **settings: Any,
 ) -> None:
     """Measure how much the model in WEIGHTS loses with each layer at each k.
 
     WEIGHTS is a folder with config.json and safetensors shards, or a hub id; two layers at most are in memory. The
-    model writes a text and is then run on it, with every layer at every k in turn: seven times through the files.
+    model samples a text and is then run on it, with every layer at every k in turn: seven times through the files.
     Hidden states take tokens x (1 + MoE layers x (k - 1)) x hidden size numbers, in host memory where the GPU has none
-    to spare. Without attention and embeddings, or for families that this does not know, use --input paper.
+    to spare. Without attention and embeddings, or for families that are not known here, use --input paper.
 
     Cut short, the same command goes on from what is kept in OUTPUT.partial: the text, which is six of the seven times
     through the files, or on --input paper every finished layer.
@@ -108,134 +83,61 @@ def profile(
     Several processes, on one host or many, share out the layers: start all with the same arguments, on their own GPUs
     each (CUDA_VISIBLE_DEVICES). Process 0 writes OUTPUT.
     """
-    place = (coordinator, num_processes, process_id)
-    together = distributed or place != (None, None, None)
+    wanted = parse_layers(layers) if layers else None
+    address = (coordinator, num_processes, process_id)
+    together = distributed or address != (None, None, None)
     if together:
         explain_lost_process()
-    else:
-        check_writable(output)
-    wanted = parse_layers(layers) if layers else None
-    exponent = _parse_exponent(gate_exponent, source)
-    if source != "paper":
-        _refuse({"--relative-error": relative_error, "--control-variate": control_variate, "--max-k": max_k})
     prepare_environment()
-    import numpy as np
+    from lexi_search.profiling.distributed import Group, join
+    from lexi_search.profiling.session import profile_checkpoint
 
-    from lexi_search.checkpoint.reader import open_checkpoint, sample_weights
-    from lexi_search.models.model import describe, find_dtype
-    from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, join, share, spread
-    from lexi_search.profiling.divergence import choose_exponent, draw_samples, open_run
-    from lexi_search.profiling.profile import check_layers, profile_layers
-
-    with ExitStack() as stack:
-        group = stack.enter_context(join(*place)) if together else Group()
-        checkpoint = open_checkpoint(weights)
-        model = describe(checkpoint, max_k=max_k, gate_exponent=None if exponent == AUTO else exponent)
-        chosen = wanted or model.layers
-        check_layers(checkpoint, model, chosen)
-        settings = ProfileSettings(
-            input=source,
-            seed=seed,
-            batch=batch,
-            length=length,
-            dtype=choose_dtype(dtype, source, find_dtype(checkpoint, model)),
-            relative_error=DEFAULTS[source]["relative_error"] if relative_error is None else relative_error,
-            max_samples=DEFAULTS[source]["samples"] if samples is None else samples,
-            control_variate=control_variate,
-            max_k=max_k,
-            gate_exponent=model.routing.exponent,
-        )
-        run = None if source == "paper" else open_run(checkpoint, model, settings.dtype)
-        made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}
-        header, partials = Header(model.identity, settings, made_by), None
-        agree(group, header)
-        if group.index == 0:
-            check_writable(output)
-            partials = keep_partials(output, header, restart=restart, but_exponent=exponent == AUTO)
-            partials = stack.enter_context(partials)
-            _tell_what_is_there(partials, chosen)
-        progress = stack.enter_context(make_progress(quiet=group.index > 0))
-        passes = progress.add_task("decoder layers, in passes", total=None, visible=run is not None)
-        traits = {"report": lambda layer: progress.advance(passes)}
-
-        @cache
-        def get_text() -> Any:
-            count = -(-len(chosen) // group.size)
-
-            def draw() -> list[list[int]]:
-                return draw_samples(run, settings, layers=count, **traits).tolist()
-
-            return np.asarray(share(group, "text", lambda: partials.find("text", draw)), np.int32)
-
-        if exponent == AUTO:
-
-            def choose() -> float:
-                return choose_exponent(run, get_text(), **traits)
-
-            found = share(group, "exponent", lambda: partials.find("exponent", choose))
-            model = model._replace(routing=model.routing._replace(exponent=found))
-            settings = replace(settings, gate_exponent=found)
-            if partials is not None:
-                click.echo(f"gate exponent {found:g}", err=True)
-                partials.load(Header(model.identity, settings, made_by))
-        missing = share(group, "missing", lambda: [layer for layer in chosen if layer not in partials.layers])
-        own = spread(estimate_costs(checkpoint, model, missing, source), group.size)[group.index]
-        tokens = get_text() if own and run is not None else None
-        measured = profile_layers(checkpoint, model, layers=own, settings=settings, tokens=tokens, **traits)
-        measured = stack.enter_context(closing(measured))
-        results = gather(group, measured, missing)
-        if partials is None:
-            deque(results, maxlen=0)
+    with join(*address) if together else nullcontext(Group()) as group:
+        with make_progress(quiet=group.index > 0) as progress:
+            observer = _Reporter(progress, from_text=settings["input"] != "paper")
+            try:
+                made = profile_checkpoint(weights, output, layers=wanted, group=group, observer=observer, **settings)
+            except KeyboardInterrupt:
+                if observer.kept is None or not (observer.kept.layers or observer.kept.findings):
+                    raise
+                told = f"{observer.describe_kept('are kept')} in {observer.kept.folder}"
+                raise Interruption(f"interrupted; {told}, and the same command goes on from there") from None
+        if made is None:
             return
-        _keep(results, partials, chosen, progress)
-        losses = {layer: partials.layers[layer] for layer in chosen}
-        write_profile(output, Profile(model.identity, settings, losses, made_by))
-        partials.drop(chosen)
-        if partials.layers:
-            click.echo(f"{len(partials.layers)} more finished layers stay in {partials.folder}", err=True)
+        if rest := len(observer.kept.layers):
+            click.echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
     click.echo(output)
 
 
-def _tell_what_is_there(partials: Partials, chosen: tuple[int, ...]) -> None:
-    if partials.layers or partials.findings or partials.damaged:
-        damaged = f"; files that are damaged there, and made again: {partials.damaged}" if partials.damaged else ""
-        click.echo(f"{_describe_kept(partials, chosen, 'are finished')} in {partials.folder}{damaged}", err=True)
+class _Reporter:
+    """The observer of a run that shows it on stderr; `kept` is what a run that is interrupted leaves behind."""
 
+    def __init__(self, progress: "Progress", *, from_text: bool) -> None:
+        self.progress = progress
+        self.passes = progress.add_task("decoder layers, in passes", total=None, visible=from_text)
+        self.bar = progress.add_task("layers", total=None, visible=False)
+        self.kept: Partials | None = None
+        self.layers: Sequence[int] = ()
 
-def _keep(
-    results: Iterator[tuple[int, LayerLoss]], partials: Partials, chosen: tuple[int, ...], progress: "Progress"
-) -> None:
-    finished = sum(layer in partials.layers for layer in chosen)
-    task = progress.add_task("layers", total=len(chosen), completed=finished)
-    try:
-        for layer, loss in results:
-            partials.add(layer, loss)
-            progress.advance(task)
-    except KeyboardInterrupt:
-        if not partials.layers and not partials.findings:
-            raise
-        kept = f"{_describe_kept(partials, chosen, 'are kept')} in {partials.folder}"
-        raise Interruption(f"interrupted; {kept}, and the same command goes on from there") from None
+    def open(self, partials: Partials, layers: Sequence[int]) -> None:
+        self.kept, self.layers = partials, layers
+        if partials.layers or partials.findings or partials.damaged:
+            damaged = f"; files that are damaged there, and made again: {partials.damaged}" if partials.damaged else ""
+            click.echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
+        self.progress.update(self.bar, total=len(layers), completed=self.count_finished(), visible=True)
 
+    def choose_exponent(self, exponent: float) -> None:
+        click.echo(f"gate exponent {exponent:g}", err=True)
 
-def _describe_kept(partials: Partials, chosen: tuple[int, ...], verb: str) -> str:
-    text = "the text and " if "text" in partials.findings else ""
-    return f"{text}{sum(layer in partials.layers for layer in chosen)} of {len(chosen)} layers {verb}"
+    def advance_pass(self, layer: int) -> None:
+        self.progress.advance(self.passes)
 
+    def finish_layer(self, layer: int) -> None:
+        self.progress.update(self.bar, completed=self.count_finished())
 
-def _parse_exponent(text: str | None, source: str) -> float | str | None:
-    if text == AUTO and source == "paper":
-        raise InputError("--gate-exponent auto is found on the model's own text; leave --input paper out")
-    if text in (None, AUTO):
-        return text
-    try:
-        exponent = float(text)
-    except ValueError:
-        raise InputError(f"--gate-exponent {text!r} is neither a number nor auto") from None
-    require_gate_exponent(exponent)
-    return exponent
+    def count_finished(self) -> int:
+        return sum(layer in self.kept.layers for layer in self.layers) if self.kept else 0
 
-
-def _refuse(options: dict[str, Any]) -> None:
-    if given := [name for name, value in options.items() if value is not None]:
-        raise InputError(f"{given[0]} is for --input paper; add that, or leave {given[0]} out")
+    def describe_kept(self, verb: str) -> str:
+        text = "the text and " if "text" in self.kept.findings else ""
+        return f"{text}{self.count_finished()} of {len(self.layers)} layers {verb}"

@@ -25,7 +25,7 @@ from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import describe
 from lexi_search.profiling import forward
 from lexi_search.profiling.divergence import EXPONENTS, choose_exponent, measure_layers, summarise
-from lexi_search.profiling.forward import Run, Variant, measure_movement
+from lexi_search.profiling.forward import Run, Variant, measure_losses
 from lexi_search.profiling.profile import profile_layers
 from lexi_search.profiling.sampling import draw_tokens
 
@@ -88,7 +88,7 @@ def test_divergence_is_that_of_transformers(opened):
     run, model = opened
     tokens, variants = make_tokens(), make_variants(run)
     done = []
-    found = measure_movement(run, tokens, variants, report=done.append)
+    found = measure_losses(run, tokens, variants, report=done.append)
     assert done == list(range(run.model.identity.num_hidden_layers))
     own = find_log_probabilities(model, run, tokens)
     for variant, divergence in zip(variants, found.divergence, strict=True):
@@ -102,7 +102,7 @@ def test_divergence_is_that_of_transformers(opened):
 def test_local_movement_is_that_of_transformers_blocks(opened):
     run, model = opened
     tokens, whole = make_tokens(), run.model.top_k
-    found = measure_movement(run, tokens, [])
+    found = measure_losses(run, tokens, [])
     inputs, streams = {}, {}
     blocks = tiny.find_moe_blocks(model)
     norms = {layer: dict(model.named_modules())[f"model.layers.{layer}.post_attention_layernorm"] for layer in blocks}
@@ -131,11 +131,11 @@ def test_local_movement_is_that_of_transformers_blocks(opened):
 def test_what_goes_through_at_once_changes_nothing(olmoe, monkeypatch):
     run, _ = olmoe
     tokens, variants = make_tokens(), make_variants(run)
-    together = measure_movement(run, tokens, variants)
+    together = measure_losses(run, tokens, variants)
     monkeypatch.setattr(forward, "PASS_BYTES", 1)
     monkeypatch.setattr(forward, "LOGIT_BYTES", 1)
     monkeypatch.setattr(forward, "_choose_storage", lambda run, tokens: np.asarray)
-    for one, other in zip(together, measure_movement(run, tokens, variants), strict=True):
+    for one, other in zip(together, measure_losses(run, tokens, variants), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
@@ -173,8 +173,8 @@ def test_a_token_without_an_embedding_moves_nothing(tmp_path):
     checkpoint = open_checkpoint(tiny.save_checkpoint("olmoe", model, tmp_path / "olmoe"))
     described = describe(checkpoint)
     run = Run(checkpoint, described, describe_decoder(checkpoint, described), "float32")
-    movement = measure_movement(run, np.full((2, 4), 7, np.int32), [])
-    assert (movement.squares == 0).all() and (movement.relative == 0).all()
+    losses = measure_losses(run, np.full((2, 4), 7, np.int32), [])
+    assert (losses.squares == 0).all() and (losses.relative == 0).all()
 
 
 def make_settings(**changes):
@@ -187,8 +187,8 @@ def test_losses_are_means_with_standard_errors_over_sequences():
     squares, relative = rng.uniform(1, 2, (2, 3, 6, 4))
     squares[..., -1] = relative[..., -1] = 0
     divergence = rng.uniform(0, 1, (3, 6))
-    movement = forward.Movement(squares, relative, divergence)
-    loss = summarise(movement, 1, divergence, make_settings(batch=3))
+    losses = forward.Losses(squares, relative, divergence)
+    loss = summarise(losses, 1, divergence, make_settings(batch=3))
     assert (loss.iterations, loss.samples) == (2, 6 * LENGTH)
     for k in range(4):
         mean, error = squares[1, :, k].mean(), squares[1, :, k].std(ddof=1) / 6**0.5

@@ -28,13 +28,13 @@ SETTINGS = ProfileSettings(
 PROFILE = """
 import dataclasses, json, sys
 import jax
-from lexi_search import measuring
-from lexi_search.artifacts.serialisation import ProfileSettings
+from lexi_search.profiling import gaussian
+from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.models.model import describe
 from lexi_search.profiling.profile import profile_layers
 
-measuring.PASS_BYTES = 100_000
+gaussian.PASS_BYTES = 100_000
 folder, settings = sys.argv[1], ProfileSettings(**json.loads(sys.argv[2]))
 checkpoint = open_checkpoint(folder)
 model = describe(checkpoint)

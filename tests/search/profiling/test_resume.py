@@ -27,16 +27,17 @@ STORE = Path("profile.json.partial")
 # Ends in the n-th call of a function that writes, either before or after it.
 DIE = """
 import os, signal
-from lexi_search import files, partials
+from lexi_search.artifacts import files
+from lexi_search.profiling import resume
 from lexi_search.cli.main import main
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-def add_and_die(self, layer, loss, add=partials.Partials.add):
+def add_and_die(self, layer, loss, add=resume.Partials.add):
     add(self, layer, loss)
     die()
 """
 IN_THE_WRITE = DIE + "files.os.replace = die\nmain()"
-AFTER_A_LAYER = DIE + "partials.Partials.add = add_and_die\nmain()"
+AFTER_A_LAYER = DIE + "resume.Partials.add = add_and_die\nmain()"
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +300,7 @@ def interrupt(*_, **__):
 
 
 def test_the_text_is_drawn_once(text_kept, checkpoint, monkeypatch):
-    monkeypatch.setattr("lexi_search.profiling.divergence.draw_samples", interrupt)
+    monkeypatch.setattr("lexi_search.profiling.session.draw_samples", interrupt)
     done = run(checkpoint, *WRITES)
     assert (done.exit_code, done.stdout) == (0, "profile.json\n")
     assert done.stderr == f"the text and 0 of 3 layers are finished in {text_kept / STORE}\n"
@@ -325,6 +326,6 @@ def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, 
         assert run(checkpoint, *auto).exit_code == 130
     assert sorted(path.name.partition("-")[0] for path in STORE.glob("*.found")) == ["exponent", "text"]
     for name in ("draw_samples", "choose_exponent"):
-        monkeypatch.setattr(f"lexi_search.profiling.divergence.{name}", interrupt)
+        monkeypatch.setattr(f"lexi_search.profiling.session.{name}", interrupt)
     assert run(checkpoint, *auto).exit_code == 0 and not STORE.exists()
     assert run(checkpoint, *WRITES, "-o", "other").exit_code == 1  # which draws, so that the above did not

@@ -1,0 +1,227 @@
+"""A whole profile, from a checkpoint to a file: resumed where it was cut short, shared out over processes.
+
+`lexi-search profile` parses its options and calls this; so may any program.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+from lexi_search import __version__
+from lexi_search.artifacts.codec import require_gate_exponent
+from lexi_search.artifacts.files import check_writable
+from lexi_search.artifacts.merging import Header
+from lexi_search.artifacts.profile import LayerLoss, Profile, ProfileSettings
+from lexi_search.artifacts.serialisation import write_profile
+from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
+from lexi_search.errors import InputError
+from lexi_search.models.model import Model, describe, find_dtype
+from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
+from lexi_search.profiling.divergence import choose_exponent, draw_samples, open_run
+from lexi_search.profiling.forward import Run
+from lexi_search.profiling.profile import check_layers, choose_dtype, profile_layers
+from lexi_search.profiling.resume import Partials, keep_partials
+
+AUTO = "auto"
+RELATIVE_ERROR = {"weights": 0.0, "paper": 0.01}  # by input
+SAMPLES = {"weights": 2**12, "paper": 2**20}
+
+
+class Observer(Protocol):
+    """A listener to the events of a run, a method for each; all of them are called from the caller's thread."""
+
+    def open(self, partials: Partials, layers: Sequence[int]) -> None:
+        """Results of an earlier run are loaded; `layers` are those of the profile. In process 0 only."""
+
+    def choose_exponent(self, exponent: float) -> None:
+        """The gate exponent is found. In process 0 only."""
+
+    def advance_pass(self, layer: int) -> None:
+        """A decoder layer is done in one of the passes over the whole model; on input `weights` only."""
+
+    def finish_layer(self, layer: int) -> None:
+        """The losses of a MoE layer are measured; in process 0 they are on disk."""
+
+
+class _Silent(Observer):
+    """The default observer, which does nothing."""
+
+
+class _Session(NamedTuple):
+    """A run that is set up: the same in every process but for `group.index` and `partials`, which process 0 has."""
+
+    group: Group
+    checkpoint: Checkpoint
+    model: Model
+    settings: ProfileSettings
+    run: Run | None  # None on the paper's input
+    layers: Sequence[int]
+    observer: Observer
+    partials: Partials | None = None
+
+    @property
+    def header(self) -> Header:
+        made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(self.checkpoint)}
+        return Header(self.model.identity, self.settings, made_by)
+
+
+def profile_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    layers: Collection[int] | None = None,
+    input: str = "weights",
+    batch: int = 4,
+    length: int = 512,
+    relative_error: float | None = None,
+    samples: int | None = None,
+    control_variate: int | None = None,
+    seed: int = 0,
+    dtype: str = AUTO,
+    max_k: int | None = None,
+    gate_exponent: float | str | None = None,
+    restart: bool = False,
+    group: Group = Group(),  # noqa: B008  (a tuple)
+    observer: Observer | None = None,
+) -> Profile | None:
+    """The profile of the checkpoint `source`, a folder or hub id, which is also written to `output`.
+
+    Args:
+        layers: decoder-layer indices; by default all MoE layers.
+        input: `weights`, text sampled from the model, or `paper`, N(0, 1). Settings are those of `ProfileSettings`.
+        gate_exponent: a number, or "auto" for the one with the least divergence.
+        restart: throw away what a run that was cut short left in `<output>.partial/`, instead of going on from there.
+        group: this process among others, from `distributed.join`; process 0 writes `output`, others return None.
+
+    Raises:
+        InputError: bad settings, a checkpoint that cannot be read or is not known, an `output` that cannot be written,
+            results of another run in `<output>.partial/`, another process that has stopped.
+    """
+    _check_settings(input, relative_error=relative_error, control_variate=control_variate, max_k=max_k)
+    exponent = _check_exponent(gate_exponent, input)
+    if group.index == 0:
+        check_writable(output)
+    settings = {
+        "input": input,
+        "seed": seed,
+        "batch": batch,
+        "length": length,
+        "relative_error": RELATIVE_ERROR[input] if relative_error is None else relative_error,
+        "max_samples": SAMPLES[input] if samples is None else samples,
+        "control_variate": control_variate,
+        "max_k": max_k,
+    }
+    session = _open(source, layers, dtype, exponent, group, observer or _Silent(), **settings)
+    agree(group, session.header)
+    with ExitStack() as stack:
+        if group.index == 0:
+            kept = keep_partials(output, session.header, restart=restart, but_exponent=exponent == AUTO)
+            session = session._replace(partials=stack.enter_context(kept))
+            session.observer.open(session.partials, session.layers)
+        return _measure(session, output, find_exponent=exponent == AUTO)
+
+
+def _open(
+    source: str | os.PathLike[str],
+    layers: Collection[int] | None,
+    dtype: str,
+    exponent: float | str | None,
+    group: Group,
+    observer: Observer,
+    **settings: Any,
+) -> _Session:
+    checkpoint = open_checkpoint(source)
+    model = describe(checkpoint, max_k=settings["max_k"], gate_exponent=None if exponent == AUTO else exponent)
+    chosen = tuple(layers or model.layers)
+    check_layers(checkpoint, model, chosen)
+    chosen_dtype = choose_dtype(dtype, settings["input"], find_dtype(checkpoint, model))
+    complete = ProfileSettings(dtype=chosen_dtype, gate_exponent=model.routing.exponent, **settings)
+    run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype)
+    return _Session(group, checkpoint, model, complete, run, chosen, observer)
+
+
+def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent: bool) -> Profile | None:
+    group, layers, partials = session.group, session.layers, session.partials
+    get_text = cache(lambda: _get_text(session))
+    if find_exponent:
+        session = _find_exponent(session, get_text)
+    missing = share(group, "missing", lambda: [layer for layer in layers if layer not in partials.layers])
+    costs = estimate_costs(session.checkpoint, session.model, missing, session.settings.input)
+    assigned = spread(costs, group.size)[group.index]
+    tokens = get_text() if assigned and session.run is not None else None
+    measured = _profile_assigned(session, assigned, tokens)
+    with closing(measured):
+        for layer, loss in gather(group, measured, missing):
+            if partials is not None:
+                partials.add(layer, loss)
+            session.observer.finish_layer(layer)
+    if partials is None:
+        return None
+    header = session.header
+    losses = {layer: partials.layers[layer] for layer in layers}
+    profile = Profile(header.model, header.settings, losses, header.made_by)
+    write_profile(output, profile)
+    partials.drop(layers)
+    return profile
+
+
+def _profile_assigned(
+    session: _Session, layers: Sequence[int], tokens: Int32[np.ndarray, "sequences length"] | None
+) -> Iterator[tuple[int, LayerLoss]]:
+    report = session.observer.advance_pass
+    return profile_layers(
+        session.checkpoint, session.model, layers=layers, settings=session.settings, tokens=tokens, report=report
+    )
+
+
+def _get_text(session: _Session) -> Int32[np.ndarray, "sequences length"]:
+    """The text that all layers are measured on: from an earlier run, from process 0, or sampled now."""
+    count = -(-len(session.layers) // session.group.size)
+    report = session.observer.advance_pass
+
+    def sample() -> list[list[int]]:
+        return draw_samples(session.run, session.settings, layers=count, report=report).tolist()
+
+    return np.asarray(share(session.group, "text", lambda: session.partials.find("text", sample)), np.int32)
+
+
+def _find_exponent(session: _Session, get_text: Callable[[], Int32[np.ndarray, "sequences length"]]) -> _Session:
+    """The session with the gate exponent of an earlier run, of process 0, or the best one on the text."""
+
+    def choose() -> float:
+        return choose_exponent(session.run, get_text(), report=session.observer.advance_pass)
+
+    exponent = share(session.group, "exponent", lambda: session.partials.find("exponent", choose))
+    model = session.model._replace(routing=session.model.routing._replace(exponent=exponent))
+    session = session._replace(model=model, settings=replace(session.settings, gate_exponent=exponent))
+    if session.partials is not None:
+        session.observer.choose_exponent(exponent)
+        session.partials.load(session.header)
+    return session
+
+
+def _check_settings(input: str, **settings: object) -> None:
+    if input not in SAMPLES:
+        raise InputError(f"input {input!r} is not known; known are {', '.join(SAMPLES)}")
+    given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
+    if input != "paper" and given:
+        raise InputError(f"{given[0]} is for --input paper; add that, or leave {given[0]} out")
+
+
+def _check_exponent(value: float | str | None, input: str) -> float | str | None:
+    if value == AUTO and input == "paper":
+        raise InputError("--gate-exponent auto is found on the model's own text; leave --input paper out")
+    if value in (None, AUTO):
+        return value
+    try:
+        exponent = float(value)
+    except ValueError:
+        raise InputError(f"--gate-exponent {value!r} is neither a number nor auto") from None
+    require_gate_exponent(exponent)
+    return exponent
