@@ -298,10 +298,10 @@ def test_refuses(config, tensors, message, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"n_group": 3}, "n_group 3, topk_group 2 do not part 16"),
+        ({"n_group": 3}, "n_group 3, topk_group 2 do not fit 16"),
         ({"n_group": 8, "topk_group": 1}, "topk_group 1 leaves fewer than 4"),
-        ({"n_group": 16, "topk_group": 8}, "n_group 16, topk_group 8 do not part 16"),  # judged by its best two
-        ({"n_group": 0}, "n_group 0, topk_group 2 do not part 16"),
+        ({"n_group": 16, "topk_group": 8}, "n_group 16, topk_group 8 do not fit 16"),  # judged by its best two
+        ({"n_group": 0}, "n_group 0, topk_group 2 do not fit 16"),
     ],
 )
 def test_refuses_groups_that_do_not_fit(config, message, tmp_path):
