@@ -28,7 +28,7 @@ READERS = 8  # threads that read, each into its own host buffer, as large as the
 
 
 class _Recipe(NamedTuple):
-    """The way from one tensor's stored parts to some of an expert's weights; hashable, static under `jit`.
+    """The conversion of one tensor's stored parts into some of an expert's weights; hashable, static under `jit`.
 
     The rows of the values [out, in] belong to the `fields` of `ExpertWeights`: in equal blocks or, if `interleaved`,
     alternately.

@@ -64,7 +64,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
     if gate_exponent is not None and architecture.routing.scales_input:
         raise InputError(f"{config.place}: scores scale the experts' inputs, so a gate exponent has nothing to act on")
     if gate_exponent is not None and max_k is not None:
-        raise InputError("a gate exponent shares out what experts weigh at the model's own k: leave max_k out")
+        raise InputError("a gate exponent redistributes the gate weights of the model's own k: leave max_k out")
     if max_k is not None and not max(top_k, 2) <= max_k <= num_experts:
         raise InputError(f"{config.place}: max_k {max_k} is not between {max(top_k, 2)} and {num_experts}, the experts")
     routing = _read_routing(config, architecture, num_experts, max_k or top_k)._replace(exponent=gate_exponent)
