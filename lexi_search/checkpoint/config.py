@@ -77,4 +77,16 @@ def open_config(checkpoint: Checkpoint, path: str | None) -> Config:
     return Config(values, f"{place}, {path}" if path else place)
 
 
+# Keys under which multimodal configs keep the language model's config, perhaps one inside another.
+TEXT_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
+
+
+def find_text_config(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that lead to the language model's part of a multimodal config; none where there is no such part."""
+    path: tuple[str, ...] = ()
+    while key := next((key for key in TEXT_KEYS if isinstance(config.get(key), dict)), None):
+        config, path = config[key], (*path, key)
+    return path
+
+
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
