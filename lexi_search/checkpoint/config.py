@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 
 
@@ -67,9 +67,9 @@ class Config(NamedTuple):
         return value
 
 
-def open_config(checkpoint: Checkpoint, path: str | None) -> Config:
-    """The language model's part of `config.json`, which a multimodal one keeps under the dotted `path`."""
-    place, values = str(checkpoint.folder / "config.json"), checkpoint.config
+def open_config(config: Mapping[str, Any], folder: Path, path: str | None) -> Config:
+    """The language model's part of the `config` in `folder`, which a multimodal one keeps under the dotted `path`."""
+    place, values = str(folder / "config.json"), config
     for key in path.split(".") if path else ():
         values = values.get(key)
         if not isinstance(values, dict):

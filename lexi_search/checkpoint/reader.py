@@ -10,14 +10,17 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 
 from lexi_search.artifacts.files import read_json_object
+from lexi_search.checkpoint.config import Config, open_config
 from lexi_search.checkpoint.folder import find_folder
+from lexi_search.checkpoint.tensors import TensorEntry, Tensors
 from lexi_search.errors import InputError
 
 SAMPLES, SAMPLE_BYTES = 1024, 4096
@@ -47,26 +50,25 @@ SINGLE = "model.safetensors"
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 
 
-class TensorEntry(NamedTuple):
-    """Where a tensor lies: `size` bytes of `file` from byte `start` on, row-major."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
 class Checkpoint(Mapping[str, np.ndarray]):
-    """Tensor name -> array, read when asked for; `config` is the parsed `config.json`, `entries` the index.
+    """Name of a stored tensor -> array; `config` is the parsed `config.json`, `entries` says where tensors lie.
 
-    Opening reads headers only. A lookup reads the tensor into memory of its own; `read` fills a buffer of the caller.
+    Opening reads headers only. A lookup reads the tensor into newly allocated memory; `read` fills the caller's buffer.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]):
         self.folder = folder
         self.config = config
         self.entries = entries
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The logical tensors; InputError for a quantisation that is not supported."""
+        return Tensors(self.config, self.folder, self.entries)
+
+    def open_config(self, path: str | None) -> Config:
+        """The language model's part of the config, under the dotted `path`; the whole config where that is empty."""
+        return open_config(self.config, self.folder, path)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.read(name, np.empty(self.entries[name].size, np.uint8))

@@ -7,15 +7,24 @@ quantised is told by which tensors are there, and must agree with what the confi
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lexi_search.checkpoint.dequantise import Plain, Scheme
 from lexi_search.checkpoint.quantisation_config import Quantisation, Storage, read_quantisation
 from lexi_search.checkpoint.quantisation_formats import FORMATS, Format, Misfit
-from lexi_search.checkpoint.reader import Checkpoint, TensorEntry
 from lexi_search.errors import InputError
+
+
+class TensorEntry(NamedTuple):
+    """The place of a stored tensor: `size` bytes of `file` from byte `start` on, row-major."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 class StoredTensor(NamedTuple):
@@ -39,10 +48,10 @@ class Tensors(Mapping[str, StoredTensor]):
             fit each other or the config, or that the config says is not quantised.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.folder = checkpoint.folder
-        self._entries = checkpoint.entries
-        self._quantisation = read_quantisation(checkpoint.config, checkpoint.folder)
+    def __init__(self, config: Mapping[str, Any], folder: Path, entries: Mapping[str, TensorEntry]):
+        self.folder = folder
+        self._entries = entries
+        self._quantisation = read_quantisation(config, folder)
 
     def __getitem__(self, name: str) -> StoredTensor:
         quantisation, found = self._quantisation, []

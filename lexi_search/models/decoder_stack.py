@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lexi_search.checkpoint.config import Config, open_config
+from lexi_search.checkpoint.config import Config
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
@@ -20,14 +19,14 @@ from lexi_search.models.rope import find_temperature, make_rope, read_parameters
 
 def find_first_token(checkpoint: Checkpoint, model: Model, vocabulary: int) -> int | None:
     """The token that texts begin with, by the config; None where it names none that the embedding has."""
-    values = open_config(checkpoint, model.identity.top_k_key.rpartition(".")[0]).values
+    values = checkpoint.open_config(model.config_path).values
     token = values.get("bos_token_id", checkpoint.config.get("bos_token_id"))
     return token if type(token) is int and 0 <= token < vocabulary else None
 
 
 def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
     """The size of the vocabulary: tokens that embedding and LM head both have, for one of them may be padded."""
-    stored, ends = Tensors(checkpoint), decoder.ends
+    stored, ends = checkpoint.tensors, decoder.ends
     return min(stored[tensor.name].shape[0] for tensor in (ends.embedding, ends.head.weight))
 
 
@@ -71,7 +70,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
             of wrong shape.
     """
     identity = model.identity
-    config = open_config(checkpoint, identity.top_k_key.rpartition(".")[0])
+    config = checkpoint.open_config(model.config_path)
     if identity.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         thing = f"what {identity.model_type} computes outside its MoE layers is not known"
@@ -79,7 +78,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
     if model.activation.name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise InputError(f"{config.place}: hidden_act {model.activation.name!r} is not known; known are {known}")
-    family, finder = FAMILIES[identity.model_type], Finder(Tensors(checkpoint))
+    family, finder = FAMILIES[identity.model_type], Finder(checkpoint.tensors)
     stem = identity.router[: identity.router.index("layers.{}")]
     norm = Norm(_resolve(config, family.eps), family.centred)
     residual_scale = _resolve(config, family.residual_scale)

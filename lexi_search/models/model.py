@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.profile import DTYPES
-from lexi_search.checkpoint.config import Config, open_config
+from lexi_search.checkpoint.config import Config
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Activation, Routing
 from lexi_search.models.moe_families import ARCHITECTURES, Architecture
@@ -31,6 +30,11 @@ class Model(NamedTuple):
         return self.max_k or self.identity.top_k
 
     @property
+    def config_path(self) -> str:
+        """The dotted path of the language model's part in the checkpoint's config; empty where that is the whole."""
+        return self.identity.top_k_key.rpartition(".")[0]
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Decoder-layer indices of the MoE layers, ascending."""
         return self.identity.moe_layers
@@ -49,7 +53,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
             missing or of wrong shape.
     """
     architecture = _find_architecture(checkpoint)
-    config = open_config(checkpoint, architecture.text_config)
+    config = checkpoint.open_config(architecture.text_config)
     num_experts, top_k_key = config.read_count(*architecture.num_experts), config.find_key(architecture.top_k)
     top_k, num_layers = config.read_count(top_k_key), config.count_layers()
     hidden_size = config.read_count("hidden_size")
@@ -67,7 +71,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
     if max_k is not None and not max(top_k, 2) <= max_k <= num_experts:
         raise InputError(f"{config.place}: max_k {max_k} is not between {max(top_k, 2)} and {num_experts}, the experts")
     routing = _read_routing(config, architecture, num_experts, max_k or top_k)._replace(exponent=gate_exponent)
-    stored = Tensors(checkpoint)
+    stored = checkpoint.tensors
     pattern, layers = find_routers(stored, architecture, num_layers)
     tensors = {
         layer: locate_tensors(
@@ -98,7 +102,7 @@ def find_dtype(checkpoint: Checkpoint, model: Model) -> str:
     """The element type of the experts as stored; float32 for one that a profile cannot be measured in (float64)."""
     experts = next(iter(model.tensors.values())).experts
     name = experts.fused[0] if experts.fused else experts.separate[0][0]
-    stored = Tensors(checkpoint)[name].dtype.name
+    stored = checkpoint.tensors[name].dtype.name
     return stored if stored in DTYPES else "float32"
 
 
