@@ -9,26 +9,27 @@ from lexi_search.errors import InputError
 
 
 class Key(NamedTuple):
-    """A value that the config holds under `name`, and what it is where the key is absent or null."""
+    """The config's value under `name`; `default` where the key is absent or null."""
 
     name: str
     default: Any
 
 
 class Config(NamedTuple):
-    """The part of `config.json` that speaks of the language model, and how to name its keys in messages."""
+    """The language model's part of `config.json`, and its place for messages."""
 
     values: Mapping[str, Any]
     place: str  # file and, where nested, the key of that part
 
     def find_key(self, aliases: tuple[str, ...]) -> str:
+        """The first of `aliases` that has a value; InputError where none has."""
         key = next((key for key in aliases if self.values.get(key) is not None), None)
         if key is None:
             raise InputError(f"{self.place}: {' or '.join(aliases)} is missing; is this a mixture-of-experts model?")
         return key
 
     def read_count(self, *aliases: str) -> int:
-        """A whole number of at least 1, or a list of one such number for every layer that are all equal."""
+        """The whole number of at least 1 under the first alias, or in a list of equal ones, one for every layer."""
         key = self.find_key(aliases)
         value = self.values[key]
         if isinstance(value, list) and value and all(item == value[0] for item in value):
@@ -40,13 +41,14 @@ class Config(NamedTuple):
         return value
 
     def count_layers(self) -> int:
+        """The number of decoder layers."""
         key = self.find_key(("num_hidden_layers", "layers_block_type"))  # the second has an entry for every layer
         if key == "layers_block_type" and isinstance(self.values[key], list):
             return len(self.values[key])
         return self.read_count(key)
 
     def resolve(self, value: Any) -> Any:
-        """What a `Key` stands for here, of its default's type; anything else is the value itself."""
+        """The value of a `Key` in this config, of its default's type; any other `value` is returned as it is."""
         if not isinstance(value, Key):
             return value
         found = self.values.get(value.name)
@@ -59,6 +61,7 @@ class Config(NamedTuple):
         return found
 
     def read_choice(self, key: str, known: Mapping[Any, Any]) -> Any:
+        """The value under `key`, one of `known`; the first of these where it is absent or null."""
         value = self.values.get(key)
         if value is None:
             return next(iter(known))
@@ -68,7 +71,7 @@ class Config(NamedTuple):
 
 
 def open_config(config: Mapping[str, Any], folder: Path, path: str | None) -> Config:
-    """The language model's part of the `config` in `folder`, which a multimodal one keeps under the dotted `path`."""
+    """The language model's part of the `config` in `folder`, under the dotted `path`; without a path, the whole."""
     place, values = str(folder / "config.json"), config
     for key in path.split(".") if path else ():
         values = values.get(key)

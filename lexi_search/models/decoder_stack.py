@@ -9,8 +9,16 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
-from lexi_search.layers.spec import Block, GroupedAttention, LatentAttention, Norm, Norms, Rope
-from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, ExpertWeights, GroupedWeights, LatentWeights
+from lexi_search.layers.spec import Block, GroupedAttention, LatentAttention, Norm, Rope
+from lexi_search.layers.weights import (
+    Affine,
+    BlockWeights,
+    EndWeights,
+    ExpertWeights,
+    GroupedWeights,
+    LatentWeights,
+    Norms,
+)
 from lexi_search.models.decoder_families import FAMILIES, FULL, SLIDING, Family
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.model import Model
