@@ -244,7 +244,7 @@ BIASES = ("e_score_correction_bias", "expert_bias", "router.bias")
 
 
 def build_reference(family: str, *, seed: int = 0, **changes):
-    """The family's tiny model as transformers builds it, float32, in evaluation mode; its routers prefer."""
+    """The family's tiny model, built by transformers: float32, evaluation mode, routers with clear preferences."""
     name, settings = ALL_FAMILIES[family]
     name, _, model_name = name.partition(" ")
     config = getattr(transformers, f"{name}Config")(**(settings | changes))
