@@ -22,14 +22,17 @@ from lexi_search.models.model import describe
 WORKER = Path(__file__).with_name("engine_worker.py")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9, 10], [100, 90, 80, 70, 60, 50], [200, 3, 201, 5, 202, 7, 203]]
 
-# The only width of latent attention that vLLM's CPU build has kernels for; and vLLM's own rotary embedding of
-# DeepSeek-V2 is wrong there, torch's is right.
+# The only width of latent attention that vLLM's CPU build has kernels for. Its own rotary embedding of DeepSeek-V2 is
+# wrong, torch's is right; and the kernels that it prefers on processors with AMX do not take float32.
 LATENT_ATTENTION = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
-NATIVE_ROTARY = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
+LATENT_OPTIONS = {
+    "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+    "attention_backend": "CPU_MLA",
+}
 CHANGES = {"deepseek_v2": LATENT_ATTENTION, "deepseek_vl2": LATENT_ATTENTION}
 OPTIONS = {
-    "deepseek_v2": NATIVE_ROTARY,
-    "deepseek_vl2": NATIVE_ROTARY | {"limit_mm_per_prompt": {"image": 0}, "skip_tokenizer_init": False},
+    "deepseek_v2": LATENT_OPTIONS,
+    "deepseek_vl2": LATENT_OPTIONS | {"limit_mm_per_prompt": {"image": 0}, "skip_tokenizer_init": False},
     "minicpm": {"trust_remote_code": True},
 }
 WORKER_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
