@@ -1,5 +1,5 @@
-"""From a profile to what people serve.
+"""From a profile to an allocation that can be served.
 
-Read `costs` (milliseconds of each k), `allocate` (budgets in, allocations out), `tradeoff` (every trade of cost against
-loss), `comparison` (one profile judged by another) and `export` (formats for vLLM and transformers).
+Read `costs` (milliseconds of each k), `allocate` (budgets in, allocations out), `tradeoff` (the Pareto front of cost
+and loss), `comparison` (one profile judged by another) and `export` (formats for vLLM and transformers).
 """

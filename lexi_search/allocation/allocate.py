@@ -1,9 +1,10 @@
-"""From a profile to allocations: either search at every budget, each result beside the optimum and the uniform k."""
+"""Allocations from a profile: a search at every budget, each result beside the optimum and the uniform k."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from lexi_search import __version__
 from lexi_search.allocation.costs import Cost
@@ -21,18 +22,18 @@ METHODS = ("evolution", "exact")
 
 
 class Uniform(NamedTuple):
-    """The same k in every layer, which meets a budget, and its loss."""
+    """A uniform k that meets a budget, and its loss."""
 
     k: int
     loss: float
 
 
-class Found(NamedTuple):
-    """An allocation and what to judge it by.
+class AllocationResult(NamedTuple):
+    """An allocation and the figures to judge it by.
 
     `uniform` is the best uniform k of the same budget, None where there is none. With a cost: `ms` and `speedup`
-    against the model's own k, of the whole mix of steps. `share` and `regret` are the profile's uncertainty
-    (`uncertainty.Certainty`), None where it was not asked for; `history` is the best and the mean fitness after each
+    against the model's own k, over the whole mix of steps. `share` and `regret` are the profile's uncertainty
+    (`solvers.uncertainty.Certainty`), None without resampling; `history` is the best and the mean fitness after each
     generation, None for the exact method.
     """
 
@@ -57,64 +58,68 @@ def allocate(
     resamples: int = 0,
     seed: int = 0,
     **settings: int | float,
-) -> tuple[Found, ...]:
+) -> tuple[AllocationResult, ...]:
     """One allocation per budget, in the order of `budgets`.
 
-    Budgets are experts per token summed over layers or, with a `cost`, milliseconds of its mix, of which an allocation
-    takes at most that many. `loss` is a kind that the profile holds, its `default_loss` if None. `settings` and
-    `fitness` are `evolution.search`'s own; the optimum beside a result is that of the summed loss whatever the fitness.
-    `resamples` tables judge how sure the result is.
+    Budgets are experts per token summed over layers or, with a `cost`, the most milliseconds that its mix may take.
+    `loss` is one that the profile holds, its `default_loss` if None. `settings` and `fitness` are those of
+    `evolution.search`; optima are of the summed loss for any fitness. `resamples` tables give a result's certainty.
 
-    Raises InputError where the profile lacks a layer, for an unknown method, and as `problems.pose`.
+    Raises InputError where the profile lacks a layer, for an unknown method, and as `problem.pose`.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown, expected one of {', '.join(METHODS)}")
     loss = loss or profile.default_loss
     problem = pose_profile(profile, budgets, cost=cost, constraints=constraints, loss=loss)
-    best = solve(problem)
-    if method == "exact":
-        if fitness is not None:
-            raise InputError("the exact method minimises the summed loss only; use evolution for another fitness")
-        found, histories = best, [None] * len(best.loss)
-    else:
-        found = search(problem, fitness=fitness, optimum=best, seed=seed, **settings)
-        histories = list(zip(found.best_history, found.mean_history, strict=True))
-    uniform = find_uniform(problem)
-    shares, regrets = [None] * len(found.loss), [None] * len(found.loss)
-    if resamples:
-        sure = judge(problem, np.asarray(profile.errors(loss)), found.top_k, resamples=resamples, seed=seed)
-        shares, regrets = [tuple(row) for row in sure.share.tolist()], sure.regret.tolist()
+    optimum = solve(problem)
     made_by = describe_origin(profile, constraints, loss=loss, method=method)
+    solution, histories = optimum, [None] * len(optimum.loss)
     if method == "evolution":
+        solution = search(problem, fitness=fitness, optimum=optimum, seed=seed, **settings)
+        histories = list(zip(solution.best_history, solution.mean_history, strict=True))
         made_by |= {"seed": seed, **settings}
-    times = speedups = [None] * len(found.loss)
+    elif fitness is not None:
+        raise InputError("the exact method minimises the summed loss only; use evolution for another fitness")
+    uniform = find_uniform(problem)
+    shares = regrets = times = speedups = [None] * len(solution.loss)
+    if resamples:
+        shares, regrets = _judge(profile, problem, solution.top_k, loss=loss, resamples=resamples, seed=seed)
     if cost is not None:
-        times = cost.time(found.top_k).tolist()
+        times = cost.time(solution.top_k).tolist()
         speedups = [cost.base_ms / ms for ms in times]
-    results = []
-    for i, top_k in enumerate(found.top_k):
-        spent = {"ms": times[i], "speedup": speedups[i], "budget_ms": float(budgets[i])}
-        paid = {} if cost is None else {"cost": cost.describe() | spent}
-        allocation = make_allocation(
-            profile,
-            top_k.tolist(),
-            loss=found.loss[i],
-            # Grouped layers are added in another order: the least of two roundings of the same sum.
-            optimal_loss=min(best.loss[i], found.loss[i]) / (1 + best.error),
-            made_by={**made_by, **paid},
+    return tuple(
+        AllocationResult(
+            allocation=make_allocation(
+                profile,
+                top_k.tolist(),
+                loss=solution.loss[i],
+                # Grouped layers are added in another order: the smaller of two roundings of the same sum counts.
+                optimal_loss=min(optimum.loss[i], solution.loss[i]) / (1 + optimum.error),
+                made_by=made_by | describe_spending(cost, times[i], speedups[i], budget_ms=budgets[i]),
+            ),
+            uniform=_make_uniform(problem, int(uniform[i])),
+            ms=times[i],
+            speedup=speedups[i],
+            share=shares[i],
+            regret=regrets[i],
+            history=histories[i],
         )
-        results.append(
-            Found(
-                allocation,
-                make_uniform(problem, int(uniform[i])),
-                times[i],
-                speedups[i],
-                shares[i],
-                regrets[i],
-                histories[i],
-            )
-        )
-    return tuple(results)
+        for i, top_k in enumerate(solution.top_k)
+    )
+
+
+def _judge(
+    profile: Profile,
+    problem: Problem,
+    top_k: Int[np.ndarray, "budgets layers"],
+    *,
+    loss: str,
+    resamples: int,
+    seed: int,
+) -> tuple[list[tuple[float, ...]], list[float]]:
+    """The shares and regrets of the allocations `top_k`, by the profile's standard errors."""
+    certainty = judge(problem, np.asarray(profile.errors(loss)), top_k, resamples=resamples, seed=seed)
+    return [tuple(row) for row in certainty.share.tolist()], certainty.regret.tolist()
 
 
 def pose_profile(
@@ -125,7 +130,7 @@ def pose_profile(
     constraints: Constraints | None,
     loss: str,
 ) -> Problem:
-    """The problem of a whole profile, budgets as in `allocate`; InputError where it lacks a layer."""
+    """The allocation problem of a profile, budgets as in `allocate`; InputError where it lacks a layer."""
     missing = sorted(set(profile.model.moe_layers) - set(profile.layers))
     if missing:
         raise InputError(
@@ -141,15 +146,15 @@ def pose_profile(
     return pose(table, caps, costs=cost.ms, fixed_cost=cost.other_ms, constraints=constraints)
 
 
-def make_uniform(problem: Problem, k: int) -> Uniform | None:
-    """The uniform k with its loss; None for 0."""
+def _make_uniform(problem: Problem, k: int) -> Uniform | None:
+    """The uniform k and its loss; None for k = 0."""
     return Uniform(k, float(sum_over_layers(problem.losses, np.full(len(problem.losses), k)))) if k else None
 
 
 def make_allocation(
     profile: Profile, top_k: Sequence[int], *, loss: float, optimal_loss: float, made_by: dict[str, Any]
 ) -> Allocation:
-    """The allocation of `top_k`, one for each MoE layer in order."""
+    """The allocation with the k of `top_k`, one for each MoE layer in order."""
     return Allocation(
         model=profile.model,
         top_k=dict(zip(profile.model.moe_layers, top_k, strict=True)),
@@ -163,14 +168,24 @@ def make_allocation(
 
 
 def describe_origin(profile: Profile, constraints: Constraints | None, *, loss: str, method: str) -> dict[str, Any]:
-    """What an allocation says of how it was made; layers of constraints by their index in the decoder."""
-    given, layers = constraints or Constraints(), profile.model.moe_layers
+    """The origin that an allocation records; constraints name layers by their index in the decoder."""
+    limits, layers = constraints or Constraints(), profile.model.moe_layers
     bounds = {
         name: bound if isinstance(bound, int) else dict(zip(map(str, layers), map(int, bound), strict=True))
-        for name, bound in (("min_k", given.min_k), ("max_k", given.max_k))
+        for name, bound in (("min_k", limits.min_k), ("max_k", limits.max_k))
         if bound is not None
     }
-    groups = {"groups": [[layers[row] for row in group] for group in given.groups]} if given.groups else {}
-    allowed = {"allowed_k": list(given.allowed_k)} if given.allowed_k is not None else {}
+    groups = {"groups": [[layers[row] for row in group] for group in limits.groups]} if limits.groups else {}
+    allowed = {"allowed_k": list(limits.allowed_k)} if limits.allowed_k is not None else {}
     origin = {"lexi_search": __version__, "profile_sha256": sha256(profile), "loss": loss, "method": method}
     return {**origin, **bounds, **allowed, **groups}
+
+
+def describe_spending(
+    cost: Cost | None, ms: float | None, speedup: float | None, *, budget_ms: float | None = None
+) -> dict[str, Any]:
+    """The cost that an allocation records beside its origin; empty where there is no cost."""
+    if cost is None:
+        return {}
+    limit = {} if budget_ms is None else {"budget_ms": float(budget_ms)}
+    return {"cost": cost.describe() | {"ms": ms, "speedup": speedup} | limit}

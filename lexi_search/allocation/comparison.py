@@ -1,4 +1,4 @@
-"""How well the losses of one profile stand in for those of another, such as one measured on a user's own text."""
+"""Comparison of profiles: the allocations from one, judged by the losses of another, such as one of a user's text."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,15 @@ from lexi_search.errors import InputError
 from lexi_search.solvers.exact import solve
 from lexi_search.solvers.problem import pose, sum_over_layers
 
-SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the base's budget
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the budget at full k
 
 
 class Comparison(NamedTuple):
-    """What a loss table is worth by the losses of a reference.
+    """The quality of a loss table, judged by the losses of a reference.
 
-    `correlation` is Spearman's, over all layers and all k below the base. At each of `budgets`, the reference gives
-    `found` to the allocation that is best by the compared table, `optimum` to its own best, and `uniform` to the same k
-    in every layer, or between two k what lies between them.
+    `correlation` is Spearman's, over all layers and all k below the largest. The others are losses by the reference, at
+    each of `budgets`: `found` of the allocation that is best by the compared table, `optimum` of its own best one, and
+    `uniform` of a uniform k, interpolated between two k.
     """
 
     correlation: float
@@ -29,17 +29,17 @@ class Comparison(NamedTuple):
 
     @property
     def closed(self) -> Float64[np.ndarray, " budgets"]:
-        """The share of the way from uniform to optimum, negative where worse than uniform; NaN where there is none."""
-        way = self.uniform - self.optimum
-        return np.divide(self.uniform - self.found, way, where=way > 0, out=np.full_like(way, np.nan))
+        """The share of the gap between uniform and optimum that is closed; negative if worse, NaN without a gap."""
+        gap = self.uniform - self.optimum
+        return np.divide(self.uniform - self.found, gap, where=gap > 0, out=np.full_like(gap, np.nan))
 
 
 def compare(
     reference: Profile, other: Profile, *, reference_loss: str | None = None, loss: str | None = None
 ) -> Comparison:
-    """Judge `loss` of the other profile by `reference_loss`; where None, each one's `default_loss`.
+    """`loss` of the other profile, judged by `reference_loss`; where None, each one's `default_loss`.
 
-    Budgets are `SHARES` of the base's, those that leave a choice: more than one expert in every layer.
+    Budgets are `SHARES` of that at full k, without those that leave no choice (one expert in every layer).
 
     Raises InputError for profiles of different models, layers or k.
     """
@@ -52,19 +52,25 @@ def compare(
         np.asarray(profile.losses(kind or profile.default_loss))
         for profile, kind in ((reference, reference_loss), (other, loss))
     )
-    layers, base = truth.shape
-    budgets = np.unique([round(share * layers * base) for share in SHARES])
-    budgets = budgets[(budgets > layers) & (budgets < layers * base)]
-    uniform = np.interp(budgets / layers, np.arange(1, base + 1), truth.sum(axis=0))
+    layers, last_k = truth.shape
+    budgets = np.unique([round(share * layers * last_k) for share in SHARES])
+    budgets = budgets[(budgets > layers) & (budgets < layers * last_k)]
+    uniform = np.interp(budgets / layers, np.arange(1, last_k + 1), truth.sum(axis=0))
     optimum, found = (
         sum_over_layers(truth, solve(pose(losses, budgets)).top_k) if len(budgets) else np.empty(0)
         for losses in (truth, table)
     )
-    return Comparison(correlate(truth[:, :-1], table[:, :-1]), budgets, uniform, found, optimum)
+    return Comparison(
+        correlation=correlate(truth[:, :-1], table[:, :-1]),
+        budgets=budgets,
+        uniform=uniform,
+        found=found,
+        optimum=optimum,
+    )
 
 
 def correlate(one: Float64[np.ndarray, "*shape"], other: Float64[np.ndarray, "*shape"]) -> float:
-    """Spearman's rank correlation; equal values share their mean rank; NaN where all values of one are equal."""
+    """Spearman's rank correlation; ties share their mean rank; NaN where all values of one argument are equal."""
     ranks = [_rank(np.ravel(values)) for values in (one, other)]
     spread = [rank - rank.mean() for rank in ranks]
     size = np.sqrt(np.prod([(rank * rank).sum() for rank in spread]))
@@ -72,5 +78,5 @@ def correlate(one: Float64[np.ndarray, "*shape"], other: Float64[np.ndarray, "*s
 
 
 def _rank(values: Float64[np.ndarray, " values"]) -> Float64[np.ndarray, " values"]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

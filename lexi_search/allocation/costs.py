@@ -1,7 +1,7 @@
-"""A measured cost table, weighted for the steps that a user runs: the milliseconds that an allocation is paid in.
+"""The cost of an allocation in milliseconds: a measured cost table, weighted by the engine steps that a user runs.
 
-Time is concave in k at small batches, where few experts are hit twice, and linear at large ones: equal budgets of
-experts are not equal speeds.
+Time is concave in k at small batches, where few experts are used by several tokens, and linear at large ones: equal
+budgets of experts do not mean equal speed.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from lexi_search.solvers.problem import sum_over_layers
 class Cost(NamedTuple):
     """Milliseconds of a mix of engine steps: of each MoE layer at k = 1, 2, ..., and of everything else.
 
-    `mix` says how many steps of how many tokens that is, `table_sha256` where the times come from.
+    `mix` maps tokens in a step to the number of such steps; `table_sha256` identifies the cost table.
     """
 
     ms: Float64[np.ndarray, "layers ks"]
@@ -38,7 +38,7 @@ class Cost(NamedTuple):
         return self.other_ms + sum_over_layers(self.ms, top_k)
 
     def describe(self) -> dict[str, Any]:
-        """What files that were made under this cost say of it."""
+        """The description of this cost for files that depend on it."""
         return {"table_sha256": self.table_sha256, "mix": {str(tokens): count for tokens, count in self.mix.items()}}
 
 
@@ -49,9 +49,9 @@ def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | 
     and a missing mix where there is a choice.
     """
     for name in ("model_type", "num_hidden_layers", "num_experts", "top_k", "moe_layers"):
-        found, expected = getattr(table.model, name), getattr(model, name)
-        if found != expected:
-            raise InputError(f"the cost table has {name} {found!r}, the profile {expected!r}: not the same model")
+        actual, expected = getattr(table.model, name), getattr(model, name)
+        if actual != expected:
+            raise InputError(f"the cost table has {name} {actual!r}, the profile {expected!r}: not the same model")
     known = ", ".join(map(str, sorted(table.steps)))
     if mix is None:
         if len(table.steps) > 1:
@@ -66,4 +66,4 @@ def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | 
         for tokens, count in sorted(mix.items())
     )
     other = sum(count * table.steps[tokens].other_ms for tokens, count in sorted(mix.items()))
-    return Cost(ms, float(other), dict(sorted(mix.items())), sha256(table))
+    return Cost(ms=ms, other_ms=float(other), mix=dict(sorted(mix.items())), table_sha256=sha256(table))

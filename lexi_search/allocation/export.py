@@ -1,9 +1,9 @@
-"""An allocation in the forms that serving teams use: plain lists, config overlays, a `vllm serve` command, a folder.
+"""Export of an allocation: plain lists, config overlays, a `vllm serve` command, a model folder.
 
 transformers has a convention for layers that differ from the config, `per_layer_config`, and vLLM's `--hf-overrides`
-passes it through. Up to now neither acts on it: their models read the one global k, and lexi_adapter applies the k per
-layer. So whatever is made for vLLM also names an architecture that only the LExI plugin registers: without the plugin
-vLLM refuses to start instead of serving the full k.
+passes it through. So far neither uses it: their models read the one global k, and lexi_adapter applies the k per layer.
+Exports for vLLM therefore name an architecture that only the LExI plugin registers: without the plugin vLLM refuses to
+start, instead of serving at full k.
 """
 
 import json
@@ -20,14 +20,14 @@ from lexi_search.errors import InputError
 from lexi_search.models.moe_families import ARCHITECTURES
 
 ALIAS = "Lexi"
-# The hub's DeepSeek-VL2 configs name no architecture; vLLM is told this one.
-DEFAULT_ARCHITECTURES = {"deepseek_vl_v2": "DeepseekVLV2ForCausalLM"}
+# The hub's DeepSeek-VL2 configs name no architecture; vLLM gets this one.
+_DEFAULT_ARCHITECTURES = {"deepseek_vl_v2": "DeepseekVLV2ForCausalLM"}
 # Families whose configuration class exists only in the model's own folder.
-NEED_REMOTE_CODE = frozenset({"minicpm"})
+_NEED_REMOTE_CODE = frozenset({"minicpm"})
 
 
 def list_top_k(allocation: Allocation) -> dict[str, int]:
-    """Decoder-layer index -> k, as flat as JSON can have it."""
+    """Decoder-layer index -> k, as a flat JSON object."""
     return {str(layer): k for layer, k in sorted(allocation.top_k.items())}
 
 
@@ -37,7 +37,7 @@ def format_csv(allocation: Allocation) -> str:
 
 
 def format_text(allocation: Allocation, form: str) -> str:
-    """The text of a file: "json" and "csv" list the k of each layer, "transformers" is the overlay.
+    """The text of an export: "json" and "csv" list the k of each layer, "transformers" is the overlay.
 
     Raises InputError for an allocation with a gate exponent, which none of them can express.
     """
@@ -52,7 +52,7 @@ def format_text(allocation: Allocation, form: str) -> str:
 
 
 def make_overlay(allocation: Allocation) -> dict[str, Any]:
-    """What to lay over config.json by transformers 5's convention, at the level where the model's own k is.
+    """The overlay for config.json by transformers 5's convention, at the level of the model's own k.
 
     Raises InputError for an allocation with a gate exponent, which the convention cannot express.
     """
@@ -62,16 +62,16 @@ def make_overlay(allocation: Allocation) -> dict[str, Any]:
 
 
 def make_transformers_overrides(allocation: Allocation) -> dict[str, Any]:
-    """What changes in config.json for a model folder that transformers loads: the overlay and the allocation itself."""
+    """The changes to config.json for a model folder that transformers loads: the overlay and the allocation itself."""
     return {**_overlay(allocation), "lexi_allocation": to_document(allocation)}
 
 
 def make_vllm_overrides(allocation: Allocation, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What to give vLLM as `--hf-overrides`: all of that, and architecture names that the plugin alone registers.
+    """The `--hf-overrides` for vLLM: those for transformers, and architecture names that only the plugin registers.
 
     Raises InputError for a config that names no architecture.
     """
-    default = DEFAULT_ARCHITECTURES.get(allocation.model.model_type)
+    default = _DEFAULT_ARCHITECTURES.get(allocation.model.model_type)
     names = config.get("architectures") or ([default] if default else [])
     if not names:
         raise InputError("config.json names no architectures, and without them nothing can be served")
@@ -79,9 +79,9 @@ def make_vllm_overrides(allocation: Allocation, config: Mapping[str, Any]) -> di
 
 
 def format_vllm_command(model: str, model_type: str, overrides: Mapping[str, Any] | None = None) -> str:
-    """The shell command that serves `model`: an exported folder as it is, any other one with `overrides`."""
+    """The shell command that serves `model`: an exported folder without `overrides`, any other model with them."""
     words = ["vllm", "serve", model]
-    if model_type in NEED_REMOTE_CODE:
+    if model_type in _NEED_REMOTE_CODE:
         words.append("--trust-remote-code")
     if overrides is not None:
         words += ["--hf-overrides", json.dumps(overrides, sort_keys=True, separators=(",", ":"))]
@@ -94,38 +94,40 @@ def format_transformers_call(folder: str, allocation: str) -> str:
 
 
 def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
-    """Raise InputError unless `config`, a parsed config.json, can be that of `model`, unchanged."""
+    """Raise InputError unless `config`, a parsed config.json, fits `model` and has no values per layer."""
     *path, top_k = model.top_k_key.split(".")
     section: Any = config
     for key in path:
         section = section.get(key) if isinstance(section, Mapping) else None
     section = section if isinstance(section, Mapping) else {}
     counts = ARCHITECTURES[model.model_type].num_experts if model.model_type in ARCHITECTURES else ()
-    for name, place, expected in (
+    for name, values, expected in (
         ("model_type", config, model.model_type),
         ("num_hidden_layers", section, model.num_hidden_layers),
         *((name, section, model.num_experts) for name in counts if name in section),
         (top_k, section, model.top_k),
     ):
-        found = place.get(name)
-        if isinstance(found, list) and found and all(item == found[0] for item in found):
-            found = found[0]  # one for each layer, as Hunyuan's moe_topk
-        counted_otherwise = name == "num_hidden_layers" and "layers_block_type" in place
-        if found != expected and not counted_otherwise:
-            raise InputError(f"the allocation is for {name} {expected!r}, the config has {found!r}: not the same model")
+        actual = values.get(name)
+        if isinstance(actual, list) and actual and all(item == actual[0] for item in actual):
+            actual = actual[0]  # one for each layer, as Hunyuan's moe_topk
+        counted_otherwise = name == "num_hidden_layers" and "layers_block_type" in values
+        if actual != expected and not counted_otherwise:
+            raise InputError(
+                f"the allocation is for {name} {expected!r}, the config has {actual!r}: not the same model"
+            )
     if "lexi_allocation" in config or "per_layer_config" in section:
         raise InputError("the config already has values per layer; export from the model's original folder")
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The parsed config.json of a folder or, fetched, of a hub id."""
+    """The parsed config.json of a folder, or of a hub id, from which it is downloaded."""
     return read_json_object(find_folder(model, ["config.json"]) / "config.json", finite=False)
 
 
 def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force: bool = False) -> None:
-    """Make `folder` the model folder `model` with `overrides` in its config.json: whole or not at all.
+    """Write to `folder` the model folder `model` with `overrides` in its config.json: complete or not at all.
 
-    All other entries become absolute links to `model`'s, which may be links themselves; hidden ones are left out. With
+    All other entries become absolute links to those of `model`, which may be links themselves, except hidden ones. With
     `force` an earlier export is replaced; any other folder that is not empty is never touched.
 
     Raises InputError where `folder` cannot be written or holds something else.
@@ -136,7 +138,7 @@ def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, object by object; keys keep their order, new ones come last."""
+    """`base` with `changes` merged in, object by object; keys keep their order, new ones come last."""
     result = dict(base)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)

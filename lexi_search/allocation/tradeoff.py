@@ -1,4 +1,4 @@
-"""Every trade of cost against loss that a profile offers, and ways to choose one of them."""
+"""The Pareto front of cost and loss that a profile offers, and ways to choose one of its points."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from lexi_search.solvers.problem import CAP_TOLERANCE, Constraints, sum_over_lay
 
 
 class Point(NamedTuple):
-    """One allocation that none beats in both cost and loss. `ms` and `speedup` are None without a measured cost."""
+    """One allocation with its cost and loss. `ms` and `speedup` are None without a measured cost."""
 
     budget: int
     loss: float
@@ -25,9 +25,9 @@ class Point(NamedTuple):
 
 
 class Front(NamedTuple):
-    """Points from the cheapest to the one with least loss; losses may be off by the relative `error` (see `trace`).
+    """The Pareto points, by rising cost and falling loss, which may be off by the relative `error` (see `trace`).
 
-    `uniform` are the allocations of the same k in every layer, k = 1, 2, ..., whatever the constraints.
+    `uniform` are the allocations with a uniform k = 1, 2, ..., regardless of the constraints.
     """
 
     points: tuple[Point, ...]
@@ -48,24 +48,27 @@ def find_front(
     frontier = trace(problem)
     on_front = read_top_k(frontier, problem, np.arange(len(frontier.cost)))
     layers, last_k = problem.losses.shape
-    same = np.tile(np.arange(1, last_k + 1)[:, None], layers)
+    uniform = np.tile(np.arange(1, last_k + 1)[:, None], layers)
     points = _make_points(on_front, problem.losses, cost)
-    return Front(_drop_dominated(points), _make_points(same, problem.losses, cost), frontier.error)
+    return Front(_drop_dominated(points), _make_points(uniform, problem.losses, cost), frontier.error)
 
 
 def _make_points(
     top_k: Int[np.ndarray, "points layers"], losses: Float64[np.ndarray, "layers ks"], cost: Cost | None
 ) -> tuple[Point, ...]:
-    budgets, losses = top_k.sum(axis=1).tolist(), sum_over_layers(losses, top_k).tolist()
+    sums = sum_over_layers(losses, top_k).tolist()
     times = speedups = [None] * len(top_k)
     if cost is not None:
         ms = cost.time(top_k)
         times, speedups = ms.tolist(), (cost.base_ms / ms).tolist()
-    return tuple(map(Point, budgets, losses, times, speedups, map(tuple, top_k.tolist())))
+    return tuple(
+        Point(budget=sum(row), loss=sums[i], ms=times[i], speedup=speedups[i], top_k=tuple(row))
+        for i, row in enumerate(top_k.tolist())
+    )
 
 
 def _drop_dominated(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points that are on the front by the figures that they state, which were added layer by layer."""
+    """The points that no other one dominates by the cost and loss that they state, sums taken layer by layer."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda point: (point.budget if point.ms is None else point.ms, point.loss)):
         if not kept or point.loss < kept[-1].loss:
@@ -74,7 +77,7 @@ def _drop_dominated(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def find_fastest_within(front: Front, max_loss: float) -> Point:
-    """The cheapest point that loses at most `max_loss`; InputError where every point loses more."""
+    """The cheapest point with a loss of at most `max_loss`; InputError where every point loses more."""
     for point in front.points:
         if point.loss <= max_loss:
             return point
@@ -101,10 +104,10 @@ def find_best_within(front: Front, *, ms: float | None = None, speedup: float | 
 
 
 def find_knee(front: Front) -> Point:
-    """The point furthest below the straight line between the front's ends, cost and loss each scaled to 0..1.
+    """The knee: the point furthest below the straight line between the front's ends, cost and loss scaled to 0..1.
 
-    Where the curve turns: before it a little cost saves much loss, after it much cost saves little. The cheapest point
-    where the front has no such bend.
+    Below it a little cost saves much loss, above it much cost saves little. The cheapest point where the front has no
+    such bend.
     """
     cost = np.array([point.budget if point.ms is None else point.ms for point in front.points], np.float64)
     loss = np.array([point.loss for point in front.points])
@@ -115,7 +118,7 @@ def find_knee(front: Front) -> Point:
 
 
 def thin(points: Sequence[Point], count: int) -> tuple[Point, ...]:
-    """At most `count` of the points, evenly spread over their order, both ends kept."""
+    """At most `count` of the points, evenly spaced in their order, with both ends."""
     if len(points) <= count:
         return tuple(points)
     return tuple(points[i] for i in np.unique(np.linspace(0, len(points) - 1, count).round().astype(int)))

@@ -2,10 +2,17 @@
 
 import math
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lexi_search.errors import InputError
+
+# Keys under which multimodal configs keep the language model's config, perhaps one inside another.
+TEXT_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
+# Keys under which configs have the number of experts.
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Key(NamedTuple):
@@ -16,10 +23,11 @@ class Key(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The language model's part of `config.json`, and its place for messages."""
+    """The language model's part of `config.json`, its dotted path there, and its place for messages."""
 
     values: Mapping[str, Any]
-    place: str  # file and, where nested, the key of that part
+    path: str  # empty where it is the whole
+    place: str  # file and, where nested, the path
 
     def find_key(self, aliases: tuple[str, ...]) -> str:
         """The first of `aliases` that has a value; InputError where none has."""
@@ -70,14 +78,17 @@ class Config(NamedTuple):
         return value
 
 
-def open_config(config: Mapping[str, Any], folder: Path, path: str | None) -> Config:
-    """The language model's part of the `config` in `folder`, under the dotted `path`; without a path, the whole."""
-    place, values = str(folder / "config.json"), config
-    for key in path.split(".") if path else ():
-        values = values.get(key)
-        if not isinstance(values, dict):
-            raise InputError(f"{place}: {path} is missing or not an object")
-    return Config(values, f"{place}, {path}" if path else place)
+def find_text_config(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that lead to the language model's part of a multimodal config; none where there is no such part."""
+    path: tuple[str, ...] = ()
+    while key := next((key for key in TEXT_KEYS if isinstance(config.get(key), dict)), None):
+        config, path = config[key], (*path, key)
+    return path
 
 
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+def read_text_config(config: Mapping[str, Any], folder: Path) -> Config:
+    """The language model's part of the `config` in `folder`: a section of a multimodal config, else the whole."""
+    keys = find_text_config(config)
+    path = ".".join(keys)
+    place = folder / "config.json"
+    return Config(reduce(getitem, keys, config), path, f"{place}, {path}" if path else str(place))

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lexi_search.checkpoint.config import find_text_config
 from lexi_search.errors import InputError
 
 IGNORE_KEYS = ("ignore", "ignored_layers", "modules_to_not_convert", "modules_not_to_convert", "exclude_modules")
-# Where multimodal configs keep the language model's.
-TEXT_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
 
 
 class Storage(NamedTuple):
@@ -101,8 +100,8 @@ def read_quantisation(config: Mapping[str, Any], folder: Path) -> Quantisation |
         InputError: a method, format, number of bits or setting that is not supported, or not well formed.
     """
     parts = [config]
-    while nested := next((parts[-1][key] for key in TEXT_KEYS if isinstance(parts[-1].get(key), dict)), None):
-        parts.append(nested)
+    for key in find_text_config(config):
+        parts.append(parts[-1][key])
     owner = next((part for part in parts if part.get("quantization_config") is not None), None)
     if owner is None:
         return None

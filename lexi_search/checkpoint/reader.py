@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from lexi_search.artifacts.files import read_json_object
-from lexi_search.checkpoint.config import Config, open_config
+from lexi_search.checkpoint.config import Config, read_text_config
 from lexi_search.checkpoint.folder import find_folder
 from lexi_search.checkpoint.tensors import TensorEntry, Tensors
 from lexi_search.errors import InputError
@@ -66,9 +66,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """The logical tensors; InputError for a quantisation that is not supported."""
         return Tensors(self.config, self.folder, self.entries)
 
-    def open_config(self, path: str | None) -> Config:
-        """The language model's part of the config, under the dotted `path`; the whole config where that is empty."""
-        return open_config(self.config, self.folder, path)
+    @cached_property
+    def text_config(self) -> Config:
+        """The language model's part of the config."""
+        return read_text_config(self.config, self.folder)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.read(name, np.empty(self.entries[name].size, np.uint8))

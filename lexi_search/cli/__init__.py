@@ -1,5 +1,5 @@
-"""The command `lexi-search`; this wing alone prints.
+"""The command `lexi-search`; only this wing prints.
 
-Read `console` and `options` (what commands share), `tables` and `plots` (what they show), `commands`, one module a
+Read `console` and `options` (shared by the commands), `tables` and `plots` (their output), `commands`, one module per
 command, and `main`.
 """

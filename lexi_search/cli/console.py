@@ -1,4 +1,4 @@
-"""What the commands share: how bad input is refused, what is printed, how options are read."""
+"""Shared by the commands: refusal of bad input, printing, progress, parsing of ranges, and the environment."""
 
 import errno
 import os
@@ -25,18 +25,20 @@ class Refusal(click.ClickException):
 
 
 class Interruption(click.ClickException):
-    """Ctrl-C after which there is something to say: one line on stderr and the exit code of shells."""
+    """Ctrl-C after which there is something to report: one line on stderr and the shells' exit code."""
 
     exit_code = 130
 
 
 class Commands(click.Group):
+    """The group of all commands, which turns bad input and failed I/O into one line on stderr."""
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:
             raise Refusal(str(error)) from error
-        except OSError as error:  # whoever stops reading a pipe is click's business
+        except OSError as error:  # click itself handles a pipe that nobody reads any more
             if error.errno == errno.EPIPE:
                 raise
             where = f" ({error.filename})" if error.filename else "; make room where the output goes"
@@ -47,33 +49,33 @@ loss_option = click.option(
     "--loss",
     type=click.Choice(LOSS_KINDS),
     show_default=False,
-    help="Which of the losses that the profile holds.  [default: divergence if it does, else frobenius, the paper's]",
+    help="One of the profile's losses.  [default: divergence if the profile has it, else frobenius, the paper's]",
 )
 normalised_option = click.option(
     "--normalised/--absolute", default=True, help="Relative to the largest loss of the table, or as measured."
 )
-MOST = 10**6  # no model has as many layers or active experts
+_LIMIT = 10**6  # no model has as many layers or active experts
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
-    """`0:15` (both ends included), `3`, `0,2,5` or a mix of them, as ascending layer indices."""
+    """Ascending layer indices from `0:15` (both ends included), `3`, `0,2,5` or a mix of them."""
     try:
         ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
     except ValueError:
         ends = []
-    if not ends or any(len(part) > 2 or not 0 <= part[0] <= part[-1] < MOST for part in ends):
+    if not ends or any(len(part) > 2 or not 0 <= part[0] <= part[-1] < _LIMIT for part in ends):
         raise InputError(f"{option} {text!r} is not understood; write 0:15 (both ends included), 3, or 0,2,5")
     return tuple(sorted({layer for part in ends for layer in range(part[0], part[-1] + 1)}))
 
 
 def parse_budgets(text: str) -> range:
-    """START:STOP:STEP, STOP included where the steps hit it."""
+    """The budgets of START:STOP:STEP, with STOP where the steps reach it."""
     try:
         start, stop, step = map(int, text.split(":"))
     except ValueError:
         start, stop, step = 0, 0, 0
-    if step < 1 or stop < start or max(abs(start), stop) >= MOST:
+    if step < 1 or stop < start or max(abs(start), stop) >= _LIMIT:
         raise InputError(f"--budgets {text!r} is not understood; write START:STOP:STEP, such as 64:128:8")
     return range(start, stop + 1, step)
 
@@ -83,8 +85,11 @@ def print_json(document: Any) -> None:
 
 
 def print_table(table: "RenderableType") -> None:
-    """In a pipe nothing is folded: the reader is a program. On a terminal that is too narrow, it breaks lines itself
-    rather than having numbers cut. Names are shown as they are, and in ASCII what stdout's encoding lacks."""
+    """Print a table without cutting any number.
+
+    In a pipe nothing is folded, since the reader is a program; a terminal that is too narrow wraps the lines itself.
+    Characters that stdout's encoding lacks are escaped in ASCII.
+    """
     from rich.console import Console
 
     def make_console(width: int) -> Console:
@@ -110,7 +115,7 @@ def _can_show(text: str, encoding: str) -> bool:
 
 
 def make_progress(*, quiet: bool = False) -> "Progress":
-    """A bar with the time left on stderr where that is a terminal, nothing elsewhere, or if `quiet`."""
+    """A progress bar with the time left, on stderr; nothing if `quiet`, or if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -133,7 +138,7 @@ def make_progress(*, quiet: bool = False) -> "Progress":
 
 
 def prepare_environment() -> None:
-    """Before JAX is imported: keep what it compiles in the user's cache folder, unless the user said otherwise."""
+    """Set JAX's compilation cache to the user's cache folder, if the user chose no other; call before importing JAX."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -143,18 +148,18 @@ def prepare_environment() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a cache that cannot be had only costs time
+        return  # without a cache, only time is lost
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def explain_lost_process() -> None:
-    """Before JAX is imported: where it ends this process because another died, have that said in one line.
+    """Have one line printed where JAX aborts this process because another one died; call before importing JAX.
 
-    JAX does so in C++, with a stack trace and an abort that Python never hears of. So a child process passes on what is
-    written to stderr up to there. Python's own stderr stays what it was, such as a terminal.
+    JAX aborts in C++, with a stack trace, out of Python's reach. So a child process copies everything that is written
+    to stderr up to there. Python's own stderr stays what it was, such as a terminal.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the same story, told step by step before the end
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # hides JAX's own log of the same event
     reading, writing = os.pipe()
     if os.fork() == 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

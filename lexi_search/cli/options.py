@@ -1,4 +1,4 @@
-"""Options that commands share: what an allocation must look like, what it may cost, what tokens are computed in."""
+"""Options shared by commands: constraints on an allocation, its cost, and the element type of tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,60 +62,60 @@ def make_constraints(
     groups: Sequence[str],
     group_size: int | None,
 ) -> "Constraints":
-    """What the options say, by the rows of the profile's table."""
+    """The constraints that the options state, by rows of the profile's table."""
     from lexi_search.solvers.problem import Constraints
 
-    layers, own = profile.model.moe_layers, profile.model.top_k
+    layers, full_k = profile.model.moe_layers, profile.model.top_k
     low, high = [min_k] * len(layers), [profile.max_k if max_k is None else max_k] * len(layers)
-    said: dict[int, str] = {}
+    option_of: dict[int, str] = {}  # row -> the option that bounds it
 
     def bind(row: int, least: int, most: int, option: str) -> None:
-        if row in said and (low[row], high[row]) != (least, most):
+        if row in option_of and (low[row], high[row]) != (least, most):
             raise InputError(
-                f"{said[row]} and {option} disagree about layer {layers[row]}; give each layer one of them"
+                f"{option_of[row]} and {option} disagree about layer {layers[row]}; give each layer one of them"
             )
-        low[row], high[row], said[row] = least, most, option
+        low[row], high[row], option_of[row] = least, most, option
 
     for text in bounds:
-        where, _, ends = text.partition("=")
+        named, _, ends = text.partition("=")
         try:
             least, most = map(int, ends.split(":"))
         except ValueError:
             raise InputError(f"--bounds {text!r} is not understood; write LAYERS=LOW:HIGH, such as 0:3=4:8") from None
         if not 1 <= least <= most <= profile.max_k:
             raise InputError(f"--bounds {text!r}: LOW:HIGH must rise within 1:{profile.max_k}, the k of the profile")
-        for row in find_rows(where, layers, "--bounds"):
+        for row in _find_rows(named, layers, "--bounds"):
             bind(row, least, most, f"--bounds {text}")
     for text in protect:
-        for row in find_rows(text, layers, "--protect"):
-            bind(row, own, own, f"--protect {text}")
+        for row in _find_rows(text, layers, "--protect"):
+            bind(row, full_k, full_k, f"--protect {text}")
     if groups and group_size:
         raise InputError("--group and --group-size say the same thing twice; give one")
     rows = range(len(layers))
     together = [tuple(rows[i : i + group_size]) for i in rows[::group_size]] if group_size else []
-    together += [find_rows(text, layers, "--group") for text in groups]
-    same_everywhere = not bounds and not protect
+    together += [_find_rows(text, layers, "--group") for text in groups]
+    uniform = not bounds and not protect
     return Constraints(
-        min_k=min_k if same_everywhere else tuple(low),
-        max_k=max_k if same_everywhere else tuple(high),
-        allowed_k=parse_values(",".join(allowed_k)) if allowed_k else None,
+        min_k=min_k if uniform else tuple(low),
+        max_k=max_k if uniform else tuple(high),
+        allowed_k=_parse_values(",".join(allowed_k)) if allowed_k else None,
         groups=tuple(together),
     )
 
 
-def find_rows(text: str, layers: Sequence[int], option: str) -> tuple[int, ...]:
-    """The rows of the table that `text` names by decoder layer; a range means the MoE layers in it."""
+def _find_rows(text: str, layers: Sequence[int], option: str) -> tuple[int, ...]:
+    """The rows of the table for the decoder layers that `text` names; a range stands for the MoE layers in it."""
     named = set(parse_layers(text, option))
     rows = tuple(row for row, layer in enumerate(layers) if layer in named)
-    alone = {int(part) for part in text.split(",") if ":" not in part}
-    if not rows or alone - set(layers):
+    single = {int(part) for part in text.split(",") if ":" not in part}
+    if not rows or single - set(layers):
         known = ", ".join(map(str, layers))
         raise InputError(f"{option} {text!r} names a layer that is no MoE layer; those are {known}")
     return rows
 
 
 def read_cost(profile: Profile, cost_file: str | None, mix: str | None) -> "Cost | None":
-    """The cost that the options name, checked against the profile's model; None without --cost."""
+    """The cost from the options, checked against the profile's model; None without --cost."""
     if cost_file is None:
         if mix:
             raise InputError("--mix needs --cost, the table whose steps it mixes")
@@ -124,21 +124,21 @@ def read_cost(profile: Profile, cost_file: str | None, mix: str | None) -> "Cost
 
     table = read_cost_table(cost_file)
     try:
-        return weigh(table, profile.model, mix=parse_mix(mix) if mix else None)
+        return weigh(table, profile.model, mix=_parse_mix(mix) if mix else None)
     except InputError as error:
         raise InputError(f"{cost_file}: {error}") from error
 
 
-def parse_values(text: str) -> tuple[int, ...]:
-    """1,2,4,8 as ascending integers."""
+def _parse_values(text: str) -> tuple[int, ...]:
+    """The ascending integers of 1,2,4,8."""
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise InputError(f"--allowed-k {text!r} is not understood; write 1,2,4,8") from None
 
 
-def parse_mix(text: str) -> dict[int, float]:
-    """16:1024,16384:1 as {16: 1024.0, 16384: 1.0}; a count that is left out is 1."""
+def _parse_mix(text: str) -> dict[int, float]:
+    """The mix {16: 1024.0, 16384: 1.0} from 16:1024,16384:1; a missing count is 1."""
     mix: dict[int, Any] = {}
     try:
         for part in text.split(","):

@@ -1,4 +1,4 @@
-"""The heatmap of LExI's figure 3: how far each layer's output moves at each k; allocations drawn over it as steps."""
+"""Figures: the heatmap of losses (LExI's figure 3) with allocations drawn over it as steps, and the Pareto front."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from lexi_search.artifacts.profile import Profile
 from lexi_search.errors import InputError
 
 FORMATS = ("png", "svg")
-STEP_COLOURS = ("#ffffff", "#ff7f11", "#ff4d9d", "#7fd8ff", "#ff2c2c", "#d0b3ff")
+_STEP_COLOURS = ("#ffffff", "#ff7f11", "#ff4d9d", "#7fd8ff", "#ff2c2c", "#d0b3ff")
 
 
 def draw_heatmap(
@@ -27,10 +27,10 @@ def draw_heatmap(
     loss: str | None = None,
     normalised: bool = True,
 ) -> Figure:
-    """Layers on x, k on y, colour the loss; the k per layer of `allocations`, by the names to call them, as steps.
+    """The heatmap of a profile: layers on x, k on y, losses as colours; `allocations`, by name, as steps of their k.
 
-    Several profiles of one model, by the names to call them, stand side by side, each in its own colours; without
-    `loss` each shows its `default_loss`.
+    Several profiles of one model, by name, are drawn side by side, each with its own colour scale; without `loss` each
+    shows its `default_loss`.
 
     Raises InputError for an allocation or a profile of another model than the first profile.
     """
@@ -79,18 +79,18 @@ def _draw_panel(axes: Axes, profile: Profile, loss: str, normalised: bool) -> No
 
 
 def draw_front(front: Front, chosen: Point | None = None, *, title: str) -> Figure:
-    """Loss over cost (time, or the sum of k) of a front's points, beside every uniform k and the chosen point."""
+    """The plot of loss over cost (time, or the sum of k): a front's points, every uniform k, and the chosen point."""
     timed = front.points[0].ms is not None
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
 
-    def place(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    def list_coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:
         return [p.ms if timed else p.budget for p in points], [p.loss for p in points]
 
-    axes.step(*place(front.points), where="post", color="#3b528b", linewidth=1.4, label="front")
-    axes.plot(*place(front.uniform), "o", color="#5ec962", label="the same k in every layer")
+    axes.step(*list_coordinates(front.points), where="post", color="#3b528b", linewidth=1.4, label="front")
+    axes.plot(*list_coordinates(front.uniform), "o", color="#5ec962", label="the same k in every layer")
     if chosen is not None:
-        axes.plot(*place([chosen]), "*", color="#ff7f11", markersize=13, label="chosen")
+        axes.plot(*list_coordinates([chosen]), "*", color="#ff7f11", markersize=13, label="chosen")
     axes.set_title(title, loc="left")
     axes.set_xlabel("milliseconds" if timed else "active experts per token, summed over layers")
     axes.set_ylabel("loss")
@@ -111,7 +111,7 @@ def _invert(base: float, values: np.ndarray) -> np.ndarray:
 
 
 def render(figure: Figure, file_format: str) -> bytes:
-    """The figure as a PNG or SVG file, the same bytes each time it is made with the same matplotlib.
+    """The bytes of the figure as a PNG or SVG file, always the same with the same version of matplotlib.
 
     Raises InputError for another format.
     """
@@ -125,7 +125,7 @@ def render(figure: Figure, file_format: str) -> bytes:
 
 
 def _spell(name: str) -> str:
-    """A file's name as text, whatever its bytes."""
+    """A file name as printable text, whatever its bytes."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -142,16 +142,16 @@ def _label(loss: str, normalised: bool) -> str:
 
 
 def _draw_steps(axes: Axes, allocations: Mapping[str, Allocation], layers: Sequence[int]) -> None:
-    """Lines apart by a little, so that allocations that agree on a layer stay visible."""
+    """Draw allocations as lines, shifted a little so that those with the same k stay visible."""
     for index, (name, allocation) in enumerate(allocations.items()):
         shift = (index - (len(allocations) - 1) / 2) * min(0.12, 0.6 / len(allocations))
         axes.stairs(
             [allocation.top_k[layer] + shift for layer in layers],
             [x - 0.5 for x in range(len(layers) + 1)],
             baseline=None,
-            color=STEP_COLOURS[index % len(STEP_COLOURS)],
+            color=_STEP_COLOURS[index % len(_STEP_COLOURS)],
             linewidth=1.8,
-            # Without a dot before it, matplotlib leaves a name that starts with _ out.
+            # Without "./" before it, matplotlib leaves out a name that starts with _.
             label=f"{'./' * name.startswith('_')}{_spell(name)}, B = {allocation.budget}",
             path_effects=[patheffects.withStroke(linewidth=3.2, foreground="#00000099")],
         )

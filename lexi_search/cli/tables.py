@@ -1,4 +1,4 @@
-"""Profiles, allocations and search results as tables for a terminal, and the same as JSON objects for machines."""
+"""Profiles, allocations and results as tables for a terminal, and as JSON objects for programs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lexi_search.allocation.allocate import Found
+from lexi_search.allocation.allocate import AllocationResult
 from lexi_search.allocation.comparison import Comparison
 from lexi_search.allocation.tradeoff import Front, Point, thin
 from lexi_search.artifacts.allocation import Allocation
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from lexi_search.profiling.divergence import Judgement
     from lexi_search.profiling.forward import Variant
 
-FOLDED = 16  # columns that a list of k has at least, however narrow the terminal
+_MIN_WIDTH = 16  # of a list of k that is folded, in characters, however narrow the terminal
 
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
-    """One row per profiled layer: its loss at every k, the tokens it was measured on, the worst relative error."""
+    """One row per profiled layer: its loss at every k, the number of tokens, the largest relative error."""
     scale = ", relative to the largest" if normalised else ""
     title = f"{profile.model.model_type}: {loss} loss of each layer at each k{scale}"
     table = _table()
@@ -39,7 +39,7 @@ def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> Render
 
 
 def tabulate_allocation(allocation: Allocation) -> RenderableType:
-    """One row per MoE layer: its k, in figures and as a bar out of the model's own k, or of `max_k`."""
+    """One row per MoE layer: its k, as a number and as a bar out of the model's own k or `max_k`."""
     full = allocation.max_k or allocation.model.top_k
     title = (
         f"{allocation.model.model_type}: budget {allocation.budget}, {_average(allocation)} experts per layer, "
@@ -54,24 +54,24 @@ def tabulate_allocation(allocation: Allocation) -> RenderableType:
     return _entitle(title, table)
 
 
-def tabulate_search(found: Sequence[Found], targets: Sequence[str] = ()) -> RenderableType:
-    """One row per budget, or per target of time, which `targets` names; columns that no row fills are left out."""
-    first = found[0].allocation
+def tabulate_search(results: Sequence[AllocationResult], targets: Sequence[str] = ()) -> RenderableType:
+    """One row per budget, or per target of time by its name in `targets`; empty columns are left out."""
+    first = results[0].allocation
     title = f"{first.model.model_type}: {len(first.top_k)} MoE layers"
     columns = {
-        "budget": lambda f: str(f.allocation.budget),
-        "average k": lambda f: _average(f.allocation),
-        "ms": lambda f: "" if f.ms is None else f"{f.ms:.6g}",
-        "speed-up": lambda f: "" if f.speedup is None else f"{f.speedup:.3f}",
-        "loss": lambda f: f"{f.allocation.loss:.6g}",
-        "optimum": lambda f: f"{f.allocation.optimal_loss:.6g}",
-        "gap %": lambda f: "" if f.allocation.gap is None else f"{100 * f.allocation.gap:.3g}",
-        "uniform": lambda f: "" if f.uniform is None else f"{f.uniform.loss:.6g} at {f.uniform.k}",
-        "sure %": lambda f: "" if f.share is None else f"{100 * sum(f.share) / len(f.share):.0f}",
-        "k per layer": lambda f: " ".join(str(k) for _, k in sorted(f.allocation.top_k.items())),
+        "budget": lambda r: str(r.allocation.budget),
+        "average k": lambda r: _average(r.allocation),
+        "ms": lambda r: "" if r.ms is None else f"{r.ms:.6g}",
+        "speed-up": lambda r: "" if r.speedup is None else f"{r.speedup:.3f}",
+        "loss": lambda r: f"{r.allocation.loss:.6g}",
+        "optimum": lambda r: f"{r.allocation.optimal_loss:.6g}",
+        "gap %": lambda r: "" if r.allocation.gap is None else f"{100 * r.allocation.gap:.3g}",
+        "uniform": lambda r: "" if r.uniform is None else f"{r.uniform.loss:.6g} at {r.uniform.k}",
+        "sure %": lambda r: "" if r.share is None else f"{100 * sum(r.share) / len(r.share):.0f}",
+        "k per layer": lambda r: " ".join(str(k) for _, k in sorted(r.allocation.top_k.items())),
     }
     table = _table()
-    cells = {"target": list(targets)} | {name: [cell(row) for row in found] for name, cell in columns.items()}
+    cells = {"target": list(targets)} | {name: [cell(result) for result in results] for name, cell in columns.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
     for name in cells:
         last = name == "k per layer"
@@ -82,7 +82,7 @@ def tabulate_search(found: Sequence[Found], targets: Sequence[str] = ()) -> Rend
 
 
 def tabulate_front(front: Front, chosen: Point | None = None, *, rows: int = 24) -> RenderableType:
-    """Some of the front's points, evenly spread, the chosen one among them and marked."""
+    """Some of the front's points, evenly spaced, and the chosen one, in bold."""
     shown = sorted({*thin(front.points, rows), *([chosen] if chosen else [])}, key=front.points.index)
     timed = front.points[0].ms is not None
     table = _table()
@@ -95,19 +95,19 @@ def tabulate_front(front: Front, chosen: Point | None = None, *, rows: int = 24)
         style = "bold" if point == chosen else None
         table.add_row(str(point.budget), *times, f"{point.loss:.6g}", top_k, style=style)
     within = f", losses within {100 * front.error:.2g} % of the least" if front.error else ""
-    named = f"; chosen: budget {chosen.budget}, loss {chosen.loss:.6g}" if chosen else ""
-    return _entitle(f"{len(front.points)} Pareto points, {len(shown)} of them{within}{named}", table)
+    choice = f"; chosen: budget {chosen.budget}, loss {chosen.loss:.6g}" if chosen else ""
+    return _entitle(f"{len(front.points)} Pareto points, {len(shown)} of them{within}{choice}", table)
 
 
-def summarise_found(found: Found) -> dict[str, Any]:
-    """What the table of a search says of one allocation, and how sure each layer's k is."""
-    summary = summarise(found.allocation)
-    if found.ms is not None:
-        summary |= {"ms": found.ms, "speedup": found.speedup}
-    if found.share is not None:
-        layers = map(str, sorted(found.allocation.top_k))
-        summary |= {"share": dict(zip(layers, found.share, strict=True)), "regret": found.regret}
-    uniform = found.uniform
+def summarise_result(result: AllocationResult) -> dict[str, Any]:
+    """A row of `tabulate_search` as a JSON object, with the certainty of each layer's k."""
+    summary = summarise(result.allocation)
+    if result.ms is not None:
+        summary |= {"ms": result.ms, "speedup": result.speedup}
+    if result.share is not None:
+        layers = map(str, sorted(result.allocation.top_k))
+        summary |= {"share": dict(zip(layers, result.share, strict=True)), "regret": result.regret}
+    uniform = result.uniform
     return summary | {"uniform_k": uniform and uniform.k, "uniform_loss": uniform and uniform.loss}
 
 
@@ -122,7 +122,7 @@ def list_points(points: Sequence[Point], layers: Sequence[int]) -> list[dict[str
 
 
 def summarise(allocation: Allocation) -> dict[str, Any]:
-    """What the tables say of an allocation."""
+    """An allocation as a JSON object."""
     return {
         "budget": allocation.budget,
         "average_k": allocation.budget / len(allocation.top_k),
@@ -133,15 +133,15 @@ def summarise(allocation: Allocation) -> dict[str, Any]:
     }
 
 
-def tabulate_comparisons(found: Mapping[tuple[str, str], Comparison], *, title: str) -> RenderableType:
-    """One row for each (profile, loss): its rank correlation, how far it goes from uniform to optimum."""
+def tabulate_comparisons(comparisons: Mapping[tuple[str, str], Comparison], *, title: str) -> RenderableType:
+    """One row per (profile, loss): its rank correlation, and the share of the gap from uniform to optimum it closes."""
     table = _table()
-    first = next(iter(found.values()))
+    first = next(iter(comparisons.values()))
     for name in ("profile", "loss"):
         table.add_column(name)
     for name in ("Spearman", *(f"B={budget}" for budget in first.budgets.tolist())):
         table.add_column(name, justify="right")
-    for (path, kind), comparison in found.items():
+    for (path, kind), comparison in comparisons.items():
         closed = ("" if math.isnan(share) else f"{100 * share:.0f} %" for share in comparison.closed.tolist())
         table.add_row(path, kind, f"{comparison.correlation:.3f}", *closed)
     pairs = zip(first.uniform.tolist(), first.optimum.tolist(), strict=True)
@@ -150,8 +150,8 @@ def tabulate_comparisons(found: Mapping[tuple[str, str], Comparison], *, title: 
     return _entitle(title, table)
 
 
-def list_comparisons(found: Mapping[tuple[str, str], Comparison]) -> list[dict[str, Any]]:
-    """The same for machines; entry j of a list is the budget j."""
+def list_comparisons(comparisons: Mapping[tuple[str, str], Comparison]) -> list[dict[str, Any]]:
+    """The rows of `tabulate_comparisons` as JSON objects; entry j of a list is for budget j."""
     return [
         {
             "profile": path,
@@ -159,12 +159,12 @@ def list_comparisons(found: Mapping[tuple[str, str], Comparison]) -> list[dict[s
             "spearman": None if math.isnan(comparison.correlation) else comparison.correlation,
             **{name: getattr(comparison, name).tolist() for name in ("budgets", "uniform", "found", "optimum")},
         }
-        for (path, kind), comparison in found.items()
+        for (path, kind), comparison in comparisons.items()
     ]
 
 
 def tabulate_judgements(variants: Mapping[str, "Variant"], judged: Mapping[str, "Judgement"]) -> RenderableType:
-    """One row for each way to run the model, the best first."""
+    """One row per variant, the best first."""
     table = _table()
     table.add_column("allocation")
     for name in ("budget", "exponent", "divergence", "±"):
@@ -176,10 +176,15 @@ def tabulate_judgements(variants: Mapping[str, "Variant"], judged: Mapping[str, 
 
 
 def list_judgements(variants: Mapping[str, "Variant"], judged: Mapping[str, "Judgement"]) -> list[dict[str, Any]]:
-    """The same for machines."""
+    """The rows of `tabulate_judgements` as JSON objects."""
     return [
-        {"name": name, "budget": sum(variants[name].top_k), "gate_exponent": variants[name].exponent, **found._asdict()}
-        for name, found in sorted(judged.items(), key=lambda item: item[1].divergence)
+        {
+            "name": name,
+            "budget": sum(variants[name].top_k),
+            "gate_exponent": variants[name].exponent,
+            **judgement._asdict(),
+        }
+        for name, judgement in sorted(judged.items(), key=lambda item: item[1].divergence)
     ]
 
 
@@ -198,10 +203,10 @@ def _table() -> Table:
 
 
 def _entitle(title: str, table: Table) -> Group:
-    """rich would fold a title of the table's own at the table's width, and cut numbers to fit a terminal."""
+    """The table under its title; rich would fold its own title at the table's width, and cut numbers to fit."""
     for column in table.columns:
         if column.overflow == "fold":
-            column.min_width = FOLDED
+            column.min_width = _MIN_WIDTH
         else:
             column.no_wrap = True
             column.min_width = max(map(cell_len, (str(column.header), *map(str, column.cells))))

@@ -1,7 +1,8 @@
-"""What differs between families outside the MoE layer, as data: attention, norms, windows, multipliers.
+"""Decoder families as data: attention, norms, windows and multipliers outside the MoE layer.
 
-A family is one `Family` below; without one, no tokens can be carried through it. What tensors tell by themselves
-(biases, norms of queries and keys, low-rank queries, shared experts, dense layers) is found by looking.
+A family is one `Family` below; without an entry, no tokens can be run through its models. Properties that the tensors
+show (biases, norms of queries and keys, low-rank queries, shared experts, dense layers) are not listed here:
+`decoder_stack` reads them from the checkpoint.
 """
 
 import math
@@ -16,57 +17,57 @@ PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_l
 POST_NORMS = Norms(attention_output="post_attention_layernorm", ffn_output="post_feedforward_layernorm")
 SANDWICH_NORMS = Norms("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as configs call them
-Kinds = Callable[[Config, int], Sequence[str]]  # number of layers -> the kind of each
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of attention, as configs call them
+_Kinds = Callable[[Config, int], Sequence[str]]  # config, number of layers -> the kind of each layer
 
 
-def see_all(config: Config, num_layers: int) -> Sequence[str]:
+def _attend_to_all(config: Config, num_layers: int) -> Sequence[str]:
     return [FULL] * num_layers
 
 
-def see_window(config: Config, num_layers: int) -> Sequence[str]:
+def _attend_in_window(config: Config, num_layers: int) -> Sequence[str]:
     return [SLIDING if config.values.get("sliding_window") else FULL] * num_layers
 
 
-def see_window_if_used(config: Config, num_layers: int) -> Sequence[str]:
-    return (see_window if config.values.get("use_sliding_window") else see_all)(config, num_layers)
+def _attend_in_window_if_used(config: Config, num_layers: int) -> Sequence[str]:
+    return (_attend_in_window if config.values.get("use_sliding_window") else _attend_to_all)(config, num_layers)
 
 
-def see_by_type(config: Config, num_layers: int) -> Sequence[str]:
-    """By the config's `layer_types`, which may be left out only where there is no window."""
+def _attend_by_type(config: Config, num_layers: int) -> Sequence[str]:
+    """The config's `layer_types`, which may be missing only where there is no window."""
     if not config.values.get("sliding_window"):
-        return see_all(config, num_layers)
+        return _attend_to_all(config, num_layers)
     return config.values[config.find_key(("layer_types",))]
 
 
-def see_alternating(config: Config, num_layers: int) -> Sequence[str]:
-    """By `layer_types`, else the even layers of the first `max_window_layers` (Qwen2-MoE), if windows are used."""
+def _attend_alternately(config: Config, num_layers: int) -> Sequence[str]:
+    """The config's `layer_types`; without, windows, if used, in even layers below `max_window_layers` (Qwen2-MoE)."""
     values = config.values
     if values.get("layer_types") or not values.get("use_sliding_window"):
-        return values.get("layer_types") or see_all(config, num_layers)
+        return values.get("layer_types") or _attend_to_all(config, num_layers)
     last = values.get("max_window_layers", 28)
     return [SLIDING if i % 2 == 0 and i < last else FULL for i in range(num_layers)]
 
 
 class Family(NamedTuple):
-    """One family. Any number may be a `Key` of the config or a function of it instead of a value."""
+    """One family. Any number may be a `Key` of the config or a function of the config instead of a value."""
 
     model_type: str
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
     eps: Any = Key("rms_norm_eps", 1e-6)
     centred: bool = False  # norms that subtract the mean
-    norm_last: bool = False  # of queries and keys, after they are turned
-    interleaved: Any = False  # pairs that turn are neighbours
+    norm_last: bool = False  # queries and keys are normalised after the rotary embedding
+    interleaved: Any = False  # the rotary embedding rotates pairs of neighbours
     interleaved_latent: Any = True  # the same in latent attention
-    theta: float = 1e4  # of the rotation, where the config has none
+    theta: float = 1e4  # of the rotary embedding, where the config has none
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: Any = math.inf  # of queries, keys and values
-    kinds: Kinds = see_all
-    turns_windows_only: bool = False  # where there are windows, full attention is not told positions
-    left_out: tuple[str, ...] = ()  # modules below `layers.N.` that do nothing up to `max_length`
+    kinds: _Kinds = _attend_to_all
+    rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding
+    left_out: tuple[str, ...] = ()  # modules below `layers.N.` without effect on up to `max_length` tokens
     max_length: Any = None
     embedding_scale: Any = 1.0
-    residual_scale: Any = 1.0  # of what attention and MLP or MoE add
+    residual_scale: Any = 1.0  # of the outputs of attention and of MLP or MoE
     logit_scale: Any = 1.0
 
 
@@ -87,7 +88,7 @@ def _mup_scale(config: Config) -> float:
 
 
 PLAIN = Family("aria")
-QWEN3_MOE = Family("qwen3_moe", kinds=see_window_if_used)
+QWEN3_MOE = Family("qwen3_moe", kinds=_attend_in_window_if_used)
 GRANITE = Family(
     "granitemoe",
     scale=Key("attention_multiplier", 1.0),
@@ -97,24 +98,24 @@ GRANITE = Family(
 )
 DEEPSEEK_V2 = Family("deepseek_v2")
 DEEPSEEK_V3 = Family("deepseek_v3", interleaved_latent=Key("rope_interleave", True))
-# Sparse attention: an indexer chooses the positions that a query sees, all of them while they are few.
+# Sparse attention: an indexer selects the positions that a query attends to: all of them in short sequences.
 DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
 )
-BY_TYPE = Family("dots1", kinds=see_by_type)
+BY_TYPE = Family("dots1", kinds=_attend_by_type)
 
 _FAMILIES = (
     Family("olmoe", eps=Key("rms_norm_eps", 1e-5), clip=Key("clip_qkv", math.inf)),
     Family("flex_olmo", theta=5e5, norms=POST_NORMS),
-    Family("mixtral", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=see_window),
-    Family("phimoe", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=see_window, centred=True),
+    Family("mixtral", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=_attend_in_window),
+    Family("phimoe", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=_attend_in_window, centred=True),
     Family(
         "minicpm",
         embedding_scale=Key("scale_emb", 1.0),
         residual_scale=_depth_scale,
         logit_scale=_width_scale,
     ),
-    Family("qwen2_moe", kinds=see_alternating),
+    Family("qwen2_moe", kinds=_attend_alternately),
     QWEN3_MOE,
     Family("qwen3_vl_moe", theta=5e5),
     Family("qwen3_omni_moe", theta=1e6),
@@ -140,14 +141,14 @@ _FAMILIES = (
     PLAIN._replace(model_type="hy_v3", eps=Key("rms_norm_eps", 1e-5), theta=11158840.0),
     BY_TYPE,
     BY_TYPE._replace(model_type="mellum"),
-    BY_TYPE._replace(model_type="exaone_moe", eps=Key("rms_norm_eps", 1e-5), turns_windows_only=True),
+    BY_TYPE._replace(model_type="exaone_moe", eps=Key("rms_norm_eps", 1e-5), rotates_windows_only=True),
     BY_TYPE._replace(model_type="gpt_oss", eps=Key("rms_norm_eps", 1e-5), theta=1.5e5),
     BY_TYPE._replace(
         model_type="afmoe",
         norms=SANDWICH_NORMS,
         eps=Key("rms_norm_eps", 1e-5),
         embedding_scale=_mup_scale,
-        turns_windows_only=True,
+        rotates_windows_only=True,
     ),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _FAMILIES})

@@ -1,6 +1,6 @@
-"""One layer's weights on their way from the checkpoint to the device.
+"""Layer weights, read from the checkpoint and put on the device one layer ahead of their use.
 
-What travels is what is stored: quantised weights stay packed on the device, and become matrices when they are used.
+Weights are transferred as they are stored: quantised ones stay packed on the device and are dequantised when used.
 """
 
 import math
@@ -24,14 +24,14 @@ from lexi_search.layers.weights import MEMORY_SHARE, BlockWeights, ExpertWeights
 from lexi_search.models.model import Model
 from lexi_search.models.moe_tensors import ExpertTensors
 
-READERS = 8  # threads that read, each into a host buffer of its own, as large as the largest tensor it has read
+READERS = 8  # threads that read, each into its own host buffer, as large as the largest tensor it has read
 
 
 class _Recipe(NamedTuple):
-    """How some of an expert's weights are made from one tensor's parts; hashable, static under `jit`.
+    """The conversion of one tensor's stored parts into some of an expert's weights; hashable, static under `jit`.
 
-    The rows [out, in] of the values belong to the `fields` of `ExpertWeights`: to one after the other or, if
-    `interleaved`, to each in turn.
+    The rows of the values [out, in] belong to the `fields` of `ExpertWeights`: in equal blocks or, if `interleaved`,
+    alternately.
     """
 
     fields: tuple[str, ...]
@@ -43,26 +43,26 @@ class _Recipe(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A tensor that an expert takes, by its logical name; of a tensor of all experts only row `row`."""
+    """A tensor that an expert needs, by its logical name; only row `row` of a tensor that holds all experts."""
 
     name: str
     row: int | None
     recipe: _Recipe
 
 
-Weights = Any  # a tree of arrays, or of `Stored` tensors where arrays will be
-NeededExperts = Callable[[int, Array, Array | None], Collection[int]]  # layer index, router, bias -> experts
+Weights = Any  # a tree of arrays, or of `Stored` references in their places
+_NeededExperts = Callable[[int, Array, Array | None], Collection[int]]  # layer index, router, bias -> experts
 
 
 def stream_layers(
-    checkpoint: Checkpoint, model: Model, layers: Sequence[int], *, needed: NeededExperts | None = None
+    checkpoint: Checkpoint, model: Model, layers: Sequence[int], *, needed: _NeededExperts | None = None
 ) -> Iterator[tuple[int, LayerWeights]]:
     """Yield (decoder-layer index, weights on the default device) for each of `layers`.
 
     While the caller works on one layer, the next is read and sent to the device, `READERS` tensors at a time; so two
     layers are on the device, as stored, unless they leave no room for the caller's own copy of one. `needed`, called in
-    another thread, may name the experts of a layer that are to be read ahead. The others are read when they are asked
-    for, and never if nobody asks: it decides only the speed.
+    another thread, may return the experts of a layer that are to be read ahead. All others are read on first access,
+    so it affects only the speed.
 
     Raises:
         InputError: a shard that cannot be read; NaN or Inf in a router, a bias or an expert that is read, by name.
@@ -72,16 +72,16 @@ def stream_layers(
 
 
 def stream_blocks(checkpoint: Checkpoint, model: Model, decoder: Decoder) -> Iterator[tuple[int, BlockWeights]]:
-    """Yield (index, weights on the default device, with a MoE's `LayerWeights`) of every decoder layer, in order.
+    """Yield (index, weights on the default device, with `LayerWeights` of MoE layers) of every decoder layer, in order.
 
-    As `stream_layers` does it: one layer ahead, and errors alike.
+    Reads one layer ahead and raises as `stream_layers` does.
     """
     reader = _Reader(checkpoint)
     yield from _stream(reader, model, range(len(decoder.blocks)), partial(_read_block, reader, model, decoder))
 
 
 def read_tensors(checkpoint: Checkpoint, tensors: Weights) -> Weights:
-    """The same tree with an array on the default device for every `Stored` tensor in it, dequantised.
+    """The same tree with a dequantised array on the default device for every `Stored` reference in it.
 
     Raises:
         InputError: a shard that cannot be read; NaN or Inf in a tensor, by name.
@@ -101,17 +101,17 @@ def _stream(
     start = partial(ahead.submit, read)
     try:
         reading = start(layers[0]) if layers else None
-        for place, layer in enumerate(layers):
+        for index, layer in enumerate(layers):
             weights = reading.result()
-            following = partial(start, layers[place + 1]) if place + 1 < len(layers) else lambda: None
+            read_next = partial(start, layers[index + 1]) if index + 1 < len(layers) else lambda: None
             if overlap:
-                reading = following()
+                reading = read_next()
             yield layer, weights
             del weights  # else it would still be on the device while the layer after the next arrives
             if not overlap:
-                reading = following()
+                reading = read_next()
     finally:
-        # Without waiting: this may run in a finaliser, anywhere, and there a wait for a thread may never end.
+        # Without waiting: this may run in a finaliser, where waiting for a thread may never end.
         for pool in (ahead, reader.pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -128,13 +128,13 @@ def _can_overlap(reader: "_Reader", model: Model, layers: Sequence[int]) -> bool
     return memory is None or max(sizes) <= MEMORY_SHARE * memory["bytes_limit"]
 
 
-def _read_layer(reader: "_Reader", model: Model, needed: NeededExperts | None, layer: int) -> LayerWeights:
+def _read_layer(reader: "_Reader", model: Model, needed: _NeededExperts | None, layer: int) -> LayerWeights:
     tensors = model.tensors[layer]
     router = reader.load_plain(tensors.router)
     bias = reader.load_plain(tensors.bias).reshape(-1) if tensors.bias else None  # some store it [1, E]
     experts = _Experts(reader, _list_pieces(reader.tensors, tensors.experts))
-    wanted = range(len(experts)) if needed is None else sorted(needed(layer, router, bias))
-    experts.load(wanted, apply=reader.pool.map)
+    first = range(len(experts)) if needed is None else sorted(needed(layer, router, bias))
+    experts.load(first, apply=reader.pool.map)
     return LayerWeights(router, bias, experts)
 
 
@@ -148,7 +148,8 @@ def _read_tree(reader: "_Reader", tensors: Weights) -> Weights:
     recipes = [_describe_recipe(reader.tensors, leaf.name, ("values",)) for leaf in leaves]
     pieces = tuple(_Piece(leaf.name, None, recipe) for leaf, recipe in zip(leaves, recipes, strict=True))
     parts = reader.load({0: pieces}, apply=reader.pool.map)[0]
-    values = [_make_values(*made, rows=leaf.rows) for leaf, *made in zip(leaves, parts, recipes, strict=True)]
+    zipped = zip(leaves, parts, recipes, strict=True)
+    values = [_make_values(stored, recipe, rows=leaf.rows) for leaf, stored, recipe in zipped]
     return jax.tree.unflatten(structure, values)
 
 
@@ -159,7 +160,7 @@ def _make_values(parts: Parts, recipe: "_Recipe", *, rows: tuple[int, int] | Non
 
 
 class _Experts(Sequence[ExpertWeights]):
-    """The experts of one layer: plain ones as matrices, quantised ones as their parts; read at the latest when used."""
+    """The experts of one layer: plain ones as matrices, quantised ones as stored parts; read by the first access."""
 
     def __init__(self, reader: "_Reader", pieces: Sequence[tuple[_Piece, ...]]):
         self._reader, self._pieces = reader, pieces
@@ -176,23 +177,23 @@ class _Experts(Sequence[ExpertWeights]):
         return loaded if isinstance(loaded, ExpertWeights) else self._make(expert, loaded)
 
     def load(self, experts: Collection[int], *, apply: Callable = map) -> None:
-        """Bring experts to the device and look at them."""
+        """Put experts on the device and check that their values are finite."""
         pieces = {expert: self._pieces[expert] for expert in experts}
         parts = self._reader.load(pieces, apply=apply)
-        for expert, group in pieces.items():  # one by one, lest all be there twice
+        for expert, group in pieces.items():  # one by one, so that not all are on the device twice
             plain = all(piece.recipe.scheme == Plain() for piece in group)
             self._loaded[expert] = self._make(expert, parts.pop(expert)) if plain else parts.pop(expert)
 
     def _make(self, expert: int, parts: tuple[Parts, ...]) -> ExpertWeights:
         recipes = tuple(piece.recipe for piece in self._pieces[expert])
-        if all(recipe == _Recipe(recipe.fields[:1], Plain(), recipe.shape, recipe.dtype) for recipe in recipes):
-            made = {recipe.fields[0]: own["weight"] for recipe, own in zip(recipes, parts, strict=True)}
-            return ExpertWeights(**{"gate": None} | made)  # as they are: a compiled function would copy them
+        if all(recipe == _make_plain(recipe) for recipe in recipes):
+            matrices = {recipe.fields[0]: stored["weight"] for recipe, stored in zip(recipes, parts, strict=True)}
+            return ExpertWeights(**{"gate": None} | matrices)  # as they are: a compiled function would copy them
         return _make_expert(parts, recipes=recipes)
 
 
 class _Reader:
-    """Reads tensors by their logical names and sends their parts to the device, several at a time."""
+    """A reader that gets tensors by their logical names and sends their parts to the device, several at a time."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.tensors = checkpoint.tensors
@@ -210,11 +211,11 @@ class _Reader:
     def load(self, pieces: Mapping[int, tuple[_Piece, ...]], *, apply: Callable = map) -> dict[int, tuple[Parts, ...]]:
         """The parts of every expert's tensors on the device; InputError names a tensor whose values are not finite.
 
-        `apply` is `pool.map` for many at a time; a few are read here, not behind what the pool is busy with.
+        `apply` is `pool.map` for many; a few are read in this thread, not queued behind the pool's other work.
         """
         reading = {expert: apply(self._read, group) for expert, group in pieces.items()}
         parts = {expert: tuple(results) for expert, results in reading.items()}
-        # Looking at every flag waits for all of them.
+        # One transfer for the flags of all experts; it waits for all of them.
         flags = jax.device_get([_all_finite(parts[e], recipes=tuple(p.recipe for p in pieces[e])) for e in pieces])
         for group, finite in zip(pieces.values(), flags, strict=True):
             for piece, ok in zip(group, finite, strict=True):
@@ -225,26 +226,26 @@ class _Reader:
 
     def _read(self, piece: _Piece) -> dict[str, Array]:
         parts = self.tensors[piece.name].parts
-        return {role: self._place(self._fill(part, piece.row)) for role, part in parts.items()}
+        return {role: self._send(self._read_part(part, piece.row)) for role, part in parts.items()}
 
-    def _fill(self, name: str, row: int | None) -> np.ndarray:
+    def _read_part(self, name: str, row: int | None) -> np.ndarray:
         size = self._checkpoint.entries[name].size
         if getattr(self._buffers, "size", -1) < size:
             self._buffers.buffer, self._buffers.size = np.empty(size, np.uint8), size
         return self._checkpoint.read(name, self._buffers.buffer, row=row)
 
-    def _place(self, view: np.ndarray) -> Array:
-        """A copy on the default device, whole when this returns: the buffer may be used again."""
+    def _send(self, view: np.ndarray) -> Array:
+        """A copy on the default device, complete on return: the buffer may be used again."""
         if view.dtype.name == "float8_e8m0fnu":
-            view = view.view(np.uint8)  # as schemes take them; not every backend knows the type
+            view = view.view(np.uint8)  # as schemes expect it; not every backend has the type
         array = jax.device_put(view)
         if array.device.platform == "cpu":
-            array = jnp.copy(array)  # this backend borrows the buffer
+            array = jnp.copy(array)  # this backend may share the buffer
         return array.block_until_ready()
 
 
 def _list_pieces(tensors: Tensors, experts: ExpertTensors) -> list[tuple[_Piece, ...]]:
-    """What each expert is made of."""
+    """The tensors, or rows of tensors, that each expert is made of."""
     if not experts.fused:
         return [
             tuple(
@@ -255,10 +256,10 @@ def _list_pieces(tensors: Tensors, experts: ExpertTensors) -> list[tuple[_Piece,
         ]
     fields = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
     recipes = [
-        _describe_recipe(tensors, name, own, fused=True)._replace(
+        _describe_recipe(tensors, name, group, fused=True)._replace(
             transposed=experts.transposed, interleaved=experts.interleaved
         )
-        for name, own in zip(experts.fused, fields, strict=False)
+        for name, group in zip(experts.fused, fields, strict=False)
     ]
     num_experts = tensors[experts.fused[0]].shape[0]
     return [
@@ -267,9 +268,15 @@ def _list_pieces(tensors: Tensors, experts: ExpertTensors) -> list[tuple[_Piece,
     ]
 
 
+def _make_plain(recipe: _Recipe) -> _Recipe:
+    """The recipe of one plain matrix, stored as it is used, of the same shape and type."""
+    return _Recipe(fields=recipe.fields[:1], scheme=Plain(), shape=recipe.shape, dtype=recipe.dtype)
+
+
 def _describe_recipe(tensors: Tensors, name: str, fields: tuple[str, ...], fused: bool = False) -> _Recipe:
     stored = tensors[name]
-    return _Recipe(fields, stored.scheme, stored.shape[1:] if fused else stored.shape, stored.dtype.name)
+    shape = stored.shape[1:] if fused else stored.shape
+    return _Recipe(fields=fields, scheme=stored.scheme, shape=shape, dtype=stored.dtype.name)
 
 
 @partial(jax.jit, static_argnames="recipe")
@@ -279,7 +286,7 @@ def _dequantise(parts: Parts, *, recipe: _Recipe) -> Array:
 
 @partial(jax.jit, static_argnames="recipes")
 def _make_expert(parts: tuple[Parts, ...], *, recipes: tuple[_Recipe, ...]) -> ExpertWeights:
-    made: dict[str, Array | None] = {"gate": None}
+    weights: dict[str, Array | None] = {"gate": None}
     for stored, recipe in zip(parts, recipes, strict=True):
         values = dequantise(stored, recipe.scheme, recipe.shape, recipe.dtype)
         values, count = values.T if recipe.transposed else values, len(recipe.fields)
@@ -287,8 +294,8 @@ def _make_expert(parts: tuple[Parts, ...], *, recipes: tuple[_Recipe, ...]) -> E
             rows = [values]
         else:
             rows = [values[i::count] for i in range(count)] if recipe.interleaved else jnp.split(values, count)
-        made |= zip(recipe.fields, rows, strict=True)
-    return ExpertWeights(**made)
+        weights |= zip(recipe.fields, rows, strict=True)
+    return ExpertWeights(**weights)
 
 
 @partial(jax.jit, static_argnames="recipes")

@@ -1,4 +1,4 @@
-"""One checkpoint described: its family, numbers, routing rule, and which tensors make up each MoE layer."""
+"""The description of one checkpoint: its family, sizes, routing rule, and the tensors of each MoE layer."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,24 +15,19 @@ from lexi_search.models.moe_tensors import LayerTensors, find_routers, locate_te
 
 
 class Model(NamedTuple):
-    """Everything that profiling needs to know of a checkpoint besides the weights themselves."""
+    """Everything that profiling needs to know about a checkpoint besides the weights."""
 
     identity: ModelIdentity
     hidden_size: int
     activation: Activation
     routing: Routing
     tensors: Mapping[int, LayerTensors]  # decoder-layer index -> tensors, ascending
-    max_k: int | None = None  # the largest k to look at, where that is not the model's own
+    max_k: int | None = None  # the largest k to measure, where that is not the model's own
 
     @property
     def top_k(self) -> int:
-        """The largest k that is looked at, whose output is the one that others are compared with."""
+        """The largest k that is measured; its output is the reference for all smaller k."""
         return self.max_k or self.identity.top_k
-
-    @property
-    def config_path(self) -> str:
-        """The dotted path of the language model's part in the checkpoint's config; empty where that is the whole."""
-        return self.identity.top_k_key.rpartition(".")[0]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -41,19 +36,19 @@ class Model(NamedTuple):
 
 
 def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent: float | None = None) -> Model:
-    """Describe a checkpoint from its config and headers; of the data only the routers are read, to hash them.
+    """The description of a checkpoint, from its config and headers; only the routers are read, to hash them.
 
     MoE layers are those that have a router tensor and an index below `num_hidden_layers`: checkpoints may carry extra
-    prediction layers past it. `max_k` is the largest k to look at, where that is more than the model's own.
+    prediction layers past it. `max_k` is the largest k to measure, where that is more than the model's own.
     `gate_exponent` says how layers with fewer experts weigh them (see `Routing`).
 
     Raises:
         InputError: unknown family, missing config key, k = 1 without `max_k`, `max_k` below the model's own k or above
-            what there is to choose from, a gate exponent where none can act, a format that is not known, tensors
-            missing or of wrong shape.
+            the number of experts to choose from, a gate exponent where it has no effect, an unknown format, tensors
+            that are missing or of wrong shape.
     """
     architecture = _find_architecture(checkpoint)
-    config = checkpoint.open_config(architecture.text_config)
+    config = checkpoint.text_config
     num_experts, top_k_key = config.read_count(*architecture.num_experts), config.find_key(architecture.top_k)
     top_k, num_layers = config.read_count(top_k_key), config.count_layers()
     hidden_size = config.read_count("hidden_size")
@@ -67,7 +62,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
     if gate_exponent is not None and architecture.routing.scales_input:
         raise InputError(f"{config.place}: scores scale the experts' inputs, so a gate exponent has nothing to act on")
     if gate_exponent is not None and max_k is not None:
-        raise InputError("a gate exponent shares out what experts weigh at the model's own k: leave max_k out")
+        raise InputError("a gate exponent redistributes the gate weights of the model's own k: leave max_k out")
     if max_k is not None and not max(top_k, 2) <= max_k <= num_experts:
         raise InputError(f"{config.place}: max_k {max_k} is not between {max(top_k, 2)} and {num_experts}, the experts")
     routing = _read_routing(config, architecture, num_experts, max_k or top_k)._replace(exponent=gate_exponent)
@@ -91,7 +86,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
         top_k=top_k,
         moe_layers=layers,
         router=pattern,
-        top_k_key=".".join(filter(None, (architecture.text_config, top_k_key))),
+        top_k_key=".".join(filter(None, (config.path, top_k_key))),
         router_sha256=_hash_routers(checkpoint, pattern, layers),
     )
     activation = Activation(*map(config.resolve, architecture.activation))
@@ -120,9 +115,11 @@ def _read_routing(config: Config, architecture: Architecture, num_experts: int, 
         chosen |= known[config.read_choice(key, known)]
     routing = Routing(*map(config.resolve, architecture.routing._replace(**chosen)))
     num_groups, topk_groups = routing.num_groups, routing.topk_groups
-    judges = 2 if num_groups > 1 and routing.group_score == "top2" else 1  # experts that a group needs at least
-    if not 1 <= topk_groups <= num_groups or num_experts % num_groups or num_experts // num_groups < judges:
-        raise InputError(f"{config.place}: n_group {num_groups}, topk_group {topk_groups} do not part {num_experts}")
+    least = 2 if num_groups > 1 and routing.group_score == "top2" else 1  # experts that a group needs for its score
+    if not 1 <= topk_groups <= num_groups or num_experts % num_groups or num_experts // num_groups < least:
+        raise InputError(
+            f"{config.place}: n_group {num_groups}, topk_group {topk_groups} do not fit {num_experts} experts"
+        )
     if topk_groups * (num_experts // num_groups) < top_k:
         raise InputError(f"{config.place}: topk_group {topk_groups} leaves fewer than {top_k} experts to choose from")
     return routing

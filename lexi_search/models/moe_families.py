@@ -1,8 +1,8 @@
-"""What differs between MoE families, as data.
+"""MoE families as data: config keys, router names, routing rules and activations.
 
-A family is one `Architecture` below: where its config keeps the numbers, what its router tensor is called, how its
-router turns logits into weights, and what its experts compute. Tensor layouts are shared by all families and found by
-looking at the checkpoint.
+A family is one `Architecture` below: which config keys hold its sizes, what its router module is called, how its router
+turns logits into weights, and what its experts compute. Tensor layouts are shared by all families, and `moe_tensors`
+recognises them in the checkpoint.
 """
 
 from collections.abc import Mapping
@@ -31,22 +31,21 @@ BIASED = MappingProxyType({"topk_method": {"noaux_tc": {}}, "scoring_func": SIGM
 class Architecture(NamedTuple):
     """One family. Any field of its `routing` and `activation` may be a `Key` of the config instead of a value.
 
-    `choices` are further keys of the config, each with the values that are known, the first being the default, and the
-    fields of `routing` that the value sets. Any other value is refused.
+    `choices` maps further config keys to their known values, the default first, and each value to the fields of
+    `routing` that it sets. Any other value is refused.
     """
 
     model_type: str
-    routers: tuple[str, ...] = ("mlp.gate",)  # module names of the router below `layers.N.`, old and new
-    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # config keys, the first that is there counts
+    routers: tuple[str, ...] = ("mlp.gate",)  # module names of the router below `layers.N.`, all that are in use
+    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # config keys; the first one present counts
     top_k: tuple[str, ...] = ("num_experts_per_tok",)
-    text_config: str | None = None  # where a multimodal config keeps the language model's, dotted if deeper
     routing: Routing = Routing()
     activation: Activation = Activation(Key("hidden_act", "silu"))
     choices: Mapping[str, Mapping[Any, Mapping[str, Any]]] = PLAIN
-    interleaved: bool = False  # rows of gate and up in turn, where they are one tensor
-    width: tuple[str, ...] = ("moe_intermediate_size",)  # config keys of an expert's width: all that are there
-    shared_experts: tuple[str, ...] = ()  # and of the number of shared ones, each as wide as `width` says
-    bound: tuple[str, ...] = ()  # other modules below `layers.N.` that are as wide as `width` says
+    interleaved: bool = False  # rows of gate and up alternate, where both are one tensor
+    width: tuple[str, ...] = ("moe_intermediate_size",)  # config keys of an expert's width: all that are present
+    shared_experts: tuple[str, ...] = ()  # config keys of the number of shared experts, each as wide as `width` says
+    bound: tuple[str, ...] = ()  # other modules below `layers.N.` whose width the same keys give
 
 
 FFN_WIDTH = ("intermediate_size",)
@@ -125,10 +124,10 @@ _FAMILIES = (
     QWEN3_NEXT,
     QWEN3_NEXT._replace(model_type="mellum"),
     QWEN3_NEXT._replace(model_type="qwen3_5_moe_text", routing=Routing(renormalize=True)),
-    QWEN3_NEXT._replace(model_type="qwen3_5_moe", text_config="text_config", routing=Routing(renormalize=True)),
-    QWEN3_NEXT._replace(model_type="qwen3_vl_moe", text_config="text_config"),
-    QWEN3_NEXT._replace(model_type="qwen4_exp", text_config="text_config"),
-    QWEN3_NEXT._replace(model_type="qwen3_omni_moe", text_config="thinker_config.text_config"),
+    QWEN3_NEXT._replace(model_type="qwen3_5_moe", routing=Routing(renormalize=True)),
+    QWEN3_NEXT._replace(model_type="qwen3_vl_moe"),
+    QWEN3_NEXT._replace(model_type="qwen4_exp"),
+    QWEN3_NEXT._replace(model_type="qwen3_omni_moe"),
     MIXTRAL,
     MIXTRAL._replace(model_type="minimax"),
     MIXTRAL._replace(model_type="minicpm", routers=("mlp.gate",)),  # its MoE variant
@@ -164,7 +163,6 @@ _FAMILIES = (
         routers=("mlp.router",),
         num_experts=("moe_num_experts", "num_local_experts"),
         top_k=("moe_topk", "num_experts_per_tok"),
-        text_config="text_config",
         routing=Routing(renormalize=True),
         width=FFN_WIDTH,
         shared_experts=("moe_num_shared_experts",),
@@ -183,12 +181,12 @@ _FAMILIES = (
         bound=("mlp.gate_proj",),
     ),
     DEEPSEEK_V2,
-    DEEPSEEK_V2._replace(model_type="deepseek_vl_v2", text_config="language_config"),
+    DEEPSEEK_V2._replace(model_type="deepseek_vl_v2"),
     DEEPSEEK_V3,
     DEEPSEEK_V3._replace(model_type="deepseek_v32"),
     DEEPSEEK_V3._replace(model_type="kimi_k2"),
-    DEEPSEEK_V3._replace(model_type="kimi_k25", text_config="text_config"),
-    DEEPSEEK_V3._replace(model_type="kimi_vl", text_config="text_config"),
+    DEEPSEEK_V3._replace(model_type="kimi_k25"),
+    DEEPSEEK_V3._replace(model_type="kimi_vl"),
     DEEPSEEK_V3._replace(
         model_type="kimi_linear",
         num_experts=("num_experts",),
@@ -201,17 +199,17 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="glm4_moe"),
     DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
     DEEPSEEK_V3._replace(model_type="glm_moe_dsa"),
-    DEEPSEEK_V3._replace(model_type="glm4v_moe", text_config="text_config"),
+    DEEPSEEK_V3._replace(model_type="glm4v_moe"),
     DEEPSEEK_V3._replace(
         model_type="dots1",
         routing=SIGMOID._replace(renormalize=Key("norm_topk_prob", False)),
-        choices={"topk_method": {"noaux_tc": {}}},  # what its checkpoints call scoring_func says the same
+        choices={"topk_method": {"noaux_tc": {}}},  # its checkpoints repeat that value as scoring_func
     ),
     DEEPSEEK_V3._replace(model_type="exaone_moe", num_experts=("num_experts",), shared_experts=("num_shared_experts",)),
     DEEPSEEK_V3._replace(model_type="solar_open"),
     DEEPSEEK_V3._replace(model_type="mimo_v2_flash"),
     CLAMPED,
-    CLAMPED._replace(model_type="glm5_next", text_config="text_config"),
+    CLAMPED._replace(model_type="glm5_next"),
     DEEPSEEK_V3._replace(
         model_type="mistral4",
         routing=SIGMOID._replace(scoring="softmax", bias=None),
@@ -227,7 +225,6 @@ _FAMILIES = (
     MINIMAX_M2,
     MINIMAX_M2._replace(
         model_type="minimax_m3_vl",
-        text_config="text_config",
         routing=MINIMAX_M2.routing._replace(scale=Key("routed_scaling_factor", 2.0)),
         activation=SWIGLU_OAI,
     ),
@@ -266,6 +263,6 @@ _FAMILIES = (
     BAILING._replace(model_type="bailing_moe_v2"),
     GPT_OSS,
     LLAMA4,
-    LLAMA4._replace(model_type="llama4", text_config="text_config"),
+    LLAMA4._replace(model_type="llama4"),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({family.model_type: family for family in _FAMILIES})

@@ -1,4 +1,4 @@
-"""Which tensors make up each MoE layer of a checkpoint: found by their names, told apart by their shapes."""
+"""The tensors of each MoE layer of a checkpoint, recognised by their names and shapes."""
 
 import re
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from lexi_search.models.finder import require_shape
 from lexi_search.models.moe_families import Architecture
 
 # Names of an expert's (gate, up, down), or (up, down) where it has no gate, below `experts.N.` of the block; the first
-# that are there count.
+# entry that is present counts.
 PER_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
-# Names of (gate_up, down) below the block, where all experts share two tensors; what stands behind those of the biases.
+# Names of (gate_up, down) below the block, where all experts share two tensors, and the ending of their biases' names.
 FUSED = (
     ("experts.gate_up_proj", "experts.down_proj"),
     ("input_linear.weight", "output_linear.weight"),
@@ -29,7 +29,7 @@ BIASES = (
     "gate.expert_bias",
     "router.bias",
 )
-# Parts of a checkpoint with decoder layers of their own: prediction of further tokens, speech.
+# Prefixes of parts with decoder layers of their own: multi-token prediction, speech.
 LEFT_OUT = re.compile(r"(.*\.)?(mtp|talker)\.")
 
 
@@ -38,7 +38,7 @@ class ExpertTensors(NamedTuple):
 
     `separate` has one (gate, up, down) per expert, or (up, down) where experts have no gate, each stored [out, in].
     `fused` is (gate_up, down), perhaps with their biases (.., gate_up_bias, down_bias), with a leading expert axis,
-    stored [out, in] or, if `transposed`, [in, out]; gate comes before up, or row by row in turn if `interleaved`.
+    stored [out, in] or, if `transposed`, [in, out]; gate comes before up, or their rows alternate if `interleaved`.
     """
 
     separate: tuple[tuple[str, ...], ...] = ()
@@ -48,7 +48,7 @@ class ExpertTensors(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """Names of one MoE layer's tensors: router [E, H], bias of the selection or the logits or None, experts."""
+    """Names of one MoE layer's tensors: router [E, H], bias of the selection or of the logits (or None), experts."""
 
     router: str
     bias: str | None
@@ -59,17 +59,17 @@ def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) 
     """The name pattern of the routers, and the indices of the layers that have one."""
     modules = "|".join(re.escape(module) for module in architecture.routers)
     router_name = re.compile(rf"(|.*\.)layers\.(\d+)\.({modules})\.weight")
-    found: dict[str, set[int]] = {}
+    layers_of: dict[str, set[int]] = {}  # by name pattern
     for match in filter(None, map(router_name.fullmatch, tensors)):
         prefix, layer, module = match.groups()
         if int(layer) < num_layers and not LEFT_OUT.match(prefix):
-            found.setdefault(f"{prefix}layers.{{}}.{module}.weight", set()).add(int(layer))
-    if not found:
+            layers_of.setdefault(f"{prefix}layers.{{}}.{module}.weight", set()).add(int(layer))
+    if not layers_of:
         wanted = " or ".join(f"layers.N.{module}.weight" for module in architecture.routers)
         raise InputError(f"{tensors.folder}: no router tensor ({wanted}) in any layer; is this model dense?")
-    if len(found) > 1:
-        raise InputError(f"{tensors.folder}: routers under several names: {', '.join(sorted(found))}")
-    [(pattern, layers)] = found.items()
+    if len(layers_of) > 1:
+        raise InputError(f"{tensors.folder}: routers under several names: {', '.join(sorted(layers_of))}")
+    [(pattern, layers)] = layers_of.items()
     return pattern, tuple(sorted(layers))
 
 
@@ -82,7 +82,7 @@ def locate_tensors(
     has_bias: bool = False,
     interleaved: bool = False,
 ) -> LayerTensors:
-    """Find and check the tensors of the layer whose router is called `router`; InputError names what does not fit."""
+    """The checked tensors of the layer whose router is called `router`; InputError names a tensor that does not fit."""
     require_shape(tensors, router, (num_experts, hidden_size))
     if tensors[router].scheme != Plain():
         raise InputError(f"{tensors[router].file}: router {router} is quantised; only plain routers are supported")
@@ -105,12 +105,12 @@ def _find_bias(tensors: Tensors, block: str, num_experts: int) -> str:
 
 
 def _check_separate(tensors: Tensors, stem: str, num_experts: int, hidden_size: int) -> ExpertTensors:
-    # By all experts, as the first may have lost one: a missing gate must not look like an expert without any.
-    stems = [f"{stem}{e}." for e in range(num_experts)]
-    known = (parts for parts in PER_EXPERT if any(f"{own}{parts[0]}.weight" in tensors for own in stems))
-    parts = next(known, PER_EXPERT[0])
+    # Looks at all experts: if the gate of the first is missing, that must not pass for a model without gates.
+    expert_stems = [f"{stem}{e}." for e in range(num_experts)]
+    present = (parts for parts in PER_EXPERT if any(f"{one}{parts[0]}.weight" in tensors for one in expert_stems))
+    parts = next(present, PER_EXPERT[0])
     if biased := next((part for part in parts if f"{stem}0.{part}.bias" in tensors), None):
-        raise InputError(f"{tensors.folder}: {stem}0.{biased} has a bias, which is known of fused experts only")
+        raise InputError(f"{tensors.folder}: {stem}0.{biased} has a bias, which is supported for fused experts only")
     separate = tuple(tuple(f"{stem}{e}.{part}.weight" for part in parts) for e in range(num_experts))
     width = require_shape(tensors, separate[0][0], (None, hidden_size))[0]
     for *inputs, down in separate:
@@ -123,7 +123,7 @@ def _check_separate(tensors: Tensors, stem: str, num_experts: int, hidden_size: 
 def _check_fused(
     tensors: Tensors, names: tuple[str, str], num_experts: int, hidden_size: int, interleaved: bool
 ) -> ExpertTensors:
-    """Tell the orientation from both shapes: one alone is ambiguous where gate and up are as wide as the model."""
+    """Tells the orientation from both shapes: one is ambiguous if gate and up together are as wide as the model."""
     gate_up, down = (require_shape(tensors, name, (num_experts, None, None))[1:] for name in names)
     for transposed in (False, True):
         (double, inner), (outer, width) = (gate_up[::-1], down[::-1]) if transposed else (gate_up, down)

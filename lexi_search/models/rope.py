@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864) as configs describe them: how far each pair of values turns a position.
+"""Rotary position embeddings (arXiv 2104.09864) as configs describe them: the frequency of each pair of values.
 
 Frequencies and their scaling for long contexts are those of transformers, float32.
 """
@@ -14,24 +14,24 @@ from lexi_search.checkpoint.config import Config
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Rope
 
-Parameters = Mapping[str, Any]  # of one rotation, as `rope_parameters` in a config holds them
+RopeParameters = Mapping[str, Any]  # as `rope_parameters` in a config holds them
 
 
-def read_parameters(config: Config, *, theta: float, layer_type: str | None = None) -> Parameters:
-    """What the config says of the rotation in layers of `layer_type`: new (`rope_parameters`) and old keys together.
+def read_parameters(config: Config, *, theta: float, layer_type: str | None = None) -> RopeParameters:
+    """The config's rotary parameters for layers of `layer_type`: new (`rope_parameters`) and old keys together.
 
     Raises:
-        InputError: a kind of scaling that is not known.
+        InputError: an unknown kind of scaling.
     """
     values = config.values
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if layer_type in given:
         given = given[layer_type] or {}
-    outer = {key: values[key] for key in OUTER_KEYS if values.get(key) is not None}
+    outer = {key: values[key] for key in _OUTER_KEYS if values.get(key) is not None}
     parameters = {"rope_theta": theta} | outer | given
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in SCALINGS:
-        known = ", ".join(SCALINGS)
+    if kind not in _SCALINGS:
+        known = ", ".join(_SCALINGS)
         raise InputError(
             f"{config.place}: rope_type {kind!r} is not known; use lexi-search profile --input paper, which does "
             f"without; known are {known}"
@@ -45,48 +45,48 @@ def read_parameters(config: Config, *, theta: float, layer_type: str | None = No
     }
 
 
-def make_rope(parameters: Parameters, dim: int, *, place: str, interleaved: bool = False) -> Rope:
-    """The rotation of a head's first `dim` values, or of a `partial_rotary_factor` of them.
+def make_rope(parameters: RopeParameters, dim: int, *, place: str, interleaved: bool = False) -> Rope:
+    """The rotary embedding of a head's first `dim` values, or of the share `partial_rotary_factor` of them.
 
     Raises:
-        InputError: a parameter that the kind of scaling needs is missing or no number.
+        InputError: a parameter that the kind of scaling needs is missing or not a number.
     """
     try:
         dim = int(parameters.get("rotary_dim") or dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
         frequencies = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents
-        scaled, scale = SCALINGS[parameters["rope_type"]](frequencies, parameters)
+        scaled, scale = _SCALINGS[parameters["rope_type"]](frequencies, parameters)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         kind = parameters["rope_type"]
         raise InputError(f"{place}: rope parameters of type {kind!r} are incomplete or wrong ({error!r})") from error
-    limit = LIMITS.get("llama_4" if parameters.get("llama_4_scaling_beta") else parameters["rope_type"])
+    limit = _LIMITS.get("llama_4" if parameters.get("llama_4_scaling_beta") else parameters["rope_type"])
     return Rope(tuple(scaled.astype(np.float32).tolist()), float(scale), interleaved, parameters.get(limit))
 
 
-def find_temperature(parameters: Parameters) -> float:
-    """What DeepSeek multiplies attention scores with where contexts were extended (YaRN's `mscale_all_dim`)."""
+def find_temperature(parameters: RopeParameters) -> float:
+    """DeepSeek's factor on attention scores where the context was extended (YaRN's `mscale_all_dim`)."""
     if parameters["rope_type"] == "default" or not parameters.get("mscale_all_dim"):
         return 1.0
-    return _grow(parameters["factor"], parameters["mscale_all_dim"]) ** 2
+    return _find_mscale(parameters["factor"], parameters["mscale_all_dim"]) ** 2
 
 
-def _grow(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's growth of scores with the context (arXiv 2309.00071, section 3.4)."""
+def _find_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's scale of queries and keys for a context extended by `factor` (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _keep(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+def _leave_unscaled(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
     return frequencies, 1.0
 
 
-def _raise_base(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
-    """Dynamic scaling, which short sequences know nothing of but for Hunyuan's `alpha`."""
+def _scale_dynamic(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
+    """Dynamic scaling, which leaves sequences within the trained length alone, except for Hunyuan's `alpha`."""
     dim, exponents = 2 * len(frequencies), np.arange(len(frequencies)) * 2
     return frequencies * (parameters.get("alpha") or 1.0) ** (-exponents / (dim - 2)), 1.0
 
 
-def _divide(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
-    """LongRoPE (arXiv 2402.13753) for sequences no longer than the original ones."""
+def _scale_longrope(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
+    """LongRoPE (arXiv 2402.13753) for sequences within the original context length."""
     original = parameters["original_max_position_embeddings"]
     factor = parameters.get("factor") or parameters["max_position_embeddings"] / original
     scale = parameters.get("short_mscale") or parameters.get("attention_factor")
@@ -95,52 +95,56 @@ def _divide(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray
     return frequencies / np.asarray(parameters["short_factor"], np.float32), scale
 
 
-def _stretch(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+def _scale_linear(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
     return frequencies / np.float32(parameters["factor"]), 1.0
 
 
-def _stretch_low(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
-    """Llama 3.1: long waves are stretched, short ones kept, those between mixed."""
+def _scale_llama3(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
+    """Llama 3.1: low frequencies are divided by the factor, high ones kept, those between interpolated."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
+    rotations = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = np.clip((rotations - low) / (high - low), 0, 1)
     return (1 - kept) * frequencies / parameters["factor"] + kept * frequencies, 1.0
 
 
-def _yarn(frequencies: np.ndarray, parameters: Parameters) -> tuple[np.ndarray, float]:
+def _scale_yarn(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071, section 3.2), with DeepSeek's two `mscale`."""
     theta, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
     factor = parameters.get("factor") or parameters["max_position_embeddings"] / original
     dim = 2 * len(frequencies)
-    turns = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
-    low, high = (dim * math.log(original / (turn * 2 * math.pi)) / (2 * math.log(theta)) for turn in turns)
+    betas = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
+    low, high = (dim * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta)) for beta in betas)
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / (high - low if high != low else 0.001), 0, 1)
     scale, mscales = parameters.get("attention_factor"), (parameters.get("mscale"), parameters.get("mscale_all_dim"))
     if scale is None:
-        scale = _grow(factor, mscales[0]) / _grow(factor, mscales[1]) if all(mscales) else _grow(factor)
+        scale = (
+            _find_mscale(factor, mscales[0]) / _find_mscale(factor, mscales[1])
+            if all(mscales)
+            else _find_mscale(factor)
+        )
     return frequencies / factor * ramp + frequencies * (1 - ramp), scale
 
 
-SCALINGS: Mapping[str, Callable[[np.ndarray, Parameters], tuple[np.ndarray, float]]] = MappingProxyType(
+_SCALINGS: Mapping[str, Callable[[np.ndarray, RopeParameters], tuple[np.ndarray, float]]] = MappingProxyType(
     {
-        "default": _keep,
-        "mrope": _keep,  # of images; text has the same position on every axis
-        "linear": _stretch,
-        "dynamic": _raise_base,
-        "llama3": _stretch_low,
-        "yarn": _yarn,
-        "longrope": _divide,
+        "default": _leave_unscaled,
+        "mrope": _leave_unscaled,  # for images; text has the same position on every axis
+        "linear": _scale_linear,
+        "dynamic": _scale_dynamic,
+        "llama3": _scale_llama3,
+        "yarn": _scale_yarn,
+        "longrope": _scale_longrope,
     }
 )
-# The parameter that says up to which length a scaling is as it is here.
-LIMITS = MappingProxyType(
+# The parameter that holds the longest sequence for which a scaling is computed correctly here.
+_LIMITS = MappingProxyType(
     {
         "dynamic": "max_position_embeddings",
         "longrope": "original_max_position_embeddings",
-        "llama_4": "original_max_position_embeddings",  # past it, queries grow with their position
+        "llama_4": "original_max_position_embeddings",  # beyond it, queries are scaled by their position
     }
 )
-OUTER_KEYS = ("rope_theta", "partial_rotary_factor", "rotary_dim")  # that may stand in the config itself
+_OUTER_KEYS = ("rope_theta", "partial_rotary_factor", "rotary_dim")  # may be in the config itself

@@ -1,5 +1,5 @@
-"""Smaller checkpoints, the baseline to compare with.
+"""Pruned checkpoints, the baseline to compare allocations with.
 
-Read `importance` (which experts and channels matter), `slicing` (tensors cut as they are stored), `sizes` (what a
-config says of sizes) and `prune` (a whole folder).
+Read `importance` (scores of experts and channels), `slicing` (tensors cut as they are stored), `sizes` (sizes in the
+config) and `prune` (a whole folder).
 """

@@ -1,10 +1,10 @@
-"""What each expert, and each channel of an expert, adds to its layer's output: from the weights, no data.
+"""The importance of each expert, and of each channel of an expert, for its layer's output, without data.
 
-The inputs are Stage 1's, X ~ N(0, 1) (LExI, arXiv 2509.02753, section 3.1), or what the layer sees of text that the
-model writes itself (`synthesis`). Importance is a root mean square over
-tokens. For an expert it is that of its mixing weight times the norm of its output, zero where it is not chosen: how far
-the layer's output moves if nothing replaces it. For a channel, that of its activation times the norm of its column of
-`down`. REAP (arXiv 2510.13999) has the first product too, as a mean over the tokens of a text that choose the expert.
+The inputs are Stage 1's, X ~ N(0, 1) (LExI, arXiv 2509.02753, section 3.1), or the layer's inputs on text that the
+model generates itself (`profiling.sampling`). Importance is a root mean square over tokens: for an expert, of its gate
+weight times the norm of its output, zero where it is not selected, which is how far the layer's output moves if nothing
+replaces the expert; for a channel, of its activation times the norm of its column of `down`. REAP (arXiv 2510.13999)
+uses the first product too, as a mean over those tokens of a text that select the expert.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from lexi_search.layers.weights import ExpertWeights, LayerWeights
 from lexi_search.models.model import Model
 
 ROWS = 1024  # tokens at a time
-LEAST_ROWS = 256  # tokens for the channels of one expert
+_LEAST_ROWS = 256  # tokens for the channels of one expert
 
 Batches = Iterable[Float[Array, "rows hidden"]]
 
@@ -45,12 +45,12 @@ def score_channels(
 ) -> Iterator[Float[np.ndarray, " width"]]:
     """The importance of every channel of each of the experts `kept`, in turn, in units of the expert's output.
 
-    Over the tokens that the router likes best for it: as many as each expert would get if all got the same.
+    Measured on the tokens with the largest gate weights for the expert: as many as each expert has in a balanced load.
     """
     x = jnp.concatenate(list(batches))
     num_experts = len(weights.experts)
     choice = route(x, weights.router, weights.bias, routing=model.routing, top_k=num_experts)
-    count = min(max(x.shape[0] * model.identity.top_k // num_experts, LEAST_ROWS), x.shape[0])
+    count = min(max(x.shape[0] * model.identity.top_k // num_experts, _LEAST_ROWS), x.shape[0])
     for expert in kept:
         yield np.asarray(
             _score_channels(x, choice, weights.experts[expert], expert, count=count, activation=model.activation)
@@ -60,11 +60,11 @@ def score_channels(
 def draw_batches(
     hidden_size: int, number: int, *, tokens: int, seed: int, dtype: str
 ) -> Iterator[Float[Array, "rows hidden"]]:
-    """N(0, 1) in batches of `ROWS`, at least `tokens` in all; the key of a batch is (seed, number, batch)."""
+    """Samples of N(0, 1) in batches of `ROWS`, at least `tokens` in all; a batch's key is (seed, number, batch)."""
     key = jax.random.fold_in(jax.random.key(seed), number)
     for batch in range(-(-tokens // ROWS)):
-        drawn = jax.random.normal(jax.random.fold_in(key, batch), (ROWS, hidden_size), jnp.float32)
-        yield drawn.astype(dtype)  # drawn in bfloat16, the variance would be wrong
+        sample = jax.random.normal(jax.random.fold_in(key, batch), (ROWS, hidden_size), jnp.float32)
+        yield sample.astype(dtype)  # sampled in bfloat16, the variance would be wrong
 
 
 @partial(jax.jit, static_argnames=("routing", "num_experts"))
@@ -86,7 +86,7 @@ def _score_channels(
     count: int,
     activation: Activation,
 ) -> Float[Array, " width"]:
-    liking = jnp.where(choice.experts == expert, choice.scores, 0.0).sum(axis=1)
-    own = x[jax.lax.top_k(liking, count)[1]]
-    squares = jnp.square(compute_hidden(own, weights, activation=activation)).mean(axis=0)
+    scores = jnp.where(choice.experts == expert, choice.scores, 0.0).sum(axis=1)
+    best = x[jax.lax.top_k(scores, count)[1]]
+    squares = jnp.square(compute_hidden(best, weights, activation=activation)).mean(axis=0)
     return jnp.sqrt(squares) * jnp.linalg.norm(weights.down.astype(jnp.float32), axis=0)

@@ -1,11 +1,13 @@
-"""How many experts a checkpoint has and how wide they are: where config.json says it, which tensors follow it."""
+"""The number and width of a checkpoint's experts: config keys that hold them and tensors that depend on them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from typing import Any
 
-from lexi_search.checkpoint.config import COUNT_KEYS
+from lexi_search.checkpoint.config import COUNT_KEYS, find_text_config
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.checkpoint.writer import Output
@@ -15,12 +17,12 @@ from lexi_search.models.moe_families import ARCHITECTURES, Architecture
 from lexi_search.models.moe_tensors import LayerTensors, locate_tensors
 from lexi_search.pruning.slicing import pad
 
-DOWN = ("down_proj", "w2")  # matrices of shared experts that have the width along their inputs
+_DOWN = ("down_proj", "w2")  # matrices of shared experts whose inputs are the channels
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Experts in each layer, channels of each, and how many shared experts as wide as these the config counts, or 0."""
+    """The experts of each layer, the channels of each, and the shared experts of that width in the config, or 0."""
 
     architecture: Architecture
     num_experts: int
@@ -28,7 +30,7 @@ class Sizes:
     shared_experts: int
 
     def shrink(self, *, num_experts: int, width: int) -> "Sizes":
-        """With fewer, narrower experts, and as many more shared ones as have at least the old width together."""
+        """The sizes with fewer or narrower experts, and enough shared ones to be together as wide as before."""
         shared = -(-self.shared_experts * self.width // width) if width else 0
         return replace(self, num_experts=num_experts, width=width, shared_experts=shared)
 
@@ -36,7 +38,7 @@ class Sizes:
 def is_single(config: Mapping[str, Any]) -> bool:
     """Whether each token runs one expert of the model that `config` describes."""
     architecture = ARCHITECTURES.get(config.get("model_type"))
-    return bool(architecture) and any(_find_section(config, architecture).get(key) == 1 for key in architecture.top_k)
+    return bool(architecture) and any(_find_section(config).get(key) == 1 for key in architecture.top_k)
 
 
 def find_sizes(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> Sizes:
@@ -44,7 +46,7 @@ def find_sizes(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> Sizes:
     architecture = ARCHITECTURES[model.identity.model_type]
     experts = model.tensors[model.layers[0]].experts
     down = tensors[experts.fused[1] if experts.fused else experts.separate[0][-1]].shape
-    section = _find_section(checkpoint.config, architecture)
+    section = _find_section(checkpoint.config)
     counts = (section.get(key) for key in architecture.shared_experts)
     shared = next((count for count in counts if count is not None), 0)
     if type(shared) is not int:
@@ -54,17 +56,18 @@ def find_sizes(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> Sizes:
 
 
 def find_blocks(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> dict[str, LayerTensors]:
-    """Module name -> tensors of every block of experts of the config: the layers' and, past them, those of prediction.
+    """Module name -> tensors of every block of experts with this config: of the layers, and of multi-token prediction.
 
-    InputError where one of the latter has other experts than the layers.
+    Raises:
+        InputError: a block of multi-token prediction whose experts differ from the layers'.
     """
     architecture = ARCHITECTURES[model.identity.model_type]
     modules = "|".join(map(re.escape, architecture.routers))
     named = re.compile(rf"(?!.*talker\.)(.*\.)?layers\.\d+\.({modules})\.weight")
-    known = {found.router: found for found in model.tensors.values()}
+    blocks = {block.router: block for block in model.tensors.values()}
     for router in tensors:
-        if named.fullmatch(router) and router not in known:
-            known[router] = locate_tensors(
+        if named.fullmatch(router) and router not in blocks:
+            blocks[router] = locate_tensors(
                 tensors,
                 router,
                 model.identity.num_experts,
@@ -72,13 +75,13 @@ def find_blocks(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> dict[
                 has_bias=model.routing.bias is not None,
                 interleaved=architecture.interleaved,
             )
-    return {re.match(r"(.*\.)?layers\.\d+\.[^.]+", router)[0]: found for router, found in known.items()}
+    return {re.match(r"(.*\.)?layers\.\d+\.[^.]+", router)[0]: block for router, block in blocks.items()}
 
 
 def check_width(checkpoint: Checkpoint, sizes: Sizes) -> None:
-    """Raise InputError unless the experts' width is the config's, and nothing else has it from there."""
+    """Raise InputError unless the config has the experts' width, and no other tensor takes its width from there."""
     architecture, place = sizes.architecture, checkpoint.folder / "config.json"
-    section = _find_section(checkpoint.config, architecture)
+    section = _find_section(checkpoint.config)
     values = {key: section[key] for key in architecture.width if section.get(key) is not None}
     if not values:
         raise InputError(f"{place}: {' or '.join(architecture.width)} is missing")
@@ -92,9 +95,9 @@ def check_width(checkpoint: Checkpoint, sizes: Sizes) -> None:
 
 
 def change_config(config: Mapping[str, Any], before: Sizes, after: Sizes) -> dict[str, Any]:
-    """The config with the sizes `after`, in every key that holds those of `before`."""
+    """The config with the sizes `after` in every key that holds those of `before`."""
     architecture = before.architecture
-    changed = dict(_find_section(config, architecture))
+    changed = dict(_find_section(config))
     groups = (
         ({*architecture.num_experts, *COUNT_KEYS}, before.num_experts, after.num_experts),
         (architecture.width, before.width, after.width),
@@ -107,38 +110,35 @@ def change_config(config: Mapping[str, Any], before: Sizes, after: Sizes) -> dic
                 changed[key] = [new if item == old else item for item in value]
             elif value == old and old != new:
                 changed[key] = new
-    path = architecture.text_config.split(".") if architecture.text_config else []
-    return _replace(config, path, changed)
+    return _replace(config, find_text_config(config), changed)
 
 
 def pad_shared(checkpoint: Checkpoint, block: str, before: Sizes, after: Sizes) -> dict[str, Output]:
-    """The shared experts of a block, with channels of zeros up to the width that the config now says.
+    """The tensors of a block's shared experts, padded with channels of zeros to the width that follows from the config.
 
-    InputError where they are quantised.
+    Raises:
+        InputError: quantised shared experts.
     """
     old, new = (sizes.shared_experts * sizes.width for sizes in (before, after))
     if old == new:
         return {}
-    padded, shared = {}, re.compile(re.escape(block) + r"\.shared_\w+\.(\w+)\.(.*)")
+    outputs, shared = {}, re.compile(re.escape(block) + r"\.shared_\w+\.(\w+)\.(.*)")
     for name, entry in checkpoint.entries.items():
         if not (match := shared.fullmatch(name)):
             continue
-        axis = int(match[1] in DOWN)
+        axis = int(match[1] in _DOWN)
         if match[2] != "weight" or len(entry.shape) != 2 or entry.shape[axis] != old or entry.dtype.itemsize == 1:
             raise InputError(f"{entry.file}: {name} cannot be widened from {old} to {new}; choose another --width")
-        padded[name] = pad(checkpoint, name, axis, new)
-    return padded
+        outputs[name] = pad(checkpoint, name, axis, new)
+    return outputs
 
 
-def _find_section(config: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
-    for key in architecture.text_config.split(".") if architecture.text_config else ():
-        config = config.get(key)
-        if not isinstance(config, Mapping):
-            return {}
-    return config
+def _find_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of the config."""
+    return reduce(getitem, find_text_config(config), config)
 
 
-def _replace(config: Mapping[str, Any], path: list[str], section: dict[str, Any]) -> dict[str, Any]:
+def _replace(config: Mapping[str, Any], path: Sequence[str], section: dict[str, Any]) -> dict[str, Any]:
     if not path:
         return section
     return {**config, path[0]: _replace(config[path[0]], path[1:], section)}

@@ -1,7 +1,7 @@
-"""Stored tensors with some experts, or some channels of experts, left out: what to write instead of each.
+"""Stored tensors without some experts or some of their channels: for each tensor, the output to write instead.
 
 A channel is a row of an expert's gate and up and a column of its down. Quantised tensors are cut as they are stored,
-never dequantised: where a block, a group or a word holds several channels, these stay or go together.
+never dequantised: channels that share a block, a group or a word are kept or dropped together.
 """
 
 import math
@@ -20,14 +20,41 @@ from lexi_search.models.moe_tensors import ExpertTensors
 
 
 class Kept(NamedTuple):
-    """What is left of one layer: experts by their old numbers, and of each the runs of `unit` channels; None: all."""
+    """What is left of one block: experts by their old numbers, and runs of `unit` channels of each (None: all)."""
 
     experts: tuple[int, ...]
     units: tuple[tuple[int, ...], ...] | None = None
 
 
+class ExpertBlock(NamedTuple):
+    """The experts of one MoE layer in a checkpoint, before they are cut.
+
+    `stem` is what the names of separate experts begin with, such as `model.layers.0.mlp.experts.`. Channels are kept
+    or dropped in runs of `unit`.
+    """
+
+    checkpoint: Checkpoint
+    tensors: Tensors
+    experts: ExpertTensors
+    stem: str
+    width: int
+    unit: int = 1
+
+
+class _Part(NamedTuple):
+    """One stored part of a matrix or bias, and the side of the matrix that has the channels (None: neither)."""
+
+    tensor: StoredTensor
+    role: str
+    side: str | None
+
+    @property
+    def name(self) -> str:
+        return self.tensor.parts[self.role]
+
+
 class _Axis(NamedTuple):
-    """Where a stored part (of one expert) has the channels: `step` of them to an index, `copies` times over.
+    """The axis of a stored part (of one expert) that has the channels: `step` of them to an index, `copies` times over.
 
     The second copy follows the first one or, if `interleaved`, index by index.
     """
@@ -38,127 +65,122 @@ class _Axis(NamedTuple):
     interleaved: bool = False
 
 
-def find_unit(tensors: Tensors, checkpoint: Checkpoint, experts: ExpertTensors, width: int) -> int:
-    """How many neighbouring channels stay or go together in one layer; InputError where none can go."""
+def find_unit(block: ExpertBlock) -> int:
+    """The number of neighbouring channels that are kept or dropped together; InputError where none can be dropped."""
     steps = {1}
-    for name, side in _list_matrices(experts):
-        stored = tensors[name]
-        for role, part in stored.parts.items():
-            axis = _find_axis(stored, role, _shape_of_one(checkpoint, experts, part), side, experts, width)
-            steps |= {axis.step} if axis else set()
-            if role in ("shape", "group") and experts.fused:
-                raise InputError(f"{stored.file}: how to narrow tensor {part} is not known; prune experts, not width")
-            if role == "group" and side == "in":
-                _require_runs(checkpoint, part, stored)
+    for part in _list_parts(block.tensors, block.experts):
+        shape = block.checkpoint.entries[part.name].shape
+        axis = _find_axis(block, part, shape[1:] if block.experts.fused else shape)
+        steps |= {axis.step} if axis else set()
+        if part.role in ("shape", "group") and block.experts.fused:
+            file = part.tensor.file
+            raise InputError(f"{file}: how to narrow tensor {part.name} is not known; prune experts, not width")
+        if part.role == "group" and part.side == "in":
+            _require_runs(block.checkpoint, part)
     return math.lcm(*steps)
 
 
-def slice_experts(
-    tensors: Tensors, checkpoint: Checkpoint, experts: ExpertTensors, stem: str, kept: Kept, width: int, unit: int
-) -> dict[str, Output | None]:
-    """Stored name -> what is written instead, or None, of the experts' tensors.
+def slice_experts(block: ExpertBlock, kept: Kept) -> dict[str, Output | None]:
+    """Stored name -> what is written instead, or None, for the tensors of the experts.
 
-    `stem` is what the names of separate ones begin with, such as `model.layers.0.mlp.experts.`. InputError names a
-    tensor beside them that is not known, if they are to be narrower.
+    Raises:
+        InputError: experts are to be narrower, and an unknown tensor stands beside theirs.
     """
-    cut = _slice_fused if experts.fused else _slice_separate
-    return cut(tensors, checkpoint, experts, stem, kept, width, unit)
+    return (_slice_fused if block.experts.fused else _slice_separate)(block, kept)
 
 
 def slice_rows(checkpoint: Checkpoint, name: str, kept: Sequence[int], num_experts: int) -> Output:
-    """A tensor with one entry per expert, along the first axis that can be that of the experts, or as it is."""
+    """A tensor with one entry per expert, cut along the first axis of that extent; without one, the tensor as it is."""
     entry = checkpoint.entries[name]
     if num_experts not in entry.shape:
         return copy(checkpoint, name)
     axis = entry.shape.index(num_experts)
-    shape = (*entry.shape[:axis], len(kept), *entry.shape[axis + 1 :])
-    return Output(name, entry.dtype, shape, partial(_take, name, axis, np.asarray(kept)))
+    shape = _resize(entry.shape, axis, len(kept))
+    return Output(name=name, dtype=entry.dtype, shape=shape, make=partial(_take, name, axis, np.asarray(kept)))
 
 
 def pad(checkpoint: Checkpoint, name: str, axis: int, extent: int) -> Output:
     """A tensor with zeros behind its last index of `axis`, up to `extent`."""
     entry = checkpoint.entries[name]
-    shape = (*entry.shape[:axis], extent, *entry.shape[axis + 1 :])
-    return Output(name, entry.dtype, shape, partial(_pad, name, axis, extent))
+    shape = _resize(entry.shape, axis, extent)
+    return Output(name=name, dtype=entry.dtype, shape=shape, make=partial(_pad, name, axis, extent))
 
 
-def _slice_separate(
-    tensors: Tensors, checkpoint: Checkpoint, experts: ExpertTensors, stem: str, kept: Kept, width: int, unit: int
-) -> dict[str, Output | None]:
-    own: dict[str, list[str]] = {}
-    for name in checkpoint.entries:
-        number, dot, _ = name.removeprefix(stem).partition(".")
-        if name.startswith(stem) and dot and number.isdecimal():
-            own.setdefault(number, []).append(name)
-    planned: dict[str, Output | None] = {name: None for names in own.values() for name in names}
-    for place, expert in enumerate(kept.experts):
-        old, new = f"{stem}{expert}.", f"{stem}{place}."
-        planned |= {name: copy(checkpoint, name, new + name.removeprefix(old)) for name in own[str(expert)]}
+def _slice_separate(block: ExpertBlock, kept: Kept) -> dict[str, Output | None]:
+    checkpoint, experts = block.checkpoint, block.experts
+    stored = _group_by_expert(block)
+    planned: dict[str, Output | None] = {name: None for names in stored.values() for name in names}
+    for new_number, expert in enumerate(kept.experts):
+        old, new = f"{block.stem}{expert}.", f"{block.stem}{new_number}."
+        names = stored[str(expert)]
+        planned |= {name: copy(checkpoint, name, new + name.removeprefix(old)) for name in names}
         if kept.units is None:
             continue
         known = set()
-        for name, side in _list_matrices(experts._replace(separate=(experts.separate[expert],))):
-            stored = tensors[name]
-            known |= set(stored.parts.values())
-            for role, part in stored.parts.items():
-                output = _slice_part(checkpoint, experts, stored, role, side, kept.units[place], width, unit)
-                planned[part] = output._replace(name=new + part.removeprefix(old))
-        for name in own[str(expert)]:
+        for part in _list_parts(block.tensors, experts._replace(separate=(experts.separate[expert],))):
+            known.add(part.name)
+            output = _slice_part(block, part, kept.units[new_number])
+            planned[part.name] = output._replace(name=new + part.name.removeprefix(old))
+        for name in names:
             if name not in known and math.prod(checkpoint.entries[name].shape) != 1:
                 raise InputError(f"{checkpoint.entries[name].file}: how to narrow tensor {name} is not known")
     return planned
 
 
-def _slice_fused(
-    tensors: Tensors, checkpoint: Checkpoint, experts: ExpertTensors, stem: str, kept: Kept, width: int, unit: int
-) -> dict[str, Output | None]:
+def _group_by_expert(block: ExpertBlock) -> dict[str, list[str]]:
+    """Number of a separate expert -> names of its stored tensors."""
+    names: dict[str, list[str]] = {}
+    for name in block.checkpoint.entries:
+        number, dot, _ = name.removeprefix(block.stem).partition(".")
+        if name.startswith(block.stem) and dot and number.isdecimal():
+            names.setdefault(number, []).append(name)
+    return names
+
+
+def _slice_fused(block: ExpertBlock, kept: Kept) -> dict[str, Output | None]:
     planned: dict[str, Output | None] = {}
-    for name, side in _list_matrices(experts):
-        stored = tensors[name]
-        for role, part in stored.parts.items():
-            entry = checkpoint.entries[part]
-            shape, axis = entry.shape[1:], None
-            cuts: list[np.ndarray | None] = [None] * len(kept.experts)
-            if kept.units is not None:
-                axis = _find_axis(stored, role, shape, side, experts, width)
-            if axis is not None:
-                cuts = [_list_indices(axis, units, unit, shape[axis.number]) for units in kept.units]
-                shape = (*shape[: axis.number], len(cuts[0]), *shape[axis.number + 1 :])
-            number = axis.number if axis else 0
-            make = partial(_take_experts, part, kept.experts, number, cuts)
-            planned[part] = Output(part, entry.dtype, (len(kept.experts), *shape), make)
+    for part in _list_parts(block.tensors, block.experts):
+        entry = block.checkpoint.entries[part.name]
+        shape, axis = entry.shape[1:], None
+        cuts: list[np.ndarray | None] = [None] * len(kept.experts)
+        if kept.units is not None:
+            axis = _find_axis(block, part, shape)
+        if axis is not None:
+            cuts = [_list_indices(axis, units, block.unit, shape[axis.number]) for units in kept.units]
+            shape = _resize(shape, axis.number, len(cuts[0]))
+        make = partial(_take_experts, part.name, kept.experts, axis.number if axis else 0, cuts)
+        planned[part.name] = Output(name=part.name, dtype=entry.dtype, shape=(len(kept.experts), *shape), make=make)
     return planned
 
 
-def _slice_part(
-    checkpoint: Checkpoint,
-    experts: ExpertTensors,
-    stored: StoredTensor,
-    role: str,
-    side: str,
-    units: tuple[int, ...],
-    width: int,
-    unit: int,
-) -> Output:
-    """One part of an expert's own matrix, under its old name."""
-    part = stored.parts[role]
-    entry, left = checkpoint.entries[part], len(units) * unit
-    if role == "shape":
-        shape = (left, stored.shape[1]) if side == "out" else (stored.shape[0], left)
-        return Output(part, entry.dtype, entry.shape, partial(_give, np.asarray(shape, entry.dtype)))
-    if role == "group" and side == "in":
-        groups = np.arange(left) // stored.scheme.group_size
-        return Output(part, entry.dtype, (left,), partial(_give, groups.astype(entry.dtype)))
-    axis = _find_axis(stored, role, entry.shape, side, experts, width)
+def _slice_part(block: ExpertBlock, part: _Part, units: tuple[int, ...]) -> Output:
+    """One part of a separate expert's matrix with the channels of `units` only, under its old name."""
+    entry, width = block.checkpoint.entries[part.name], len(units) * block.unit
+    output = partial(Output, name=part.name, dtype=entry.dtype)
+    if part.role == "shape":
+        rows, columns = part.tensor.shape
+        pair = (width, columns) if part.side == "out" else (rows, width)
+        return output(shape=entry.shape, make=partial(_give, np.asarray(pair, entry.dtype)))
+    if part.role == "group" and part.side == "in":
+        groups = np.arange(width) // part.tensor.scheme.group_size
+        return output(shape=(width,), make=partial(_give, groups.astype(entry.dtype)))
+    axis = _find_axis(block, part, entry.shape)
     if axis is None:
-        return copy(checkpoint, part)
-    indices = _list_indices(axis, units, unit, entry.shape[axis.number])
-    shape = (*entry.shape[: axis.number], len(indices), *entry.shape[axis.number + 1 :])
-    return Output(part, entry.dtype, shape, partial(_take, part, axis.number, indices))
+        return copy(block.checkpoint, part.name)
+    indices = _list_indices(axis, units, block.unit, entry.shape[axis.number])
+    shape = _resize(entry.shape, axis.number, len(indices))
+    return output(shape=shape, make=partial(_take, part.name, axis.number, indices))
+
+
+def _list_parts(tensors: Tensors, experts: ExpertTensors) -> Iterator[_Part]:
+    """The stored parts of every matrix and bias of the experts."""
+    for name, side in _list_matrices(experts):
+        tensor = tensors[name]
+        yield from (_Part(tensor, role, side) for role in tensor.parts)
 
 
 def _list_matrices(experts: ExpertTensors) -> Iterator[tuple[str, str | None]]:
-    """The logical name of every matrix or bias, and the side that has the channels; None: neither has."""
+    """The logical name of every matrix or bias, and the side that has the channels (None: neither)."""
     if experts.fused:
         yield from zip(experts.fused, ("out", "in", "out", None), strict=False)
     for *inputs, down in experts.separate:
@@ -166,35 +188,35 @@ def _list_matrices(experts: ExpertTensors) -> Iterator[tuple[str, str | None]]:
         yield down, "in"
 
 
-def _shape_of_one(checkpoint: Checkpoint, experts: ExpertTensors, part: str) -> tuple[int, ...]:
-    shape = checkpoint.entries[part].shape
-    return shape[1:] if experts.fused else shape
+def _find_axis(block: ExpertBlock, part: _Part, shape: tuple[int, ...]) -> _Axis | None:
+    """The axis that has the channels in a part, for one expert of shape `shape`, of a matrix [out, in] or bias [out].
 
-
-def _find_axis(
-    stored: StoredTensor, role: str, shape: tuple[int, ...], side: str | None, experts: ExpertTensors, width: int
-) -> _Axis | None:
-    """Where a part of one expert's matrix [out, in] or bias [out], of shape `shape`, has the channels; None: nowhere.
+    None where no axis has them.
 
     Raises:
-        InputError: the part's blocks, groups or words do not part the channels.
+        InputError: channels cannot be cut without cutting the part's blocks, groups or words.
     """
-    if side is None or role in ("global_scale", "shape", "group"):
+    stored, experts, width = part.tensor, block.experts, block.width
+    if part.side is None or part.role in ("global_scale", "shape", "group"):
         return None
     flipped = len(stored.shape) - bool(experts.fused) == 2 and experts.transposed != _is_transposed(stored.scheme)
-    number = int((side == "in") != flipped)
+    number = int((part.side == "in") != flipped)
     if len(shape) <= number or shape[number] == 1:
         return None  # one number for all channels
-    copies = 2 if experts.fused and side == "out" else 1
+    copies = 2 if experts.fused and part.side == "out" else 1
     extent, rest = divmod(shape[number], copies)
     if extent == 1 and not rest:
         return None  # one number for all channels of gate, and one for those of up
     step = width // extent if extent else 0
     fits = not rest and extent * step == width and step in {1, *_list_steps(stored.scheme)}
     if not fits or (experts.interleaved and copies == 2 and step != 1):
-        place = f"{stored.file}: {stored.parts[role]} {list(shape)}"
-        raise InputError(f"{place} holds {width} channels in blocks that cannot be cut; prune experts, not width")
-    return _Axis(number, step, copies, experts.interleaved)
+        thing = f"{stored.file}: {part.name} {list(shape)}"
+        raise InputError(f"{thing} holds {width} channels in blocks that cannot be cut; prune experts, not width")
+    return _Axis(number=number, step=step, copies=copies, interleaved=experts.interleaved)
+
+
+def _resize(shape: tuple[int, ...], axis: int, extent: int) -> tuple[int, ...]:
+    return (*shape[:axis], extent, *shape[axis + 1 :])
 
 
 def _is_transposed(scheme: Scheme) -> bool:
@@ -202,7 +224,7 @@ def _is_transposed(scheme: Scheme) -> bool:
 
 
 def _list_steps(scheme: Scheme) -> tuple[int, ...]:
-    """How many neighbours of a row or a column a scheme may store as one."""
+    """The numbers of neighbours in a row or column that a scheme may store as one value."""
     match scheme:
         case Plain():
             return ()
@@ -214,11 +236,11 @@ def _list_steps(scheme: Scheme) -> tuple[int, ...]:
             return (32 // bits, size)
 
 
-def _require_runs(checkpoint: Checkpoint, part: str, stored: StoredTensor) -> None:
-    """Groups of inputs in another order than the inputs would each lose some."""
-    group = checkpoint[part]
-    if not np.array_equal(group, np.arange(group.size) // stored.scheme.group_size):
-        raise InputError(f"{stored.file}: {part} orders the channels by activation; prune experts, not width")
+def _require_runs(checkpoint: Checkpoint, part: _Part) -> None:
+    """Raise InputError unless groups are runs of inputs: else every group would lose some of its inputs."""
+    group = checkpoint[part.name]
+    if not np.array_equal(group, np.arange(group.size) // part.tensor.scheme.group_size):
+        raise InputError(f"{part.tensor.file}: {part.name} orders the channels by activation; prune experts, not width")
 
 
 def _list_indices(axis: _Axis, units: Sequence[int], unit: int, extent: int) -> np.ndarray:
@@ -247,8 +269,8 @@ def _take_experts(
 
 def _pad(name: str, axis: int, extent: int, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
     array = checkpoint[name]
-    behind = (*array.shape[:axis], extent - array.shape[axis], *array.shape[axis + 1 :])
-    yield np.concatenate([array, np.zeros(behind, array.dtype)], axis=axis)
+    zeros = np.zeros(_resize(array.shape, axis, extent - array.shape[axis]), array.dtype)
+    yield np.concatenate([array, zeros], axis=axis)
 
 
 def _give(array: np.ndarray, checkpoint: Checkpoint) -> Iterator[np.ndarray]:

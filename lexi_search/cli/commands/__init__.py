@@ -1,1 +1,1 @@
-"""The subcommands of `lexi-search`, one module each; `show` holds `plot` as well."""
+"""The subcommands of `lexi-search`, one module each; `show` has `plot` as well."""

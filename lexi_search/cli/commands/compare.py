@@ -14,11 +14,11 @@ from lexi_search.cli.console import json_option, prepare_environment, print_json
     "--loss",
     type=click.Choice(tuple(LOSS_KINDS)),
     show_default=False,
-    help="Which loss of REFERENCE is the truth.  [default: increase if it is held, else divergence, else frobenius]",
+    help="The loss of REFERENCE to judge by.  [default: increase if it has that, else divergence, else frobenius]",
 )
 @json_option
 def compare(reference: str, profiles: tuple[str, ...], loss: str | None, as_json: bool) -> None:
-    """How good the allocations from each of PROFILES are, by the losses of REFERENCE, at 25 to 75 % of the budget.
+    """Judge the allocations from each of PROFILES by the losses of REFERENCE, at 25 to 75 % of the budget.
 
     100 % is as good as REFERENCE itself, 0 % no better than the same k in every layer. Every loss that a profile holds
     is judged by itself.
@@ -30,12 +30,12 @@ def compare(reference: str, profiles: tuple[str, ...], loss: str | None, as_json
     from lexi_search.allocation import comparison
     from lexi_search.cli import tables
 
-    found = {
+    comparisons = {
         (path, kind): comparison.compare(truth, other, reference_loss=loss, loss=kind)
         for path, other in others.items()
         for kind in other.loss_kinds
     }
     if as_json:
-        print_json(tables.list_comparisons(found))
+        print_json(tables.list_comparisons(comparisons))
     else:
-        print_table(tables.tabulate_comparisons(found, title=f"by {loss} of {reference}"))
+        print_table(tables.tabulate_comparisons(comparisons, title=f"by {loss} of {reference}"))

@@ -9,40 +9,40 @@ from lexi_search.errors import InputError
 
 @click.command()
 @click.argument("allocation")
-@click.option("--to", "form", required=True, type=click.Choice(("vllm", "transformers", "json", "csv")), help="Form.")
+@click.option("--to", "form", required=True, type=click.Choice(("vllm", "transformers", "json", "csv")), help="Format.")
 @click.option("--model", help="The model's original folder; for vllm without -o a hub id will do.")
 @click.option("-o", "--output", help="Model folder to make (vllm, transformers with --model), or file to write.")
 @click.option("--force", is_flag=True, help="Replace a model folder that was exported before.")
 def export(allocation: str, form: str, model: str | None, output: str | None, force: bool) -> None:
-    """Turn an ALLOCATION into what a serving engine takes.
+    """Export an ALLOCATION for a serving engine.
 
     \b
     vllm          the command to run; with -o a model folder for it, which needs the LExI plugin
-    transformers  what to lay over config.json; with --model and -o a model folder,
+    transformers  the overlay for config.json; with --model and -o a model folder,
                   and the call that loads it and applies the allocation
     json, csv     the k per layer
     """
-    chosen = read_allocation(allocation)
+    exported = read_allocation(allocation)
     from lexi_search.allocation import export as exporters
 
     config = exporters.read_config(model) if model else {}
     if model:
-        exporters.check_config(chosen.model, config)
+        exporters.check_config(exported.model, config)
     elif form == "vllm":
         raise InputError("--to vllm needs --model, the model's folder or hub id")
     if form == "vllm":
-        overrides = exporters.make_vllm_overrides(chosen, config)
+        overrides = exporters.make_vllm_overrides(exported, config)
         if output:
             exporters.write_folder(output, model, overrides, force=force)
-            click.echo(exporters.format_vllm_command(output, chosen.model.model_type))
+            click.echo(exporters.format_vllm_command(output, exported.model.model_type))
         else:
-            click.echo(exporters.format_vllm_command(model, chosen.model.model_type, overrides))
+            click.echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
     elif form == "transformers" and model and output:
-        exporters.write_folder(output, model, exporters.make_transformers_overrides(chosen), force=force)
+        exporters.write_folder(output, model, exporters.make_transformers_overrides(exported), force=force)
         click.echo(exporters.format_transformers_call(output, allocation))
     elif output:
         check_writable(output, apart_from=[allocation])
-        write_atomically(output, exporters.format_text(chosen, form).encode())
+        write_atomically(output, exporters.format_text(exported, form).encode())
         click.echo(output)
     else:
-        click.echo(exporters.format_text(chosen, form), nl=False)
+        click.echo(exporters.format_text(exported, form), nl=False)

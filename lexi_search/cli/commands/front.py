@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 @add_options(CONSTRAINTS)
 @click.option("--target-speedup", type=float, help="Choose the least loss at this speed-up; needs --cost.")
 @click.option("--target-ms", type=float, help="Choose the least loss in this time; needs --cost.")
-@click.option("--max-loss", help="Choose the cheapest that loses at most this, or this share of the front's most: 20%.")
-@click.option("--knee", is_flag=True, help="Choose where the front turns.")
+@click.option(
+    "--max-loss", help="Choose the cheapest with at most this loss, or this share of the front's largest: 20%."
+)
+@click.option("--knee", is_flag=True, help="Choose the knee of the front, where its curve bends most.")
 @click.option("--allocation", default="allocation.json", help="File for the chosen allocation.")
 @click.option("--points", type=click.IntRange(2), help="Write at most this many points, evenly spread.  [default: all]")
 def front(
@@ -52,7 +54,7 @@ def front(
     points: int | None,
     **options: Any,
 ) -> None:
-    """Every trade of cost against loss that PROFILE offers, each one proven best.
+    """Write the Pareto front of cost and loss that PROFILE offers, computed exactly.
 
     Cost is the time of --cost or, without it, the sum of k. One option may choose a point; its allocation is written.
     """
@@ -62,7 +64,7 @@ def front(
     names = (*outputs, *([allocation] if any(wishes) else []))
     for index, name in enumerate(names):
         check_writable(name, apart_from=[profile, cost_file, *names[:index]])
-    if unknown := [name for name in outputs if find_form(name) not in ("json", "csv", "png", "svg")]:
+    if unknown := [name for name in outputs if _find_form(name) not in ("json", "csv", "png", "svg")]:
         raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png or .svg")
     measured = read_profile(profile)
     loss = loss or measured.default_loss
@@ -71,39 +73,38 @@ def front(
     from lexi_search.cli.tables import tabulate_front
 
     cost, constraints = read_cost(measured, cost_file, mix), make_constraints(measured, **options)
-    found = tradeoff.find_front(measured, cost=cost, constraints=constraints, loss=loss)
+    pareto = tradeoff.find_front(measured, cost=cost, constraints=constraints, loss=loss)
     chosen = None
     if knee:
-        chosen = tradeoff.find_knee(found)
+        chosen = tradeoff.find_knee(pareto)
     elif max_loss is not None:
-        chosen = tradeoff.find_fastest_within(found, parse_loss(max_loss, found))
+        chosen = tradeoff.find_fastest_within(pareto, _parse_loss(max_loss, pareto))
     elif any(wishes):
-        chosen = tradeoff.find_best_within(found, ms=target_ms, speedup=target_speedup)
-    shown = tradeoff.thin(found.points, points) if points else found.points
+        chosen = tradeoff.find_best_within(pareto, ms=target_ms, speedup=target_speedup)
+    shown = tradeoff.thin(pareto.points, points) if points else pareto.points
     for name in outputs:
-        write_atomically(name, format_front(name, measured, found, shown, chosen, loss=loss, cost=cost))
-    print_table(tabulate_front(found, chosen))
+        write_atomically(name, _format_front(name, measured, pareto, points=shown, chosen=chosen, loss=loss, cost=cost))
+    print_table(tabulate_front(pareto, chosen))
     for name in outputs:
         click.echo(name)
     if chosen is not None:
-        from lexi_search.allocation.allocate import describe_origin, make_allocation
+        from lexi_search.allocation.allocate import describe_origin, describe_spending, make_allocation
 
-        origin = describe_origin(measured, constraints, loss=loss, method="exact")
-        spent = {"ms": chosen.ms, "speedup": chosen.speedup}
-        paid = {} if cost is None else {"cost": cost.describe() | spent}
-        best = chosen.loss / (1 + found.error)
-        made = make_allocation(measured, chosen.top_k, loss=chosen.loss, optimal_loss=best, made_by=origin | paid)
-        write_allocation(allocation, made)
+        made_by = describe_origin(measured, constraints, loss=loss, method="exact")
+        made_by |= describe_spending(cost, chosen.ms, chosen.speedup)
+        optimal = chosen.loss / (1 + pareto.error)
+        point = make_allocation(measured, chosen.top_k, loss=chosen.loss, optimal_loss=optimal, made_by=made_by)
+        write_allocation(allocation, point)
         click.echo(allocation)
 
 
-def find_form(name: str) -> str:
-    """What to write, told by the file's suffix."""
+def _find_form(name: str) -> str:
+    """The format of an output file, by its suffix."""
     return Path(name).suffix.lstrip(".").lower()
 
 
-def parse_loss(text: str, front: "Front") -> float:
-    """A loss, or with % a share of the largest on the front."""
+def _parse_loss(text: str, front: "Front") -> float:
+    """A loss; with %, a share of the largest loss on the front."""
     try:
         value = float(text.removesuffix("%"))
     except ValueError:
@@ -113,20 +114,20 @@ def parse_loss(text: str, front: "Front") -> float:
     return value / 100 * front.points[0].loss if text.endswith("%") else value
 
 
-def format_front(
+def _format_front(
     name: str,
     profile: Profile,
     front: "Front",
+    *,
     points: "Sequence[Point]",
     chosen: "Point | None",
-    *,
     loss: str,
     cost: "Cost | None",
 ) -> bytes:
     """The bytes of an output file: all `points` as JSON or CSV, or a drawing of the front."""
     from lexi_search.cli.tables import list_points
 
-    form, layers = find_form(name), profile.model.moe_layers
+    form, layers = _find_form(name), profile.model.moe_layers
     if form in ("png", "svg"):
         from lexi_search.cli.plots import draw_front, render
 
@@ -139,7 +140,7 @@ def format_front(
     origin = {"format": "lexi-front", "version": 1, "profile_sha256": sha256(profile), "loss": loss}
     if cost is not None:
         origin["cost"] = cost.describe() | {"base_ms": cost.base_ms}
-    # One point a line: a front may have ten thousand of them.
+    # One point per line: a front may have ten thousand of them.
     head = json.dumps(origin | {"error": front.error}, sort_keys=True)
     lines = ",\n ".join(json.dumps(row) for row in rows)
     return f'{head[:-1]}, "points": [\n {lines}\n]}}\n'.encode()

@@ -15,7 +15,9 @@ from lexi_search.errors import InputError
 @click.option("--batch", default=4, type=click.IntRange(1), help="Sequences per iteration.")
 @click.option("--length", default=512, type=click.IntRange(1), help="Tokens per sequence.")
 @click.option("--samples", default=2**12, help="Tokens in all.")
-@click.option("--seed", default=1, type=click.IntRange(0, 2**32 - 1), help="Seed of the text; a profile's own is 0.")
+@click.option(
+    "--seed", default=1, type=click.IntRange(0, 2**32 - 1), help="Seed of the text; that of a profile is 0 by default."
+)
 @dtype_option
 @json_option
 def judge(
@@ -28,12 +30,12 @@ def judge(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """How far the predictions of WEIGHTS move under whole ALLOCATIONS, on text that the model writes itself.
+    """Measure how far ALLOCATIONS move the predictions of WEIGHTS, on text that the model generates itself.
 
     Losses of single layers add up to less than layers lose together, and the text is not that of the profile: this
-    says, without any data, whether an allocation is better than the same k in every layer, which stands beside it.
+    shows, without any data, whether an allocation is better than the same k in every layer, which is listed beside it.
     """
-    read = {path: read_allocation(path) for path in allocations}
+    by_path = {path: read_allocation(path) for path in allocations}
     prepare_environment()
     from lexi_search.checkpoint.reader import open_checkpoint
     from lexi_search.cli.tables import list_judgements, tabulate_judgements
@@ -44,7 +46,7 @@ def judge(
 
     checkpoint = open_checkpoint(weights)
     model = describe(checkpoint)
-    for path, allocation in read.items():
+    for path, allocation in by_path.items():
         if allocation.model != model.identity:
             raise InputError(f"{path} is for another model than {weights}")
         if allocation.max_k is not None:
@@ -60,16 +62,16 @@ def judge(
     )
     layers = len(model.layers)
     variants = {
-        path: Variant(tuple(found.top_k[layer] for layer in model.layers), found.gate_exponent)
-        for path, found in read.items()
+        path: Variant(tuple(allocation.top_k[layer] for layer in model.layers), allocation.gate_exponent)
+        for path, allocation in by_path.items()
     }
-    near = {k for found in read.values() for k in (found.budget // layers, -(-found.budget // layers))}
-    variants |= {f"k = {k} in every layer": Variant((k,) * layers) for k in sorted(near - {model.top_k})}
+    uniform = {k for one in by_path.values() for k in (one.budget // layers, -(-one.budget // layers))}
+    variants |= {f"k = {k} in every layer": Variant((k,) * layers) for k in sorted(uniform - {model.top_k})}
     with make_progress() as progress:
         task = progress.add_task("decoder layers, in passes", total=None)
         run = open_run(checkpoint, model, settings.dtype)
-        found = judge_variants(run, settings, list(variants.values()), report=lambda layer: progress.advance(task))
-    judged = dict(zip(variants, found, strict=True))
+        judgements = judge_variants(run, settings, list(variants.values()), report=lambda layer: progress.advance(task))
+    judged = dict(zip(variants, judgements, strict=True))
     if as_json:
         print_json(list_judgements(variants, judged))
     else:

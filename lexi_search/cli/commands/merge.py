@@ -11,14 +11,14 @@ from lexi_search.artifacts.serialisation import read_profile, write_profile
 @click.argument("profiles", nargs=-1, required=True)
 @click.option("-o", "--output", default="profile.json", help="File to write.")
 def merge_profiles(profiles: tuple[str, ...], output: str) -> None:
-    """Put PROFILES of some layers each, as `profile --layers` makes them, together into one.
+    """Merge PROFILES of some layers each, as `profile --layers` makes them, into one.
 
-    The result has the same bytes as one run over all layers. It may itself be a part of a larger whole.
+    The result has the same bytes as one run over all layers. If layers are missing, it can be merged again.
     """
     check_writable(output)
     merged = merge({path: read_profile(path) for path in profiles})
     write_profile(output, merged)
     click.echo(output)
     if missing := find_missing(merged):
-        of = f"{len(missing)} of {len(merged.model.moe_layers)} layers"
-        click.echo(f"{of} are still missing: --layers {format_layers(missing)}", err=True)
+        count = f"{len(missing)} of {len(merged.model.moe_layers)} layers"
+        click.echo(f"{count} are still missing: --layers {format_layers(missing)}", err=True)

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     "source",
     type=click.Choice(("paper", "weights")),
     default="paper",
-    help="paper: N(0, 1) to each layer by itself. weights: text that the model writes, through the whole model.",
+    help="paper: N(0, 1) into each layer by itself. weights: text that the model generates, through the whole model.",
 )
-@click.option("--samples", default=4096, type=click.IntRange(1), help="Tokens that tell what is important.")
+@click.option("--samples", default=4096, type=click.IntRange(1), help="Tokens to measure importance on.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the tokens.")
 def prune(
     weights: str, experts: str | None, width: str | None, output: str, source: str, samples: int, seed: int
 ) -> None:
     """Write a smaller checkpoint of WEIGHTS, a folder, from the weights alone.
 
-    Whole experts go, or channels of each expert, or both: the same number in every layer, the least important first.
-    lexi-pruning.json in the new folder says which.
+    Removes whole experts, or channels of each expert, or both: the same number in every layer, the least important
+    first. lexi-pruning.json in the new folder lists what is left.
     """
     if experts is None and width is None:
         raise InputError("nothing to prune; give --experts or --width, such as --experts 25%")
-    shares = {"experts": parse_share(experts, "--experts"), "width": parse_share(width, "--width")}
+    shares = {"experts": _parse_share(experts, "--experts"), "width": _parse_share(width, "--width")}
     prepare_environment()
     from lexi_search.pruning.prune import prune as write_pruned
 
@@ -52,13 +52,13 @@ def prune(
             seed=seed,
             report=lambda share: progress.update(task, completed=int(100 * share)),
         )
-    for line in describe(pruning):
+    for line in _describe(pruning):
         click.echo(line)
     click.echo(output)
 
 
-def parse_share(text: str | None, option: str) -> Fraction:
-    """25% as 1/4; nothing as 0."""
+def _parse_share(text: str | None, option: str) -> Fraction:
+    """The fraction that a percentage stands for: 1/4 for 25%, 0 for None."""
     if text is None:
         return Fraction(0)
     if not re.fullmatch(r"\d{1,2}(\.\d{1,9})?%", text):
@@ -66,14 +66,14 @@ def parse_share(text: str | None, option: str) -> Fraction:
     return Fraction(text.removesuffix("%")) / 100
 
 
-def describe(pruning: "Pruning") -> list[str]:
-    """What became of each size, with the shares that whole numbers allow."""
+def _describe(pruning: "Pruning") -> list[str]:
+    """Lines with every size before and after, and the share removed, which whole numbers make inexact."""
     sizes = {
         "experts a layer": pruning.num_experts,
         "channels an expert": pruning.width,
-        "shared experts, as wide together and filled up with zeros": pruning.shared_experts,
+        "shared experts, as wide together and padded with zeros": pruning.shared_experts,
     }
-    lines = [f"{what}: {before} -> {after}{_share(before, after)}" for what, (before, after) in sizes.items() if before]
+    lines = [f"{name}: {before} -> {after}{_share(before, after)}" for name, (before, after) in sizes.items() if before]
     before, after = pruning.size
     return [*lines, f"bytes of weights: {before} -> {after}{_share(before, after)}"]
 

@@ -1,6 +1,6 @@
 """`lexi-search search`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,13 @@ from lexi_search.cli.console import (
 from lexi_search.cli.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
 from lexi_search.errors import InputError
 
-# Against noise, by the input of a profile; other inputs are `lexi-adapter sensitivity`'s.
-REMEDIES = {"paper": "a smaller --relative-error", "weights": "more text (--samples)"}
-
 if TYPE_CHECKING:
-    from lexi_search.allocation.allocate import Found
+    from lexi_search.allocation.allocate import AllocationResult
     from lexi_search.allocation.costs import Cost
+
+# Remedies for a noisy profile, by its input; profiles of other inputs come from `lexi-adapter sensitivity`.
+_REMEDIES = {"paper": "a smaller --relative-error", "weights": "more text (--samples)"}
+_Target = tuple[float | None, float | None]  # milliseconds or a speed-up, the other is None
 
 
 @click.command()
@@ -41,14 +42,19 @@ if TYPE_CHECKING:
     "--method",
     type=click.Choice(("evolution", "exact")),
     default="evolution",
-    help="The paper's evolutionary search, or the optimum that certifies it.",
+    help="The paper's evolutionary search, or the exact optimum.",
 )
 @click.option("--population", default=512, help="Allocations per generation.")
 @click.option("--generations", default=400, help="Generations.")
 @click.option("--mutation-rate", default=0.25, help="Share of the children that mutate.")
 @click.option("--restarts", default=1, help="Populations per budget.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the search and of the resampling.")
-@click.option("--resamples", default=200, type=click.IntRange(0), help="Resampled profiles that tell how sure a k is.")
+@click.option(
+    "--resamples",
+    default=200,
+    type=click.IntRange(0),
+    help="Resampled profiles from which the certainty of each k is estimated.",
+)
 @click.option("--history", help="JSON file for the best and mean fitness after each generation.")
 @json_option
 def search(
@@ -77,6 +83,43 @@ def search(
     """
     budgets = sorted({*single, *(budget for text in ranges for budget in parse_budgets(text))})
     targets = [(time, None) for time in sorted(set(times))] + [(None, speedup) for speedup in sorted(set(speedups))]
+    _check_goals(budgets, targets, cost_file)
+    if history and method == "exact":
+        raise InputError("--history is of generations, which the exact method has none of")
+    measured = read_profile(profile)
+    several = bool(ranges) or len(budgets) + len(targets) > 1
+    destination = Path(output or ("allocations" if several else "allocation.json"))
+    _check_outputs(destination, history, several=several, inputs=[profile, cost_file])
+    prepare_environment()
+    from lexi_search.allocation.allocate import allocate
+
+    evolution = {name: options.pop(name) for name in ("population", "generations", "mutation_rate", "restarts")}
+    cost = read_cost(measured, cost_file, mix)
+    results = allocate(
+        measured,
+        [_find_time(cost, *target) for target in targets] or budgets,
+        cost=cost,
+        constraints=make_constraints(measured, **options),
+        loss=loss,
+        method=method,
+        resamples=resamples,
+        seed=seed,
+        **(evolution if method == "evolution" else {}),
+    )
+    named = dict(zip(_name_goals(budgets, targets), results, strict=True))
+    files = [destination / f"allocation-{name}.json" if several else destination for name in named]
+    if several:
+        destination.mkdir(exist_ok=True)
+    for file, result in zip(files, results, strict=True):
+        write_allocation(file, result.allocation)
+    if history:
+        write_atomically(history, json_bytes(_list_histories(named)))
+    _print_results(named, files, destination, timed=bool(targets), as_json=as_json)
+    _warn_of_noise(named, measured.settings.input)
+
+
+def _check_goals(budgets: Sequence[int], targets: Sequence[_Target], cost_file: str | None) -> None:
+    """Raise InputError unless there are either budgets in experts, or targets of time and their cost table."""
     if bool(budgets) == bool(targets):
         raise InputError(
             "give budgets in experts or targets of time, not both"
@@ -87,54 +130,38 @@ def search(
         raise InputError("--target-ms and --target-speedup need --cost, which `lexi-adapter latency` measures")
     if budgets and cost_file is not None:
         raise InputError("with --cost a budget is a time; give --target-ms or --target-speedup")
-    if history and method == "exact":
-        raise InputError("--history is of generations, which the exact method has none of")
-    measured = read_profile(profile)
-    several = bool(ranges) or len(budgets) + len(targets) > 1
-    target = Path(output or ("allocations" if several else "allocation.json"))
-    if several:
-        check_writable_folder(target)
-    else:
-        check_writable(target, apart_from=[profile, cost_file])
-    if history:
-        check_writable(history, apart_from=[profile, cost_file, target])
-    prepare_environment()
-    from lexi_search.allocation.allocate import allocate
-    from lexi_search.cli.tables import summarise_found, tabulate_search
 
-    evolution = {name: options.pop(name) for name in ("population", "generations", "mutation_rate", "restarts")}
-    cost = read_cost(measured, cost_file, mix)
-    found = allocate(
-        measured,
-        [find_time(cost, *place) for place in targets] or budgets,
-        cost=cost,
-        constraints=make_constraints(measured, **options),
-        loss=loss,
-        method=method,
-        resamples=resamples,
-        seed=seed,
-        **(evolution if method == "evolution" else {}),
-    )
-    names = [str(budget) for budget in budgets] + [
-        f"{speedup!r}x" if time is None else f"{time!r}ms" for time, speedup in targets
-    ]
-    paths = [target / f"allocation-{name}.json" if several else target for name in names]
+
+def _check_outputs(destination: Path, history: str | None, *, several: bool, inputs: Sequence[str | None]) -> None:
     if several:
-        target.mkdir(exist_ok=True)
-    for path, result in zip(paths, found, strict=True):
-        write_allocation(path, result.allocation)
+        check_writable_folder(destination)
+    else:
+        check_writable(destination, apart_from=inputs)
     if history:
-        write_atomically(history, json_bytes(list_histories(names, found)))
+        check_writable(history, apart_from=[*inputs, destination])
+
+
+def _name_goals(budgets: Sequence[int], targets: Sequence[_Target]) -> list[str]:
+    """Names of budgets and targets for files and tables: 80, 12.5ms, 1.2x."""
+    named = [f"{speedup!r}x" if ms is None else f"{ms!r}ms" for ms, speedup in targets]
+    return [*map(str, budgets), *named]
+
+
+def _print_results(
+    named: Mapping[str, "AllocationResult"], files: Sequence[Path], destination: Path, *, timed: bool, as_json: bool
+) -> None:
+    from lexi_search.cli.tables import summarise_result, tabulate_search
+
+    results = list(named.values())
     if as_json:
-        print_json([summarise_found(row) | {"file": str(path)} for path, row in zip(paths, found, strict=True)])
+        print_json([summarise_result(row) | {"file": str(file)} for file, row in zip(files, results, strict=True)])
     else:
-        print_table(tabulate_search(found, names if targets else ()))
-        click.echo(target)
-    warn_of_noise(names, found, measured.settings.input)
+        print_table(tabulate_search(results, list(named) if timed else ()))
+        click.echo(destination)
 
 
-def find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
-    """The time in ms that a target allows, within what any allocation takes."""
+def _find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
+    """The milliseconds that a target allows; InputError where every allocation takes longer."""
     value = ms if speedup is None else speedup
     name = "--target-ms" if speedup is None else "--target-speedup"
     if not 0 < value < float("inf"):
@@ -149,29 +176,28 @@ def find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
     return limit
 
 
-def list_histories(names: Sequence[str], found: Sequence["Found"]) -> dict[str, Any]:
+def _list_histories(named: Mapping[str, "AllocationResult"]) -> dict[str, Any]:
     """Name of a budget -> best and mean fitness after each generation."""
     return {
-        name: {"best": result.history[0].tolist(), "mean": result.history[1].tolist()}
-        for name, result in zip(names, found, strict=True)
+        name: {"best": result.history[0].tolist(), "mean": result.history[1].tolist()} for name, result in named.items()
     }
 
 
-def warn_of_noise(names: Sequence[str], found: Sequence["Found"], source: str) -> None:
-    """One line on stderr where a better measured profile would likely lead to another, better allocation.
+def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None:
+    """Print one line on stderr if a more precise profile would likely lead to a better allocation.
 
-    Not where the search stopped short of the optimum: then that is what is lost.
+    Not for a search that stopped short of the optimum: there, the search is the larger loss.
     """
     from lexi_search.solvers.uncertainty import NOISY
 
     noisy = {
         name: result.regret
-        for name, result in zip(names, found, strict=True)
+        for name, result in named.items()
         if (result.regret or 0) > NOISY and not result.allocation.gap
     }
     if noisy:
         worst = max(noisy, key=noisy.get)
-        remedy = REMEDIES.get(source, "more text (--sequences)")
+        remedy = _REMEDIES.get(source, "more text (--sequences)")
         click.echo(
             f"the profile is too noisy for budget {', '.join(noisy)}: another sample of it would have led to losses "
             f"{100 * noisy[worst]:.2g} % smaller (budget {worst}); profile again with {remedy}",

@@ -42,8 +42,8 @@ def plot(profile: str, others: tuple[str, ...], output: str, loss: str | None, n
     check_writable(output)
     profiles, allocations = {profile: read_profile(profile)}, {}
     for path in others:
-        found = read_artifact(path)
-        (allocations if isinstance(found, Allocation) else profiles)[path] = found
+        artifact = read_artifact(path)
+        (allocations if isinstance(artifact, Allocation) else profiles)[path] = artifact
     from lexi_search.cli.plots import draw_heatmap, render
 
     shown = profiles if len(profiles) > 1 else profiles[profile]

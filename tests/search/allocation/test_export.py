@@ -1,4 +1,4 @@
-"""What an allocation is exported as, and that transformers and vLLM's own argument parsing take it."""
+"""Exports of an allocation, and that transformers and vLLM's own argument parsing accept them."""
 
 import csv
 import json

@@ -483,12 +483,12 @@ def read_terminal(master):
         return b""
 
 
-def test_the_version_is_told():
+def test_the_version_is_printed():
     assert lexi_search.__version__ in succeed("--version")
 
 
 @pytest.mark.parametrize(("encoding", "sign"), [("ascii", "+-"), ("latin-1", "±"), ("utf-8", "±")])
-def test_what_stdout_cannot_show_is_spelt_out(monkeypatch, encoding, sign):
+def test_characters_that_stdout_lacks_are_escaped(monkeypatch, encoding, sign):
     judged = {"k\u2082.json": Judgement(0.5, 0.25)}
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with monkeypatch.context() as patch:

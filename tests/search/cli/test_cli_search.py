@@ -161,7 +161,7 @@ def test_constraints(folder, method):
     assert len(set(k[:3])) == len(set(k[3:6])) == len(set(k[6:])) == 1
 
 
-def test_a_noisy_profile_is_said_to_be_one(folder):
+def test_a_noisy_profile_leads_to_a_warning(folder):
     profile = make_profile(6, 4)
     write(folder / "p", profile)
     document = serialisation.to_document(profile)
@@ -383,7 +383,7 @@ def test_front_refuses(folder, options, message):
     assert message in refuse("front", "p", *options)
 
 
-def test_constraints_may_be_said_in_parts_and_must_agree(folder):
+def test_constraints_may_be_given_in_parts_and_must_agree(folder):
     write(folder / "p", make_profile(4, 4))
     for options in (["--protect", "0", "--protect", "3"], ["--protect", "0,3", "--bounds", "0=4:4"]):
         succeed("search", "p", "--budget", 11, *options)
@@ -400,7 +400,7 @@ def test_constraints_may_be_said_in_parts_and_must_agree(folder):
         assert said in refuse("search", "p", "--budget", 9, *options)
 
 
-def test_nothing_is_written_over_what_is_read_or_twice(folder):
+def test_no_input_is_overwritten_and_no_file_written_twice(folder):
     write(folder / "p", make_profile())
     write(folder / "a.json", make_allocation())
     kept = {name: (folder / name).read_bytes() for name in ("p", "a.json")}

@@ -48,7 +48,7 @@ def compute_outputs(folder, layer, x, max_k=None):
 
 
 def compute_phimoe(block, x, k):
-    """transformers' router knows k = 2 only; what it would do at k = 1 is to stop after its first choice."""
+    """transformers' router knows k = 2 only; at k = 1 it would stop after its first choice."""
     with torch.no_grad():
         _, weights, chosen = block.router(x)
         return block.experts(x, chosen[:, :k], weights[:, :k]).numpy()
@@ -220,7 +220,7 @@ def test_max_k_is_not_below_the_models_own(tmp_path):
 
 
 def test_a_config_may_hold_infinity(tmp_path):
-    """As those of Nemotron-H on the hub do, which is no JSON; what is read must still be finite."""
+    """As those of Nemotron-H on the hub do, although it is no JSON; values that are used must still be finite."""
     tiny.make_checkpoint("nemotron_h", tmp_path)
     rewrite_config(tmp_path, time_step_limit=[0.0, float("inf")])
     assert "Infinity]" in (tmp_path / "config.json").read_text().replace("\n", "").replace(" ", "")
@@ -228,6 +228,15 @@ def test_a_config_may_hold_infinity(tmp_path):
     for wrong in (float("inf"), 10**400, "1.5", True):
         rewrite_config(tmp_path, routed_scaling_factor=wrong)
         with pytest.raises(InputError, match="routed_scaling_factor is .*, expected a value like 1.0"):
+            describe(open_checkpoint(tmp_path))
+
+
+def test_a_multimodal_config_needs_the_language_models_part(tmp_path):
+    tiny.make_checkpoint("qwen3_omni_moe", tmp_path)
+    assert describe(open_checkpoint(tmp_path)).identity.top_k_key == "thinker_config.text_config.num_experts_per_tok"
+    for wrong in (None, 3, {}):
+        rewrite_config(tmp_path, thinker_config=wrong)
+        with pytest.raises(InputError, match="num_experts or num_local_experts is missing"):
             describe(open_checkpoint(tmp_path))
 
 
@@ -239,7 +248,7 @@ def test_one_number_for_every_layer_may_be_a_list(tmp_path):
     assert describe(open_checkpoint(tmp_path)) == before
 
 
-def test_what_a_family_does_not_compute_that_way_is_refused(tmp_path):
+def test_a_choice_that_a_family_does_not_know_is_refused(tmp_path):
     tiny.make_checkpoint("nemotron_h", tmp_path)
     rewrite_config(tmp_path, moe_latent_size=32)
     with pytest.raises(InputError, match="moe_latent_size 32 is not known; known are None"):
@@ -298,10 +307,10 @@ def test_refuses(config, tensors, message, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"n_group": 3}, "n_group 3, topk_group 2 do not part 16"),
+        ({"n_group": 3}, "n_group 3, topk_group 2 do not fit 16"),
         ({"n_group": 8, "topk_group": 1}, "topk_group 1 leaves fewer than 4"),
-        ({"n_group": 16, "topk_group": 8}, "n_group 16, topk_group 8 do not part 16"),  # judged by its best two
-        ({"n_group": 0}, "n_group 0, topk_group 2 do not part 16"),
+        ({"n_group": 16, "topk_group": 8}, "n_group 16, topk_group 8 do not fit 16"),  # judged by its best two
+        ({"n_group": 0}, "n_group 0, topk_group 2 do not fit 16"),
     ],
 )
 def test_refuses_groups_that_do_not_fit(config, message, tmp_path):

@@ -1,5 +1,6 @@
-"""How weights travel: what is read when, what stays on the device, and that none of it changes a value."""
+"""Loading of weights: which tensors are read when, what stays on the device, and that no value changes."""
 
+import gc
 import json
 import threading
 import time
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import loading as weights_module
+from lexi_search.models import loading
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe
 
@@ -49,7 +50,7 @@ def to_host(weights):
 
 @pytest.mark.parametrize("readers", [1, 3, 8])
 def test_values_do_not_depend_on_the_threads(readers, opened, monkeypatch):
-    monkeypatch.setattr(weights_module, "READERS", readers)
+    monkeypatch.setattr(loading, "READERS", readers)
     checkpoint, model = opened
     stem = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
     order = model.layers[::-1]
@@ -134,6 +135,7 @@ def test_no_thread_outlives_the_stream(opened):
 
 
 def count_device_bytes():
+    gc.collect()  # what earlier tests left in reference cycles would be freed between two counts
     return sum(array.nbytes for array in jax.live_arrays())
 
 

@@ -1,4 +1,4 @@
-"""Pruned checkpoints: what is left is what was there, and computes what the whole model does without the rest."""
+"""Pruned checkpoints: the values left are the old ones, and compute what the whole model does without the rest."""
 
 import contextlib
 import json
@@ -69,7 +69,7 @@ def number_layers(kept):
 
 
 def check_remains(before, after, kept):
-    """Layer -> expert -> kept channels; what is left of every expert must be the old one's, in the old order."""
+    """(Layer, expert) -> kept channels; the values left of every expert must be the old ones, in the old order."""
     channels = {}
     for layer, (router, bias, experts) in after.items():
         old_router, old_bias, old_experts = before[layer]
@@ -92,7 +92,7 @@ def check_remains(before, after, kept):
 
 @pytest.fixture(scope="module", params=tiny.ALL_FAMILIES)
 def family(request, tmp_path_factory):
-    """A family's name, its checkpoint, and what it is pruned by."""
+    """A family's name, its checkpoint, and the record of its pruning."""
     folder = tiny.make_checkpoint(request.param, tmp_path_factory.mktemp(request.param) / "whole")
     shares = {"experts": QUARTER} | ({} if request.param in BOUND else {"width": QUARTER})
     pruned = prune(folder, folder.with_name("pruned"), **shares)
@@ -105,7 +105,7 @@ BIASES = ("e_score_correction_bias", "expert_bias")
 
 @contextlib.contextmanager
 def masked(block, kept, channels):
-    """The whole block without what is gone: the logits of experts are lost, the columns of channels zero."""
+    """The whole block with the removed parts masked: experts by their logits, channels by zeros in their columns."""
     parameters = dict(block.named_parameters()) | dict(block.named_buffers())
     [router] = [value for name, value in parameters.items() if name in ROUTERS]
     gone, linear = [expert for expert in range(len(router)) if expert not in kept], torch.nn.functional.linear
@@ -136,7 +136,7 @@ def run(block, x):
     return output[0] if isinstance(output, tuple) else output
 
 
-def test_what_is_left_is_what_was_there_and_computes_the_same(family):
+def test_the_values_left_are_the_old_ones_and_compute_the_same(family):
     name, folder, pruned = family
     kept, target = number_layers(pruned.kept_experts), folder.with_name("pruned")
     before, after = read_layers(folder, MAX_K.get(name)), read_layers(target, MAX_K.get(name))
@@ -247,7 +247,7 @@ def quantise(folder, target, make, config):
 
 @pytest.mark.parametrize("case", UNITS)
 def test_quantised_experts_are_cut_as_they_are_stored(case, tmp_path):
-    """Judged by their values, once dequantised: what is left is what was there, to the bit."""
+    """Judged by their dequantised values: those left equal the old ones to the bit."""
     folder = tiny.make_checkpoint("qwen3_moe", tmp_path / "plain", **SMALL)
     folder = quantise(folder, tmp_path / "whole", CASES[case], CASES[case].config)
     unit, target = UNITS[case], tmp_path / "pruned"
@@ -331,7 +331,7 @@ def test_groups_keep_as_many_experts_each(tmp_path):
         prune(folder, tmp_path / "more", experts=Fraction(3, 4))
 
 
-def test_shared_experts_are_filled_up(tmp_path):
+def test_shared_experts_are_padded(tmp_path):
     """Two of width 32 are three of width 24 with zeros behind, or four of width 16 as they are."""
     folder = tiny.make_checkpoint("deepseek_v2", tmp_path / "whole")
     before = load_file(folder / "model.safetensors")
@@ -347,7 +347,7 @@ def test_shared_experts_are_filled_up(tmp_path):
             assert not after[name].narrow(axis, 64, extent - 64).any()
 
 
-def test_experts_are_judged_on_text_that_the_model_writes(folder):
+def test_importance_can_be_measured_on_text_that_the_model_generates(folder):
     reference = tiny.build_reference("olmoe")
     checkpoint = open_checkpoint(tiny.save_checkpoint("olmoe", reference, folder / "whole"))
     succeed("prune", "whole", "--experts", "25%", "--input", "weights", "--samples", "64", "-o", "pruned")
@@ -457,7 +457,7 @@ def test_refusals_of_checkpoints(change, message, folder):
     assert message in refuse("prune", "model", "--experts", "25%", "--width", "25%", "--samples", "64", "-o", "out")
 
 
-def test_what_fails_midway_leaves_nothing(folder, monkeypatch):
+def test_a_failure_midway_leaves_nothing(folder, monkeypatch):
     tiny.make_checkpoint("olmoe", folder / "model")
 
     def fill_the_disk(*_, **__):
@@ -468,7 +468,7 @@ def test_what_fails_midway_leaves_nothing(folder, monkeypatch):
 
 
 def test_engine_runs_what_transformers_runs(tmp_path):
-    """Groups, experts and channels that went, and shared experts that were filled up, in one model."""
+    """Groups, removed experts and channels, and padded shared experts in one model."""
     folder = make_servable("deepseek_v2", tmp_path / "whole")
     pruned = prune(folder, tmp_path / "pruned", experts=QUARTER, width=QUARTER)
     assert (pruned.num_experts, pruned.width, pruned.shared_experts) == ((16, 12), (32, 24), (2, 3))
