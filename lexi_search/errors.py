@@ -1,5 +1,5 @@
-"""The one exception that means "your input is wrong", as opposed to a bug of ours."""
+"""The exception for input that cannot be used, as opposed to a bug in this package."""
 
 
 class InputError(ValueError):
-    """Input that cannot be used. `str(error)` is one line: the thing, the place, and what to do about it."""
+    """Input that cannot be used. `str(error)` is one line: the thing, the place and the remedy."""

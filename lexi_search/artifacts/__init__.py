@@ -1,6 +1,6 @@
-"""The files that both packages share, with the standard library alone.
+"""The files that both packages share: profiles, allocations and cost tables. Needs the standard library only.
 
-Read `files` (atomic writing, canonical JSON) and `codec` (dataclasses as checked JSON) for the means; `identity`,
-`profile`, `allocation` and `cost_table` for what is written; `serialisation` for its bytes; `merging` for profiles put
-together from parts.
+Read `files` (atomic writing, canonical JSON) and `codec` (dataclasses as checked JSON); then the contents, `identity`,
+`profile`, `allocation` and `cost_table`; then `serialisation` (reading and writing them) and `merging` (one profile
+from parts).
 """

@@ -12,7 +12,7 @@ from lexi_search.artifacts.identity import ModelIdentity
 class Allocation:
     """A top-k for every MoE layer, its sum (`budget`), its loss, and the smallest loss that the budget allows.
 
-    Where layers may have more experts than the model's own k, `max_k` says how many at most.
+    `max_k` is the largest k that a layer may have, where that is above the model's own k.
     """
 
     model: ModelIdentity
@@ -46,7 +46,7 @@ class Allocation:
 
     @property
     def gap(self) -> float | None:
-        """How far the loss is above the optimum, relative to it; None where the optimum is zero and the loss is not."""
+        """The excess of the loss over the optimum, relative to it; None if the optimum is zero and the loss is not."""
         if self.loss == self.optimal_loss:
             return 0.0
         return self.loss / self.optimal_loss - 1 if self.optimal_loss else None

@@ -1,6 +1,6 @@
 """Dataclasses as JSON objects and back, each value checked against the type that its field declares.
 
-Standard library only.
+Also the checks that several kinds of file share: `require` and its relatives.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from lexi_search.errors import InputError
 
-MAX_GATE_EXPONENT = 2.0  # at 1 all of the dropped mass is handed on; with far more, weights overflow
+MAX_GATE_EXPONENT = 2.0  # 1 hands all of the dropped gate mass on; far above 2, weights would overflow
 
 
 def encode(value: Any) -> Any:
-    """`value` as JSON has it: fields that are None are left out, keys become strings."""
+    """`value` as it is in JSON: fields that are None are left out, keys become strings."""
     if dataclasses.is_dataclass(value):
         pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {name: encode(item) for name, item in pairs if item is not None}
@@ -27,28 +27,28 @@ def encode(value: Any) -> Any:
 
 
 def decode(hint: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON has it, in the type `hint` says; InputError naming the place (`where`) if it is not that."""
+    """The JSON `value` as the type `hint`; InputError naming the place (`where`) if it is of another type."""
     if dataclasses.is_dataclass(hint):
         return _decode_fields(hint, value, where)
     if get_origin(hint) is UnionType:
         return decode(get_args(hint)[0], value, where)
     if get_origin(hint) is tuple:
-        require_type(value, list, where)
+        _require_type(value, list, where)
         return tuple(decode(get_args(hint)[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if get_origin(hint) is Mapping:
-        require_type(value, dict, where)
+        _require_type(value, dict, where)
         key_hint, item_hint = get_args(hint)
         if key_hint is str:
             return value
-        return {_whole(key, where): decode(item_hint, item, f"{where}.{key}") for key, item in value.items()}
+        return {_parse_index(key, where): decode(item_hint, item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
-    require_type(value, hint, where)
+    _require_type(value, hint, where)
     return value
 
 
 def _decode_fields(cls: type, value: Any, where: str) -> Any:
-    require_type(value, dict, where or "the file")
+    _require_type(value, dict, where or "the file")
     dotted = f"{where}." if where else ""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     optional = {name for name, field in fields.items() if field.default is not dataclasses.MISSING}
@@ -64,18 +64,18 @@ def _decode_fields(cls: type, value: Any, where: str) -> Any:
         raise InputError(f"{where}: {error}" if where else str(error)) from error
 
 
-def _whole(key: str, where: str) -> int:
+def _parse_index(key: str, where: str) -> int:
     canonical = key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key
     require(canonical, f"key {short(key)} of {where} is not a whole number")
     return int(key)
 
 
 def short(value: Any) -> str:
-    """For messages: the value's first forty characters."""
+    """The first forty characters of the value's `repr`, for messages."""
     return repr(value)[:40]
 
 
-def require_type(value: Any, expected: type, where: str) -> None:
+def _require_type(value: Any, expected: type, where: str) -> None:
     """Raise InputError unless `value` is of exactly this type."""
     names = {int: "an integer", float: "a number", str: "a string", list: "a list", dict: "an object"}
     require(type(value) is expected, f"{where} is not {names[expected]}: {short(value)}")

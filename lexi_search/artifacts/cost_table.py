@@ -10,7 +10,7 @@ from lexi_search.artifacts.identity import ModelShape
 
 @dataclass(frozen=True)
 class StepTime:
-    """Milliseconds of one engine step: outside the MoE layers, and of each MoE layer at k = 1, 2, ..."""
+    """Milliseconds of one engine step: all but the MoE layers, and each MoE layer at k = 1, 2, ..."""
 
     other_ms: float
     layers: Mapping[int, tuple[float, ...]]
@@ -25,7 +25,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What each k costs on one device, as `lexi-adapter latency` measures it; `steps` by the tokens in a step."""
+    """Step times on one device, as `lexi-adapter latency` measures them; `steps` is by the tokens in a step."""
 
     model: ModelShape
     device: str

@@ -1,4 +1,4 @@
-"""Files as this project writes, reads and fetches them: whole or not at all, and JSON in one canonical form."""
+"""Reading and writing of files: written whole or not at all, and JSON in one canonical form."""
 
 import json
 import math
@@ -18,13 +18,13 @@ def json_bytes(document: Any) -> bytes:
 
 
 def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
-    """Read a JSON object; refuse what Python's parser lets through: repeated keys and, if `finite`, NaN and infinities.
+    """Read a JSON object; unlike Python's parser, refuse repeated keys and, if `finite`, NaN and infinities.
 
-    A model's config.json is read with `finite` off: that of Nemotron-H holds Infinity, where nobody here looks.
+    A model's config.json is read with `finite` off: Nemotron-H's has an Infinity, in a value that is not used here.
     """
-    checks = {"parse_constant": _not_finite, "parse_float": _finite} if finite else {}
+    checks = {"parse_constant": _refuse_non_finite, "parse_float": _parse_finite} if finite else {}
     try:
-        document = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=_unique, **checks)
+        document = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=_require_unique, **checks)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except InputError as error:
@@ -36,7 +36,7 @@ def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> di
     return document
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -44,17 +44,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _not_finite(literal: str) -> NoReturn:
+def _refuse_non_finite(literal: str) -> NoReturn:
     raise InputError(f"{literal} is not a finite number")
 
 
-def _finite(literal: str) -> float:
+def _parse_finite(literal: str) -> float:
     value = float(literal)
-    return value if math.isfinite(value) else _not_finite(literal)
+    return value if math.isfinite(value) else _refuse_non_finite(literal)
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, then rename: nobody ever sees half of it.
+    """Write `data` to a temporary file beside `path`, then rename it: no reader ever sees half of it.
 
     A link is followed, and a path that is no regular file (a folder, a device) is refused.
     """
@@ -72,9 +72,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = ()) -> None:
-    """Raise the InputError that `write_atomically` would raise now, leaving nothing behind.
+    """Raise the InputError that `write_atomically` would raise now; leave nothing behind.
 
-    And one where `path` is a file of `apart_from`: what is read, or is written as well; None is no file.
+    Raise one also where `path` is a file of `apart_from`, which the same command reads or writes; None is ignored.
     """
     if os.path.realpath(path) in map(os.path.realpath, filter(None, apart_from)):
         raise InputError(
@@ -85,7 +85,7 @@ def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | o
 
 
 def check_writable_folder(path: str | os.PathLike[str]) -> None:
-    """Raise InputError unless files can be written into `path`, a folder that is there or can be made."""
+    """Raise InputError unless files can be written into `path`, a folder that exists or can be created."""
     if os.path.lexists(path) and not os.path.isdir(path):
         raise InputError(f"cannot write {path}: not a folder; choose another name")
     check_writable(os.path.join(path, "file") if os.path.isdir(path) else path)

@@ -1,4 +1,4 @@
-"""The model that a profile, an allocation or a cost table belongs to."""
+"""The model that a profile or an allocation belongs to, and the shape of the one that a cost table belongs to."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from lexi_search.artifacts.codec import require
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a file speaks of. Profiles and allocations carry it, and whoever applies an allocation compares it.
+    """The model that a file belongs to. It is compared before an allocation is applied to a model.
 
     `moe_layers` are the decoder-layer indices that have a router, ascending. `top_k` is the model's own k. `router` is
     the name pattern of the router tensors with one {} for the layer, `top_k_key` the dotted path of k in config.json,
@@ -44,7 +44,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a cost table knows of its model: times depend on shapes, not on weights."""
+    """The part of a model's identity that a cost table has: times depend on shapes, not on weights."""
 
     model_type: str
     num_hidden_layers: int

@@ -1,4 +1,4 @@
-"""Parts of a profile, measured apart, put together into one: the same bytes as if one run had measured it all."""
+"""Parts of a profile, measured separately, merged into one: the same bytes as if one run had measured it all."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ from lexi_search.errors import InputError
 
 
 class Header(NamedTuple):
-    """All of a profile but its layers: what parts of one profile have in common."""
+    """Everything in a profile but its layers; equal in all parts of one profile."""
 
     model: ModelIdentity
     settings: ProfileSettings
     made_by: Mapping[str, Any]
 
     def to_document(self) -> dict[str, dict[str, Any]]:
-        """As the JSON object that another process would read."""
+        """The header as a JSON object, as another process would read it."""
         parts = dataclasses.asdict(self.model), dataclasses.asdict(self.settings), dict(self.made_by)
         return json.loads(json_bytes(dict(zip(self._fields, parts, strict=True))))
 
@@ -29,7 +29,7 @@ def read_header(profile: Profile) -> Header:
 
 
 def merge(parts: Mapping[str, Profile]) -> Profile:
-    """The profile of all layers that any of `parts` (name, such as a file's -> profile) has.
+    """One profile with the layers of all `parts` (name, such as that of a file -> profile).
 
     Raises:
         InputError: parts of different models, settings or makers; a layer that two parts have with different losses.
@@ -48,7 +48,7 @@ def merge(parts: Mapping[str, Profile]) -> Profile:
 
 
 def find_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """What keeps parts with these headers from being of one profile, as "settings.seed is 1, not 0 as", or None."""
+    """The first difference between two headers, such as "settings.seed is 1, not 0 as"; None where they are equal."""
     left, right = _flatten(ours), _flatten(theirs)
     for name in left | right:
         if left.get(name) != right.get(name):
@@ -62,7 +62,7 @@ def find_missing(profile: Profile) -> tuple[int, ...]:
 
 
 def format_layers(layers: Sequence[int]) -> str:
-    """Ascending layer indices as `--layers` takes them: (0, 1, 2, 5) is "0:2,5"."""
+    """Ascending layer indices in the form of `--layers`: (0, 1, 2, 5) is "0:2,5"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and runs[-1][-1] == layer - 1:

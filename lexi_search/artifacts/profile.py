@@ -8,7 +8,7 @@ from lexi_search.artifacts.codec import require, require_gate_exponent, require_
 from lexi_search.artifacts.identity import ModelIdentity
 
 DTYPES = ("float32", "bfloat16", "float16")
-# What a search may minimise, and the field of `LayerLoss` that it is read from.
+# The kinds of loss that a search may minimise, and the field of `LayerLoss` that each is computed from.
 LOSS_KINDS = {
     "frobenius": "frobenius",
     "rms": "rms",
@@ -21,12 +21,12 @@ LOSS_KINDS = {
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """How a profile was measured: `batch` sequences of `length` tokens per iteration, drawn as `input` says.
+    """The settings of a measurement: `batch` sequences of `length` tokens per iteration, drawn as `input` says.
 
-    Iterations stop when every relative standard error is at most `relative_error`, or at `max_samples` tokens. Losses
-    are relative to the output at `max_k`; where it is None, as in most files, at the model's own k. With
-    `control_variate`, so many times as many tokens went through the router alone, to correct the means. With a
-    `gate_exponent`, kept experts took over a part of the others' gate mass, as under allocations of the profile.
+    Iterations stop when every relative standard error is at most `relative_error`, or at `max_samples` tokens. The
+    reference of all losses is the output at `max_k`; where it is None, as in most files, at the model's own k. With a
+    `control_variate` of n, n times as many tokens went through the router alone, to correct the means. With a
+    `gate_exponent`, kept experts took over a part of the dropped ones' gate mass, as under allocations of the profile.
     """
 
     input: str
@@ -62,7 +62,7 @@ def _require_losses(name: str, values: tuple[float, ...], count: int, *, signed:
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """How far one layer's output moves when it keeps k experts; entry j of each tuple is k = j + 1, the last is 0.
+    """The losses of one layer at every k, as tuples whose entry j is for k = j + 1; the last is 0.
 
     The last k is the model's own, or the profile's `max_k`.
 
@@ -70,11 +70,11 @@ class LayerLoss:
     of shape [batch, length, hidden]. `rms` is the root mean square over tokens of ||y_k - y_base||, which does not
     depend on batch and length. Both in units of the layer's output.
 
-    Where the model's own hidden states were the input, or stand-ins for them, there may be more. `relative` is the mean
-    over tokens of ||y_k - y_base||^2 / ||h||^2, with h the residual stream that the layer's output was added to. Of the
-    whole model's output with this layer alone at k, `divergence` is the Kullback-Leibler divergence from the model's
-    own next-token distribution and `increase` that of the cross-entropy on a text, both in nats per token; an increase
-    may be negative. Each has its standard error.
+    The others need the model's own hidden states as input, or stand-ins for them. `relative` is the mean over tokens of
+    ||y_k - y_base||^2 / ||h||^2, with h the residual stream that the layer's output was added to. With this layer alone
+    at k, `divergence` is the Kullback-Leibler divergence of the model's next-token distribution from the unreduced
+    model's, and `increase` is the increase of its cross-entropy on a text, both in nats per token; an increase may be
+    negative. Each has its standard error.
     """
 
     iterations: int
@@ -143,16 +143,16 @@ class Profile:
 
     @property
     def default_loss(self) -> str:
-        """The kind that a search minimises unless it is told: what the whole model loses if that is known, else the
-        paper's norm."""
+        """The kind that a search minimises by default: the divergence of the whole model if that was measured, else
+        the paper's norm."""
         return "divergence" if "divergence" in self.loss_kinds else "frobenius"
 
     def losses(self, kind: str, *, normalised: bool = False) -> tuple[tuple[float, ...], ...]:
-        """The table that a search minimises over, [layers, top_k], layers ascending; column j is k = j + 1.
+        """The loss table of a search, [layers, top_k], layers ascending; column j is k = j + 1.
 
-        A field of `LayerLoss` ("frobenius" is the paper's norm), or "squared", the square of `rms`, convex in k. An
-        increase below zero counts as zero. If `normalised`, relative to the largest of the table. InputError if the
-        profile does not hold that kind.
+        `kind` is a loss of `LayerLoss` ("frobenius" is the paper's norm) or "squared", the square of `rms`, which is
+        convex in k. An increase below zero counts as zero. If `normalised`, losses are divided by the largest in the
+        table. InputError if the profile does not hold that kind.
         """
         rows = self._read(kind, "")
         if kind == "squared":
@@ -162,7 +162,7 @@ class Profile:
         return tuple(tuple(value / largest for value in row) for row in rows) if normalised and largest else rows
 
     def errors(self, kind: str) -> tuple[tuple[float, ...], ...]:
-        """The standard error of each entry of `losses(kind)`; of a square by the delta method."""
+        """The standard error of each entry of `losses(kind)`; for squares by the delta method."""
         errors = self._read(kind, "_stderr")
         if kind != "squared":
             return errors

@@ -1,8 +1,8 @@
-"""The files of LExI, a profile, an allocation and a cost table: what they hold, how they are checked, read, written.
+"""Reading, writing and hashing of the three kinds of file: profiles, allocations and cost tables.
 
-All are JSON whose fields are those of the dataclasses below, plus "format" and "version". The bytes are canonical
-(keys sorted as strings, indent 1, one trailing newline), so equal content is an equal file and an equal hash. An
-object that exists is valid: every constructor checks its values, and reading also checks types and keys.
+All are JSON objects with the fields of their dataclass, plus "format" and "version". The bytes are canonical (keys
+sorted as strings, indent 1, one trailing newline), so equal content gives an equal file and an equal hash. An object
+that exists is valid: its constructor has checked the values, and reading also checks types and keys.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _FORMAT_OF = {cls: name for name, cls in _FORMATS.items()}
 
 
 def to_document(artifact: Artifact) -> dict[str, Any]:
-    """The artifact as the JSON object that its file holds."""
+    """The JSON object in the artifact's file."""
     return {"format": _FORMAT_OF[type(artifact)], "version": VERSION, **encode(artifact)}
 
 
@@ -56,7 +56,7 @@ def read_cost_table(path: str | os.PathLike[str]) -> CostTable:
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Profile | Allocation:
-    """Read and check a profile or an allocation, told apart by its "format"."""
+    """Read and check a profile or an allocation, whichever its "format" says."""
     return _read(path, "lexi-profile", "lexi-allocation")
 
 
@@ -73,13 +73,13 @@ def write_allocation(path: str | os.PathLike[str], allocation: Allocation) -> No
 def _read(path: str | os.PathLike[str], *formats: str) -> Any:
     document = read_json_object(path)
     try:
-        found = document.pop("format", None)
-        require(found in formats, f"its format is {short(found)}, expected {' or '.join(map(repr, formats))}")
+        name = document.pop("format", None)
+        require(name in formats, f"its format is {short(name)}, expected {' or '.join(map(repr, formats))}")
         version = document.pop("version", None)
         require(
             type(version) is int and version == VERSION,
             f"its format version is {short(version)}, lexi-search {__version__} reads {VERSION}; make the file again",
         )
-        return decode(_FORMATS[found], document, "")
+        return decode(_FORMATS[name], document, "")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

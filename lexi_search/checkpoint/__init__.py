@@ -1,6 +1,7 @@
 """A folder of safetensors as logical tensors, and back.
 
-Read `folder` (found, fetched, built), `reader` (stored arrays by name), `config` (config.json, checked) and `writer`;
-then quantised weights: `dequantise` (values from stored parts, in JAX), `quantisation_config` (what a config declares),
-`quantisation_formats` (what each format's parts are called) and `tensors` (logical tensors over all of these).
+Read `folder` (model folders: found, fetched, built) and `config` (checked access to config.json); then quantised
+weights: `dequantise` (values from stored parts, in JAX), `quantisation_config` (the settings in a config) and
+`quantisation_formats` (the names and shapes of each format's parts); then `tensors` (logical tensors, quantised or
+not), `reader` (an open checkpoint, which has all of these) and `writer`.
 """

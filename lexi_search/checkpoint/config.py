@@ -2,33 +2,42 @@
 
 import math
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
+
+# Keys under which multimodal configs keep the language model's config, perhaps one inside another.
+TEXT_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
+# Keys under which configs have the number of experts.
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Key(NamedTuple):
-    """A value that the config holds under `name`, and what it is where the key is absent or null."""
+    """The config's value under `name`; `default` where the key is absent or null."""
 
     name: str
     default: Any
 
 
 class Config(NamedTuple):
-    """The part of `config.json` that speaks of the language model, and how to name its keys in messages."""
+    """The language model's part of `config.json`, its dotted path there, and its place for messages."""
 
     values: Mapping[str, Any]
-    place: str  # file and, where nested, the key of that part
+    path: str  # empty where it is the whole
+    place: str  # file and, where nested, the path
 
     def find_key(self, aliases: tuple[str, ...]) -> str:
+        """The first of `aliases` that has a value; InputError where none has."""
         key = next((key for key in aliases if self.values.get(key) is not None), None)
         if key is None:
             raise InputError(f"{self.place}: {' or '.join(aliases)} is missing; is this a mixture-of-experts model?")
         return key
 
     def read_count(self, *aliases: str) -> int:
-        """A whole number of at least 1, or a list of one such number for every layer that are all equal."""
+        """The whole number of at least 1 under the first alias, or in a list of equal ones, one for every layer."""
         key = self.find_key(aliases)
         value = self.values[key]
         if isinstance(value, list) and value and all(item == value[0] for item in value):
@@ -40,13 +49,14 @@ class Config(NamedTuple):
         return value
 
     def count_layers(self) -> int:
+        """The number of decoder layers."""
         key = self.find_key(("num_hidden_layers", "layers_block_type"))  # the second has an entry for every layer
         if key == "layers_block_type" and isinstance(self.values[key], list):
             return len(self.values[key])
         return self.read_count(key)
 
     def resolve(self, value: Any) -> Any:
-        """What a `Key` stands for here, of its default's type; anything else is the value itself."""
+        """The value of a `Key` in this config, of its default's type; any other `value` is returned as it is."""
         if not isinstance(value, Key):
             return value
         found = self.values.get(value.name)
@@ -59,26 +69,13 @@ class Config(NamedTuple):
         return found
 
     def read_choice(self, key: str, known: Mapping[Any, Any]) -> Any:
+        """The value under `key`, one of `known`; the first of these where it is absent or null."""
         value = self.values.get(key)
         if value is None:
             return next(iter(known))
         if not any(isinstance(value, bool) == isinstance(choice, bool) and value == choice for choice in known):
             raise InputError(f"{self.place}: {key} {value!r} is not known; known are {', '.join(map(str, known))}")
         return value
-
-
-def open_config(checkpoint: Checkpoint, path: str | None) -> Config:
-    """The language model's part of `config.json`, which a multimodal one keeps under the dotted `path`."""
-    place, values = str(checkpoint.folder / "config.json"), checkpoint.config
-    for key in path.split(".") if path else ():
-        values = values.get(key)
-        if not isinstance(values, dict):
-            raise InputError(f"{place}: {path} is missing or not an object")
-    return Config(values, f"{place}, {path}" if path else place)
-
-
-# Keys under which multimodal configs keep the language model's config, perhaps one inside another.
-TEXT_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
 
 
 def find_text_config(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -89,4 +86,9 @@ def find_text_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     return path
 
 
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+def read_text_config(config: Mapping[str, Any], folder: Path) -> Config:
+    """The language model's part of the `config` in `folder`: a section of a multimodal config, else the whole."""
+    keys = find_text_config(config)
+    path = ".".join(keys)
+    place = folder / "config.json"
+    return Config(reduce(getitem, keys, config), path, f"{place}, {path}" if path else str(place))

@@ -1,9 +1,9 @@
-"""How the values of one matrix follow from its stored parts, in JAX: one class per scheme, decoded on the device.
+"""Dequantisation in JAX: the values of one matrix from its stored parts, with one class per scheme.
 
-A scheme is hashable, static under `jit`; which checkpoint stores what by which scheme is the business of `formats`. All
-arithmetic is float32, which holds a product of a low-bit number and a bf16 or fp16 scale exactly; the final type then
-rounds once. What no scheme allows, such as a group that is not there, becomes NaN. Values below the smallest normal
-number may be flushed to zero by the device.
+A scheme is hashable, static under `jit`; `quantisation_formats` chooses the scheme of a stored tensor. All arithmetic
+is float32, which holds a product of a low-bit number and a bf16 or fp16 scale exactly; the final type then rounds once.
+Values that the parts do not define, such as those of a group that does not exist, become NaN. Values below the smallest
+normal number may be flushed to zero by the device.
 """
 
 import math
@@ -23,7 +23,7 @@ Parts = Mapping[str, Array]  # role -> stored array
 
 @dataclass(frozen=True)
 class Plain:
-    """The values themselves, of any rank; part `weight`."""
+    """Values that are not quantised, of any rank; the only part is `weight`."""
 
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> Array:
         return parts["weight"]
@@ -31,9 +31,9 @@ class Plain:
 
 @dataclass(frozen=True)
 class Scaled:
-    """weight * scale, or (weight - zero) * scale: FP8 or int8 numbers, one scale for each block of `block` of them.
+    """weight * scale, or (weight - zero) * scale: FP8 or int8 numbers, one scale for each block.
 
-    Blocks of (rows, columns) cover the matrix [out, in] from its first corner; the last ones may hang over its edges.
+    Blocks of `block` = (rows, columns) cover the matrix [out, in] from its first corner; the last may pass its edges.
     """
 
     block: tuple[int, int]
@@ -41,16 +41,16 @@ class Scaled:
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> Float[Array, "out in"]:
         values = parts["weight"].astype(jnp.float32)
         if "zero" in parts:
-            values -= _spread(parts["zero"].astype(jnp.float32), self.block, shape)
-        return values * _spread(_read_scale(parts["scale"]), self.block, shape)
+            values -= _expand(parts["zero"].astype(jnp.float32), self.block, shape)
+        return values * _expand(_read_scale(parts["scale"]), self.block, shape)
 
 
 @dataclass(frozen=True)
 class Fp4:
     """E2M1 numbers, two to a byte, low half first, with a scale for each `group_size` of a row.
 
-    Scales are float, or a byte that is a power of two (E8M0). Where there is a scale of the whole tensor besides, the
-    groups' are multiplied or, if `divide`, divided by it. If `transposed`, the logical matrix is [in, out].
+    Scales are floats, or bytes that stand for powers of two (E8M0). Where there is also a scale of the whole tensor,
+    the groups' scales are multiplied or, if `divide`, divided by it. If `transposed`, the logical matrix is [in, out].
     """
 
     group_size: int
@@ -66,7 +66,7 @@ class Fp4:
             whole = parts["global_scale"].astype(jnp.float32).reshape(1, 1)
             scale = scale / whole if self.divide else scale * whole
         values = jnp.asarray(FP4_VALUES, jnp.float32)[nibbles.astype(jnp.int32)]
-        values *= _spread(scale, (1, self.group_size), (rows, columns))
+        values *= _expand(scale, (1, self.group_size), (rows, columns))
         return values.T if self.transposed else values
 
 
@@ -74,10 +74,10 @@ class Fp4:
 class PackedIntegers:
     """(weight - zero) * scale of `bits`-bit numbers in words of 32 bits, by groups of `group_size` inputs.
 
-    The matrix is stored [out, in] or, if `transposed`, [in, out], its scales and zeros accordingly. Words hold
-    neighbours along `weight_axis` and `zero_axis` of what is stored, the i-th of them in field `order[i]`. Stored zeros
-    are short of the real ones by `zero_offset`; where there are none, the zero is the middle of the range. The part
-    `group` gives the group of every input where groups are not runs of inputs; `shape`, if there, must be the matrix's.
+    The matrix is stored [out, in] or, if `transposed`, [in, out], and so are its scales and zeros. A word holds
+    neighbours along `weight_axis` or `zero_axis` of the stored array, the i-th of them in field `order[i]`. Zero points
+    are the stored ones plus `zero_offset`; where none are stored, the middle of the range. The part `group` gives the
+    group of every input where groups are not runs of inputs; the part `shape`, if there, must be the matrix's shape.
     """
 
     bits: int
@@ -96,11 +96,11 @@ class PackedIntegers:
             zero = jnp.full(scale.shape, 2 ** (self.bits - 1))
         if self.transposed:
             weight, scale, zero = weight.T, scale.T, zero.T
-        zero = zero[: scale.shape[0], : scale.shape[1]].astype(jnp.float32)  # the last word may be filled up
+        zero = zero[: scale.shape[0], : scale.shape[1]].astype(jnp.float32)  # the last word may be padded
         if "group" in parts:
             scale, zero = (_take_groups(values, parts["group"]) for values in (scale, zero))
         else:
-            scale, zero = (_spread(values, (1, self.group_size), shape) for values in (scale, zero))
+            scale, zero = (_expand(values, (1, self.group_size), shape) for values in (scale, zero))
         values = (weight.astype(jnp.float32) - zero) * scale
         if "shape" in parts:
             agrees = parts["shape"].astype(jnp.int32) == jnp.asarray(shape, jnp.int32)
@@ -118,16 +118,16 @@ Scheme = Plain | Scaled | Fp4 | PackedIntegers
 
 
 def dequantise(parts: Parts, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> Array:
-    """The values of one tensor from its parts, of shape `shape`; not finite where the parts are damaged.
+    """The values of one tensor of shape `shape` from its parts; not finite where the parts are damaged.
 
-    In type `dtype`, to which plain values must have been cut down before, if at all: their type is left alone.
+    Their type is `dtype`; plain values keep the type that they are stored in.
     """
     values = scheme.decode(parts, shape)
     return values if scheme == Plain() else values.astype(dtype)
 
 
-def _spread(grid: Num[Array, "..."], block: tuple[int, int], shape: tuple[int, ...]) -> Num[Array, "rows columns"]:
-    """One number per block of a matrix, repeated over the block."""
+def _expand(grid: Num[Array, "..."], block: tuple[int, int], shape: tuple[int, ...]) -> Num[Array, "rows columns"]:
+    """A matrix of shape `shape` from one number per block, each repeated over its block."""
     grid = grid.reshape([math.ceil(extent / size) for extent, size in zip(shape, block, strict=True)])
     for axis, (extent, size) in enumerate(zip(shape, block, strict=True)):
         grid = jax.lax.slice_in_dim(jnp.repeat(grid, min(size, extent), axis=axis), 0, extent, axis=axis)
@@ -140,7 +140,7 @@ def _take_groups(values: Float[Array, "out groups"], group: Int[Array, " in"]) -
 
 
 def _read_scale(scale: Num[Array, "..."]) -> Float[Array, "..."]:
-    """A float scale; a byte e is 2 ** (e - 127), E8M0, of which 255 stands for NaN."""
+    """Scales as float32. A byte e is 2 ** (e - 127), E8M0, where 255 stands for NaN."""
     if scale.dtype != jnp.uint8:
         return scale.astype(jnp.float32)
     bits = jnp.where(scale == 0, 1 << 22, scale.astype(jnp.int32) << 23)

@@ -1,4 +1,4 @@
-"""Model folders: found here or fetched from the hub, and new ones built beside old ones and moved into place."""
+"""Model folders: found on this machine or fetched from the hub; new ones, built elsewhere and moved into place."""
 
 import os
 import re
@@ -14,10 +14,9 @@ from lexi_search.errors import InputError
 
 
 def find_folder(source: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
-    """The folder `source`, or where `source` is no path here but a hub id (`owner/name`), the hub's copy of it.
+    """The folder `source`; where there is none and `source` is a hub id (`owner/name`), the hub's copy in the cache.
 
-    From the hub only files matching `patterns` are fetched, through `huggingface_hub` and its cache. InputError where
-    there is neither.
+    From the hub only files matching `patterns` are fetched, by `huggingface_hub`. InputError where there is neither.
     """
     folder = Path(source)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -38,11 +37,12 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
         raise InputError(f"{hub_id}: no such folder here, and not to be had from the hub ({reason})") from error
 
 
-# vLLM would read this one, in Mistral's own format, rather than the changed config.json.
+# Files without a link in a new folder. vLLM would read params.json, of Mistral's own format, rather than config.json.
 UNLINKED = frozenset({"config.json", "params.json"})
 
 
 def require_folder(model: str) -> Path:
+    """The absolute path of the folder `model`; InputError where there is none on this machine."""
     source = Path(os.path.abspath(model))
     if not source.is_dir():
         raise InputError(f"{model}: no such folder; links need the model on this machine, so download it first")
@@ -88,9 +88,13 @@ def _move_into_place(building: Path, target: Path) -> None:
 def build_folder(
     folder: str, model: str, *, unlinked: Collection[str] = UNLINKED, force: bool = False
 ) -> Iterator[Path]:
-    """A folder with links to all of `model` but hidden entries and those called `unlinked` (patterns), to be completed.
+    """A temporary folder with links to the entries of `model`, but hidden ones and those matching `unlinked`.
 
-    It becomes `folder` when the block ends, and vanishes if that raises. InputError as `write_folder` says.
+    It becomes `folder` when the `with` block ends, and is removed if the block raises. `force` replaces an earlier
+    export.
+
+    Raises:
+        InputError: no folder `model`; `folder` overlaps it, holds other things, or cannot be written.
     """
     source, target = require_folder(model), Path(os.path.realpath(folder))
     _check_target(target, Path(os.path.realpath(model)), force)

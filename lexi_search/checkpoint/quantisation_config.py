@@ -1,7 +1,7 @@
-"""What a config's `quantization_config` says of the weights: in which format, of how many bits, in what groups.
+"""A config's `quantization_config` as data: the format of the weights, their bits and their groups.
 
-Configs of every tool end as `Storage` values here; which tensors those take, and what their shapes must be, is the
-business of `formats`. A method, format or setting that is not read correctly is refused by name.
+The configs of all tools become `Storage` values here; `quantisation_formats` has the tensors and shapes of each. A
+method, format or setting that is not supported is refused by name.
 """
 
 import fnmatch
@@ -17,11 +17,11 @@ IGNORE_KEYS = ("ignore", "ignored_layers", "modules_to_not_convert", "modules_no
 
 
 class Storage(NamedTuple):
-    """How the weights of a group of modules are stored: a key of `formats.FORMATS`, and what shapes do not tell.
+    """The storage of the weights of some modules: the format, a key of `quantisation_formats.FORMATS`, and settings.
 
-    `group_size` inputs share a scale, -1: all of a row. `block` is (rows, columns) that share one, None: not by blocks.
-    `needs` are roles of parts that other weights of the format may lack. `targets` are the modules it holds for, by
-    name or pattern; none: for all.
+    `group_size` inputs share a scale; -1: all inputs of a row do. `block` is (rows, columns) that share one; None:
+    there are no blocks. `needs` are roles of parts that are optional in the format, but required here. `targets` are
+    the modules, by name or pattern; none: all modules.
     """
 
     format: str
@@ -33,7 +33,7 @@ class Storage(NamedTuple):
 
 
 class Quantisation(NamedTuple):
-    """A checkpoint's `quantization_config`: where it stands, its `Storage`s, and the modules that it leaves plain."""
+    """A checkpoint's `quantization_config`: its place for messages, its `Storage`s, and the modules it leaves plain."""
 
     place: str
     dtype: str  # of the values, once dequantised
@@ -44,13 +44,13 @@ class Quantisation(NamedTuple):
         return any(_matches(pattern, module) for pattern in self.ignored)
 
     def find_storages(self, module: str) -> tuple[Storage, ...]:
-        """Those that name `module`, or else those for all that are not named; a plain module may have any or none."""
+        """The storages that name `module`, or else those that name none; a plain module may have any or none."""
         named = tuple(s for s in self.storages if any(_matches(target, module) for target in s.targets))
         return named or tuple(s for s in self.storages if not s.targets)
 
 
 class _Settings(NamedTuple):
-    """A JSON object of the config, and what to call it in messages."""
+    """A JSON object of the config, and its place for messages."""
 
     values: Mapping[str, Any]
     place: str
@@ -94,7 +94,7 @@ class _Settings(NamedTuple):
 
 
 def read_quantisation(config: Mapping[str, Any], folder: Path) -> Quantisation | None:
-    """What the config of a checkpoint in `folder` says of quantised weights; None if it says nothing of any.
+    """The quantisation that the config of a checkpoint in `folder` declares; None if it declares none.
 
     Raises:
         InputError: a method, format, number of bits or setting that is not supported, or not well formed.
@@ -113,7 +113,7 @@ def read_quantisation(config: Mapping[str, Any], folder: Path) -> Quantisation |
 
 
 def _read_dtype(parts: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """The config's own element type, the language model's before the whole's; bfloat16 where it names none."""
+    """The config's element type, the language model's before that of the whole; bfloat16 where there is none."""
     named = (part.get(key) for part in reversed(parts) for key in ("dtype", "torch_dtype"))
     dtype = next((value for value in named if value is not None), "bfloat16")
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -126,7 +126,7 @@ def _read_fp8(settings: _Settings) -> list[Storage]:
 
 
 def _read_gptq(settings: _Settings) -> list[Storage]:
-    """`gptq` files hold each zero point less one, `gptq_v2` files the zero point itself."""
+    """GPTQ: `gptq` files hold each zero point minus one, `gptq_v2` files the zero point itself."""
     format = settings.read_choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     if any(not name.startswith("-:") for name in settings.read("dynamic", dict, {})):
         raise InputError(f"{settings.place}: dynamic gives modules settings of their own, which is not supported")
@@ -159,7 +159,7 @@ def _read_compressed_tensors(settings: _Settings) -> list[Storage]:
 
 
 def _read_group(settings: _Settings, group: _Settings) -> Storage:
-    """One of compressed-tensors' config_groups; a target that is a class of modules, such as Linear, means all."""
+    """One of compressed-tensors' config_groups; a target that is a class, such as Linear, means all modules."""
     owner = group if group.values.get("format") is not None else settings
     format = owner.read_choice("format", tuple(COMPRESSED_FORMATS))
     weights = group.read_object("weights")
@@ -193,7 +193,7 @@ COMPRESSED_BITS = {"scaled": (8,), "packed": (4, 8), "nvfp4-packed": (4,), "mxfp
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a config's pattern means `module`: `re:` and an expression, or a dotted name that is part of its own.
+    """Whether a config's pattern matches `module`: `re:` and an expression, or a dotted name that is part of its name.
 
     Components are compared whole, `*` standing for any letters: `gate` is the router, and not `gate_proj`.
     """

@@ -1,4 +1,4 @@
-"""The formats of quantised weights, as data: what the parts of each are called, and what their shapes must be.
+"""The formats of quantised weights, as data: the names of the parts of each, and the shapes that they must have.
 
 A matrix is [out, in]: `out` outputs, each a row of `in` inputs.
 """
@@ -17,7 +17,7 @@ WORDS = ("int32",)
 
 
 class Part(NamedTuple):
-    """One role in a format: what the stored tensor's name ends with, and the element types that it may have."""
+    """One role in a format: the possible endings of the stored tensor's name, and its possible element types."""
 
     endings: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -27,15 +27,15 @@ class Part(NamedTuple):
 Shapes = Mapping[str, tuple[int, ...]]  # role -> shape
 
 
-class Misfit(Exception):
+class ShapeMismatch(Exception):
     """Parts whose shapes do not fit together."""
 
 
 class Format(NamedTuple):
-    """One way to store a weight. Names of parts are the logical name, less `base` at its end, and one of the endings.
+    """One format of a weight. A part is named by the logical name without its ending `base`, plus one of the endings.
 
-    `describe` makes the scheme and the logical shape from the parts' shapes, each without an axis of experts, or raises
-    Misfit; the weight's then has `rank` dimensions.
+    `describe` returns the scheme and the logical shape for the parts' shapes, all without an axis of experts, or raises
+    ShapeMismatch. Without that axis the part `weight` has `rank` dimensions.
     """
 
     parts: Mapping[str, Part]
@@ -45,7 +45,7 @@ class Format(NamedTuple):
 
 
 def _describe_scaled(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
-    """Scales of blocks or of groups of a row if the config gives their size; else of a row, a column, or the whole."""
+    """One scale for each block or group of a row if the config has their size; else per matrix, row or column."""
     rows, columns = _require_rank(shapes["weight"], 2)
     options = [(rows, columns), (1, columns), (rows, 1)]
     if storage.block:
@@ -56,11 +56,11 @@ def _describe_scaled(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[in
         if shapes["scale"] in _list_grids((rows, columns), block):
             _require(shapes, "zero", shapes["scale"])
             return Scaled(block), (rows, columns)
-    raise Misfit
+    raise ShapeMismatch
 
 
 def _list_grids(shape: tuple[int, int], block: tuple[int, int]) -> list[tuple[int, ...]]:
-    """The shapes that one number per block may be stored in: [down, across], or less where there is but one across."""
+    """The shapes in which one number per block may be stored: [down, across], or fewer axes where an extent is 1."""
     down, across = (math.ceil(extent / size) for extent, size in zip(shape, block, strict=True))
     return [(down, across)] + [(down,)] * (across == 1) + [()] * (down == across == 1)
 
@@ -70,7 +70,7 @@ def _describe_packed(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[in
     per_word = 32 // storage.bits
     rows, words = _require_rank(shapes["weight"], 2)
     groups = _require_rank(shapes["scale"], 2)[1]
-    # The last word may be filled up; where groups are given, they tell how far.
+    # The last word may be padded; where there are groups, their number tells how many columns are real.
     columns = words * per_word if storage.group_size == -1 else groups * storage.group_size
     group_size = columns // groups
     _require(shapes, "scale", (rows, columns // group_size))
@@ -95,7 +95,7 @@ def _describe_gptq(storage: Storage, shapes: Shapes, zero_offset: int) -> tuple[
 
 
 def _describe_awq(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
-    """AWQ: words along the outputs, [in, out / 8] and [groups, out / 8], with an order of their own."""
+    """AWQ: words along the outputs, [in, out / 8] and [groups, out / 8], with AWQ's order of fields."""
     columns, words = _require_rank(shapes["weight"], 2)
     rows = words * (32 // storage.bits)
     group_size = _check_groups(storage, shapes, rows, columns)
@@ -106,14 +106,14 @@ def _describe_awq(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, 
 def _check_groups(storage: Storage, shapes: Shapes, rows: int, columns: int) -> int:
     group_size = columns if storage.group_size == -1 else storage.group_size
     if columns % group_size:
-        raise Misfit
+        raise ShapeMismatch
     _require(shapes, "scale", (columns // group_size, rows))
     _require(shapes, "zero", (columns // group_size, math.ceil(rows * storage.bits / 32)))
     return group_size
 
 
 def _describe_mxfp4(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
-    """gpt-oss: [out, groups, 16] bytes; transformers' own tensor is their transpose, [in, out]."""
+    """gpt-oss: [out, groups, 16] bytes; the tensor in transformers is the transpose, [in, out]."""
     rows, groups, half = _require_rank(shapes["weight"], 3)
     _require(shapes, "weight", (rows, groups, storage.group_size // 2))
     _require(shapes, "scale", (rows, groups))
@@ -125,20 +125,20 @@ def _describe_fp4(storage: Storage, shapes: Shapes, divide: bool = False) -> tup
     rows, half = _require_rank(shapes["weight"], 2)
     groups = 2 * half // storage.group_size
     if groups * storage.group_size != 2 * half or math.prod(shapes.get("global_scale", ())) != 1:
-        raise Misfit
+        raise ShapeMismatch
     _require(shapes, "scale", (rows, groups))
     return Fp4(storage.group_size, divide=divide), (rows, 2 * half)
 
 
 def _require_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     if len(shape) != rank or 0 in shape:
-        raise Misfit
+        raise ShapeMismatch
     return shape
 
 
 def _require(shapes: Shapes, role: str, shape: tuple[int, ...]) -> None:
     if role in shapes and shapes[role] != shape:
-        raise Misfit
+        raise ShapeMismatch
 
 
 _FP8_OR_INT8 = (*FP8, "int8")

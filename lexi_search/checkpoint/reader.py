@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a lazy mapping from tensor name to array; the only module that reads weights.
+"""An open checkpoint: a Hugging Face folder with its config and tensors. The only module that reads weights.
 
-safetensors' own NumPy reader knows no FP8 and allocates a fresh array per tensor. The format is eight bytes of header
-length, a JSON header, then data, so tensors are read by offset, into a buffer that the caller may reuse.
+safetensors' own NumPy reader does not support FP8 and allocates a new array per tensor. The format is eight bytes of
+header length, a JSON header, then data, so tensors are read by offset, into a buffer that the caller may reuse.
 """
 
 import hashlib
@@ -10,17 +10,20 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 
 from lexi_search.artifacts.files import read_json_object
+from lexi_search.checkpoint.config import Config, read_text_config
 from lexi_search.checkpoint.folder import find_folder
+from lexi_search.checkpoint.tensors import TensorEntry, Tensors
 from lexi_search.errors import InputError
 
-SAMPLES, SAMPLE_BYTES = 1024, 4096
+SAMPLES, SAMPLE_BYTES = 1024, 4096  # of `sample_weights`
 
 # safetensors' names for element types. Sub-byte types are left out: they have no NumPy array of their own.
 DTYPES = {
@@ -47,26 +50,26 @@ SINGLE = "model.safetensors"
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 
 
-class TensorEntry(NamedTuple):
-    """Where a tensor lies: `size` bytes of `file` from byte `start` on, row-major."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
 class Checkpoint(Mapping[str, np.ndarray]):
-    """Tensor name -> array, read when asked for; `config` is the parsed `config.json`, `entries` the index.
+    """Name of a stored tensor -> array; `config` is the parsed `config.json`, `entries` says where tensors lie.
 
-    Opening reads headers only. A lookup reads the tensor into memory of its own; `read` fills a buffer of the caller.
+    Opening reads headers only. A lookup reads the tensor into newly allocated memory; `read` fills the caller's buffer.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]):
         self.folder = folder
         self.config = config
         self.entries = entries
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The logical tensors; InputError for a quantisation that is not supported."""
+        return Tensors(self.config, self.folder, self.entries)
+
+    @cached_property
+    def text_config(self) -> Config:
+        """The language model's part of the config."""
+        return read_text_config(self.config, self.folder)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.read(name, np.empty(self.entries[name].size, np.uint8))
@@ -81,7 +84,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return name in self.entries
 
     def read(self, name: str, buffer: np.ndarray, *, row: int | None = None) -> np.ndarray:
-        """Read a tensor into the front of `buffer` (uint8, 1-D, contiguous) and return a view of that as the tensor.
+        """Read a tensor into the front of `buffer` (uint8, 1-D, contiguous) and return a view of it as the tensor.
 
         With `row`, only that index of the tensor's first axis is read and returned. Threads may read at the same time.
         """
@@ -116,7 +119,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Tensor name -> entry for one safetensors file, checked as strictly as safetensors' own reader does.
+    """Tensor name -> entry for one safetensors file, checked as strictly as by safetensors' own reader.
 
     Raises:
         InputError: header length beyond the file, header that is not JSON, unknown element type, offsets that
@@ -150,13 +153,13 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def _parse_header(raw: bytes) -> dict[str, Any]:
-    """The header's JSON without its metadata; ValueError or the like where JSON proper would not allow it."""
+    """The header without its metadata; ValueError or the like where it is not strict JSON."""
     header = json.loads(raw.decode(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     metadata = header.pop("__metadata__", {})
     if not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("__metadata__ holds what is not text")
     if b"\\u" in raw:
-        json.dumps([header, metadata], ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        json.dumps([header, metadata], ensure_ascii=False).encode()  # fails for half of a surrogate pair
     return header
 
 
@@ -172,7 +175,7 @@ def _parse_entry(file: Path, name: str, item: dict[str, Any], base: int) -> Tens
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
-    """An index names the shard of each tensor; without one, `model.safetensors`, or else every shard in the folder."""
+    """The entries that the index names; without an index, those of `model.safetensors`, or else of all shards."""
     if (folder / INDEX).exists():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -196,7 +199,7 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _check_numbers(files: Sequence[Path]) -> None:
-    """Refuse shards NAME-00001-of-00003 where not all of them are there: without an index nothing else would tell."""
+    """Refuse shards NAME-00001-of-00003 if some are missing: without an index nothing else would show it."""
     names = {file.name for file in files}
     for match in filter(None, map(NUMBERED.fullmatch, sorted(names))):
         stem, total = match[1], match[2]
@@ -210,10 +213,10 @@ def _find_shard(folder: Path, shard: str) -> Path:
     if Path(shard).name != shard:
         raise InputError(f"{folder / INDEX}: shard {shard!r} is not a plain file name")
     try:
-        found = (folder / shard).is_file()
+        exists = (folder / shard).is_file()
     except OSError as error:
         raise InputError(f"{folder / INDEX}: shard {shard[:80]!r} cannot be found ({error.strerror})") from error
-    if not found:
+    if not exists:
         raise InputError(f"{folder / shard}: no such shard; {INDEX} names it, so the download is incomplete")
     return folder / shard
 
@@ -232,7 +235,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def sample_weights(checkpoint: Checkpoint) -> str:
     """Hex SHA-256 over the name, type and shape of every tensor and some bytes from the middle of `SAMPLES` of them.
 
-    It tells apart checkpoints with the same routers, such as a fine-tuned or a quantised one, in a moment: hashing
+    It distinguishes checkpoints with the same routers, such as a fine-tuned or a quantised one, in a moment: hashing
     every byte would take as long as profiling.
     """
     digest, names = hashlib.sha256(), sorted(checkpoint.entries)

@@ -1,27 +1,36 @@
 """A checkpoint's logical tensors: `experts.0.gate_proj.weight` is one, however many stored tensors make it up.
 
-Who asks for a tensor asks by its logical name and sees its logical shape, [out, in] for an expert's matrix. What is
-quantised is told by which tensors are there, and must agree with what the config says.
+A logical tensor is looked up by its logical name and has its logical shape, [out, in] for an expert's matrix. It is
+quantised if the stored tensors say so by their names, and these must agree with the config.
 """
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lexi_search.checkpoint.dequantise import Plain, Scheme
 from lexi_search.checkpoint.quantisation_config import Quantisation, Storage, read_quantisation
-from lexi_search.checkpoint.quantisation_formats import FORMATS, Format, Misfit
-from lexi_search.checkpoint.reader import Checkpoint, TensorEntry
+from lexi_search.checkpoint.quantisation_formats import FORMATS, Format, ShapeMismatch
 from lexi_search.errors import InputError
+
+
+class TensorEntry(NamedTuple):
+    """The place of a stored tensor: `size` bytes of `file` from byte `start` on, row-major."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 class StoredTensor(NamedTuple):
     """One logical tensor: its shape, the type of its values, and the stored tensors (role -> name) that make it up.
 
-    Where a quantised tensor has an axis of experts before its matrices, so has every part.
+    If a quantised tensor has an axis of experts before its matrices, every part has it too.
     """
 
     file: Path  # of the part that holds the weight
@@ -32,27 +41,27 @@ class StoredTensor(NamedTuple):
 
 
 class Tensors(Mapping[str, StoredTensor]):
-    """Logical name -> `StoredTensor`, worked out from names and shapes when asked for; `folder` is the checkpoint's.
+    """Logical name -> `StoredTensor`, worked out at the lookup from names and shapes; `folder` is the checkpoint's.
 
     Raises:
-        InputError: a quantisation that is not supported; and, by the lookup, a tensor whose parts are missing, do not
-            fit each other or the config, or that the config says is not quantised.
+        InputError: a quantisation that is not supported; at a lookup, a tensor whose parts are missing, do not fit each
+            other or the config, or that the config says is not quantised.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.folder = checkpoint.folder
-        self._entries = checkpoint.entries
-        self._quantisation = read_quantisation(checkpoint.config, checkpoint.folder)
+    def __init__(self, config: Mapping[str, Any], folder: Path, entries: Mapping[str, TensorEntry]):
+        self.folder = folder
+        self._entries = entries
+        self._quantisation = read_quantisation(config, folder)
 
     def __getitem__(self, name: str) -> StoredTensor:
-        quantisation, found = self._quantisation, []
+        quantisation, matches = self._quantisation, []
         if quantisation is not None:
             storages = quantisation.find_storages(name.removesuffix(".weight"))
-            found = [(storage, parts) for storage in storages if (parts := _find_parts(self._entries, storage, name))]
-            if len(found) > 1:
+            matches = [(storage, parts) for storage in storages if (parts := _find_parts(self._entries, storage, name))]
+            if len(matches) > 1:
                 raise InputError(f"{quantisation.place}: several groups of settings hold for {name}; which one counts?")
-        if found:
-            return self._describe(name, *found[0], quantisation)
+        if matches:
+            return self._describe(name, *matches[0], quantisation)
         entry = self._entries[name]
         return StoredTensor(entry.file, entry.dtype, entry.shape, Plain(), {"weight": name})
 
@@ -78,25 +87,25 @@ class Tensors(Mapping[str, StoredTensor]):
             raise InputError(f"{file}: {name} is quantised, but {quantisation.place} says that it is not")
         for role, part in format.parts.items():
             if role in entries and entries[role].dtype.name not in part.dtypes:
-                found = f"{parts[role]} is {entries[role].dtype.name}"
-                raise InputError(f"{file}: tensor {found}; {quantisation.place} allows {', '.join(part.dtypes)}")
+                thing = f"{parts[role]} is {entries[role].dtype.name}"
+                raise InputError(f"{file}: tensor {thing}; {quantisation.place} allows {', '.join(part.dtypes)}")
         shapes = {role: entry.shape for role, entry in entries.items()}
         axes = shapes["weight"][: -format.rank]  # of experts, if any
         try:
             if len(axes) > 1 or any(shape[: len(axes)] != axes for shape in shapes.values()):
-                raise Misfit
+                raise ShapeMismatch
             scheme, shape = format.describe(storage, {role: shape[len(axes) :] for role, shape in shapes.items()})
-        except Misfit:
-            found = ", ".join(f"{parts[role]} {list(shape)}" for role, shape in shapes.items())
-            raise InputError(f"{file}: shapes do not fit what {quantisation.place} says: {found}") from None
+        except ShapeMismatch:
+            listed = ", ".join(f"{parts[role]} {list(shape)}" for role, shape in shapes.items())
+            raise InputError(f"{file}: shapes do not fit what {quantisation.place} says: {listed}") from None
         return StoredTensor(file, np.dtype(quantisation.dtype), (*axes, *shape), scheme, parts)
 
 
 def _find_parts(entries: Mapping[str, TensorEntry], storage: Storage, name: str) -> dict[str, str] | None:
-    """The parts that are there, role -> name, of a tensor that is quantised; None if it is not.
+    """The stored parts of a quantised tensor, role -> name; None if the tensor is not quantised.
 
     Raises:
-        InputError: a part without which the others are of no use is missing.
+        InputError: a required part is missing.
     """
     format = FORMATS[storage.format]
     if not name.endswith(format.base):

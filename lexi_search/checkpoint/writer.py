@@ -1,4 +1,4 @@
-"""Safetensors shards and their index, written tensor by tensor: never more than a tensor in memory."""
+"""Writing of safetensors shards and their index, with at most one tensor in memory."""
 
 import json
 import math
@@ -12,9 +12,11 @@ import numpy as np
 from lexi_search.artifacts.files import json_bytes
 from lexi_search.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 class Output(NamedTuple):
-    """A tensor to write: its name, shape, and what reads and cuts it, in runs whose bytes follow each other."""
+    """A tensor to write. `make` reads and slices it; it yields arrays whose bytes are written one after the other."""
 
     name: str
     dtype: np.dtype
@@ -23,16 +25,13 @@ class Output(NamedTuple):
 
 
 def copy(checkpoint: Checkpoint, name: str, new: str | None = None) -> Output:
-    """A tensor as it is, perhaps under another name."""
+    """A tensor to write unchanged, under the name `new` if there is one."""
     entry = checkpoint.entries[name]
     return Output(new or name, entry.dtype, entry.shape, partial(_copy, name))
 
 
 def _copy(name: str, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
     yield checkpoint[name]
-
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_shards(
@@ -42,10 +41,10 @@ def write_shards(
     *,
     report: Callable[[float], None] = lambda share: None,
 ) -> tuple[int, int]:
-    """Write the checkpoint's tensors into `folder`, changed as `changes` says (stored name -> what instead, or None).
+    """Write the checkpoint's tensors into `folder`; `changes`: stored name -> what to write instead, or None.
 
-    Shards keep their names and their tensors. `report` is told which share of all is done. Returns the bytes of all
-    tensors, before and after; OSError where they cannot be written.
+    Shards keep their names and their tensors. `report` gets the share of all bytes that is done. Returns the bytes of
+    all tensors, before and after; OSError where they cannot be written.
     """
     shards: dict[str, list[str]] = {}
     for name, entry in checkpoint.entries.items():
@@ -54,11 +53,11 @@ def write_shards(
     weight_map, total, done = {}, 0, 0
     for shard, names in sorted(shards.items()):
         outputs = {name: changes[name] if name in changes else copy(checkpoint, name) for name in names}
-        there = {name: output for name, output in outputs.items() if output is not None}
-        # By falling size of element, as safetensors' own writer does: readers need every tensor aligned.
-        order = sorted(there, key=lambda name: (-there[name].dtype.itemsize, checkpoint.entries[name].start))
-        total += _write_shard(folder / shard, checkpoint, [there[name] for name in order])
-        weight_map |= {there[name].name: shard for name in order}
+        written = {name: output for name, output in outputs.items() if output is not None}
+        # By falling element size, as in safetensors' own writer: readers need every tensor aligned.
+        order = sorted(written, key=lambda name: (-written[name].dtype.itemsize, checkpoint.entries[name].start))
+        total += _write_shard(folder / shard, checkpoint, [written[name] for name in order])
+        weight_map |= {written[name].name: shard for name in order}
         done += sum(checkpoint.entries[name].size for name in names)
         report(done / before)
     if (checkpoint.folder / INDEX).exists() or set(shards) != {SINGLE}:
@@ -70,8 +69,8 @@ def _write_shard(path: Path, checkpoint: Checkpoint, outputs: Sequence[Output]) 
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for output in outputs:
         end = position + math.prod(output.shape) * output.dtype.itemsize
-        place = {"dtype": NAMES[output.dtype], "shape": list(output.shape), "data_offsets": [position, end]}
-        header[output.name], position = place, end
+        entry = {"dtype": NAMES[output.dtype], "shape": list(output.shape), "data_offsets": [position, end]}
+        header[output.name], position = entry, end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with open(path, "wb") as file:

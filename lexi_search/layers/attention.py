@@ -1,6 +1,6 @@
-"""Causal attention in JAX: from a layer's normalised input to what it adds to the residual stream, for whole sequences.
+"""Causal attention in JAX for whole sequences, from a layer's normalised input to its output for the residual stream.
 
-Norms, rotation, softmax and sums of products are float32 whatever the hidden states are.
+Norms, rotary embedding, softmax and sums of products are float32 whatever the type of the hidden states.
 """
 
 import math
@@ -39,7 +39,7 @@ def apply_affine(x: Float[Array, "*rows inner"], weights: Affine) -> Float[Array
     """x @ weight.T + bias in `x`'s type."""
     matrix = weights.weight.astype(x.dtype)
     product = jnp.einsum("...i,oi->...o", x, matrix, precision=find_precision(x))
-    return product if weights.bias is None else product + _spread(weights.bias.astype(x.dtype), x)
+    return product if weights.bias is None else product + _align(weights.bias.astype(x.dtype), x)
 
 
 def normalise(x: Float[Array, "*rows width"], weights: Affine, *, norm: Norm) -> Float[Array, "*rows width"]:
@@ -48,13 +48,14 @@ def normalise(x: Float[Array, "*rows width"], weights: Affine, *, norm: Norm) ->
     if norm.centred:
         wide = wide - wide.mean(axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + norm.eps)
-    wide = wide * _spread(weights.weight.astype(jnp.float32), x)
+    wide = wide * _align(weights.weight.astype(jnp.float32), x)
     if weights.bias is not None:
-        wide = wide + _spread(weights.bias.astype(jnp.float32), x)
+        wide = wide + _align(weights.bias.astype(jnp.float32), x)
     return wide.astype(x.dtype)
 
 
-def _spread(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Float[Array, "*ones width"]:
+def _align(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Float[Array, "*ones width"]:
+    """`vector` with leading axes of 1, for broadcasting over the rows of `x`."""
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -68,19 +69,19 @@ def _project_grouped(
         for part, count in ((weights.q, group), (weights.k, 1), (weights.v, 1))
     )
     gains = weights.q_norm, weights.k_norm
-    queries, keys = (_turn(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
+    queries, keys = (_prepare(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
     return queries, keys, _clip(values, attention.clip)
 
 
-def _turn(
+def _prepare(
     heads: Float[Array, "sequences length kv_heads group head"], gain: Affine | None, attention: GroupedAttention
 ) -> Float[Array, "sequences length kv_heads group head"]:
-    """Queries or keys as they are multiplied: normalised, clipped, rotated."""
+    """Queries or keys normalised, clipped and rotated, as attention scores need them."""
     if gain is not None and not attention.norm_last:
         heads = _normalise_heads(heads, gain, attention.norm)
     heads = _clip(heads, attention.clip)
     if attention.rope is not None:
-        heads = rotate(heads, attention.rope)
+        heads = _rotate(heads, attention.rope)
     if gain is not None and attention.norm_last:
         heads = _normalise_heads(heads, gain, attention.norm)
     return heads
@@ -93,7 +94,7 @@ def _clip(x: Float[Array, "*rows width"], bound: float) -> Float[Array, "*rows w
 def _normalise_heads(
     heads: Float[Array, "sequences length kv_heads group head"], gain: Affine, norm: Norm
 ) -> Float[Array, "sequences length kv_heads group head"]:
-    """Each head by itself, or all together if there are gains for that."""
+    """The norm of each head, or of all heads together if there are gains for that."""
     together = gain.weight.shape[0] != heads.shape[-1]
     rows = heads.reshape(*heads.shape[:2], -1) if together else heads
     return normalise(rows, gain, norm=norm).reshape(heads.shape)
@@ -102,36 +103,38 @@ def _normalise_heads(
 def _project_latent(
     x: Float[Array, "sequences length hidden"], weights: LatentWeights, attention: LatentAttention
 ) -> tuple[Float[Array, "sequences length heads 1 head"], ...]:
-    """Queries, keys and values [.., heads, 1, .]: every head has its own keys, but for the part that turns."""
+    """Queries, keys and values [.., heads, 1, .]: each head has its own keys, but for the rotated part."""
     heads, nope_dim = (*x.shape[:2], attention.num_heads, 1, -1), attention.nope_dim
-    narrow = x if weights.q_a is None else normalise(apply_affine(x, weights.q_a), weights.q_norm, norm=attention.norm)
-    queries = apply_affine(narrow, weights.q).reshape(heads)
-    turned = rotate(queries[..., nope_dim:], attention.rope)
-    queries = jnp.concatenate([queries[..., :nope_dim], turned], axis=-1)
-    narrow = apply_affine(x, weights.kv_a)
-    latent, shared = narrow[..., : -attention.rope_dim], narrow[..., -attention.rope_dim :]
-    both = apply_affine(normalise(latent, weights.kv_norm, norm=attention.norm), weights.kv).reshape(heads)
-    shared = rotate(shared[:, :, None, None, :], attention.rope)
-    keys = [both[..., :nope_dim], jnp.broadcast_to(shared, (*both.shape[:-1], attention.rope_dim))]
-    return queries, jnp.concatenate(keys, axis=-1), both[..., nope_dim:]
+    latent = x if weights.q_a is None else normalise(apply_affine(x, weights.q_a), weights.q_norm, norm=attention.norm)
+    queries = apply_affine(latent, weights.q).reshape(heads)
+    rotated = _rotate(queries[..., nope_dim:], attention.rope)
+    queries = jnp.concatenate([queries[..., :nope_dim], rotated], axis=-1)
+    projected = apply_affine(x, weights.kv_a)
+    latent, shared = projected[..., : -attention.rope_dim], projected[..., -attention.rope_dim :]
+    keys_values = apply_affine(normalise(latent, weights.kv_norm, norm=attention.norm), weights.kv).reshape(heads)
+    shared = _rotate(shared[:, :, None, None, :], attention.rope)
+    keys = [keys_values[..., :nope_dim], jnp.broadcast_to(shared, (*keys_values.shape[:-1], attention.rope_dim))]
+    return queries, jnp.concatenate(keys, axis=-1), keys_values[..., nope_dim:]
 
 
-def rotate(x: Float[Array, "sequences length *heads head"], rope: Rope) -> Float[Array, "sequences length *heads head"]:
-    """Turn the pairs of each head by their frequencies times the position, in float32; values behind them stay.
+def _rotate(
+    x: Float[Array, "sequences length *heads head"], rope: Rope
+) -> Float[Array, "sequences length *heads head"]:
+    """Rotate the pairs of each head by frequency times position, in float32; the values after them are unchanged.
 
-    Neighbouring pairs come out as halves: the same order for queries and keys, so that their products are the same.
+    Interleaved pairs are returned as halves. Queries and keys have the same order, so their products are the same.
     """
     count = len(rope.frequencies)
-    turned, rest = x[..., : 2 * count].astype(jnp.float32), x[..., 2 * count :]
+    pairs, rest = x[..., : 2 * count].astype(jnp.float32), x[..., 2 * count :]
     angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * jnp.asarray(rope.frequencies, jnp.float32)[None, :]
     angles = angles.reshape(1, x.shape[1], *[1] * (x.ndim - 3), count)
     cos, sin = jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
     if rope.interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        first, second = pairs[..., 0::2], pairs[..., 1::2]
     else:
-        first, second = turned[..., :count], turned[..., count:]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+        first, second = pairs[..., :count], pairs[..., count:]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
 def _attend_sequence(
@@ -143,7 +146,7 @@ def _attend_sequence(
     scale: float,
     window: int | None,
 ) -> Float[Array, "length kv_heads group value"]:
-    """One sequence, some queries after another, so that scores take at most `SCORE_BYTES`."""
+    """Attention of one sequence, over chunks of queries, so that scores take at most `SCORE_BYTES`."""
     length, heads = len(queries), queries.shape[1] * queries.shape[2]
     size = min(max(SCORE_BYTES // (4 * heads * length), 1), length)
     count = -(-length // size)
@@ -151,27 +154,27 @@ def _attend_sequence(
     precision = find_precision(queries)
     positions = jnp.arange(length)
 
-    def attend_some(some: tuple[Array, Array]) -> Array:
-        start, chunk = some
+    def attend_chunk(start_and_chunk: tuple[Array, Array]) -> Array:
+        start, chunk = start_and_chunk
         products = jnp.einsum(
             "nkgd,mkd->kgnm", chunk, keys[:, :, 0], precision=precision, preferred_element_type=jnp.float32
         )
         distance = (start + jnp.arange(size))[:, None] - positions[None, :]
-        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        scores = jnp.where(seen[None, None], products * scale, jnp.finfo(jnp.float32).min)
+        visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        scores = jnp.where(visible[None, None], products * scale, jnp.finfo(jnp.float32).min)
         if sinks is not None:
-            nothing = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:3], 1))
-            scores = jnp.concatenate([scores, nothing], axis=-1)
+            sink_scores = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:3], 1))
+            scores = jnp.concatenate([scores, sink_scores], axis=-1)
         shares = jax.nn.softmax(scores, axis=-1)[..., :length]
         return jnp.einsum("kgnm,mkd->nkgd", shares.astype(values.dtype), values[:, :, 0], precision=precision)
 
     starts = jnp.arange(count) * size
-    outputs = _map(attend_some, (starts, padded.reshape(count, size, *queries.shape[1:])), at_once=1)
+    outputs = _map(attend_chunk, (starts, padded.reshape(count, size, *queries.shape[1:])), at_once=1)
     return outputs.reshape(count * size, *outputs.shape[2:])[:length]
 
 
 def _map(function: Callable, arguments: tuple[Array, ...], *, at_once: int) -> Array:
-    """The function over the first axis, as many rows at a time as may be."""
+    """The function mapped over the first axis, `at_once` rows at a time (at least one)."""
     if at_once >= len(arguments[0]) or len(arguments[0]) == 1:
         return jax.vmap(function)(arguments)
     return jax.lax.map(function, arguments, batch_size=max(at_once, 1))

@@ -1,7 +1,8 @@
-"""Tokens carried through a checkpoint, a part of a decoder layer at a time.
+"""The forward pass of a decoder without its experts: embedding, attention, residual stream, logits.
 
-A layer is `attend`, then the experts on what it returned, which are the caller's part (`moe` has every k from one
-pass), then `finish`. Hidden states keep their element type; a leading axis of variants is so many more sequences.
+A layer is `attend`, then the experts on the input that it returns, which the caller computes (`moe` has every k from
+one pass), then `finish`. Hidden states keep their element type. Several variants of a model go through as more
+sequences.
 """
 
 from collections.abc import Sequence
@@ -21,15 +22,15 @@ from lexi_search.layers.weights import Affine, BlockWeights, EndWeights
 
 
 class Decoder(NamedTuple):
-    """Everything that carrying tokens through a checkpoint takes besides the weights and `Model`."""
+    """The description of a decoder: everything that a forward pass needs besides the weights and the MoE layers'."""
 
     blocks: Sequence[Block]  # one for each decoder layer
-    tensors: Sequence[BlockWeights]  # where they are stored
+    tensors: Sequence[BlockWeights]  # their stored tensors, in the place of arrays
     ends: EndWeights
     norm: Norm
     embedding_scale: float
     logit_scale: float
-    max_length: int | None = None  # of sequences, in tokens; longer ones are computed otherwise
+    max_length: int | None = None  # of sequences, in tokens; a model computes longer ones in another way
 
 
 def embed(
@@ -38,7 +39,7 @@ def embed(
     """The hidden states before the first layer, in `dtype`.
 
     Raises:
-        InputError: sequences so long that the model would attend otherwise than it is computed here.
+        InputError: sequences longer than the attention here is exact for.
     """
     length = tokens.shape[1]
     if decoder.max_length is not None and length > decoder.max_length:
@@ -62,9 +63,9 @@ def finish(
     x: Float[Array, "tokens hidden"],
     routed: Float[Array, "tokens hidden"] | None,
 ) -> Float[Array, "sequences length hidden"]:
-    """The hidden states after the layer, from what `attend` returned and what the experts add; None in a dense layer.
+    """The hidden states after the layer, from the results of `attend` and the output of the routed experts, if any.
 
-    What every token passes is added here: the dense MLP, or the shared experts.
+    The dense MLP or the shared experts, which every token passes, are computed here.
     """
     return _finish(weights._replace(moe=None), hidden, x, routed, block=block)
 

@@ -1,4 +1,4 @@
-"""The outputs of every token's chosen experts: tokens sorted by expert, each expert over its own rows in chunks."""
+"""The outputs of every token's chosen experts: rows are sorted by expert, and each expert takes its own in chunks."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,8 +12,8 @@ from lexi_search.layers.ffn import apply_ffn
 from lexi_search.layers.spec import Activation
 from lexi_search.layers.weights import ExpertWeights
 
-# Rows in one expert product. Loads are cut into these sizes, so that a handful of compiled programs serves every expert
-# of every layer: few launches for a large load, little padding for a small one.
+# Rows in one expert product. Loads are cut into these sizes, so that a few compiled programs serve every expert of
+# every layer: few launches for a large load, little padding for a small one.
 CHUNK_SIZES = tuple(2**n for n in range(6, 16))
 MAX_PADDING = 1 / 8  # of an expert's load, unless that is below the smallest size
 
@@ -34,11 +34,18 @@ def expert_outputs(
     pairs, loads = _sort_by_expert(experts, num_experts=len(weights))
     loads = np.asarray(loads)
     result, start = jnp.zeros((experts.size, x.shape[1]), x.dtype), 0
-    for expert in np.flatnonzero(loads).tolist():  # one that gets no token may not even have been read
-        own = weights[expert]
+    for expert in np.flatnonzero(loads).tolist():  # one without tokens may not even have been read
+        expert_weights = weights[expert]
         for size, used in cut_into_chunks(int(loads[expert])):
             result = _apply_expert(
-                result, x, pairs, np.int32(start), own, size=size, top_k=experts.shape[1], activation=activation
+                result,
+                x,
+                pairs,
+                np.int32(start),
+                expert_weights,
+                size=size,
+                top_k=experts.shape[1],
+                activation=activation,
             )
             start += used
     return result.reshape(*experts.shape, -1)
@@ -63,7 +70,7 @@ def _sort_by_expert(
 ) -> tuple[Int[Array, " padded"], Int[Array, " experts"]]:
     """(token, rank) pairs, numbered token * K + rank, in order of their experts; and the load of each expert.
 
-    Behind the pairs stand numbers past the last one, for the largest chunk to run into.
+    The pairs are followed by numbers past the last pair, as padding for the largest chunk.
     """
     pairs = jnp.argsort(experts.reshape(-1), stable=True)
     beyond = jnp.arange(pairs.size, pairs.size + CHUNK_SIZES[-1], dtype=pairs.dtype)
@@ -84,8 +91,8 @@ def _apply_expert(
 ) -> Float[Array, "rows hidden"]:
     """Write one expert's outputs for the `size` pairs from `start` on.
 
-    A padded chunk runs on into the pairs of the next expert. Experts come in ascending order, so what it writes there
-    is overwritten by the expert that those pairs belong to; what it would write past the last pair is dropped.
+    A padded chunk extends into the pairs of the next expert. Experts come in ascending order, so the outputs that it
+    writes there are overwritten by the right expert; outputs past the last pair are dropped.
     """
     chosen = jax.lax.dynamic_slice_in_dim(pairs, start, size)
     chunk = x.at[chosen // top_k].get(mode="clip")

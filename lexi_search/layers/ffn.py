@@ -1,4 +1,4 @@
-"""One expert's feed-forward network in JAX: its weights, its activation, its product."""
+"""One feed-forward network (an expert or a dense MLP) in JAX: its activation and its products."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -36,7 +36,7 @@ def apply_ffn(
 def compute_hidden(
     x: Float[Array, "rows hidden"], weights: ExpertWeights, *, activation: Activation
 ) -> Float[Array, "rows width"]:
-    """What `down` multiplies, float32: the activated channels for every row of `x`."""
+    """The hidden channels, which `down` multiplies, for every row of `x`; float32."""
     up = _project(x, weights.up, weights.up_bias).astype(jnp.float32)
     if weights.gate is None:
         return _activate(up, activation)

@@ -1,8 +1,8 @@
-"""The outputs of one MoE layer at every k from one pass over the experts of the largest.
+"""The outputs of one MoE layer at every k, from one pass over the experts of the largest k.
 
 Each token's K expert outputs y_1..y_K are computed once, and every k only mixes them differently: Y_k = sum_j c_k[j]
-y_j. Distances between outputs are read off the tokens' K x K Gram matrices G, ||Y_k - Y_K||^2 = (c_k - c_K)^T G
-(c_k - c_K), which also avoids the rounding of subtracting two nearly equal outputs. Shared experts add the same to
+y_j. Distances between outputs come from each token's K x K Gram matrix G, ||Y_k - Y_K||^2 = (c_k - c_K)^T G
+(c_k - c_K), which also avoids the rounding of a subtraction of two nearly equal outputs. Shared experts add the same to
 every Y_k and cancel.
 """
 
@@ -43,13 +43,13 @@ def compute_outputs(
 def squared_distances(
     outputs: Float[Array, "tokens K hidden"], scores: Float[Array, "tokens K"], *, routing: Routing
 ) -> Float[Array, "tokens K"]:
-    """||y_k - y_K||^2 of every token for k = 1..K, from its Gram matrix; the last column is zero."""
+    """||Y_k - Y_K||^2 of every token for k = 1..K, from its Gram matrix; the last column is zero."""
     gram = jnp.einsum(
         "tih,tjh->tij", outputs, outputs, precision=find_precision(outputs), preferred_element_type=jnp.float32
     )
     change = mixing_changes(scores, routing=routing)
     distances = jnp.einsum("tki,tij,tkj->tk", change, gram, change, precision=jax.lax.Precision.HIGHEST)
-    # A quadratic form of a Gram matrix, and zero at k = K: only rounding could make it negative, or not quite zero.
+    # A quadratic form of a Gram matrix, and zero at k = K: only rounding can make it negative, or other than zero.
     return jnp.maximum(distances, 0.0).at[:, -1].set(0.0)
 
 
@@ -68,11 +68,10 @@ def mix(
     *,
     routing: Routing,
 ) -> Float[Array, "tokens hidden"]:
-    """The layer's output at `k`, of all tokens or [tokens, 1] of each, without shared experts, float32.
+    """The layer's output at `k`, one number or [tokens, 1], without shared experts, float32.
 
-    For carrying tokens on, and for comparing with others: local losses need none.
+    It is needed only to pass tokens on to the next layer, and in tests: `squared_distances` does without.
     """
     weights = mixing_weights(scores, k, routing=routing)
-    return (weights[:, :, None] * outputs.astype(jnp.float32)).sum(
-        axis=1
-    )  # no product: outputs are read once, as stored
+    # Not a matrix product: so outputs are read once, in the type that they are stored in.
+    return (weights[:, :, None] * outputs.astype(jnp.float32)).sum(axis=1)

@@ -1,4 +1,4 @@
-"""How a MoE layer chooses each token's experts and weighs them, in JAX.
+"""The routing of a MoE layer in JAX: each token's experts and their mixing weights.
 
 The experts of top-k are the first k of those of top-K sorted by selection score: one choice of K serves every k.
 """
@@ -31,13 +31,13 @@ def route(
 ) -> Choice:
     """Choose the `top_k` experts of every token, best first; logits and scores are float32 whatever `x` is.
 
-    `bias`, also as [1, experts], is what the routing's `bias` says it is, or None.
+    `bias`, also as [1, experts], is added where the routing's `bias` says.
     """
     logits = _multiply_exactly(x, router)
     if routing.bias == "logits":
         logits = logits + bias.astype(jnp.float32).reshape(1, -1)
     if routing.scoring == "sparsemixer":
-        return _choose_in_turn(logits, routing.jitter, top_k)
+        return _route_sparsemixer(logits, routing.jitter, top_k)
     scores = jax.nn.softmax(logits, axis=-1) if routing.scoring == "softmax" else jax.nn.sigmoid(logits)
     keys = scores + bias.astype(jnp.float32).reshape(1, -1) if routing.bias == "selection" else scores
     if routing.num_groups > 1:
@@ -49,33 +49,33 @@ def route(
 def _multiply_exactly(
     x: Float[Array, "tokens hidden"], router: Float[Array, "experts hidden"]
 ) -> Float[Array, "tokens experts"]:
-    """x @ router.T in float32. Products of two 16-bit floats of one type are exact there: no need to widen them."""
+    """x @ router.T in float32, in which products of two 16-bit floats of one type are exact without a cast."""
     if x.dtype == router.dtype and x.dtype.itemsize == 2:
         return jnp.matmul(x, router.T, preferred_element_type=jnp.float32)
     return jnp.matmul(x.astype(jnp.float32), router.T.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _keep_best_groups(keys: Float[Array, "tokens experts"], routing: Routing) -> Float[Array, "tokens experts"]:
-    """Put -inf for the experts outside each token's `topk_groups` best groups (DeepSeek-V2, section 2.2.2)."""
+    """The keys, with -inf for experts outside each token's `topk_groups` best groups (DeepSeek-V2, section 2.2.2)."""
     grouped = keys.reshape(keys.shape[0], routing.num_groups, -1)
-    judges = 1 if routing.group_score == "max" else 2
-    group_scores = jax.lax.top_k(grouped, judges)[0].sum(axis=-1)
+    num_best = 1 if routing.group_score == "max" else 2
+    group_scores = jax.lax.top_k(grouped, num_best)[0].sum(axis=-1)
     _, best = jax.lax.top_k(group_scores, routing.topk_groups)
     kept = jax.nn.one_hot(best, routing.num_groups, dtype=jnp.bool_).any(axis=1)
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(keys.shape)
 
 
-def _choose_in_turn(logits: Float[Array, "tokens experts"], jitter: float, top_k: int) -> Choice:
-    """SparseMixer without its randomness (arXiv 2409.12136): each expert's score is its share among those left over
-    whose distance to the best logit is at most 2 * `jitter`, relative to the larger of the two."""
-    left, experts, scores = logits, [], []
+def _route_sparsemixer(logits: Float[Array, "tokens experts"], jitter: float, top_k: int) -> Choice:
+    """SparseMixer without its randomness (arXiv 2409.12136): each expert's score is its softmax among those not yet
+    chosen whose distance to the best logit is at most 2 * `jitter`, relative to the larger of the two."""
+    remaining, experts, scores = logits, [], []
     for _ in range(top_k):
-        best, chosen = left.max(axis=-1, keepdims=True), left.argmax(axis=-1)
-        far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
-        shares = jax.nn.softmax(jnp.where(far, -jnp.inf, left), axis=-1)
+        best, chosen = remaining.max(axis=-1, keepdims=True), remaining.argmax(axis=-1)
+        masked = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
+        shares = jax.nn.softmax(jnp.where(masked, -jnp.inf, remaining), axis=-1)
         experts.append(chosen)
         scores.append(jnp.take_along_axis(shares, chosen[:, None], axis=-1)[:, 0])
-        left = jnp.where(jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.bool_), -jnp.inf, left)
+        remaining = jnp.where(jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.bool_), -jnp.inf, remaining)
     return Choice(jnp.stack(experts, axis=1), jnp.stack(scores, axis=1))
 
 

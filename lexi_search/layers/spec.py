@@ -1,25 +1,28 @@
-"""Static descriptions of a layer, hashable under `jit`: routing, activation, norms, rotary embedding and attention."""
+"""Static descriptions of a decoder layer: routing, activation, norm, rotary embedding and attention.
+
+All are hashable, static under `jit`.
+"""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Routing(NamedTuple):
-    """How router logits become the chosen experts and their mixing weights; hashable, static under `jit`.
+    """The rule from router logits to the chosen experts and their mixing weights.
 
     Scores are `scoring` of the logits over all experts. Selection takes the top k of the scores within the
-    `topk_groups` best of `num_groups` groups, a group being judged by `group_score`: its best expert or the sum of its
-    best two. A bias per expert is added to the scores for the selection only, or to the logits. Weights are the
+    `topk_groups` best of `num_groups` groups; a group's score, by `group_score`, is that of its best expert or the sum
+    of its best two. A bias per expert is added to the scores for the selection only, or to the logits. Weights are the
     unbiased scores of the chosen experts, divided by their sum (plus `epsilon`, at least `norm_min`) if `renormalize`,
     times `scale`: a softmax over the chosen logits alone is a softmax over all of them, renormalised. If
     `scales_input`, the scores multiply the experts' inputs instead, and their outputs are summed as they are.
 
-    With an `exponent` b, the k of K experts weigh what they weigh at K times (S_K / S_k)^b, where S_j is the sum of the
-    j largest scores: the gate exponent of an allocation. Without, as a router that is told to choose k would have it,
-    which is b = 1 if `renormalize` and 0 if not.
+    With an `exponent` b, the weights of the k kept of K experts are their weights at K, times (S_K / S_k)^b, where S_j
+    is the sum of the j largest scores: the gate exponent of an allocation. Without, they are those of a router whose
+    top-k is k: the same as b = 1 if `renormalize`, else as b = 0.
 
-    "sparsemixer" (arXiv 2409.12136) chooses one expert after another, each scored by a softmax over the experts that
-    are left and whose logits are near the largest, as `jitter` says.
+    "sparsemixer" (arXiv 2409.12136) chooses one expert after another, each scored by a softmax over the remaining
+    experts whose logits are near the largest, within `jitter`.
     """
 
     scoring: str = "softmax"  # or "sigmoid", or "sparsemixer"
@@ -37,7 +40,7 @@ class Routing(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """What an expert does between its products; hashable, static under `jit`.
+    """The activation of an expert, between its products.
 
     Gated experts compute f(gate) * (up + `up_offset`), where f is the function called `name`, or x * sigmoid(alpha x)
     if `alpha` is not 1, and `limit` bounds gate from above and up on both sides. Ungated ones compute f(up).
@@ -50,27 +53,18 @@ class Activation(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """x / rms(x) * gain, of x less its mean if `centred`, plus a bias if there is one; static under `jit`."""
+    """RMSNorm, x / rms(x) * gain; LayerNorm if `centred`, of x minus its mean; plus a bias if there is one."""
 
     eps: float
     centred: bool = False
 
 
-class Norms(NamedTuple):
-    """The four places of a norm in a layer, of which a family uses some: around attention, around the MLP or MoE."""
-
-    attention_input: Any = None
-    attention_output: Any = None
-    ffn_input: Any = None
-    ffn_output: Any = None
-
-
 class Rope(NamedTuple):
-    """How queries and keys are turned; hashable, static under `jit`.
+    """Rotary embedding of queries and keys.
 
-    Pair i of the first 2 * len(frequencies) values of a head turns by `frequencies[i]` radians a position, and becomes
-    `scale` times as long. Pairs are neighbours if `interleaved`, else i and i + len(frequencies). In sequences longer
-    than `max_length` tokens it would be otherwise.
+    Pair i of the first 2 * len(frequencies) values of a head is rotated by `frequencies[i]` radians per position and
+    multiplied by `scale`. Pairs are neighbours if `interleaved`, else i and i + len(frequencies). All this holds for
+    sequences of at most `max_length` tokens.
     """
 
     frequencies: tuple[float, ...]
@@ -80,11 +74,11 @@ class Rope(NamedTuple):
 
 
 class GroupedAttention(NamedTuple):
-    """Attention with `num_heads` / `num_kv_heads` queries to each key; hashable, static under `jit`.
+    """Grouped-query attention, with `num_heads` / `num_kv_heads` queries for each key.
 
     Scores are `scale` times the products. A query sees the last `window` positions, itself included, or all. `clip`
-    bounds queries, keys and values on both sides. Queries and keys are normalised by `norm` if there are gains for it:
-    one for each value of a head, or one for each value of all heads together, before or after they are turned.
+    bounds queries, keys and values on both sides. Queries and keys are normalised by `norm` if there are gains for it,
+    one for each value of a head or of all heads together: before the rotary embedding, or after it if `norm_last`.
     """
 
     num_heads: int
@@ -99,9 +93,10 @@ class GroupedAttention(NamedTuple):
 
 
 class LatentAttention(NamedTuple):
-    """DeepSeek's attention through low-rank keys and values (arXiv 2405.04434, section 2.1); static under `jit`.
+    """DeepSeek's multi-head latent attention, with low-rank keys and values (arXiv 2405.04434, section 2.1).
 
-    A head's queries and keys are `nope_dim` values that stay, then `rope_dim` that turn; heads share a key's latter.
+    A head's queries and keys have `nope_dim` values without and `rope_dim` with rotary embedding; all heads share the
+    latter of a key.
     """
 
     num_heads: int
@@ -117,7 +112,7 @@ Attention = GroupedAttention | LatentAttention
 
 
 class Block(NamedTuple):
-    """What one decoder layer computes outside its experts; hashable, static under `jit`, equal in most layers."""
+    """One decoder layer without its routed experts; equal for most layers of a model."""
 
     attention: Attention
     norm: Norm

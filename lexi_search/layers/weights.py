@@ -1,15 +1,27 @@
-"""The weights of a decoder layer by role, as tuples of arrays or of whatever stands in their place."""
+"""The weights of a decoder, by role, as tuples of arrays: of one MoE layer, of one decoder layer, and of both ends.
+
+`models` builds the same tuples with other leaves in the place of arrays: names of modules, or stored tensors.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
-from lexi_search.layers.spec import Norms
+# The share of a device's memory for weights: layers as stored, and a copy of one layer's experts. The rest is for
+# activations.
+MEMORY_SHARE = 3 / 4
+
+
+class Affine(NamedTuple):
+    """A matrix [out, in], or the gain of a norm, and its bias if there is one."""
+
+    weight: Any
+    bias: Any = None
 
 
 class ExpertWeights(NamedTuple):
-    """One expert, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
+    """One expert or dense MLP, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
 
     Where `gate` is None, y = down @ act(up @ x). Each product adds its bias where there is one.
     """
@@ -22,17 +34,22 @@ class ExpertWeights(NamedTuple):
     down_bias: Float[Array, " hidden"] | None = None
 
 
-class Affine(NamedTuple):
-    """A matrix [out, in], or the gain of a norm, and its bias if there is one."""
+class LayerWeights(NamedTuple):
+    """One MoE layer: the router, the bias of its selection or logits (or None), and the experts.
 
-    weight: Any
-    bias: Any = None
+    Where weights are quantised, each access `experts[e]` dequantises again; do not keep many.
+    """
+
+    router: Float[Array, "experts hidden"]
+    bias: Float[Array, " experts"] | None
+    experts: Sequence[ExpertWeights]
 
 
 class GroupedWeights(NamedTuple):
-    """Of `GroupedAttention`: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden], o the way back.
+    """The weights of `GroupedAttention`: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden], o.
 
-    A `gate` like q scales what goes into o; `sinks` [heads] are the scores of seeing nothing.
+    The output projection o is [hidden, heads * head_dim]. A `gate` of q's shape scales its input; `sinks` [heads] are
+    attention scores of an extra position without a value.
     """
 
     q: Affine
@@ -46,7 +63,7 @@ class GroupedWeights(NamedTuple):
 
 
 class LatentWeights(NamedTuple):
-    """Of `LatentAttention`: queries from x or from q_norm(q_a x), keys and values from kv_norm of a part of kv_a x."""
+    """Those of `LatentAttention`: queries from x or q_norm(q_a x), keys and values from kv_norm of a part of kv_a x."""
 
     q: Affine
     kv_a: Affine
@@ -57,11 +74,20 @@ class LatentWeights(NamedTuple):
     q_norm: Affine | None = None
 
 
+class Norms(NamedTuple):
+    """The norms before and after attention, and before and after the MLP or MoE; None where a family has none."""
+
+    attention_input: Any = None
+    attention_output: Any = None
+    ffn_input: Any = None
+    ffn_output: Any = None
+
+
 class BlockWeights(NamedTuple):
     """One decoder layer.
 
     `ffn` is the dense MLP, or the shared experts of a MoE layer, whose output `ffn_gate` [1, hidden] scales if there
-    is one. `moe` are the router and the experts on the device (`weights.LayerWeights`), None in a dense layer.
+    is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer.
     """
 
     attention: GroupedWeights | LatentWeights
@@ -72,25 +98,11 @@ class BlockWeights(NamedTuple):
 
 
 class EndWeights(NamedTuple):
-    """What stands before and after the layers: embedding [vocabulary, hidden], final norm, head [vocabulary, hidden].
+    """Embedding [vocabulary, hidden], final norm and LM head [vocabulary, hidden].
 
-    The head is the embedding where both are one tensor.
+    The LM head is the embedding where both are one tensor.
     """
 
     embedding: Any
     norm: Affine
     head: Affine
-
-
-MEMORY_SHARE = 3 / 4  # of a device's memory for layers and a stack of experts; the rest is for passes
-
-
-class LayerWeights(NamedTuple):
-    """One MoE layer: the router, the bias of its selection or None, and the experts.
-
-    `experts[e]` dequantises anew where weights are quantised: take it once per use, and keep few.
-    """
-
-    router: Float[Array, "experts hidden"]
-    bias: Float[Array, " experts"] | None
-    experts: Sequence[ExpertWeights]

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lexi_search.checkpoint.config import Config, Key
-from lexi_search.layers.spec import Norms
+from lexi_search.layers.weights import Norms
 
 PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_layernorm")
 POST_NORMS = Norms(attention_output="post_attention_layernorm", ffn_output="post_feedforward_layernorm")

@@ -4,14 +4,21 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lexi_search.checkpoint.config import Config, open_config
+from lexi_search.checkpoint.config import Config
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
-from lexi_search.layers.spec import Block, GroupedAttention, LatentAttention, Norm, Norms, Rope
-from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, ExpertWeights, GroupedWeights, LatentWeights
+from lexi_search.layers.spec import Block, GroupedAttention, LatentAttention, Norm, Rope
+from lexi_search.layers.weights import (
+    Affine,
+    BlockWeights,
+    EndWeights,
+    ExpertWeights,
+    GroupedWeights,
+    LatentWeights,
+    Norms,
+)
 from lexi_search.models.decoder_families import FAMILIES, FULL, SLIDING, Family
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.model import Model
@@ -20,14 +27,14 @@ from lexi_search.models.rope import find_temperature, make_rope, read_parameters
 
 def find_first_token(checkpoint: Checkpoint, model: Model, vocabulary: int) -> int | None:
     """The config's `bos_token_id`; None where it is missing or outside the vocabulary."""
-    values = open_config(checkpoint, model.identity.top_k_key.rpartition(".")[0]).values
+    values = checkpoint.text_config.values
     token = values.get("bos_token_id", checkpoint.config.get("bos_token_id"))
     return token if type(token) is int and 0 <= token < vocabulary else None
 
 
 def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
     """The number of tokens that both the embedding and the LM head have, since one of them may be padded."""
-    stored, ends = Tensors(checkpoint), decoder.ends
+    stored, ends = checkpoint.tensors, decoder.ends
     return min(stored[tensor.name].shape[0] for tensor in (ends.embedding, ends.head.weight))
 
 
@@ -72,7 +79,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
             shape.
     """
     identity = model.identity
-    config = open_config(checkpoint, identity.top_k_key.rpartition(".")[0])
+    config = checkpoint.text_config
     if identity.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         thing = f"what {identity.model_type} computes outside its MoE layers is not known"
@@ -80,7 +87,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
     if model.activation.name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise InputError(f"{config.place}: hidden_act {model.activation.name!r} is not known; known are {known}")
-    family, finder = FAMILIES[identity.model_type], Finder(Tensors(checkpoint))
+    family, finder = FAMILIES[identity.model_type], Finder(checkpoint.tensors)
     stem = identity.router[: identity.router.index("layers.{}")]
     norm = Norm(_resolve(config, family.eps), family.centred)
     residual_scale = _resolve(config, family.residual_scale)

@@ -196,7 +196,7 @@ class _Reader:
     """A reader that gets tensors by their logical names and sends their parts to the device, several at a time."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self.tensors = Tensors(checkpoint)
+        self.tensors = checkpoint.tensors
         self.pool = ThreadPoolExecutor(max_workers=READERS)
         self._checkpoint = checkpoint
         self._buffers = threading.local()

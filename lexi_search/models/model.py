@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.profile import DTYPES
-from lexi_search.checkpoint.config import Config, find_text_config, open_config
+from lexi_search.checkpoint.config import Config
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Activation, Routing
 from lexi_search.models.moe_families import ARCHITECTURES, Architecture
@@ -49,8 +48,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
             that are missing or of wrong shape.
     """
     architecture = _find_architecture(checkpoint)
-    text_config = ".".join(find_text_config(checkpoint.config))
-    config = open_config(checkpoint, text_config)
+    config = checkpoint.text_config
     num_experts, top_k_key = config.read_count(*architecture.num_experts), config.find_key(architecture.top_k)
     top_k, num_layers = config.read_count(top_k_key), config.count_layers()
     hidden_size = config.read_count("hidden_size")
@@ -68,7 +66,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
     if max_k is not None and not max(top_k, 2) <= max_k <= num_experts:
         raise InputError(f"{config.place}: max_k {max_k} is not between {max(top_k, 2)} and {num_experts}, the experts")
     routing = _read_routing(config, architecture, num_experts, max_k or top_k)._replace(exponent=gate_exponent)
-    stored = Tensors(checkpoint)
+    stored = checkpoint.tensors
     pattern, layers = find_routers(stored, architecture, num_layers)
     tensors = {
         layer: locate_tensors(
@@ -88,7 +86,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
         top_k=top_k,
         moe_layers=layers,
         router=pattern,
-        top_k_key=".".join(filter(None, (text_config, top_k_key))),
+        top_k_key=".".join(filter(None, (config.path, top_k_key))),
         router_sha256=_hash_routers(checkpoint, pattern, layers),
     )
     activation = Activation(*map(config.resolve, architecture.activation))
@@ -99,7 +97,7 @@ def find_dtype(checkpoint: Checkpoint, model: Model) -> str:
     """The element type of the experts as stored; float32 for one that a profile cannot be measured in (float64)."""
     experts = next(iter(model.tensors.values())).experts
     name = experts.fused[0] if experts.fused else experts.separate[0][0]
-    stored = Tensors(checkpoint)[name].dtype.name
+    stored = checkpoint.tensors[name].dtype.name
     return stored if stored in DTYPES else "float32"
 
 

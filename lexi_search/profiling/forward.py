@@ -20,7 +20,7 @@ from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder, attend, embed, finish, read_logits
 from lexi_search.layers.moe import compute_outputs, mix, squared_distances
 from lexi_search.layers.routing import route
-from lexi_search.models.decoder_stack import BlockWeights, EndWeights
+from lexi_search.layers.weights import BlockWeights, EndWeights
 from lexi_search.models.loading import read_tensors, stream_blocks
 from lexi_search.models.model import Model
 

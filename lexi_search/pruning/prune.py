@@ -24,7 +24,6 @@ from lexi_search.artifacts.files import json_bytes
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.checkpoint.folder import UNLINKED, build_folder
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
-from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.checkpoint.writer import Output, write_shards
 from lexi_search.errors import InputError
 from lexi_search.models.loading import stream_layers
@@ -144,7 +143,7 @@ def _open_source(weights: str, experts: Fraction, width: Fraction) -> _Source:
     if any("lexi_allocation" in part or "per_layer_config" in part for part in _list_parts(checkpoint.config)):
         raise InputError(f"{weights}: the config has values per layer; prune the model's original folder")
     model = _describe(checkpoint)
-    tensors = Tensors(checkpoint)
+    tensors = checkpoint.tensors
     before, blocks = find_sizes(tensors, checkpoint, model), find_blocks(tensors, checkpoint, model)
     experts_of = {
         name: ExpertBlock(

@@ -3,13 +3,13 @@
 A population of allocations is evolved for each budget: tournament, uniform crossover per unit, balanced ±1 mutation,
 repair, elitism. Every individual of every generation keeps its budget, bounds, groups and allowed values.
 
-What the paper leaves open is chosen so that the population stays varied, since a population of near copies stops short
-of the optimum (`examples/benchmarks/search_gap.py` measures each choice):
+The paper leaves details open. They are chosen to keep the population diverse, since a population of near copies stops
+short of the optimum (`examples/benchmarks/search_gap.py` measures each choice):
 
-- Elitism holds at every place: a child is born to each member and takes that parent's place unless it is worse. So the
-  best is never lost, and good allocations that differ from it live on to be crossed.
-- No copies: a child that equals a member already there is dropped.
-- The repair spends its steps on one unit after another, each up to its bound.
+- Elitism is per member: each has one child, which replaces it unless the child is worse. So the best is never lost, and
+  good allocations that differ from it survive for crossover.
+- No copies: a child that equals a member of the population is dropped.
+- The repair changes one unit after another, each up to its bound.
 - The best uniform k of a budget, where there is one, is in the first population: the result is never worse.
 """
 
@@ -29,20 +29,20 @@ from lexi_search.solvers.exact import Optimum
 from lexi_search.solvers.operators import Fitness, Settings, State, Task, start, step
 from lexi_search.solvers.problem import Problem, discretise, drop_dominated, find_uniform, read_levels, sum_over_layers
 
-# Members of a last population, at most, that are compared in float64.
+# The members of a last population that are compared in float64, at most.
 FINALISTS = 16
-# Costs become this many whole steps: few enough that sums of them are exact in float32.
+# The number of whole steps that costs are rounded to: few enough that sums are exact in float32.
 COST_STEPS = 2**23
-# Budgets that are evolved at once on one core of a CPU.
+# The number of budgets that are evolved at once on one core of a CPU.
 BLOCK = 8
-# What each budget has of its own in a `Task`.
-OWN = ("budget", "uniform", "target")
+# The fields of a `Task` that have a row for each budget; the others are shared.
+PER_BUDGET = ("budget", "uniform", "target")
 
 
 class Evolved(NamedTuple):
-    """Row i belongs to `budgets[i]`. Losses are in the unit of the table; the histories in that of the fitness.
+    """The results of a search, row i for `budgets[i]`. Losses are in the table's unit, histories in the fitness's.
 
-    `generations` is how many were run. Histories go on with the last of them where a budget was left early.
+    `generations` is the number that were run. Where a budget ended early, its histories repeat their last value.
     """
 
     top_k: Int32[np.ndarray, "budgets layers"]
@@ -53,10 +53,10 @@ class Evolved(NamedTuple):
 
 
 def _evolve(seed, task: Task, settings: Settings, restarts: int):
-    """One budget: the fittest of each restart's population in the end, and the history.
+    """Evolve one budget: the fittest members of each restart's last population, and the history.
 
-    A key depends on seed, budget and restart and on nothing else. A population that has reached its target stays as it
-    is, so that a result does not depend on which others still go on.
+    A random key depends on seed, budget and restart only. A population that has reached its target does not change any
+    more, so that a result does not depend on the others in the batch that go on.
     """
 
     def begin(restart):
@@ -67,9 +67,9 @@ def _evolve(seed, task: Task, settings: Settings, restarts: int):
     keys, states = jax.vmap(begin)(jnp.arange(restarts))
     history = jnp.full((2, settings.generations), jnp.inf)
 
-    def is_open(carry):
+    def goes_on(carry):
         number, states, _ = carry
-        return (number < settings.generations) & ~(states.fitness.min() <= task.target)  # open where it is NaN
+        return (number < settings.generations) & ~(states.fitness.min() <= task.target)  # true for NaN
 
     def generation(carry):
         number, states, history = carry
@@ -77,7 +77,7 @@ def _evolve(seed, task: Task, settings: Settings, restarts: int):
         now = jnp.stack([states.fitness.min(), states.fitness.mean()])
         return number + 1, states, history.at[:, number].set(now)
 
-    number, states, history = lax.while_loop(is_open, generation, (jnp.int32(0), states, history))
+    number, states, history = lax.while_loop(goes_on, generation, (jnp.int32(0), states, history))
     last = jnp.stack([states.fitness.min(), states.fitness.mean()])
     history = jnp.where(jnp.arange(settings.generations)[None, :] < number, history, last[:, None])
     fittest = lax.top_k(-states.fitness, min(FINALISTS, settings.population))[1]
@@ -87,8 +87,8 @@ def _evolve(seed, task: Task, settings: Settings, restarts: int):
 
 @partial(jax.jit, static_argnames=("settings", "restarts"))
 def _evolve_block(seed, tasks: Task, *, settings: Settings, restarts: int):
-    """`_evolve` for some budgets at once: those of `tasks`, whose other entries are one for all."""
-    axes = Task(*[0 if name in OWN else None for name in Task._fields])
+    """`_evolve` for some budgets at once; `tasks` has a row for each in the fields of `PER_BUDGET`."""
+    axes = Task(*[0 if name in PER_BUDGET else None for name in Task._fields])
     return jax.vmap(lambda task: _evolve(seed, task, settings, restarts), (axes,))(tasks)
 
 
@@ -97,15 +97,16 @@ def make_tasks(
     uniform: Int[np.ndarray, " budgets"],
     targets: Float[np.ndarray, " budgets"] | None = None,
 ) -> Task:
-    """The problem as the device has it: a row of `OWN` for every budget, the rest shared.
+    """The problem for the device, with a row for every budget in the fields of `PER_BUDGET`.
 
-    `uniform` is a k for the first population or 0; where it is no level of a unit any more, what dominates it comes in.
+    `uniform` is a k for the first population, or 0. Where it is not a level of a unit any more, a level that dominates
+    it takes its place.
     """
     costs, budgets = discretise(problem, COST_STEPS)
-    own = problem.costs[:, np.maximum(uniform, 1) - 1]  # [layers, budgets], by unit:
-    own = np.stack([own[problem.unit_of == unit].sum(axis=0) for unit in range(len(costs))], axis=1)
+    layer_costs = problem.costs[:, np.maximum(uniform, 1) - 1]  # [layers, budgets]
+    unit_costs = np.stack([layer_costs[problem.unit_of == unit].sum(axis=0) for unit in range(len(costs))], axis=1)
     exists = np.arange(problem.ks.shape[1]) < problem.num_levels[:, None]
-    levels = ((problem.unit_costs <= own[:, :, None]) & exists).sum(axis=2) - 1
+    levels = ((problem.unit_costs <= unit_costs[:, :, None]) & exists).sum(axis=2) - 1
     fits = costs[np.arange(len(costs)), levels].sum(axis=1) <= budgets
     levels = np.where(((uniform > 0) & fits & (levels >= 0).all(axis=1))[:, None], levels, -1)
     return Task(
@@ -121,8 +122,8 @@ def make_tasks(
     )
 
 
-def find_targets(problem: Problem, optimum: Optimum) -> Float32[np.ndarray, " budgets"]:
-    """The fitness of the optimal allocations, rounded as the device rounds it: unit by unit, in float32."""
+def _find_targets(problem: Problem, optimum: Optimum) -> Float32[np.ndarray, " budgets"]:
+    """The fitness of the optimal allocations, rounded as on the device: summed unit by unit in float32."""
     first = np.unique(problem.unit_of, return_index=True)[1]
     is_k = problem.ks[None] == optimum.top_k[:, first, None]
     losses = problem.unit_losses.astype(np.float32)[np.arange(len(first)), is_k.argmax(axis=2)]
@@ -132,19 +133,19 @@ def find_targets(problem: Problem, optimum: Optimum) -> Float32[np.ndarray, " bu
 def _run(tasks: Task, settings: Settings, *, restarts: int, seed: int):
     """`_evolve_block` over all budgets, in blocks."""
     count = len(tasks.budget)
-    # On a CPU as many blocks at once as it has cores, and small: a block goes on until all of its budgets are done. A
-    # GPU wants everything at once. The last block is filled up.
+    # On a CPU one block per core at once, and small, since a block runs until all of its budgets are done. On a GPU all
+    # budgets at once. The last block is padded.
     on_cpu = jax.default_backend() == "cpu"
     block = min(count, BLOCK) if on_cpu else count
     rows = np.minimum(np.arange(-(-count // block) * block), count - 1).reshape(-1, block)
 
     def run(row):
-        own = tasks._replace(**{name: getattr(tasks, name)[row] for name in OWN})
-        return jax.device_get(_evolve_block(np.uint32(seed), own, settings=settings, restarts=restarts))
+        block_tasks = tasks._replace(**{name: getattr(tasks, name)[row] for name in PER_BUDGET})
+        return jax.device_get(_evolve_block(np.uint32(seed), block_tasks, settings=settings, restarts=restarts))
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() if on_cpu else 1) as pool:
-        found = [run(rows[0]), *pool.map(run, rows[1:])]  # the first one compiles
-    return jax.tree.map(lambda *blocks: np.concatenate(blocks)[:count], *found)
+        results = [run(rows[0]), *pool.map(run, rows[1:])]  # the first one compiles
+    return jax.tree.map(lambda *blocks: np.concatenate(blocks)[:count], *results)
 
 
 def _choose(
@@ -152,15 +153,15 @@ def _choose(
 ) -> tuple[Int32[np.ndarray, "budgets layers"], Float64[np.ndarray, " budgets"]]:
     """The fittest allocation of each budget and its loss, from finalists [budgets, restarts, finalists].
 
-    The fitness is float32: those within its rounding of the fittest are told apart by their loss in float64. Where
-    that is the fitness, the `uniform` k (or 0) takes part, whether or not whole steps of cost had room for it.
+    The fitness is float32: of the allocations within its rounding of the fittest, the one of least loss in float64 is
+    chosen. Where the loss is the fitness, the `uniform` k (or 0) takes part even if rounded costs excluded it.
     """
     levels = finalists.levels.reshape(len(finalists.levels), -1, finalists.levels.shape[-1])
     top_k = read_levels(problem, levels)
     fitness = finalists.fitness.reshape(len(top_k), -1)
     least = fitness.min(axis=1, keepdims=True)
-    level = fitness <= least + len(problem.losses) * np.finfo(np.float32).eps * np.abs(least)
-    loss = np.where(level, sum_over_layers(problem.losses, top_k), np.inf)
+    ties = fitness <= least + len(problem.losses) * np.finfo(np.float32).eps * np.abs(least)
+    loss = np.where(ties, sum_over_layers(problem.losses, top_k), np.inf)
     row, chosen = np.arange(len(top_k)), loss.argmin(axis=1)
     top_k, loss = top_k[row, chosen], loss[row, chosen]
     same = np.repeat(np.maximum(uniform, 1)[:, None], top_k.shape[1], axis=1)
@@ -181,18 +182,19 @@ def search(
     fitness: Fitness | None = None,
     optimum: Optimum | None = None,
 ) -> Evolved:
-    """Evolve an allocation for every budget of `problem`, many in one compiled call, on whatever device JAX uses.
+    """Evolve an allocation for every budget of `problem`, many in one compiled call, on JAX's default device.
 
     `restarts` populations of `population` members are evolved for each budget over `generations`; a mate is the
     fittest of `tournament` random members; a share `mutation_rate` of the children mutates. Given the `optimum`, a
-    budget is left as soon as it is reached. A budget's result depends on `seed` and that budget, not on the others in
-    the call.
+    budget ends as soon as it is reached. A budget's result depends on `seed` and that budget, not on the others in the
+    call.
 
-    `fitness(losses, top_k) -> [population]`, lower is fitter, is traced once and sees the loss table in float32
-    [layers, ks] and allocations [population, layers]; infinity bars an allocation. By default the paper's sum over
-    layers. `loss` is the table's sum in float64 whatever the fitness.
+    `fitness(losses, top_k) -> [population]`, lower is fitter, is traced once and gets the loss table in float32
+    [layers, ks] and allocations [population, layers]; infinity excludes an allocation. The default is the paper's, the
+    sum over layers. The returned `loss` is the table's sum in float64 whatever the fitness.
 
-    Raises InputError for a setting out of range or a fitness that is NaN.
+    Raises:
+        InputError: a setting out of range, or a fitness that is NaN.
     """
     counts = {"population": population, "generations": generations, "tournament": tournament, "restarts": restarts}
     for name, count in counts.items():
@@ -205,7 +207,7 @@ def search(
     uniform = find_uniform(problem)
     if fitness is None:
         problem = drop_dominated(problem)
-    targets = None if optimum is None or fitness is not None else find_targets(problem, optimum)
+    targets = None if optimum is None or fitness is not None else _find_targets(problem, optimum)
     settings = Settings(population, generations, mutation_rate, tournament, problem.sums_to_budget, fitness)
     tasks = make_tasks(problem, uniform, targets)
     finalists, best, mean, ran = _run(tasks, settings, restarts=restarts, seed=seed)

@@ -1,7 +1,7 @@
-"""The true optimum of stage 2 for every budget at once: a dynamic programme over layers, or the Pareto front.
+"""The exact optimum of stage 2 for every budget at once: by dynamic programming over layers, or the Pareto front.
 
-Where the k must sum to the budget, one programme in JAX solves all budgets of a table, or of many tables together. With
-costs, groups or allowed values the front of cost and loss (`frontiers`) holds every optimum.
+Where the k must sum to the budget, one dynamic programme in JAX solves all budgets of a table, or of many tables. With
+costs, groups or allowed values the Pareto front of cost and loss (`pareto`) holds every optimum.
 """
 
 from functools import partial
@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Float64, Int, Int32
 from lexi_search.solvers.pareto import read_top_k, trace
 from lexi_search.solvers.problem import Problem, discretise, read_levels, sum_over_layers
 
-# Real costs become so many whole steps where many tables are solved together.
+# The number of whole steps that real costs are rounded to where many tables are solved together.
 COST_STEPS = 2**14
-# Choices of tables that are solved at once, an int16 each.
+# The size of the choices, an int16 each, of the tables that are solved at once.
 BLOCK_BYTES = 2**28
 
 
 class Optimum(NamedTuple):
-    """Row i belongs to `budgets[i]`; losses are in the unit of the table. `error`: see `frontiers.Frontier`."""
+    """Row i belongs to `budgets[i]`; losses are in the unit of the table. `error`: see `pareto.Frontier`."""
 
     top_k: Int32[np.ndarray, "budgets layers"]
     loss: Float64[np.ndarray, " budgets"]
@@ -33,9 +33,9 @@ class Optimum(NamedTuple):
 def solve(problem: Problem) -> Optimum:
     """Allocations of least summed loss, one per budget of `problem`.
 
-    Exact in float64, not merely close: rounded addition keeps order, so the programme's minimum is the minimum over
-    all allocations of the sum taken from the first layer to the last (`problems.sum_over_layers`). Where several k of
-    a layer tie, the smallest is taken, decided from the last layer back to the first. Time and memory grow with
+    Exact in float64, not merely close: rounded addition is monotonic, so the programme's minimum is the minimum over
+    all allocations of the sum taken from the first layer to the last (`problem.sum_over_layers`). Where several k of a
+    layer tie, the smallest is taken, decided from the last layer back to the first. Time and memory grow with
     layers^2 x levels^2 and layers^2 x levels, whatever the budgets; with costs, with the points of the front.
     """
     if problem.sums_to_budget:
@@ -52,7 +52,7 @@ def solve_many(
 ) -> Int32[np.ndarray, "tables budgets layers"]:
     """The best allocation of each table at each budget of `problem`, in one compiled call on JAX's device.
 
-    Exact where costs are whole numbers, such as experts; otherwise in `COST_STEPS` steps (see `problems.discretise`).
+    Exact where costs are whole numbers, such as experts; otherwise in `COST_STEPS` steps (see `problem.discretise`).
     """
     costs, budgets = discretise(problem, COST_STEPS)
     steps = int(costs[:, -1].sum())
@@ -91,7 +91,7 @@ def _solve_many(
     steps: int,
     exactly: bool,
 ) -> Int[Array, "tables budgets units"]:
-    """The level of each unit, by a programme over spent = 0..steps."""
+    """The level of each unit, by dynamic programming over the cost spent, 0..steps."""
 
     def solve_one(table):
         def add_unit(best, unit):
@@ -100,7 +100,7 @@ def _solve_many(
             total = before(cost) + row[:, None]
             return total.min(axis=0), total.argmin(axis=0).astype(jnp.int16)
 
-        # best[e]: least loss of the units so far for a cost of e, or of at most e.
+        # best[e]: the least loss of the units so far at a cost of exactly e if `exactly`, else of at most e.
         never = jnp.full(steps, jnp.inf)
         nothing = jnp.concatenate([jnp.zeros(1), never]) if exactly else jnp.zeros(steps + 1)
         _, choice = lax.scan(add_unit, nothing, (table, costs))

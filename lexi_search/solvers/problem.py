@@ -2,8 +2,8 @@
 
 Choose one top-k per layer so that the summed loss is smallest (LExI, arXiv 2509.02753, stage 2) and
 
-- without costs, the k sum to the budget, as in the paper; where groups or allowed values leave gaps between the sums
-  that can be had, they sum to at most the budget;
+- without costs, the k sum to the budget, as in the paper; where groups or allowed values leave gaps between the
+  possible sums, they sum to at most the budget;
 - with costs, such as measured milliseconds, the summed cost is at most the budget.
 
 Layers that must share their k are one *unit*; the k that a unit may take are its *levels*, in order of cost. Everything
@@ -18,17 +18,17 @@ from jaxtyping import Bool, Float64, Int, Int32, Int64, Real
 
 from lexi_search.errors import InputError
 
-# A cap that was computed from the cost of an allocation must still admit it, in whatever order that was added; relative
-# to what the dearest allocation costs, and above what `frontiers` takes for equal.
+# A cap that was computed from the cost of an allocation must still admit it, whatever the order of summation. Relative
+# to the cost of the most expensive allocation, and above the difference that `pareto` takes for equality.
 CAP_TOLERANCE = 1e-11
-LEAST_COST = 1e-300  # what is less is nothing, lest a scale overflow
+LEAST_COST = 1e-300  # smaller costs count as zero, since dividing by them would overflow
 
 
 class Constraints(NamedTuple):
-    """What an allocation must look like besides its budget. Layers are counted by their row in the loss table.
+    """Constraints on an allocation besides its budget. A layer's number is its row in the loss table.
 
-    Bounds are one for all layers or one for each; `max_k` is by default the table's last k. A layer whose bounds are
-    equal keeps that k whatever `allowed_k` says. Layers of one of `groups` have the same k; a layer is in one at most.
+    A bound is one number for all layers or one for each; `max_k` is by default the table's last k. A layer whose bounds
+    are equal keeps that k whatever `allowed_k` says. Layers of one group have the same k; groups must not overlap.
     """
 
     min_k: int | Sequence[int] = 1
@@ -38,7 +38,7 @@ class Constraints(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A checked problem. `losses[l, k - 1]` is what layer l loses with k experts, in any unit that adds over layers.
+    """A checked problem. `losses[l, k - 1]` is the loss of layer l with k experts, in any unit that adds over layers.
 
     Unit u takes k = `ks[u, j]` at its level j < `num_levels[u]`; its costs rise with j. Entries past the last level
     repeat it. If `sums_to_budget`, every unit is a layer, its levels are consecutive k, and the k must sum to the
@@ -66,13 +66,14 @@ def pose(
 ) -> Problem:
     """Check a loss table, budgets, costs and constraints, and return them as a `Problem`.
 
-    Budgets in costs include `fixed_cost`, which is spent whatever the k; those of the `Problem` do not.
-    Without budgets (None) the problem is that of the whole front, `frontiers.trace`.
-    A table need not fall as k grows, nor be convex: a fewer k that loses less is taken where the constraints allow it.
-    Subnormal numbers count as zero.
+    Budgets in costs include `fixed_cost`, which is spent whatever the k; those of the `Problem` do not. Without budgets
+    (None) the problem is that of the whole front, `pareto.trace`. Losses need not fall as k grows, nor be convex: a
+    smaller k with less loss is taken where the constraints allow it. Subnormal numbers count as zero.
 
-    Raises InputError: a loss or cost that is NaN, infinite or negative, by layer and k; tables of different shapes;
-    constraints that contradict each other or name a layer or k that is not there; a budget that no allocation meets.
+    Raises:
+        InputError: a loss or cost that is NaN, infinite or negative, by layer and k; tables of different shapes;
+            constraints that contradict each other or name a layer or k that does not exist; a budget that no allocation
+            meets.
     """
     losses = _check_table(losses, "loss")
     layers, last_k = losses.shape
@@ -101,9 +102,9 @@ def pose(
 
 
 def drop_dominated(problem: Problem) -> Problem:
-    """The same optimum from fewer levels: those go that cost no less and lose no less than another of their unit.
+    """The problem without dominated levels, which cost no less and lose no less than another level of their unit.
 
-    Only for a fitness that adds over layers. A problem whose k must sum to the budget stays as it is.
+    The optimum is the same for a fitness that adds over layers. A problem whose k must sum to the budget is unchanged.
     """
     if problem.sums_to_budget:
         return problem
@@ -122,7 +123,7 @@ def drop_dominated(problem: Problem) -> Problem:
 
 
 def find_uniform(problem: Problem) -> Int64[np.ndarray, " budgets"]:
-    """The k which, the same in every layer, meets each budget and loses least; 0 where there is none."""
+    """For each budget, the k of least loss that meets it as the k of every layer; 0 where there is none."""
     best, least = np.zeros(len(problem.budgets), np.int64), np.full(len(problem.budgets), np.inf)
     levels = np.arange(problem.ks.shape[1]) < problem.num_levels[:, None]
     for k in range(1, problem.losses.shape[1] + 1):
@@ -136,11 +137,11 @@ def find_uniform(problem: Problem) -> Int64[np.ndarray, " budgets"]:
 
 
 def discretise(problem: Problem, most: int) -> tuple[Int64[np.ndarray, "units levels"], Int64[np.ndarray, " budgets"]]:
-    """Costs and budgets in whole steps above what the cheapest levels cost.
+    """Costs and budgets in whole steps above the cost of the cheapest levels.
 
-    Costs that are whole numbers stay as they are if `most` steps hold the largest sum. Others become steps of a share
-    1 / `most` of it, costs rounded up and budgets down, so that no allocation exceeds its budget: as if it were smaller
-    by at most a step for each unit.
+    Whole-number costs stay as they are if their largest sum is at most `most`. Otherwise a step is 1 / `most` of the
+    largest sum; costs are rounded up and budgets down, so that no allocation exceeds its budget. The effect is that of
+    a budget smaller by at most one step per unit.
     """
     base = problem.unit_costs[:, :1]
     extra, left = problem.unit_costs - base, problem.budgets - base.sum()
@@ -178,13 +179,13 @@ def _check_table(table: Real[np.ndarray, "layers ks"], what: str) -> Float64[np.
         layer, column = wrong[0]
         value = table[layer, column]
         raise InputError(f"{what} of layer {layer} at k={column + 1} is {value}; it must be finite and at least 0")
-    # Where compiled code takes subnormal numbers for zero and NumPy does not, they would disagree about what is best.
+    # Compiled code may take subnormal numbers for zero where NumPy does not: they would disagree about the optimum.
     table[table < np.finfo(np.float64).tiny] = 0.0
     return table
 
 
 def _find_allowed(constraints: Constraints, layers: int, last_k: int) -> Bool[np.ndarray, "layers ks"]:
-    """Which k each layer may take."""
+    """Whether each layer may take each k."""
     ends = {"min_k": constraints.min_k, "max_k": last_k if constraints.max_k is None else constraints.max_k}
     bounds = {}
     for name, bound in ends.items():

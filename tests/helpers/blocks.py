@@ -1,4 +1,4 @@
-"""Outputs of transformers' own MoE blocks, the judge of a layer at every k."""
+"""Outputs of transformers' own MoE blocks, the reference for a layer at every k."""
 
 import torch
 
@@ -6,7 +6,7 @@ SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 
 def compute_reference(block, x, k):
-    """The routed part of transformers' block at this k: what its shared expert adds does not depend on k."""
+    """The output of transformers' block at this k, without its shared experts, which do not depend on k."""
     for module in block.modules():
         if hasattr(module, "top_k"):
             module.top_k = k

@@ -40,14 +40,14 @@ SUBSTITUTED = ("deepseek_vl2", "minicpm")  # see engine_worker.SUBSTITUTES
 
 
 class Run(NamedTuple):
-    """What a process with engines in it gave back: one result a job, and everything it printed."""
+    """The results of a process with engines, one per job, and everything it printed."""
 
     results: list[dict]
     log: str
 
 
 def make_servable(family, folder):
-    """The family's tiny checkpoint in a shape that vLLM's CPU build can serve, with a tokenizer of one word a token."""
+    """The family's tiny checkpoint in a shape that vLLM's CPU build serves, with a tokenizer of one word per token."""
     make_checkpoint(family, folder, **CHANGES.get(family, {}))
     vocabulary = {f"t{token}": token for token in range(255)} | {"<image>": 255}
     PreTrainedTokenizerFast(
@@ -70,7 +70,7 @@ def allocate(folder, top_k=(1, 3, 2)):
 
 
 def export(allocation, folder, target):
-    """The folder that a serving team would get."""
+    """Write and return the exported folder, `target`."""
     config = json.loads((folder / "config.json").read_text())
     write_folder(str(target), str(folder), make_vllm_overrides(allocation, config))
     return target
@@ -92,7 +92,7 @@ def make_served(root):
 
 
 def make_overrides(served, **changes):
-    """What the export would have given as --hf-overrides, and `changes` to it."""
+    """The --hf-overrides that the export would have given, with `changes`."""
     return make_vllm_overrides(served.allocation, json.loads((served.folder / "config.json").read_text())) | changes
 
 

@@ -1,4 +1,4 @@
-"""What a process that Triton interprets in is told to do, by name."""
+"""Functions for a process in which Triton interprets its kernels; it imports them by name."""
 
 import torch
 

@@ -36,7 +36,7 @@ SIZES = dict(
     eos_token_id=1,
 )
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-# What a family needs beyond that.
+# Settings that a family needs besides.
 SETTINGS = {
     "axk1": {"head_dim": 8},
     "deepseek_v3": {"head_dim": 8},
@@ -72,7 +72,7 @@ def find_top_k_key(config):
 
 
 def build(model_type, top_k=TOP_K):
-    """The family's tiny model, float32, in evaluation mode, with routers that prefer; the same for every top_k."""
+    """The family's tiny model, float32, in evaluation mode; its routers have clear preferences, whatever the top_k."""
     text_class, whole_class = find_text_class(model_type), CONFIG_MAPPING[model_type]
     default = text_class()
     sizes = {key: value for key, value in SIZES.items() if getattr(default, key, None) is not None}

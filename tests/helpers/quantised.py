@@ -1,6 +1,6 @@
 """Quantised matrices for tests, format by format: random stored bits, and their values by the format's own definition.
 
-The values are the judge, so they come number by number from the bits, in slow loops, and from nothing of ours.
+The values are the reference, so they are computed number by number from the bits, in slow loops, without our code.
 """
 
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ import torch
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 AWQ_FIELDS = [0, 4, 1, 5, 2, 6, 3, 7]  # the field of a word that holds its i-th number
-SCALE = 2.0**-6  # about what makes a matrix of 64 inputs keep the size of its input
+SCALE = 2.0**-6  # so that a product with 64 inputs is about as large as these
 
 
 class Matrix(NamedTuple):
-    """What a checkpoint stores of one matrix, name -> tensor, and the matrix's values, float32 [out, in]."""
+    """The stored tensors of one matrix, name -> tensor, and the matrix's values, float32 [out, in]."""
 
     tensors: dict[str, torch.Tensor]
     values: np.ndarray
@@ -165,7 +165,7 @@ def nvfp4(rng, name, out, into, *, weight, whole, divide) -> Matrix:
 
 
 class Case(NamedTuple):
-    """One format: what the config says of it, the function that makes a matrix, and what it is told."""
+    """One format: its settings in the config, the function that makes a matrix, and that function's arguments."""
 
     config: dict[str, Any]
     make: Any

@@ -1,4 +1,4 @@
-"""Slow, obvious NumPy float64 references for one MoE layer: loops over tokens and experts, nothing shared with JAX."""
+"""Slow, obvious NumPy float64 references for one MoE layer: loops over tokens and experts, with no code in common."""
 
 import math
 
@@ -35,8 +35,10 @@ def choose(x, router, bias, routing, top_k):
     keys = scores + bias if routing.bias == "selection" else scores
     if routing.num_groups > 1:
         groups = keys.reshape(routing.num_groups, -1)
-        judged = [sorted(group)[-1] if routing.group_score == "max" else sum(sorted(group)[-2:]) for group in groups]
-        kept = np.argsort(judged)[::-1][: routing.topk_groups]
+        group_scores = [
+            sorted(group)[-1] if routing.group_score == "max" else sum(sorted(group)[-2:]) for group in groups
+        ]
+        kept = np.argsort(group_scores)[::-1][: routing.topk_groups]
         keys = np.concatenate([group if i in kept else np.full_like(group, -np.inf) for i, group in enumerate(groups)])
     return np.argsort(-keys, kind="stable")[:top_k], scores
 

@@ -1,4 +1,4 @@
-"""Results of `lexi-adapter eval` and `bench`, made up as the two write them."""
+"""Made-up results in the format of `lexi-adapter eval` and `bench`."""
 
 K = {"mine.json": {"0": 1, "1": 3}, "uniform k = 2": {"0": 2, "1": 2}}
 TASKS = (("perplexity a.txt", "perplexity"), ("perplexity a.txt", "loss"), ("passkey 100", "accuracy"))

@@ -1,4 +1,4 @@
-"""Profiles and allocations without a model behind them, for tests of everything that follows profiling."""
+"""Profiles, allocations and cost tables without a model, for tests of everything that follows profiling."""
 
 import random
 from dataclasses import replace
@@ -29,7 +29,7 @@ def make_identity(layers: int = 4, top_k: int = 4, **changes: Any) -> ModelIdent
 
 
 def make_profile(layers: int = 4, top_k: int = 4, *, seed: int = 0, **changes: Any) -> Profile:
-    """Losses that fall with k, at another scale in every layer."""
+    """A profile whose losses fall with k, at a different scale in every layer."""
     identity, draw = make_identity(layers, top_k, **changes), random.Random(seed)
     measured = {}
     for layer in identity.moe_layers:
@@ -42,7 +42,7 @@ def make_profile(layers: int = 4, top_k: int = 4, *, seed: int = 0, **changes: A
 
 
 def add_model_losses(profile: Profile) -> Profile:
-    """The same with the losses that a run of the whole model gives, one of them an increase below zero."""
+    """The profile with the losses of a run of the whole model too, one of them an increase below zero."""
     added = {}
     for layer, loss in profile.layers.items():
         relative, divergence = (tuple(value**power for value in loss.rms) for power in (2, 3))
@@ -57,14 +57,14 @@ def add_model_losses(profile: Profile) -> Profile:
 def make_allocation(
     layers: int = 4, top_k: int = 4, *, gate_exponent: float | None = None, **changes: Any
 ) -> Allocation:
-    """k = 1, 2, .., top_k, 1, 2, ... over the layers."""
+    """An allocation with k = 1, 2, .., top_k, 1, 2, ... over the layers."""
     identity = make_identity(layers, top_k, **changes)
     chosen = {layer: 1 + index % top_k for index, layer in enumerate(identity.moe_layers)}
     return Allocation(identity, chosen, sum(chosen.values()), 1.5, 1.25, {"lexi_search": "0.1.0"}, gate_exponent)
 
 
 def make_cost_table(layers: int = 4, top_k: int = 4, **changes: Any) -> CostTable:
-    """Steps of 16 and 4096 tokens: concave in k, and linear; every layer a little different."""
+    """A cost table with steps of 16 tokens, concave in k, and of 4096, linear; layers differ a little."""
     identity, draw = make_identity(layers, top_k, **changes), random.Random(1)
     names = ("model_type", "num_hidden_layers", "num_experts", "top_k", "moe_layers")
     steps = {}

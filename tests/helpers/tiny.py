@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, in the layout that the hub's own have; one common source for all tests."""
+"""Tiny random checkpoints of every family, in the layout of those on the hub; the common source for all tests."""
 
 import json
 import re
@@ -43,8 +43,8 @@ DEEPSEEK = COMMON | dict(
 )
 MIXTRAL = COMMON | dict(intermediate_size=96, num_local_experts=8, num_experts_per_tok=4, sliding_window=None)
 
-# One entry a family: the transformers class that makes it and its settings. DeepSeek-VL2 and MiniCPM-MoE have no class
-# there: their language models are DeepSeek-V2 and (with neutral scales) Mixtral under other names.
+# One entry per family: its transformers class and settings. DeepSeek-VL2 and MiniCPM-MoE have no class there: their
+# language models are DeepSeek-V2 and (with neutral scales) Mixtral under other names.
 FAMILIES = {
     "olmoe": (
         "Olmoe",
@@ -244,7 +244,7 @@ BIASES = ("e_score_correction_bias", "expert_bias", "router.bias")
 
 
 def build_reference(family: str, *, seed: int = 0, **changes):
-    """The family's tiny model as transformers builds it, float32, in evaluation mode, with routers that prefer."""
+    """The family's tiny model, built by transformers: float32, evaluation mode, routers with clear preferences."""
     name, settings = ALL_FAMILIES[family]
     name, _, model_name = name.partition(" ")
     config = getattr(transformers, f"{name}Config")(**(settings | changes))
@@ -355,7 +355,7 @@ def _retype(model_type, **more):
     return lambda config: config | {"model_type": model_type} | more
 
 
-# What makes a family's checkpoint of the one that transformers wrote: new tensor names, a new config.
+# The changes that turn transformers' checkpoint into the hub's: functions of a tensor's name, and of the config.
 REWRITES = {
     "deepseek_vl2": (lambda key: f"language.{key}", _vl2_config),
     "minicpm": (lambda key: key.replace(".block_sparse_moe.", ".mlp."), _minicpm_config),

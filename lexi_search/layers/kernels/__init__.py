@@ -1,4 +1,4 @@
 """All experts of a layer in one launch on a Hopper GPU.
 
-Read `blocks` (tokens in blocks of one expert), `hopper` (the Pallas kernel) and `grouped` (a layer's outputs by it).
+Read `blocks` (experts and tokens in blocks), `hopper` (the Pallas kernels) and `grouped` (a layer's distances by them).
 """

@@ -1,4 +1,4 @@
-"""One layer's experts, and the tokens that they are chosen for, in blocks: what one product of all experts takes."""
+"""The operands of one product of all experts: a layer's experts stacked, and its tokens sorted into blocks."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,7 +25,7 @@ class StackedExperts(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where each (token, rank) stands among rows sorted by expert, in blocks of BLOCK_ROWS of one expert each."""
+    """The row of each (token, rank) among rows sorted by expert, in blocks of BLOCK_ROWS of one expert each."""
 
     places: Int[Array, "tokens K"]
     block_experts: Int[Array, " blocks"]
@@ -33,14 +33,14 @@ class Layout(NamedTuple):
 
 
 def stack_experts(experts: Sequence[ExpertWeights], *, dtype: str) -> StackedExperts:
-    """The experts in `dtype`, a few after another: they may be made anew when they are asked for."""
+    """The experts in `dtype`, copied a few at a time: an access may dequantise them."""
     width, hidden = experts[0].up.shape
     stack = StackedExperts(
         jnp.zeros((len(experts), 2 * width, hidden), dtype), jnp.zeros((len(experts), hidden, width), dtype)
     )
     for first in range(0, len(experts), COPIED_AT_ONCE):
-        some = tuple(experts[i] for i in range(first, min(first + COPIED_AT_ONCE, len(experts))))
-        stack = _put_experts(stack, some, np.int32(first))
+        group = tuple(experts[i] for i in range(first, min(first + COPIED_AT_ONCE, len(experts))))
+        stack = _put_experts(stack, group, np.int32(first))
     return stack
 
 
@@ -58,8 +58,8 @@ def _put_experts(stack: StackedExperts, experts: tuple[ExpertWeights, ...], firs
 
 
 def lay_out(experts: Int[Array, "tokens K"], *, num_experts: int) -> Layout:
-    """Sort (token, rank) pairs by expert, each expert from a new block on."""
-    numbers = experts.reshape(-1).astype(jnp.uint8 if num_experts <= 256 else jnp.uint16)  # fewer digits to sort by
+    """Sort (token, rank) pairs by expert; each expert starts a new block."""
+    numbers = experts.reshape(-1).astype(jnp.uint8 if num_experts <= 256 else jnp.uint16)  # fewer bits to sort by
     pairs = jnp.arange(numbers.size, dtype=jnp.int32)
     numbers, pairs = jax.lax.sort((numbers, pairs), num_keys=1, is_stable=True)
     numbers = numbers.astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""The distances of many tokens on a GPU that multiplies all experts in one launch.
+"""The distances of many tokens, with all experts in one launch on a GPU.
 
-The same numbers as `experts` and `moe` give, up to rounding, for the commonest kind of expert: gated by SiLU, without
-biases. Every other kind, device and element type is computed there.
+The results are those of `experts` and `moe`, up to rounding, for the most common kind of expert: gated by SiLU, without
+biases. Those compute every other kind, device and element type.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from lexi_search.layers.spec import Activation, Routing
 from lexi_search.layers.weights import MEMORY_SHARE, ExpertWeights
 
 ACTIVATIONS = (Activation("silu"), Activation("swish"))
-FIRST_JAX = (0, 11)  # whose Pallas the kernels are written for
+FIRST_JAX = (0, 11)  # the version whose Pallas the kernels are written for
 
 
 def has_kernels(device: jax.Device, dtype: str) -> bool:
-    """Whether there are kernels for `device` and inputs of this type, whatever the experts are."""
+    """Whether there are kernels for `device` and inputs of type `dtype`, whatever the experts are."""
     if jax.__version_info__ < FIRST_JAX or dtype == "float32":
         return False
     return device.platform == "gpu" and device.compute_capability == "9.0"
@@ -45,7 +45,7 @@ def can_group(
     routing: Routing,
     dtype: str,
 ) -> bool:
-    """Whether `measure_stacked` computes these experts, all of one kind, on `device`."""
+    """Whether `measure_stacked` supports these experts, all of one kind, on `device`."""
     if not has_kernels(device, dtype):
         return False
     expert = experts[0]
@@ -68,7 +68,7 @@ def measure_stacked(
     routing: Routing,
     interpret: Any = None,
 ) -> Float[Array, "tokens K"]:
-    """||y_k - y_K||^2 of every token for k = 1..K, float32."""
+    """||Y_k - Y_K||^2 of every token for k = 1..K, float32."""
     from lexi_search.layers.kernels.hopper import gram_distances, multiply_blocks, spread
 
     layout = lay_out(choice.experts, num_experts=experts.down.shape[0])

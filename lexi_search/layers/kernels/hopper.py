@@ -1,10 +1,10 @@
-"""Kernels for Hopper GPUs (compute capability 9.0): every expert's product in one launch, and what surrounds it.
+"""Kernels for Hopper GPUs (compute capability 9.0): the products of all experts in one launch, and the steps around it.
 
-Only imported where they run: Pallas' GPU side takes a second to load. `interpret`, settings of Mosaic's interpreter,
-runs one on a CPU, for tests.
+This module is imported only where it runs: Pallas' GPU side takes a second to load. With `interpret`, settings of
+Mosaic's interpreter, a kernel runs on a CPU, for tests.
 
-Rows are sorted by expert and stand in blocks of `BLOCK_ROWS` that belong to one expert each; the last block of an
-expert has rows that no token owns, which hold anything and are never read.
+Rows are sorted by expert, in blocks of `BLOCK_ROWS` rows of one expert each. The last block of an expert has rows
+without a token, whose values are arbitrary and never used.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ GRAM_STEP = 128  # columns loaded at once
 def spread(
     x: Float[Array, "tokens hidden"], places: Int[Array, "tokens K"], *, rows: int, interpret: Any = None
 ) -> Float[Array, "rows hidden"]:
-    """Copy each token to its K places. Each is read once, where a gather by place would read it K times."""
+    """Copy each token to its K places. A token is read once; a gather by place would read it K times."""
     (tokens, hidden), top_k = x.shape, places.shape[1]
     step = min(hidden & -hidden, 2048)  # a power of two that divides the row
 
@@ -61,11 +61,11 @@ def multiply_blocks(
 ) -> Float[Array, "rows columns"]:
     """x @ weights[e].T for the rows of each of the first `num_blocks` blocks, in `x`'s type, accumulated in float32.
 
-    `gated`: every BLOCK_COLUMNS rows of `weights` are GATED_COLUMNS of the gate, then as many of the up projection, and
-    what is returned is silu(gate) * up, computed in float32.
+    If `gated`, every BLOCK_COLUMNS rows of `weights` are GATED_COLUMNS of the gate, then as many of the up projection,
+    and the result is silu(gate) * up, computed in float32.
 
-    One persistent program per multiprocessor: one warpgroup loads tiles, also those of the program's next product
-    while the other two finish the last.
+    One persistent program per multiprocessor: one warpgroup loads tiles, already those of the next product while the
+    other two finish the last.
     """
     (rows, inner), (_, outer, _) = x.shape, weights.shape
     bands, steps = outer // BLOCK_COLUMNS, inner // STEP
@@ -193,7 +193,7 @@ def gram_distances(
 ) -> Float[Array, "tokens K"]:
     """||sum_j change[t, k, j] outputs[places[t, j]]||^2, float32, from one Gram matrix of several tokens' outputs.
 
-    Outputs are read once, where they are. The last k is the base itself: zero.
+    Outputs are read once, in place. The last k is the base: its distance is zero.
     """
     (tokens, top_k), hidden = places.shape, outputs.shape[1]
     ranks = 1 << (top_k - 1).bit_length()

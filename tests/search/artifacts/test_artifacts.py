@@ -153,6 +153,22 @@ def test_losses_of_the_whole_model(tmp_path):
         profile.losses("l1")
 
 
+def test_profiles_state_the_errors_of_every_loss():
+    profile = make_profile(2, 3)
+    for kind, losses, errors in (
+        ("frobenius", "frobenius", "frobenius_stderr"),
+        ("rms", "rms", "rms_stderr"),
+    ):
+        assert profile.errors(kind) == tuple(getattr(profile.layers[i], errors) for i in (0, 1))
+        assert profile.losses(kind) == tuple(getattr(profile.layers[i], losses) for i in (0, 1))
+    step = 1e-6  # the error of a square is that of its root times the slope there
+    for row, layer in zip(profile.errors("squared"), profile.layers.values(), strict=True):
+        slopes = [((rms + step) ** 2 - (rms - step) ** 2) / (2 * step) for rms in layer.rms]
+        np.testing.assert_allclose(row, np.multiply(slopes, layer.rms_stderr), rtol=1e-6)
+    with pytest.raises(InputError, match="loss kind 'x' is unknown"):
+        profile.errors("x")
+
+
 def test_gap():
     allocation = make_allocation()
     assert allocation.gap == pytest.approx(0.2)

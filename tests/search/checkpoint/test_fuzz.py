@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from lexi_search.checkpoint.reader import INDEX, open_checkpoint
-from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.models.model import describe
 
@@ -156,7 +155,7 @@ def summarise(folder):
     checkpoint = open_checkpoint(folder)
     model = describe(checkpoint)
     names = [name for layer in model.tensors.values() for expert in layer.experts.separate for name in expert]
-    logical = {name: Tensors(checkpoint)[name] for name in names}
+    logical = {name: checkpoint.tensors[name] for name in names}
     stored = {name: (array.dtype.name, array.shape, array.tobytes()) for name, array in checkpoint.items()}
     return checkpoint, model, logical, stored
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.dequantise import Plain, dequantise
 from lexi_search.checkpoint.reader import open_checkpoint
-from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe, find_dtype
@@ -32,7 +31,7 @@ def write(folder, tensors, quantisation=None, **config):
 
 def read(checkpoint, name=NAME):
     """The values of a logical tensor, as the device makes them."""
-    stored = Tensors(checkpoint)[name]
+    stored = checkpoint.tensors[name]
     parts = {role: checkpoint[part] for role, part in stored.parts.items()}
     parts = {r: p.view(np.uint8) if p.dtype == ml_dtypes.float8_e8m0fnu else p for r, p in parts.items()}
     values = np.asarray(dequantise(parts, stored.scheme, stored.shape, stored.dtype.name))
@@ -47,7 +46,7 @@ def test_values_are_the_definitions(case, dtype, tmp_path):
     tensors, values = CASES[case](np.random.default_rng(0), NAME, 48, 96)
     checkpoint = write(tmp_path, tensors, CASES[case].config, dtype=dtype)
     np.testing.assert_array_equal(read(checkpoint), values.astype(DTYPES[dtype]))
-    assert set(Tensors(checkpoint)) >= {NAME} and np.abs(values).max() > 0
+    assert set(checkpoint.tensors) >= {NAME} and np.abs(values).max() > 0
 
 
 def test_last_blocks_hang_over(tmp_path):
@@ -84,8 +83,8 @@ def test_gpt_oss_as_transformers_reads_it(dtype, tmp_path):
     matrices = [gpt_oss(np.random.default_rng(e), "experts.gate_up_proj", 64, 96) for e in range(3)]
     tensors = {name: torch.stack([m.tensors[name] for m in matrices]) for name in matrices[0].tensors}
     checkpoint = write(tmp_path, tensors, {"quant_method": "mxfp4"}, dtype=dtype)
-    stored = Tensors(checkpoint)["experts.gate_up_proj"]
-    assert stored.shape == (3, 96, 64) and list(Tensors(checkpoint)) == [
+    stored = checkpoint.tensors["experts.gate_up_proj"]
+    assert stored.shape == (3, 96, 64) and list(checkpoint.tensors) == [
         "experts.gate_up_proj",
         "experts.gate_up_proj_scales",
     ]
@@ -233,9 +232,9 @@ def test_refuses_two_settings_for_one_weight(tmp_path):
     checkpoint = write(
         tmp_path, tensors | {"lm_head.weight": torch.ones(2)}, config | {"config_groups": {"a": group, "b": group}}
     )
-    assert Tensors(checkpoint)["lm_head.weight"].scheme == Plain()
+    assert checkpoint.tensors["lm_head.weight"].scheme == Plain()
     with pytest.raises(InputError, match="several groups of settings hold for"):
-        Tensors(checkpoint)[NAME]
+        checkpoint.tensors[NAME]
 
 
 def change(case, **settings):
@@ -296,26 +295,26 @@ def weights_group(**settings):
 def test_refuses(case, damage, message, tmp_path):
     config, tensors = damage(CASES[case](np.random.default_rng(7), NAME, 48, 96).tensors)
     with pytest.raises(InputError, match=message) as caught:
-        Tensors(write(tmp_path, tensors, config))[NAME]
+        write(tmp_path, tensors, config).tensors[NAME]
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_refuses_a_type_that_is_none(tmp_path):
     with pytest.raises(InputError, match="dtype 'int4': weights cannot be dequantised to that type"):
-        Tensors(write(tmp_path, {"x": torch.zeros(1)}, {"quant_method": "fp8"}, torch_dtype="int4"))
+        write(tmp_path, {"x": torch.zeros(1)}, {"quant_method": "fp8"}, torch_dtype="int4").tensors  # noqa: B018
 
 
 def test_element_type_is_the_language_models(tmp_path):
     tensors = CASES["fp8 tensor"](np.random.default_rng(8), NAME, 4, 4).tensors
     for config, expected in (({}, "bfloat16"), ({"torch_dtype": "float16"}, "float16")):
         checkpoint = write(tmp_path, tensors, {"quant_method": "fp8"}, dtype="bfloat16", text_config=config)
-        assert Tensors(checkpoint)[NAME].dtype.name == expected
+        assert checkpoint.tensors[NAME].dtype.name == expected
 
 
 def test_names_are_matched_by_whole_components(tmp_path):
     """`gate` in the list of an AWQ checkpoint is the router, and not `gate_proj`; a router is plain."""
     tensors = CASES["awq"](np.random.default_rng(9), NAME, 16, 16).tensors | {"mlp.gate.weight": torch.ones(2, 2)}
-    stored = Tensors(write(tmp_path, tensors, CASES["awq"].config))
+    stored = write(tmp_path, tensors, CASES["awq"].config).tensors
     assert stored[NAME].scheme != Plain() and stored["mlp.gate.weight"].scheme == Plain()
 
 

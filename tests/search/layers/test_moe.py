@@ -1,4 +1,4 @@
-"""The mathematics of one layer against loops in float64, over every routing rule that a family may declare."""
+"""The mathematics of one MoE layer against loops in float64, over every routing rule that a family may declare."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The evolutionary search: always feasible, never worse, independent of company, and at the proven optimum."""
+"""The evolutionary search: feasible, never worse than uniform, independent of other budgets, at the optimum."""
 
 import itertools
 
@@ -20,7 +20,7 @@ SMALL = {"population": 32, "generations": 20}
 
 
 def make_convex(layers, top_k, seed=0):
-    """Mean squares as real profiles have them: falling ever more slowly."""
+    """Mean squares as in real profiles: falling ever more slowly."""
     draw = np.random.default_rng(seed)
     tail = np.arange(top_k - 1, -1, -1) / top_k
     return draw.uniform(0.2, 1, (layers, 1)) * tail ** draw.uniform(1.5, 3, (layers, 1))

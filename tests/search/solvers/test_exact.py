@@ -1,4 +1,4 @@
-"""The dynamic programme against every allocation there is."""
+"""The dynamic programme against an enumeration of all allocations."""
 
 import itertools
 

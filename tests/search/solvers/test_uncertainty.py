@@ -1,14 +1,8 @@
-"""How sure an allocation is said to be, against loops over resampled tables; and the weighing of measured costs."""
-
-import dataclasses
+"""The certainty of allocations, against loops over resampled tables."""
 
 import numpy as np
 import pytest
-from synthetic import make_cost_table, make_identity, make_profile
 
-from lexi_search.allocation.costs import weigh
-from lexi_search.artifacts.serialisation import sha256
-from lexi_search.errors import InputError
 from lexi_search.solvers.exact import solve
 from lexi_search.solvers.problem import Constraints, pose, sum_over_layers
 from lexi_search.solvers.uncertainty import judge, resample
@@ -71,45 +65,3 @@ def test_constrained_regret_is_that_of_a_loop(case):
     # Rounded costs may miss the last bit of a budget; whole ones are exact.
     np.testing.assert_allclose(sure.regret, regrets, rtol=1e-9, atol=2e-3 if case == "costs" else 1e-12)
     assert (regrets > 0).any()
-
-
-def test_profiles_state_the_errors_of_every_loss():
-    profile = make_profile(2, 3)
-    for kind, losses, errors in (
-        ("frobenius", "frobenius", "frobenius_stderr"),
-        ("rms", "rms", "rms_stderr"),
-    ):
-        assert profile.errors(kind) == tuple(getattr(profile.layers[i], errors) for i in (0, 1))
-        assert profile.losses(kind) == tuple(getattr(profile.layers[i], losses) for i in (0, 1))
-    step = 1e-6  # the error of a square is that of its root times the slope there
-    for row, layer in zip(profile.errors("squared"), profile.layers.values(), strict=True):
-        slopes = [((rms + step) ** 2 - (rms - step) ** 2) / (2 * step) for rms in layer.rms]
-        np.testing.assert_allclose(row, np.multiply(slopes, layer.rms_stderr), rtol=1e-6)
-    with pytest.raises(InputError, match="loss kind 'x' is unknown"):
-        profile.errors("x")
-
-
-def test_costs_are_weighed_as_a_loop_does():
-    table, model = make_cost_table(3, 4), make_identity(3, 4)
-    cost = weigh(table, model, mix={16: 10, 4096: 0.5})
-    top_k = [1, 4, 2]
-    ms = sum(
-        count * (table.steps[tokens].other_ms + sum(table.steps[tokens].layers[i][k - 1] for i, k in enumerate(top_k)))
-        for tokens, count in ((16, 10), (4096, 0.5))
-    )
-    assert cost.time(np.array(top_k)) == pytest.approx(ms)
-    assert cost.base_ms == cost.time(np.array([4, 4, 4])) and cost.table_sha256 == sha256(table)
-    alone = dataclasses.replace(table, steps={16: table.steps[16]})
-    assert weigh(alone, model).mix == {16: 1.0}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_experts": 9}, "num_experts 8, the profile 9"),
-        ({"model_type": "mixtral"}, "model_type 'olmoe', the profile 'mixtral'"),
-    ],
-)
-def test_costs_of_another_model_are_refused(change, message):
-    with pytest.raises(InputError, match=f"the cost table has {message}: not the same model"):
-        weigh(make_cost_table(), make_identity(**change), mix={16: 1})
