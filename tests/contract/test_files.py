@@ -8,10 +8,10 @@ import pytest
 
 import lexi_adapter.files
 import lexi_search.artifacts.files
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_search.errors import InputError
 
-REFUSALS = {lexi_search.artifacts.files: InputError, lexi_adapter.files: AllocationError}
+REFUSALS = {lexi_search.artifacts.files: InputError, lexi_adapter.files: AdapterError}
 
 
 @pytest.fixture(params=REFUSALS, ids=lambda files: files.__name__)

@@ -116,9 +116,10 @@ def test_without_the_plugin_vllm_stops(without_plugin, place):
 def test_where_the_plugin_cannot_be_imported_vllm_stops(served):
     """vLLM only logs that and goes on, so the name of the architecture has to stop it."""
     broken = served.root / "broken" / "lexi_adapter"
-    broken.mkdir(parents=True)
+    (broken / "serving").mkdir(parents=True)
     (broken / "__init__.py").touch()
-    (broken / "vllm_plugin.py").write_text("raise ImportError('something is missing')")
+    (broken / "serving" / "__init__.py").touch()
+    (broken / "serving" / "vllm_plugin.py").write_text("raise ImportError('something is missing')")
     run = run_engines(make_job(served.exported), PYTHONPATH=str(broken.parent))
     assert "something is missing" in run.log
     assert "LexiOlmoeForCausalLM" in run.results[0]["message"]
