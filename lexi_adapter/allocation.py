@@ -44,8 +44,8 @@ class ModelIdentity:
 class Allocation:
     """`top_k[layer]` active experts for every layer of `model.moe_layers`; `budget` is their sum.
 
-    `gate_exponent`, from 0 to `MAX_GATE_EXPONENT`, says how much of the dropped experts' gate weights the kept ones take
-    over (see `serving.gates`); None: as the engine routes.
+    `gate_exponent`, from 0 to `MAX_GATE_EXPONENT`, says how much of the dropped experts' gate weights the kept ones
+    take over (see `serving.gates`); None: as the engine routes.
     """
 
     model: ModelIdentity

@@ -1,7 +1,7 @@
 """The gate exponent in transformers: routers whose weights of k experts are those that the allocation asks for.
 
-A router of transformers 5 is a module, or a method of its block. It returns a tuple that holds, beside other things, the ids
-and the weights of the chosen experts, both [tokens, k].
+A router of transformers 5 is a module, or a method of its block. It returns a tuple that holds, beside other things,
+the ids and the weights of the chosen experts, both [tokens, k].
 """
 
 import copy

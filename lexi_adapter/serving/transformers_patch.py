@@ -99,7 +99,7 @@ def find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, s
 
 
 def _find_holders(model: torch.nn.Module, weight: str) -> list[tuple[torch.nn.Module, str]]:
-    """The attributes (module, name) that hold a layer's top-k: those of the router first, then of the block around it."""
+    """The attributes (module, name) that hold a layer's top-k: the router's first, then those of the block around."""
     names = weight.split(".")
     modules = [model.get_submodule(".".join(names[:end])) for end in (-1, -2, -3)]
     router = ".".join(names[:-1])

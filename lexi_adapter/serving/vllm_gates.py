@@ -97,7 +97,7 @@ def _find_order(router: Any) -> str | None:
 
 @functools.cache
 def _fuse(function: Callable) -> Callable:
-    """The function as one kernel on CUDA, where routers are opaque to vLLM's compiler; elsewhere the function itself."""
+    """The function as one kernel on CUDA, where routers are opaque to vLLM's compiler; elsewhere itself."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
