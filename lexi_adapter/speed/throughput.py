@@ -58,7 +58,7 @@ Assignment = tuple[Variant, tuple[Variant, ...]]
 
 
 def assign(variants: Sequence[Variant], *, in_place: bool, experts_spread: bool = False) -> tuple[Assignment, ...]:
-    """An engine for every variant; with `in_place`, one for all variants that have the weights of the first current.
+    """An engine for every variant; with `in_place`, one for all variants that have the weights of the first one.
 
     A gate exponent is built into the layers, so an allocation that has one keeps an engine of its own; so does a pruned
     model whose experts are spread over several cards.
