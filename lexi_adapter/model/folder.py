@@ -24,7 +24,7 @@ REMEDY = "profile and search this model with lexi-search to get one that fits"
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor's bytes lie: `size` bytes from `offset` of `path`."""
+    """One tensor in a safetensors file: `size` bytes from `offset` of `path`."""
 
     path: Path
     shape: tuple[int, ...]
@@ -41,9 +41,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_text_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The language model's parts of a multimodal model's config, each with its dotted path there; mostly one or none.
+    """The language model's parts of a multimodal model's config, each after its dotted path; mostly one or none.
 
-    A model of text alone has none: the config itself is the language model's.
+    A model of text alone has none: its config is the language model's.
     """
     for path in TEXT_CONFIGS:
         part: Any = config

@@ -1,6 +1,6 @@
 """The identity of a model of a known family from its config.json alone: MoE layers, number of experts, top-k.
 
-Weights are read only where they are there and their load format says that they count.
+Weights are read only for the routers' hash, and for families that are not in the table here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,10 +30,10 @@ RANDOM = "dummy"  # vLLM's load format of random weights
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's config keeps what pruning changes.
+    """A family's config keys of the numbers that pruning changes, and the name pattern of its router tensors.
 
-    `shared` is the number of shared experts of the same width as the routed ones; `text_config` the key of the language
-    model's part of a multimodal config.
+    Under `shared` is the number of shared experts, if they have the routed ones' width; under `text_config` the
+    language model's part of a multimodal config.
     """
 
     num_experts: str
@@ -64,7 +64,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 TOP_K = "num_experts_per_tok"
-RENAMED = "num_local_experts"  # what transformers 5 writes where some families' public configs have `num_experts`
+RENAMED = "num_local_experts"  # transformers 5 writes it where public configs of some families have `num_experts`
 
 
 def describe(config: Mapping[str, Any]) -> ModelIdentity:

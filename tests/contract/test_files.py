@@ -1,4 +1,4 @@
-"""What either package writes: whole or not at all, and only over regular files. They share the rules and no code."""
+"""Files of either package: written whole or not at all, and only over regular files. The rules are shared, not code."""
 
 import os
 import stat

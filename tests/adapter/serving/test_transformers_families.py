@@ -40,7 +40,7 @@ TOKENS = torch.arange(2, 18).reshape(2, -1)
 
 @pytest.fixture(autouse=True)
 def families_may_warn():
-    """What transformers thinks of tiny configurations and of its own code is not judged here."""
+    """Warnings of transformers about tiny configurations and its own code are no failures here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""How an allocation comes into vLLM, its workers and its compile cache, and what happens without; with real engines."""
+"""The ways of an allocation into vLLM, its workers and its compile cache, and vLLM without one; with real engines."""
 
 import pickle
 import subprocess
