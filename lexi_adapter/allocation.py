@@ -44,8 +44,8 @@ class ModelIdentity:
 class Allocation:
     """`top_k[layer]` active experts for every layer of `model.moe_layers`; `budget` is their sum.
 
-    `gate_exponent`, from 0 to `MAX_GATE_EXPONENT`, says how much of the dropped experts' gate mass the kept ones take
-    over (see `gates`); None: as the engine routes.
+    `gate_exponent`, from 0 to `MAX_GATE_EXPONENT`, says how much of the dropped experts' gate weights the kept ones
+    take over (see `serving.gates`); None: as the engine routes.
     """
 
     model: ModelIdentity
@@ -57,12 +57,12 @@ class Allocation:
     gate_exponent: float | None = None
 
     def asks_the_same_as(self, other: "Allocation") -> bool:
-        """Whether both make the same model run the same; how they were found does not matter."""
+        """Whether a model runs the same under both; how they were found does not matter."""
         return (self.model, self.top_k, self.gate_exponent) == (other.model, other.top_k, other.gate_exponent)
 
 
 def read_allocation(source: str | os.PathLike[str] | Mapping[str, Any] | Allocation) -> Allocation:
-    """The allocation in a file, in a document (the file's JSON object), or as it is.
+    """The allocation in a file or in a document (the file's JSON object); an `Allocation` is returned as it is.
 
     Raises:
         AllocationError: no such file, not JSON, another format or version, or values that contradict each other.
@@ -85,7 +85,7 @@ def to_document(allocation: Allocation) -> dict[str, Any]:
 
 
 def check_reducible(allocation: Allocation) -> None:
-    """Raise AllocationError for another top-k than the one that the model type's routing function knows."""
+    """Raise AllocationError for a top-k that the model type's routing function does not know."""
     only = FIXED_TOP_K.get(allocation.model.model_type)
     if only is not None and set(allocation.top_k.values()) != {only}:
         raise AllocationError(
@@ -94,9 +94,9 @@ def check_reducible(allocation: Allocation) -> None:
 
 
 def describe_run(allocation: Allocation, top_k: Mapping[int, int]) -> str:
-    """For logs and messages: what the MoE layers `top_k` of a model under the allocation run, against the model's own.
+    """One line for logs and messages: the active experts of a model under the allocation, against the model's own.
 
-    `top_k` is the whole allocation's, or that of the layers that one process holds.
+    `top_k` is the whole allocation's, or that of the MoE layers that one process holds.
     """
     shift = "" if allocation.gate_exponent is None else f", gate exponent {allocation.gate_exponent:g}"
     each = " ".join(f"{layer}:{k}" for layer, k in sorted(top_k.items()))
@@ -134,13 +134,13 @@ def _parse(document: Any, place: str) -> Allocation:
 
 
 class _Unfit(Exception):
-    """What is wrong with a document, without the place."""
+    """The reason why a document is no allocation, without its place."""
 
 
 def _build(document: Any) -> Allocation:
     _require(isinstance(document, Mapping), f"not a JSON object but {_short(document)}")
-    found, version = document.get("format"), document.get("version")
-    _require(found == FORMAT, f'its "format" is {_short(found)}, expected "{FORMAT}"')
+    file_format, version = document.get("format"), document.get("version")
+    _require(file_format == FORMAT, f'its "format" is {_short(file_format)}, expected "{FORMAT}"')
     _require(
         type(version) is int and version == VERSION,
         f"its format version is {_short(version)}, this lexi_adapter reads {VERSION}; use the release that wrote it",

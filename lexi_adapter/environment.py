@@ -1,4 +1,4 @@
-"""What to install where an import fails: `lexi_adapter` itself needs little, its commands torch or an engine."""
+"""The environment of a run: its command line and versions, and the package to install where an import fails."""
 
 import sys
 from collections.abc import Mapping
@@ -6,9 +6,13 @@ from datetime import date
 from importlib import metadata
 from typing import Any
 
+# Import name -> extra of this project that brings it; `REQUIRED` come with the project itself.
+EXTRAS = {"torch": "transformers", "transformers": "transformers", "vllm": "serve", "lm_eval": "eval"}
+REQUIRED = ("matplotlib", "numpy", "rich")
+
 
 def describe_call(program: str = "lexi-adapter") -> Mapping[str, Any]:
-    """What a result says of its origin: this process's command line, the day, the versions."""
+    """The origin of a result: this process's command line, the day, the versions."""
     return {
         "command": " ".join([program, *sys.argv[1:]]),
         "date": date.today().isoformat(),
@@ -24,14 +28,9 @@ def find_vllm_version() -> str | None:
     return metadata.version(distributions[0]) if distributions else None
 
 
-# Import name -> extra of this project that brings it; what is in none comes with the project itself.
-EXTRAS = {"torch": "transformers", "transformers": "transformers", "vllm": "serve", "lm_eval": "eval"}
-OWN = ("matplotlib", "numpy", "rich")
-
-
 def explain_import(error: ImportError) -> str | None:
-    """One line that names the package and the remedy; None for another's, whose absence is a defect here."""
+    """One line that names the package and the remedy; None for any other package, whose absence is a defect here."""
     name = (error.name or "").partition(".")[0]
     if name in EXTRAS:
         return f"cannot import {name} ({error}); pip install '.[{EXTRAS[name]}]'"
-    return f"cannot import {name} ({error}); pip install {name}" if name in OWN else None
+    return f"cannot import {name} ({error}); pip install {name}" if name in REQUIRED else None

@@ -1,4 +1,4 @@
-"""Results leave whole or not at all, in one canonical form, and say what made them."""
+"""Result files: written atomically, JSON in one canonical form, and never over a file that a command reads."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
 
 def write_json(path: str | os.PathLike[str], document: Any) -> None:
-    """Keys sorted, indent 1, one trailing newline. AllocationError where nothing can be written."""
+    """Write JSON with sorted keys, indent 1 and one trailing newline. AdapterError where nothing can be written."""
     write_atomically(path, (json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -29,16 +29,17 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise AllocationError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
+        raise AdapterError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = ()) -> None:
-    """Raise the AllocationError that `write_atomically` would raise now, leaving nothing behind.
+    """Raise the AdapterError that `write_atomically` would raise now, leaving nothing behind.
 
-    And one where `path` is a file of `apart_from`, or is there and lies in a folder of it, such as a model's, unless it
-    is a result itself: what is read, or is written as well; None is no file.
+    `apart_from` are files and folders that the same command reads, or writes as well; None stands for no file. A `path`
+    that is one of these files is refused too, and one that exists in one of these folders, such as a model's, unless
+    it is a result itself.
     """
     # A link that lies in a folder belongs to it wherever it leads, as all files of a model in the hub's cache do.
     folder, name = os.path.split(os.path.abspath(path))
@@ -46,12 +47,12 @@ def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | o
     for other in filter(None, apart_from):
         taken = Path(os.path.realpath(other))
         if taken == places[0]:
-            raise AllocationError(
+            raise AdapterError(
                 f"cannot write {path}: the same command reads or writes it as another file; choose another name"
             )
         within = taken.is_dir() and any(place.is_relative_to(taken) for place in places)
         if within and places[0].exists() and not is_result(places[0]):
-            raise AllocationError(f"cannot write {path}: it is a file of {other}, which the same command reads")
+            raise AdapterError(f"cannot write {path}: it is a file of {other}, which the same command reads")
     _, temporary = _open_temporary(path)
     temporary.unlink()
 
@@ -72,8 +73,8 @@ def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     temporary = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
     try:
         if os.path.lexists(target) and not stat.S_ISREG(target.stat().st_mode):
-            raise AllocationError(f"cannot write {path}: not a regular file; name a file to write")
+            raise AdapterError(f"cannot write {path}: not a regular file; name a file to write")
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except OSError as error:
-        raise AllocationError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
+        raise AdapterError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
     return target, temporary

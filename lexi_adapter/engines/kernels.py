@@ -1,4 +1,4 @@
-"""Where a worker's device time goes: seconds of its kernels by kind, communication beside compute (issue 7).
+"""Seconds of a worker's kernels by kind, communication beside compute.
 
 PyTorch's profiler lists every kernel of a run, those inside CUDA graphs too. `start_recording` and `stop_recording`
 take a worker first and are sent there by `LLM.collective_rpc`; `combine` puts the workers' records together. Where
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
 NAMES = COMMUNICATION, MOE, ATTENTION, GEMM, OTHER = "communication", "moe", "attention", "gemm", "other"
-# The first pattern that is found in a kernel's name, in any case, says its kind; names as vLLM 0.26, NCCL, cuBLAS,
-# CUTLASS, DeepEP, FlashInfer and torch.compile give them.
+# The first pattern that a kernel's name matches, in upper or lower case, says its kind. The names are those of vLLM
+# 0.26, NCCL, cuBLAS, CUTLASS, DeepEP, FlashInfer and torch.compile.
 KINDS: tuple[tuple[str, str], ...] = (
     (OTHER, r"^(memcpy|memset)"),
     # A fused kernel is named after operators around it: "triton_poi_fused_all_reduce_.." reduces nothing.
@@ -42,7 +42,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     (GEMM, r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|matmul|marlin|machete|\bbmm|(^|_)(mm|addmm|linear)(_|$)"),
     (GEMM, r"::(linear|addmm|mm|bmm|matmul|onednn_mm)"),
 )
-LONGEST, LETTERS = 12, 200  # kernels named in a record, and how much of a name: templates can fill a page
+LONGEST, LETTERS = 12, 200  # kernels named in a record, and letters of a name: templates can fill a page
 STATE = "lexi_recording"
 
 
@@ -73,7 +73,7 @@ def measure_union(intervals: Iterable[tuple[int, int]]) -> int:
 
 
 def summarise(kernels: Sequence[Kernel]) -> dict[str, Any]:
-    """What happened on one device; plain numbers, times in seconds.
+    """The record of one device's kernels; plain numbers, times in seconds.
 
     Keys: "seconds" by kind, sums over kernels, which may run beside each other; "span", from the first start to the
     last end; "busy", while any kernel ran; "exposed_communication", while communication ran and nothing else;
@@ -81,10 +81,10 @@ def summarise(kernels: Sequence[Kernel]) -> dict[str, Any]:
     "longest", the names with most time in all: {"name", "kind", "seconds", "count"}.
 
     Raises:
-        AllocationError: nothing was recorded.
+        AdapterError: nothing was recorded.
     """
     if not kernels:
-        raise AllocationError("the profiler saw no kernel: nothing ran on the device, or CUPTI does not work here")
+        raise AdapterError("the profiler saw no kernel: nothing ran on the device, or CUPTI does not work here")
     spent, counts = Counter(), Counter()
     for kernel in kernels:
         spent[kernel.name] += kernel.end - kernel.start
@@ -113,7 +113,7 @@ def combine(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One record of the workers' records of the same run.
 
     A collective's kernel also waits for the slowest peer, so its time is transfer and waiting together. The worker
-    that comes last waits least, and its time is nearest to the transfer alone. Hence three numbers: "seconds", the
+    that starts last waits least, and its time is nearest to the transfer alone. Hence three numbers: "seconds", the
     means over workers of each kind, with the waiting; "least_communication", the least of the workers' sums; and
     "transfer", the sum over collectives of the shortest kernel among the workers, the closest of the three, or None if
     the workers did not run the same number of collectives.
@@ -157,12 +157,12 @@ def stop_recording(worker: Any) -> dict[str, Any]:
     If "span" is much shorter than "wall", the profiler's buffer was too small for the run.
 
     Raises:
-        AllocationError: nothing was recorded, or nobody started to.
+        AdapterError: nothing was recorded, or no recording was started.
     """
     import torch
 
     if STATE not in vars(worker):
-        raise AllocationError("no recording runs in this worker; call start_recording first")
+        raise AdapterError("no recording runs in this worker; call start_recording first")
     recording, started = vars(worker).pop(STATE)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -190,12 +190,12 @@ def _is_wait(name: str) -> bool:
 
 def _read_operators(events: Iterable[Any]) -> list[Kernel]:
     """Operators that no other operator of their thread contains."""
-    found: list[Kernel] = []
+    outermost: list[Kernel] = []
     operators = [event for event in events if "::" in event.name() and not event.is_user_annotation()]
     reached: dict[int, int] = {}
     for event in sorted(operators, key=lambda event: (event.start_ns(), -event.end_ns())):
         thread, end = event.start_thread_id(), event.end_ns()
         if end > reached.get(thread, -1):
-            found.append(Kernel(event.name(), event.start_ns(), end))
+            outermost.append(Kernel(event.name(), event.start_ns(), end))
             reached[thread] = end
-    return found
+    return outermost

@@ -1,4 +1,4 @@
-"""Options of the engine of one variant, and checks that vLLM obeyed them."""
+"""The arguments of `vllm.LLM` for one variant, and checks that the engine runs its allocation."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from lexi_adapter.allocation import KEY, to_document
 from lexi_adapter.engines.process import EngineError
 from lexi_adapter.engines.workload import Workload
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.model.variants import Variant
 
 PLUGIN = "lexi"  # this package's entry point among vLLM's plugins, as VLLM_PLUGINS names it
@@ -15,29 +15,29 @@ SMALLEST_BLOCK = 16  # tokens of a block of the key-value cache; larger blocks o
 
 
 def check_plugin(variants: Iterable[Variant]) -> None:
-    """Refuse variants whose allocation vLLM would not even see, because it is told to leave this package's plugin out.
+    """Refuse variants whose allocation vLLM would ignore, because VLLM_PLUGINS leaves this package's plugin out.
 
     Raises:
-        AllocationError: naming the variant and VLLM_PLUGINS.
+        AdapterError: naming the variant and VLLM_PLUGINS.
     """
     for variant in variants:
         chosen = variant.environment.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
         if variant.allocation is not None and chosen is not None and PLUGIN not in chosen.split(","):
-            raise AllocationError(
+            raise AdapterError(
                 f"VLLM_PLUGINS is {chosen!r} and leaves out {PLUGIN!r}, without which vLLM runs {variant.name!r} with "
                 f"the model's own k; set VLLM_PLUGINS={PLUGIN} or unset it"
             )
 
 
-def check_top_k(variant: Variant, found: Mapping[int, int]) -> None:
-    """Raise EngineError unless the layers of its engine, with `found` active experts, run the variant's allocation."""
-    asked = {} if variant.allocation is None else variant.allocation.top_k
-    differing = sorted(layer for layer, k in asked.items() if found.get(layer) != k)
+def check_top_k(variant: Variant, running: Mapping[int, int]) -> None:
+    """Raise EngineError unless `running`, layer -> k of the variant's engine, is what its allocation says."""
+    top_k = {} if variant.allocation is None else variant.allocation.top_k
+    differing = sorted(layer for layer, k in top_k.items() if running.get(layer) != k)
     if differing:
         layer = differing[0]
         raise EngineError(
-            f"engine of {variant.name!r}: layer {layer} runs k = {found.get(layer)} and not the allocation's "
-            f"{asked[layer]}: vLLM did not load the plugin {PLUGIN!r}; install lexi-moe beside this vLLM, and if "
+            f"engine of {variant.name!r}: layer {layer} runs k = {running.get(layer)} and not the allocation's "
+            f"{top_k[layer]}: vLLM did not load the plugin {PLUGIN!r}; install lexi-moe beside this vLLM, and if "
             f"VLLM_PLUGINS is set, name {PLUGIN!r} in it"
         )
 
@@ -45,11 +45,11 @@ def check_top_k(variant: Variant, found: Mapping[int, int]) -> None:
 def make_options(
     variant: Variant, workloads: Sequence[Workload], *, load_format: str, parallel: Mapping[str, Any], **others: Any
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for measuring `workloads`; `others` are the user's own and win, but for the variant's.
+    """Arguments of `vllm.LLM` for measuring `workloads`; the user's `others` replace ours, except the variant's.
 
     The key-value cache is as large as the largest workload needs, so that several engines fit on one card and none has
-    to look how much memory there is; CUDA graphs are captured for the measured batches alone. Neither changes the
-    speed of a step. Prefix caching is off: a repeated prompt must cost what it cost the first time.
+    to measure free memory. CUDA graphs are captured for the measured batches only. Neither changes the speed of a step.
+    Prefix caching is off: a repeated prompt must cost what it cost the first time.
     """
     longest = max(workload.input_length + workload.output_length for workload in workloads)
     blocks = max(w.batch * (2 + (w.input_length + w.output_length) // SMALLEST_BLOCK) for w in workloads)

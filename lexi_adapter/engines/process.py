@@ -1,7 +1,7 @@
 """vLLM engines, each in a process of its own: start several at once, call functions in them, stop them.
 
-A function that is called in an engine takes the `vllm.LLM` first; those for measuring are here. All are safe to name
-from anywhere: vLLM is imported in the engine's process only.
+A function that is called in an engine takes the `vllm.LLM` first; those for measuring are in `measuring`. vLLM is
+imported in the engine's process only.
 """
 
 import multiprocessing
@@ -13,14 +13,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
 from lexi_adapter.environment import explain_import
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
-# Functions travel to the workers by name; without this vLLM sends none. And no report of use leaves a benchmark.
+# vLLM sends functions to its workers only with the first; the second turns its usage reports off.
 ENVIRONMENT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1"}
-ENDING = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class EngineError(AllocationError):
+class EngineError(AdapterError):
     """An engine that did not start or did not answer; its own log, on stderr, says more."""
 
 
@@ -30,16 +30,16 @@ class Engine:
     def __init__(self, name: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
         self.name = name
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, dict(options), ENVIRONMENT | dict(environment)))
+        self._connection, remote = context.Pipe()
+        self._process = context.Process(target=_serve, args=(remote, dict(options), ENVIRONMENT | dict(environment)))
         self._process.start()
-        theirs.close()
+        remote.close()
 
     def wait(self) -> Any:
-        """What the function called last returned; the first time, whether the engine came up.
+        """The result of the function that was called last; the first time, None once the engine is up.
 
         Raises:
-            EngineError: with the reason in one line.
+            EngineError: the engine did not come up or the function failed, with the reason in one line.
         """
         try:
             outcome, value = self._connection.recv()
@@ -56,15 +56,15 @@ class Engine:
         return self.wait()
 
     def hang_up(self) -> None:
-        """Let it end; `stop` waits for that."""
+        """Tell the process to end; `stop` waits for that."""
         self._connection.close()
 
-    def interrupt(self) -> None:
-        """Have it end although it may be at work."""
+    def terminate(self) -> None:
+        """Have the process end even while it works."""
         self._process.terminate()
 
     def stop(self) -> None:
-        """Let it end and wait until its memory is free."""
+        """End the process and wait until its memory is free."""
         self.hang_up()
         for force in (self._process.terminate, self._process.kill):
             self._process.join(60)
@@ -75,7 +75,7 @@ class Engine:
 
 @contextmanager
 def start_engines(engines: Sequence[tuple[str, Mapping[str, Any], Mapping[str, str]]]) -> Iterator[list[Engine]]:
-    """Start engines (name, options of `vllm.LLM`, environment) side by side; all are up inside the block.
+    """A context with engines (name, options of `vllm.LLM`, environment), started side by side and all up.
 
     However the block is left, SIGTERM included, the engines are gone after it.
     """
@@ -91,43 +91,43 @@ def start_engines(engines: Sequence[tuple[str, Mapping[str, Any], Mapping[str, s
 
 
 def _stop(engines: Sequence[Engine], *, at_once: bool) -> None:
-    for engine in engines:  # all before the first is waited for, so that they end side by side
+    for engine in engines:  # all of them before waiting for the first, so that they end side by side
         engine.hang_up()
         if at_once:
-            engine.interrupt()
+            engine.terminate()
     for engine in engines:
         engine.stop()
 
 
 @contextmanager
 def _end_on_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM is an exception, as Ctrl-C is; by default it would leave the engines behind."""
-    if threading.current_thread() is not threading.main_thread():  # which alone can handle signals
+    """A context in which SIGTERM is an exception, as Ctrl-C is; by default it would leave the engines behind."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, _exit)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: set by other than Python, and out of reach
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set from Python, so it cannot be restored
 
 
-def _leave(number: int, _: Any) -> NoReturn:
+def _exit(number: int, _: Any) -> NoReturn:
     raise SystemExit(128 + number)
 
 
 def _serve(connection: Any, options: dict[str, Any], environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     os.dup2(2, 1)  # what vLLM prints is a log; standard output is for results
-    for number in ENDING:
-        signal.signal(number, _leave_once)
-    threading.Thread(target=_outlive_nobody, daemon=True).start()
+    for number in STOP_SIGNALS:
+        signal.signal(number, _exit_once)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         from vllm import LLM
 
         llm = LLM(**options)
     except Exception as error:
-        with suppress(OSError):  # nobody is there to read it
+        with suppress(OSError):  # the parent is gone
             connection.send(("failed", _shorten(error)))
         return
     try:
@@ -135,23 +135,23 @@ def _serve(connection: Any, options: dict[str, Any], environment: Mapping[str, s
             _answer(connection, llm)
     finally:
         try:
-            _ignore_ending()
+            _ignore_stop_signals()
         finally:  # a signal may still come in between
-            llm.llm_engine.engine_core.shutdown()  # else this process would wait for its child, and that for this one
+            llm.llm_engine.engine_core.shutdown()  # otherwise this process and its child would wait for each other
 
 
-def _leave_once(number: int, frame: Any) -> NoReturn:
-    _ignore_ending()  # a second signal would stop what the first began to clean up
-    _leave(number, frame)
+def _exit_once(number: int, frame: Any) -> NoReturn:
+    _ignore_stop_signals()  # a second signal would interrupt the cleaning up
+    _exit(number, frame)
 
 
-def _ignore_ending() -> None:
-    for number in ENDING:
-        signal.signal(number, lambda *_: None)  # Python complains of one on its way where SIG_IGN is set
+def _ignore_stop_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)  # with SIG_IGN, Python complains of a pending signal
 
 
 def _answer(connection: Any, llm: Any) -> NoReturn:
-    """Run what is asked for; EOFError or OSError once nobody is there to ask."""
+    """Run the functions that the parent sends; EOFError or OSError once it is gone."""
     connection.send(("done", None))
     while True:
         function, args = connection.recv()
@@ -161,8 +161,8 @@ def _answer(connection: Any, llm: Any) -> NoReturn:
             connection.send(("failed", _shorten(error)))
 
 
-def _outlive_nobody() -> None:
-    """End this process as soon as the one that started it is gone, whatever it is doing."""
+def _end_with_parent() -> None:
+    """End this process as soon as its parent is gone, whatever it is doing."""
     multiprocessing.parent_process().join()
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
@@ -170,5 +170,5 @@ def _outlive_nobody() -> None:
 def _shorten(error: Exception) -> str:
     if isinstance(error, ImportError) and (explained := explain_import(error)):
         return explained
-    kind = "" if isinstance(error, AllocationError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, AdapterError) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())[:400]

@@ -1,9 +1,9 @@
-"""A live vLLM worker: change its layers' k and experts, run without them, count which experts its tokens go to.
+"""A live vLLM worker: change its MoE layers' k and experts, leave the layers out, count the tokens of each expert.
 
 For measuring only; an allocation that is served goes in by the plugin, before the model is built. Every function takes
-a worker first and is sent there by `LLM.collective_rpc`. On CUDA a MoE layer is opaque to torch.compile and finds its k
-and its weights when it is called, so new ones need new CUDA graphs and nothing else; each state keeps its graphs, and
-going back is free.
+a worker first and is sent there by `LLM.collective_rpc`. On CUDA a MoE layer is opaque to torch.compile and reads its k
+and its weights when it is called, so new ones need new CUDA graphs and nothing else. The graphs of each state are kept,
+so going back to it costs nothing.
 """
 
 import math
@@ -15,19 +15,19 @@ from typing import Any
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.serving.vllm_build import find_holders, read_top_k
 
-# What runs a layer once it is called, in every supported version; taken over to leave the layer out.
+# The method that computes a layer, in every supported version; replaced to leave the layer out.
 FORWARD = "_forward_impl"
-# A layer's weights, [experts, ., .], with the axis of the experts' width; and where it holds their number.
+# A layer's weights, [experts, ., .], with the axis of the experts' width; and the attributes with their number.
 WEIGHTS: Mapping[str, int] = {"w13_weight": 1, "w2_weight": 2}
 NUMBERS = ("global_num_experts", "local_num_experts")
-# Where captured graphs are kept: an attribute of every graph wrapper, and one of the newer model runner's manager.
+# Attributes that hold captured graphs: of every graph wrapper, and of the newer model runner's manager.
 WRAPPER_GRAPHS, MANAGER, MANAGER_GRAPHS = "concrete_cudagraph_entries", "cudagraph_manager", "graphs"
 
 
 def attempt(worker: Any, function: Callable[..., Any], args: Sequence[Any]) -> tuple[str | None, Any]:
-    """Why `function(worker, *args)` is refused, or None, and what it returns.
+    """The reason why `function(worker, *args)` is refused, or None; and its result.
 
-    An AdapterError is an answer here: vLLM wraps exceptions on their way back, and leaves no type and no message.
+    An AdapterError is returned as text: vLLM wraps exceptions on their way back, and leaves no type and no message.
     """
     try:
         return None, function(worker, *args)
@@ -38,12 +38,13 @@ def attempt(worker: Any, function: Callable[..., Any], args: Sequence[Any]) -> t
 def switch(worker: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]]) -> dict[int, int]:
     """Give this worker's MoE layers the k of `top_k`, or with None leave the layers out; returns their k now.
 
-    A layer that is left out gives zeros: what remains is the time of everything else. `kept` says how many experts
-    remain ("experts": kept, of) and how much of their width ("width": kept, of). Pruned layers work on a part of the
-    same memory in the smaller shape: for random weights only, whose values are as good as any.
+    A layer that is left out returns zeros, so that the time of everything else remains. `kept` says how many experts
+    remain ("experts": kept, of) and how much of their width ("width": kept, of). Pruned layers use a part of the same
+    memory in the smaller shape: for random weights only, any part of which is as good as another.
 
     Raises:
-        AllocationError: this model's layers cannot change while it lives, or `top_k` lacks one of them.
+        AllocationError: `top_k` lacks one of this model's layers.
+        AdapterError: the layers cannot change while the engine runs.
     """
     layers = _find_layers(worker)
     _check_switchable(worker, layers)
@@ -54,10 +55,10 @@ def switch(worker: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tupl
     for layer, module in layers.items():
         vars(module).pop(FORWARD, None)
         if top_k is None:
-            setattr(module, FORWARD, _leave_out)
+            setattr(module, FORWARD, _return_zeros)
         else:
             _set_top_k(module, top_k[layer])
-        if kept or vars(module).get("lexi_whole"):
+        if kept or vars(module).get("lexi_unpruned"):
             _prune(module, kept)
     now = vars(worker)["lexi_state"] = _make_state(top_k, kept)
     _use_graphs(worker, before, now)
@@ -81,14 +82,12 @@ def _check_switchable(worker: Any, layers: Mapping[int, Any]) -> None:
     for layer, module in layers.items():
         routing = vars(getattr(module, "router", None) or module).get("_compute_routing")
         if getattr(routing, "__module__", "").startswith("lexi_adapter") and routing.__module__ != __name__:
-            raise AllocationError(
-                f"layer {layer} was built with a gate exponent and keeps its k; start an engine for it"
-            )
+            raise AdapterError(f"layer {layer} was built with a gate exponent and keeps its k; start an engine for it")
     compiled = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
     opaque = current_platform.is_cuda_alike() and all(hasattr(layer, FORWARD) for layer in layers.values())
     if compiled and not opaque:
         kind = type(next(iter(layers.values()))).__name__
-        raise AllocationError(
+        raise AdapterError(
             f"torch.compile fixed the k of every {kind} here: start an engine for each k, or compile nothing with "
             "--engine '{\"enforce_eager\": true}'"
         )
@@ -105,16 +104,14 @@ def _prune(module: Any, kept: Mapping[str, tuple[int, int]]) -> None:
 
     experts = module.routed_experts
     if experts.expert_map is not None:
-        raise AllocationError(
-            "experts that are spread over several cards are not pruned in place; start engines for it"
-        )
-    whole = vars(module).setdefault("lexi_whole", {name: getattr(experts, name) for name in (*WEIGHTS, *NUMBERS)})
+        raise AdapterError("experts that are spread over several cards are not pruned in place; start engines for it")
+    unpruned = vars(module).setdefault("lexi_unpruned", {name: getattr(experts, name) for name in (*WEIGHTS, *NUMBERS)})
     (left, of), (narrow, wide) = kept.get("experts", (1, 1)), kept.get("width", (1, 1))
-    number = whole["global_num_experts"] * left // of
+    number = unpruned["global_num_experts"] * left // of
     for name, axis in WEIGHTS.items():
-        shape = list(whole[name].shape)
+        shape = list(unpruned[name].shape)
         shape[0], shape[axis] = number, shape[axis] * narrow // wide
-        part = whole[name].data.flatten()[: math.prod(shape)].view(shape)
+        part = unpruned[name].data.flatten()[: math.prod(shape)].view(shape)
         setattr(experts, name, torch.nn.Parameter(part, requires_grad=False))
     for name in NUMBERS:
         setattr(experts, name, number)
@@ -122,18 +119,18 @@ def _prune(module: Any, kept: Mapping[str, tuple[int, int]]) -> None:
 
 
 def _set_routing(router: Any, **changes: Any) -> None:
-    """Let a router choose among the first `number` experts, and not among those `dropped`; what is not named stays."""
-    asked = vars(router).setdefault("lexi_routing", {})
-    asked.update(changes)
+    """Have a router choose among the first `number` experts, without those `dropped`; what is not named stays."""
+    routing = vars(router).setdefault("lexi_routing", {})
+    routing.update(changes)
     vars(router).pop("_compute_routing", None)
-    if asked.get("number"):
-        router._compute_routing = _among(router._compute_routing, asked["number"])
-    if asked.get("dropped"):
-        router._compute_routing = _without(router._compute_routing, asked["dropped"])
+    if routing.get("number"):
+        router._compute_routing = _route_among_first(router._compute_routing, routing["number"])
+    if routing.get("dropped"):
+        router._compute_routing = _route_without(router._compute_routing, routing["dropped"])
 
 
-def _among(route: Any, number: int) -> Any:
-    # As many logits as there are experts left, by a view: copying the right ones would be time that pruning saves.
+def _route_among_first(route: Any, number: int) -> Any:
+    # As many logits as there are experts left, by a view: copying the right ones would take time that pruning saves.
     def routing(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
         tokens = router_logits.shape[0]
         return route(hidden_states, router_logits.flatten()[: tokens * number].view(tokens, number), *args, **kwargs)
@@ -141,7 +138,7 @@ def _among(route: Any, number: int) -> Any:
     return routing
 
 
-def _leave_out(hidden_states: Any, router_logits: Any, shared_experts_input: Any, *_: Any, **__: Any) -> Any:
+def _return_zeros(hidden_states: Any, router_logits: Any, shared_experts_input: Any, *_: Any, **__: Any) -> Any:
     import torch
 
     routed = torch.zeros_like(hidden_states)
@@ -149,7 +146,7 @@ def _leave_out(hidden_states: Any, router_logits: Any, shared_experts_input: Any
 
 
 def _use_graphs(worker: Any, before: Any, now: Any) -> None:
-    """Put away the graphs of the state `before`, and take out or capture those of the state `now`."""
+    """Store the graphs of the state `before`, and restore or capture those of the state `now`."""
     state = vars(worker)
     owners = state.setdefault("lexi_graph_owners", _find_graph_owners(worker))
     kept = state.setdefault("lexi_graphs", {})
@@ -174,10 +171,10 @@ def _find_graph_owners(worker: Any) -> list[tuple[Any, str]]:
 
 
 def draw_weights(worker: Any, seed: int) -> None:
-    """Random weights of a model that computes: normal, by fan-in; norms 1, biases 0. The same in every engine.
+    """Draw random weights whose experts matter: normal, scaled by fan-in; norms 1, biases 0. The same in every engine.
 
     vLLM's own are within 0.001, where experts add nothing and every k gives the same answer. Experts get twice the
-    fan-in scale, so that their outputs outweigh the residual's.
+    fan-in scale, so that their outputs outweigh the residual stream.
     """
     import torch
 
@@ -191,19 +188,19 @@ def draw_weights(worker: Any, seed: int) -> None:
 
 
 def watch(worker: Any, dropped: Mapping[int, list[int]]) -> None:
-    """Count from now on how many tokens go to each expert, after taking the experts of `dropped[layer]` away.
+    """Count from now on how many tokens go to each expert, without the experts of `dropped[layer]`.
 
     Raises:
-        AllocationError: a layer without a router to ask, or with CUDA graphs, which ask nobody.
+        AdapterError: a layer has no router, or the engine runs CUDA graphs, which bypass the Python router.
     """
     import torch
 
     if not worker.vllm_config.model_config.enforce_eager:
-        raise AllocationError("tokens are counted as Python sees them; start the engine with enforce_eager")
+        raise AdapterError("CUDA graphs bypass the router that counts tokens; start the engine with enforce_eager")
     state = vars(worker)["lexi_counts"] = {}
     for layer, module in _find_layers(worker).items():
         if not hasattr(module, "router"):
-            raise AllocationError(f"layer {layer} is a {type(module).__name__}, which routes by itself: not supported")
+            raise AdapterError(f"layer {layer} is a {type(module).__name__}, which routes by itself: not supported")
         counts: list[Any] = []
         state[layer] = counts
         router, experts = module.router, module.moe_config.num_experts
@@ -215,7 +212,7 @@ def watch(worker: Any, dropped: Mapping[int, list[int]]) -> None:
         _set_routing(router, dropped=dropped.get(layer))
 
 
-def _without(route: Any, experts: list[int]) -> Any:
+def _route_without(route: Any, experts: list[int]) -> Any:
     def routing(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
         logits = router_logits.clone()
         logits[:, experts] = float("-inf")
@@ -225,12 +222,12 @@ def _without(route: Any, experts: list[int]) -> Any:
 
 
 def read_counts(worker: Any) -> dict[int, list[list[int]]]:
-    """Decoder layer -> [step][expert], the tokens of every engine step since `watch`."""
+    """Decoder layer -> [step][expert], the number of tokens in every engine step since `watch`."""
     return {layer: [count.tolist() for count in counts] for layer, counts in vars(worker)["lexi_counts"].items()}
 
 
 def describe(worker: Any) -> dict[str, Any]:
-    """What measured: the card, and what of the engine's settings decides its speed."""
+    """The card, and the engine settings that decide its speed."""
     import torch
     from vllm.platforms import current_platform
 

@@ -1,10 +1,10 @@
-"""What an engine is given to do: batches of random tokens of fixed lengths, as LExI's throughput figures use them."""
+"""Workloads of engines: batches of random tokens of fixed lengths, as LExI's throughput figures use them."""
 
 import random
 import re
 from dataclasses import dataclass
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
 
 @dataclass(frozen=True, order=True)
@@ -20,7 +20,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Input and output tokens of all requests: over the end-to-end seconds, they are the throughput."""
+        """Input and output tokens of all requests; divided by the end-to-end seconds, they are the throughput."""
         return self.batch * (self.input_length + self.output_length)
 
 
@@ -32,11 +32,11 @@ DECODE_HEAVY = Workload(16, 32, 512)
 def parse_workload(text: str) -> Workload:
     """The workload that `str` prints: BATCHxINPUTxOUTPUT."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
-        raise AllocationError(f"workload {text!r} is not BATCHxINPUTxOUTPUT, such as {BALANCED}")
+        raise AdapterError(f"workload {text!r} is not BATCHxINPUTxOUTPUT, such as {BALANCED}")
     return Workload(*map(int, text.split("x")))
 
 
 def draw_prompts(workload: Workload, *, vocab_size: int, seed: int) -> list[list[int]]:
-    """Random token ids, [batch][input_length]; other ones for every seed."""
+    """Random token ids, [batch][input_length]; every seed gives others."""
     generator = random.Random(seed)
     return [generator.choices(range(vocab_size), k=workload.input_length) for _ in range(workload.batch)]

@@ -11,12 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import Allocation
 from lexi_adapter.errors import AllocationError
 from lexi_adapter.files import is_result
-from lexi_adapter.model.folder import check_folder, find_vocabulary, read_config
-from lexi_adapter.model.shapes import describe_folder
-from lexi_adapter.model.variants import Variant, allocate, check_names, find_allocation
+from lexi_adapter.model.variants import Variant
 from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, combine, compare
 
 FORMAT, VERSION = "lexi-eval", 1
@@ -26,40 +23,6 @@ STATEFUL = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 
 # (variant, task) -> outcome.
 Pieces = Mapping[tuple[str, str], Outcome]
-
-
-def make_variants(
-    folder: str, *, allocations: Mapping[str, Allocation], uniform: Sequence[int] = (), folders: Sequence[str] = ()
-) -> tuple[Variant, ...]:
-    """The base first, then allocations (by their files' names), uniform k and other folders.
-
-    Raises:
-        AllocationError: an allocation for another model, or another than the one that its folder was exported with, a k
-            that the model does not have, a folder that is no model or has another vocabulary than the base, or two
-            variants of one name.
-    """
-    config = read_config(Path(folder))
-    for allocation in allocations.values():
-        check_folder(allocation.model, Path(folder))
-    variants = [Variant("base", folder)]
-    variants += [Variant(name, folder, allocation=allocation) for name, allocation in allocations.items()]
-    if uniform:
-        # An allocation knows its model in families whose config alone does not tell.
-        known = next(iter(allocations.values()), None)
-        model = known.model if known else describe_folder(folder, "auto")
-        for k in uniform:
-            if not 1 <= k <= model.top_k:
-                raise AllocationError(f"uniform k = {k} is not one of 1 to {model.top_k}, the k of {folder}")
-            top_k = dict.fromkeys(model.moe_layers, k)
-            variants.append(Variant(f"uniform k = {k}", folder, allocation=allocate(model, top_k)))
-    for other in folders:
-        if find_vocabulary(read_config(Path(other))) != find_vocabulary(config):
-            raise AllocationError(f"{other} has another vocabulary than {folder}: they do not read the same tokens")
-        variants.append(Variant(other, other))
-    check_names(variants)
-    for variant in variants:
-        find_allocation(variant)
-    return tuple(variants)
 
 
 def hash_state(folder: str) -> str:

@@ -1,5 +1,6 @@
-"""What a model folder holds, read without torch.
+"""A model folder, read without torch, and the variants of one model that are compared.
 
-Read `folder` (config.json and safetensors headers), `identity` (does an allocation belong to it), `shapes` (its MoE
-layers from config.json alone) and `variants` (what is compared: allocations, uniform k, pruned models).
+Read `folder` (config.json and safetensors headers, and whether an allocation fits them), `identity` (the model of any
+checkpoint), `shapes` (a model of a known family from config.json alone) and `variants` (allocations, uniform k and
+pruned models side by side).
 """

@@ -1,4 +1,4 @@
-"""Whether an allocation fits a model folder: its config.json and the router tensors in its safetensors files.
+"""A model folder's config.json and safetensors headers, and the checks of an allocation against them.
 
 Standard library only, so that it runs before an engine starts and on machines without one.
 """
@@ -9,34 +9,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lexi_adapter.allocation import ModelIdentity
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 
-# Where models with other senses keep their language model's configuration.
-TEXT_CONFIGS = ("text_config", "language_config", "llm_config")
-
-
-def find_limit(config: Mapping[str, Any]) -> int | None:
-    """The positions that a model knows, by its config.json; None if that does not say."""
-    return _find_count(config, "max_position_embeddings")
-
-
-def find_vocabulary(config: Mapping[str, Any]) -> int | None:
-    """How many tokens a model knows, by its config.json; None if that does not say."""
-    return _find_count(config, "vocab_size")
-
-
-def _find_count(config: Mapping[str, Any], key: str) -> int | None:
-    sections = (config, *(config.get(name) for name in TEXT_CONFIGS))
-    value = next((s[key] for s in sections if isinstance(s, Mapping) and s.get(key)), None)
-    if value is not None and (type(value) is not int or value < 1):
-        raise AllocationError(f"config.json: {key} is {value!r}, an integer of at least 1 expected; fetch it again")
-    return value
-
-
-# Load formats that do not read the folder's safetensors as a checkpoint.
+# Dotted paths under which the config of a multimodal model may hold its language model's.
+TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.text_config")
+# Load formats of vLLM that do not read the folder's safetensors as a checkpoint.
 WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
 
 REMEDY = "profile and search this model with lexi-search to get one that fits"
@@ -44,7 +24,7 @@ REMEDY = "profile and search this model with lexi-search to get one that fits"
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor's bytes lie: `size` bytes from `offset` of `path`."""
+    """One tensor in a safetensors file: `size` bytes from `offset` of `path`."""
 
     path: Path
     shape: tuple[int, ...]
@@ -52,26 +32,61 @@ class Tensor:
     size: int
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    config = _read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder}/config.json is not a JSON object; fetch it again")
+    return config
+
+
+def find_text_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The language model's parts of a multimodal model's config, each after its dotted path; mostly one or none.
+
+    A model of text alone has none: its config is the language model's.
+    """
+    for path in TEXT_CONFIGS:
+        part: Any = config
+        for key in path.split("."):
+            part = part.get(key) if isinstance(part, Mapping) else None
+        if isinstance(part, Mapping):
+            yield path, part
+
+
+def find_limit(config: Mapping[str, Any]) -> int | None:
+    """The number of positions that a model knows, by its config.json; None if that does not say."""
+    return _find_count(config, "max_position_embeddings")
+
+
+def find_vocabulary(config: Mapping[str, Any]) -> int | None:
+    """The number of tokens that a model knows, by its config.json; None if that does not say."""
+    return _find_count(config, "vocab_size")
+
+
+def _find_count(config: Mapping[str, Any], key: str) -> int | None:
+    parts = (config, *(part for _, part in find_text_configs(config)))
+    value = next((part[key] for part in parts if part.get(key)), None)
+    if value is not None:
+        check_count("config.json", key, value, 1)
+    return value
+
+
+def check_count(place: str, key: str, value: Any, least: int) -> None:
+    """Raise AdapterError unless `value`, which `place` has under `key`, is an integer of at least `least`."""
+    if type(value) is not int or value < least:
+        raise AdapterError(f"{place}: {key} is {value!r}, an integer of at least {least} expected; fetch it again")
+
+
 def check_folder(model: ModelIdentity, folder: Path) -> None:
     """Check config.json and, where there are safetensors files, the layers, shapes and bytes of the routers.
 
     Raises:
-        AllocationError: the folder holds another model than `model` describes, or cannot be read.
+        AllocationError: the folder holds another model than `model` describes.
+        AdapterError: the folder cannot be read.
     """
     check_config(model, read_config(folder), f"{folder}/config.json")
     if has_weights(folder):
         check_routers(model, folder)
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether the folder holds safetensors files."""
-    return any(folder.glob("*.safetensors"))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder."""
-    config = _read_json(folder / "config.json")
-    return config if isinstance(config, dict) else _unfit(f"{folder}/config.json is not a JSON object")
 
 
 def check_config(model: ModelIdentity, config: Mapping[str, Any], place: str) -> None:
@@ -81,20 +96,22 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any], place: str) ->
     still are.
     """
     *parents, key = model.top_k_key.split(".")
-    level: Any = config
+    text: Any = config
     for parent in parents:
-        level = level.get(parent) if isinstance(level, Mapping) else None
-    if not isinstance(level, Mapping):
-        _unfit(f"{place} has no {'.'.join(parents)}, where the allocation's model keeps its top-k; {REMEDY}")
+        text = text.get(parent) if isinstance(text, Mapping) else None
+    if not isinstance(text, Mapping):
+        raise AllocationError(
+            f"{place} has no {'.'.join(parents)}, where the allocation's model keeps its top-k; {REMEDY}"
+        )
     compare("model_type", config.get("model_type"), model.model_type, place)
     for name, expected in (("num_hidden_layers", model.num_hidden_layers), (key, model.top_k)):
-        compare(name, level.get(name, expected), expected, place)
+        compare(name, text.get(name, expected), expected, place)
 
 
 def compare(what: str, found: Any, expected: Any, place: str) -> None:
     """Raise AllocationError unless `found`, which `place` says of `what`, is what the allocation expects."""
     if found != expected:
-        _unfit(f"{place}: {what} is {found!r}, the allocation was made for {expected!r}; {REMEDY}")
+        raise AllocationError(f"{place}: {what} is {found!r}, the allocation was made for {expected!r}; {REMEDY}")
 
 
 def check_routers(model: ModelIdentity, folder: Path) -> None:
@@ -103,25 +120,32 @@ def check_routers(model: ModelIdentity, folder: Path) -> None:
     check_layers(set(routers), model, f"{folder}: router tensors {model.router!r}")
     for layer, tensor in sorted(routers.items()):
         if len(tensor.shape) != 2 or tensor.shape[0] != model.num_experts:
-            _unfit(
+            raise AllocationError(
                 f"{folder}: the router of layer {layer} has shape {list(tensor.shape)}, "
                 f"the allocation was made for {model.num_experts} experts; {REMEDY}"
             )
     if hash_tensors(routers[layer] for layer in model.moe_layers) != model.router_sha256:
-        _unfit(f"{folder} holds other router weights than the allocation was made for (SHA-256 differs); {REMEDY}")
+        raise AllocationError(
+            f"{folder} holds other router weights than the allocation was made for (SHA-256 differs); {REMEDY}"
+        )
 
 
-def check_layers(found: set[int], model: ModelIdentity, place: str) -> None:
-    """Check that the MoE layers found at `place` are those of the allocation."""
-    missing, extra = sorted(set(model.moe_layers) - found), sorted(found - set(model.moe_layers))
+def check_layers(layers: set[int], model: ModelIdentity, place: str) -> None:
+    """Check that `layers`, which have a router at `place`, are the MoE layers of the allocation."""
+    missing, extra = sorted(set(model.moe_layers) - layers), sorted(layers - set(model.moe_layers))
     if missing:
-        _unfit(f"{place}: none for layers {missing} of the allocation; {REMEDY}")
+        raise AllocationError(f"{place}: none for layers {missing} of the allocation; {REMEDY}")
     if extra:
-        _unfit(f"{place}: layers {extra} have one, the allocation has no top-k for them; {REMEDY}")
+        raise AllocationError(f"{place}: layers {extra} have one, the allocation has no top-k for them; {REMEDY}")
 
 
-def find_output_layer(folder: Path) -> str | None:
-    """The name of the tensor that is the output layer, or None where the embeddings serve as that."""
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds safetensors files."""
+    return any(folder.glob("*.safetensors"))
+
+
+def find_lm_head(folder: Path) -> str | None:
+    """The name of the LM head's tensor, or None where it is tied to the embeddings."""
     return next((name for name, _ in read_tensors(folder) if name.endswith("lm_head.weight")), None)
 
 
@@ -141,7 +165,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         document = _read_json(index)
         weight_map = document.get("weight_map") if isinstance(document, dict) else None
         if not isinstance(weight_map, dict):
-            _unfit(f"{index} has no weight_map; fetch the checkpoint again")
+            raise AdapterError(f"{index} has no weight_map; fetch the checkpoint again")
         shards = sorted({folder / str(name) for name in weight_map.values()})
     else:
         shards = sorted(folder.glob("*.safetensors"))
@@ -156,18 +180,18 @@ def _read_header(path: Path) -> Iterator[tuple[str, Tensor]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
-                _unfit(f"{path} is not a whole safetensors file; fetch it again")
+                raise AdapterError(f"{path} is not a whole safetensors file; fetch it again")
             header = json.loads(file.read(length))
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 if not 0 <= begin <= end <= size - 8 - length:
-                    _unfit(f"{path} ends before tensor {name}; fetch it again")
+                    raise AdapterError(f"{path} ends before tensor {name}; fetch it again")
                 yield name, Tensor(path, tuple(entry["shape"]), 8 + length + begin, end - begin)
     except OSError as error:
-        raise AllocationError(f"cannot read {path}: {error.strerror}; fetch the checkpoint again") from error
+        raise AdapterError(f"cannot read {path}: {error.strerror}; fetch the checkpoint again") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise AllocationError(f"{path} has no safetensors header ({error}); fetch it again") from error
+        raise AdapterError(f"{path} has no safetensors header ({error}); fetch it again") from error
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:
@@ -184,10 +208,6 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise AllocationError(f"cannot read {path}: {error.strerror}; name a model folder") from error
+        raise AdapterError(f"cannot read {path}: {error.strerror}; name a model folder") from error
     except ValueError as error:
-        raise AllocationError(f"{path} is not JSON ({error}); fetch it again") from error
-
-
-def _unfit(message: str) -> NoReturn:
-    raise AllocationError(message)
+        raise AdapterError(f"{path} is not JSON ({error}); fetch it again") from error

@@ -1,4 +1,4 @@
-"""The identity of the model in a folder, whatever its family: what files that are made from it say of it.
+"""The identity of the checkpoint in a folder, whatever its family, for the files that are made from it.
 
 It comes from config.json and the tensors' headers, and is what lexi_search finds. No table of families is needed: a
 router is a tensor with a router's name and a row for every expert.
@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import ModelIdentity
-from lexi_adapter.errors import AllocationError
-from lexi_adapter.model.folder import Tensor, hash_tensors, read_config, read_tensors
+from lexi_adapter.errors import AdapterError
+from lexi_adapter.model.folder import Tensor, find_text_configs, hash_tensors, read_config, read_tensors
 
-# How the name of a router's weight may end. The top-k is held by the module that has it or by one of the two around.
+# Endings of a router weight's name. The module that has the weight, or one of the two around it, holds the top-k.
 ROUTER_WEIGHTS = tuple(
     f".{router}.weight" for router in ("gate", "router", "gate.wg", "router.gate", "router.layer", "router.classifier")
 )
 
-# Where a config keeps the language model's part and, in order of preference, its numbers.
-TEXT_CONFIGS = ("text_config", "language_config", "thinker_config.text_config")
+# Keys of a language model's config, in order of preference.
 TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
 NUM_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_experts", "num_local_experts")
 NUM_LAYERS = ("num_hidden_layers", "layers_block_type")  # the second has an entry for every layer
@@ -31,19 +30,20 @@ def describe_checkpoint(folder: Path) -> ModelIdentity:
     """The model in a folder with config.json and safetensors files.
 
     Raises:
-        AllocationError: the folder cannot be read, or holds no mixture-of-experts model, or one whose k is 1, where
-            there is nothing to save.
+        AdapterError: the folder cannot be read, or holds no mixture-of-experts model, or one whose k is 1, where there
+            is nothing to save.
     """
     config = read_config(folder)
-    place, path, text = f"{folder}/config.json", *_find_text_config(config)
+    place = f"{folder}/config.json"
+    path, text = next(find_text_configs(config), ("", config))
     top_k_key, top_k = _read_count(text, TOP_K, place)
     _, num_experts = _read_count(text, NUM_EXPERTS, place)
     _, num_layers = _read_count(text, NUM_LAYERS, place)
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise AllocationError(f"{place}: model_type is {model_type!r}, a name expected; fetch it again")
+        raise AdapterError(f"{place}: model_type is {model_type!r}, a name expected; fetch it again")
     if top_k == 1:
-        raise AllocationError(f"{place}: {top_k_key} is 1: each token runs one expert, none can be saved")
+        raise AdapterError(f"{place}: {top_k_key} is 1: each token runs one expert, none can be saved")
     pattern, routers = _find_routers(folder, num_experts, num_layers)
     return ModelIdentity(
         model_type=model_type,
@@ -57,40 +57,29 @@ def describe_checkpoint(folder: Path) -> ModelIdentity:
     )
 
 
-def _find_text_config(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The language model's part of a config and its dotted path there, which is empty where the config is all of it."""
-    for path in TEXT_CONFIGS:
-        found: Any = config
-        for key in path.split("."):
-            found = found.get(key) if isinstance(found, Mapping) else None
-        if isinstance(found, Mapping):
-            return path, found
-    return "", config
-
-
 def _read_count(text: Mapping[str, Any], keys: tuple[str, ...], place: str) -> tuple[str, int]:
     key = next((key for key in keys if text.get(key) is not None), None)
     if key is None:
-        raise AllocationError(f"{place} has no {' or '.join(keys)}; name a mixture-of-experts model")
+        raise AdapterError(f"{place} has no {' or '.join(keys)}; name a mixture-of-experts model")
     value = text[key]
     if key == "layers_block_type" and isinstance(value, list):
         value = len(value)
     elif isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]
     if type(value) is not int or value < 1:
-        raise AllocationError(f"{place}: {key} is {value!r}, expected one number of at least 1 for all layers")
+        raise AdapterError(f"{place}: {key} is {value!r}, expected one number of at least 1 for all layers")
     return key, value
 
 
 def _find_routers(folder: Path, num_experts: int, num_layers: int) -> tuple[str, dict[int, Tensor]]:
     """The name pattern of the routers, with {} for the layer, and decoder-layer index -> router."""
-    found: dict[str, dict[int, Tensor]] = {}
+    by_pattern: dict[str, dict[int, Tensor]] = {}
     for name, tensor in read_tensors(folder):
         match = LAYER.fullmatch(name)
         is_router = match and name.endswith(ROUTER_WEIGHTS) and not LEFT_OUT.match(name)
         if is_router and tensor.shape[:1] == (num_experts,) and int(match[2]) < num_layers:
-            found.setdefault(f"{match[1]}.{{}}.{match[3]}", {})[int(match[2])] = tensor
-    if len(found) != 1:
-        what = f"tensors of {len(found)} kinds ({', '.join(found)})" if found else "no tensor"
-        raise AllocationError(f"{folder}: {what} with a router's name and {num_experts} rows: unknown family")
-    return found.popitem()
+            by_pattern.setdefault(f"{match[1]}.{{}}.{match[3]}", {})[int(match[2])] = tensor
+    if len(by_pattern) != 1:
+        what = f"tensors of {len(by_pattern)} kinds ({', '.join(by_pattern)})" if by_pattern else "no tensor"
+        raise AdapterError(f"{folder}: {what} with a router's name and {num_experts} rows: unknown family")
+    return by_pattern.popitem()

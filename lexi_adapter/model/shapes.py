@@ -1,4 +1,7 @@
-"""The identity of a model from its config.json alone: which layers are MoE, how many experts, and its own top-k."""
+"""The identity of a model of a known family from its config.json alone: MoE layers, number of experts, top-k.
+
+Weights are read only for the routers' hash, and for families that are not in the table here.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -6,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import Allocation, ModelIdentity
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.model.folder import (
     WEIGHTS_ELSEWHERE,
     check_config,
+    check_count,
     check_folder,
     check_layers,
     compare,
@@ -18,20 +22,29 @@ from lexi_adapter.model.folder import (
     hash_tensors,
     read_config,
 )
+from lexi_adapter.model.identity import describe_checkpoint
 
 UNCHECKED = "0" * 64  # router_sha256 of an allocation for random weights: there are no bytes to compare
-RANDOM = "dummy"  # vLLM's load format without weights
+RANDOM = "dummy"  # vLLM's load format of random weights
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's config keeps what pruning changes; `shared` counts shared experts of the experts' own width."""
+    """A family's config keys of the numbers that pruning changes, and the name pattern of its router tensors.
+
+    Under `shared` is the number of shared experts, if they have the routed ones' width; under `text_config` the
+    language model's part of a multimodal config.
+    """
 
     num_experts: str
     width: str
     router: str = "model.layers.{}.mlp.gate.weight"
     shared: str | None = None
     text_config: str | None = None
+
+    def nest(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """`overrides` of the language model's config as overrides of the whole one."""
+        return {self.text_config: dict(overrides)} if self.text_config else dict(overrides)
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -51,20 +64,20 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 TOP_K = "num_experts_per_tok"
-RENAMED = "num_local_experts"  # what transformers 5 writes where some families' public configs have `num_experts`
+RENAMED = "num_local_experts"  # transformers 5 writes it where public configs of some families have `num_experts`
 
 
 def describe(config: Mapping[str, Any]) -> ModelIdentity:
     """The model that config.json describes, of random weights: `router_sha256` is `UNCHECKED`.
 
     Raises:
-        AllocationError: a family that is not in `FAMILIES`, or a config without the family's keys.
+        AdapterError: a family that is not in `FAMILIES`, or a config without the family's keys.
     """
     family, text = find_family(config)
     layers = text["num_hidden_layers"]
     moe_layers = tuple(_find_moe_layers(config["model_type"], text))
     if not moe_layers:
-        raise AllocationError(f"config.json of {config['model_type']} leaves no MoE layer; name another model")
+        raise AdapterError(f"config.json of {config['model_type']} leaves no MoE layer; name another model")
     prefix = f"{family.text_config}." if family.text_config else ""
     return ModelIdentity(
         model_type=config["model_type"],
@@ -82,13 +95,11 @@ def describe_folder(folder: str, load_format: str) -> ModelIdentity:
     """The model in a folder, with its routers' hash if its own weights are loaded.
 
     Raises:
-        AllocationError: as `describe`, but for families that the folder's weights tell of; or the folder's files are
-            not what its config.json says.
+        AdapterError: as `describe`, except that the folder's weights may tell of other families.
+        AllocationError: the routers in the folder are not those that its config.json says.
     """
     config = read_config(Path(folder))
     if config.get("model_type") not in list(FAMILIES) and has_weights(Path(folder)):
-        from lexi_adapter.model.identity import describe_checkpoint  # late: it imports torch
-
         model = describe_checkpoint(Path(folder))
         return replace(model, router_sha256=UNCHECKED) if load_format == RANDOM else model
     model = describe(config)
@@ -100,10 +111,11 @@ def describe_folder(folder: str, load_format: str) -> ModelIdentity:
 
 
 def check_allocation(allocation: Allocation, folder: str, load_format: str) -> None:
-    """Check that an allocation was made for the model in a folder, as far as config.json and weights that are read say.
+    """Check that an allocation was made for the model in a folder, by config.json and the weights that are loaded.
 
     Raises:
         AllocationError: it was made for another model; the message names what differs.
+        AdapterError: the folder cannot be read.
     """
     model, place = allocation.model, f"{folder}/config.json"
     if load_format not in WEIGHTS_ELSEWHERE and has_weights(Path(folder)):
@@ -112,59 +124,53 @@ def check_allocation(allocation: Allocation, folder: str, load_format: str) -> N
     config = read_config(Path(folder))
     check_config(model, config, place)
     if config["model_type"] in FAMILIES or has_weights(Path(folder)):
-        found = describe_folder(folder, RANDOM)
-        compare("the number of experts", found.num_experts, model.num_experts, place)
-        compare("the list of MoE layers", list(found.moe_layers), list(model.moe_layers), place)
+        described = describe_folder(folder, RANDOM)
+        compare("the number of experts", described.num_experts, model.num_experts, place)
+        compare("the list of MoE layers", list(described.moe_layers), list(model.moe_layers), place)
 
 
 def find_family(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
+    """The family of a config, and the language model's part of it, whose keys that `Family` names are checked.
+
+    Raises:
+        AdapterError: as `describe`.
+    """
     name = config.get("model_type")
     if name not in list(FAMILIES):  # a list, because what a config holds need not be hashable
-        raise AllocationError(
+        raise AdapterError(
             f"model_type {name!r} is not one of {', '.join(FAMILIES)}, of which config.json alone tells enough; name a "
             "folder with its weights, or, where there are such options, an --allocation by lexi-search or a --folder"
         )
     family = FAMILIES[name]
     text = config.get(family.text_config) if family.text_config else config
     if not isinstance(text, Mapping):
-        raise AllocationError(f"config.json of {name} has no object {family.text_config}; fetch it again")
+        raise AdapterError(f"config.json of {name} has no object {family.text_config}; fetch it again")
     if family.num_experts not in text and RENAMED in text:
         family = replace(family, num_experts=RENAMED)
     keys = (family.num_experts, family.width, TOP_K, "num_hidden_layers")
     missing = [key for key in keys if key not in text]
     if missing:
-        raise AllocationError(f"config.json of {name} has no {', '.join(missing)}; name them there")
+        raise AdapterError(f"config.json of {name} has no {', '.join(missing)}; name them there")
     for key in keys:
-        check_count(name, key, text[key], 1)
+        check_count(f"config.json of {name}", key, text[key], 1)
     if text[TOP_K] > text[family.num_experts]:
-        raise AllocationError(
+        raise AdapterError(
             f"config.json of {name}: {TOP_K} is {text[TOP_K]}, more than the {text[family.num_experts]} experts; fetch "
             "it again"
         )
     return family, text
 
 
-def check_count(name: str, key: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise AllocationError(
-            f"config.json of {name}: {key} is {value!r}, an integer of at least {least} expected; fetch it again"
-        )
-
-
 def _find_moe_layers(name: str, text: Mapping[str, Any]) -> Iterator[int]:
     first, frequency = text.get("first_k_dense_replace") or 0, text.get("moe_layer_freq") or 1
     step, dense = text.get("decoder_sparse_step") or 1, text.get("mlp_only_layers") or []
-    check_count(name, "first_k_dense_replace", first, 0)
-    check_count(name, "moe_layer_freq", frequency, 1)
-    check_count(name, "decoder_sparse_step", step, 1)
+    counts = (("first_k_dense_replace", first, 0), ("moe_layer_freq", frequency, 1), ("decoder_sparse_step", step, 1))
+    for key, value, least in counts:
+        check_count(f"config.json of {name}", key, value, least)
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise AllocationError(
+        raise AdapterError(
             f"config.json of {name}: mlp_only_layers is {dense!r}, a list of layers expected; fetch it again"
         )
     for layer in range(text["num_hidden_layers"]):
         if layer >= first and layer % frequency == 0 and (layer + 1) % step == 0 and layer not in dense:
             yield layer
-
-
-def nest(family: Family, overrides: dict[str, Any]) -> dict[str, Any]:
-    return {family.text_config: overrides} if family.text_config else overrides

@@ -1,4 +1,4 @@
-"""What is compared: one model as it is, with fewer active experts, and with experts dropped or narrowed.
+"""Variants of one model to compare: as it is, with fewer active experts, and with experts dropped or narrowed.
 
 A variant is data: a folder, what changes in its config, and the k of its layers. Dropping experts (inter-pruning) and
 narrowing them (intra-pruning) by config alone is for random weights (`--load-format dummy`); for real ones write a
@@ -7,31 +7,23 @@ pruned checkpoint and name its folder.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, read_allocation
-from lexi_adapter.errors import AllocationError
-from lexi_adapter.model.folder import read_config
-from lexi_adapter.model.shapes import (
-    RANDOM,
-    TOP_K,
-    check_allocation,
-    check_count,
-    describe_folder,
-    find_family,
-    nest,
-)
+from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.model.folder import check_count, find_vocabulary, read_config
+from lexi_adapter.model.shapes import RANDOM, TOP_K, check_allocation, describe_folder, find_family
 
 
 @dataclass(frozen=True)
 class Variant:
     """One thing to measure.
 
-    `overrides` are vLLM's --hf-overrides; `allocation` goes in by --additional-config; `environment` is the process's.
-    `kept` says of a pruned variant how much of "experts" or of "width" is left: kept, of.
+    `overrides` are vLLM's --hf-overrides; `allocation` goes in by --additional-config; `environment` is the engine
+    process's. `kept` says of a pruned variant how many "experts" or how much "width" is left: (kept, of).
     """
 
     name: str
@@ -55,12 +47,12 @@ def allocate(model: ModelIdentity, top_k: Mapping[int, int]) -> Allocation:
 
 
 def draw_top_k(model: ModelIdentity, budget: int, *, seed: int) -> dict[int, int]:
-    """A k for every layer that sums to `budget`: drawn from 1..top_k alike, then moved by ones until the sum is right.
+    """A random k for every layer: uniform over 1..top_k, then changed by ones until the sum is `budget`.
 
-    As uneven as an allocation gets; what an engine's speed depends on is how many layers have which k.
+    As uneven as an allocation gets; an engine's speed depends on how many layers have which k.
     """
     if not len(model.moe_layers) <= budget <= len(model.moe_layers) * model.top_k:
-        raise AllocationError(f"no k from 1 to {model.top_k} over {len(model.moe_layers)} layers sums to {budget}")
+        raise AdapterError(f"no k from 1 to {model.top_k} over {len(model.moe_layers)} layers sums to {budget}")
     generator = random.Random(seed)
     top_k = {layer: generator.randint(1, model.top_k) for layer in model.moe_layers}
     while (missing := budget - sum(top_k.values())) != 0:
@@ -81,17 +73,17 @@ def find_uniform(model: ModelIdentity, budget: int) -> int | None:
 
 
 def drop_experts(name: str, folder: str, config: Mapping[str, Any], share: float) -> Variant:
-    """Inter-pruning: a share of every layer's experts is gone, k stays."""
+    """Inter-pruning: a share of every layer's experts is dropped, k stays."""
     family, text = find_family(config)
     kept = round(text[family.num_experts] * (1 - share))
     if kept < text[TOP_K]:
-        raise AllocationError(f"dropping {share:.3g} of the experts leaves {kept}, fewer than k = {text[TOP_K]}")
-    overrides = nest(family, {family.num_experts: kept})
+        raise AdapterError(f"dropping {share:.3g} of the experts leaves {kept}, fewer than k = {text[TOP_K]}")
+    overrides = family.nest({family.num_experts: kept})
     return Variant(name, folder, overrides, kept={"experts": (kept, text[family.num_experts])})
 
 
 def narrow_experts(name: str, folder: str, config: Mapping[str, Any], share: float) -> Variant:
-    """Intra-pruning: a share of every routed expert's inner width is gone.
+    """Intra-pruning: a share of every routed expert's inner width is dropped.
 
     Where shared experts have the routed ones' width, their number grows in the config so that together they stay as
     wide, or by less than one expert wider.
@@ -99,13 +91,13 @@ def narrow_experts(name: str, folder: str, config: Mapping[str, Any], share: flo
     family, text = find_family(config)
     width = round(text[family.width] * (1 - share))
     if width < 1:
-        raise AllocationError(f"narrowing experts of width {text[family.width]} by {share:.3g} leaves nothing of them")
+        raise AdapterError(f"narrowing experts of width {text[family.width]} by {share:.3g} leaves nothing of them")
     overrides = {family.width: width}
     shared = text.get(family.shared) if family.shared else None
     if shared is not None:
-        check_count(config["model_type"], family.shared, shared, 0)
+        check_count(f"config.json of {config['model_type']}", family.shared, shared, 0)
         overrides[family.shared] = math.ceil(shared * text[family.width] / width)
-    return Variant(name, folder, nest(family, overrides), kept={"width": (width, text[family.width])})
+    return Variant(name, folder, family.nest(overrides), kept={"width": (width, text[family.width])})
 
 
 def make_variants(
@@ -113,64 +105,103 @@ def make_variants(
     *,
     load_format: str,
     allocations: Mapping[str, Allocation],
+    uniform: Sequence[int] = (),
     shares: Sequence[float] = (),
     dropped: Sequence[float] = (),
     narrowed: Sequence[float] = (),
     folders: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[Variant, ...]:
-    """The base first; then allocations, for every share of its budget a mixed and a uniform k, and pruned models.
+    """The base first; then allocations, uniform k, a mixed and a uniform k for every share, pruned models, folders.
 
-    A share that no uniform k has, or whose only allocation is uniform, gives one variant.
+    A share of the model's own budget that no uniform k has, or whose only allocation is uniform, gives one variant.
+
+    Args:
+        folder: the base.
+        load_format: vLLM's load format of the base.
+        allocations: name -> allocation, of the base's model.
+        uniform: k for all layers.
+        shares: of the budget.
+        dropped: shares of every layer's experts to drop.
+        narrowed: shares of every expert's width to drop.
+        folders: other models, named by their folders.
+        seed: of mixed k.
 
     Raises:
-        AllocationError: an allocation for another model, a share that cannot be had, a config that does not tell what
-            is pruned, or two variants of one name.
+        AllocationError: an allocation for another model.
+        AdapterError: a k or a share that cannot be had, a config that does not tell what is pruned, or two variants of
+            one name.
     """
+    config = read_config(Path(folder))
     for allocation in allocations.values():
         check_allocation(allocation, folder, load_format)
+    if (dropped or narrowed) and load_format != RANDOM:
+        raise AdapterError(f"a config alone prunes random weights only: add --load-format {RANDOM}, or name a folder")
     variants = [Variant("base", folder)]
     variants += [Variant(name, folder, allocation=allocation) for name, allocation in allocations.items()]
-    if (dropped or narrowed) and load_format != RANDOM:
-        raise AllocationError(
-            f"a config alone prunes random weights only: add --load-format {RANDOM}, or name a folder"
-        )
-    config = read_config(Path(folder))
-    model = describe_folder(folder, load_format) if shares else None
-    for share in shares:
-        budget = share_of_budget(model, share)
-        k, percent = find_uniform(model, budget), f"{100 * share:g} %"
-        if k != 1:
-            mixed = draw_top_k(model, budget, seed=seed)
-            variants.append(Variant(f"mixed k, {percent}", folder, allocation=allocate(model, mixed)))
-        if k is not None:
-            uniform = dict.fromkeys(model.moe_layers, k)
-            variants.append(Variant(f"uniform k = {k}, {percent}", folder, allocation=allocate(model, uniform)))
+    if uniform or shares:
+        # An allocation knows its model in families whose config alone does not tell.
+        known = next(iter(allocations.values()), None)
+        model = known.model if known else describe_folder(folder, load_format)
+        variants += [_give_uniform(f"uniform k = {k}", folder, model, k) for k in uniform]
+        variants += [variant for share in shares for variant in _spend_share(folder, model, share, seed)]
     variants += [drop_experts(f"inter-pruned {100 * share:g} %", folder, config, share) for share in dropped]
     variants += [narrow_experts(f"intra-pruned {100 * share:g} %", folder, config, share) for share in narrowed]
     variants += [Variant(name, name) for name in folders]
-    check_names(variants)
+    _check_names(variants)
     return tuple(variants)
 
 
-def check_names(variants: Sequence[Variant]) -> None:
-    """Raise AllocationError for two variants of one name, whose results could not be told apart."""
+def _give_uniform(name: str, folder: str, model: ModelIdentity, k: int) -> Variant:
+    if not 1 <= k <= model.top_k:
+        raise AdapterError(f"uniform k = {k} is not one of 1 to {model.top_k}, the k of {folder}")
+    return Variant(name, folder, allocation=allocate(model, dict.fromkeys(model.moe_layers, k)))
+
+
+def _spend_share(folder: str, model: ModelIdentity, share: float, seed: int) -> Iterator[Variant]:
+    """A mixed and a uniform k that spend a share of the model's budget, where there are such."""
+    budget = share_of_budget(model, share)
+    k, percent = find_uniform(model, budget), f"{100 * share:g} %"
+    if k != 1:
+        mixed = draw_top_k(model, budget, seed=seed)
+        yield Variant(f"mixed k, {percent}", folder, allocation=allocate(model, mixed))
+    if k is not None:
+        yield _give_uniform(f"uniform k = {k}, {percent}", folder, model, k)
+
+
+def _check_names(variants: Sequence[Variant]) -> None:
+    """Raise AdapterError for two variants of one name, whose results could not be told apart."""
     names = [variant.name for variant in variants]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
-        raise AllocationError(f"two variants are called {double!r}; name each once, by another path if need be")
+        raise AdapterError(f"two variants are called {double!r}; name each once, by another path if need be")
 
 
-def find_allocation(variant: Variant) -> Any:
+def check_comparable(variants: Sequence[Variant]) -> None:
+    """Check that the quality of variants can be compared with the first's, the base's.
+
+    Raises:
+        AdapterError: a folder that is no model, or whose vocabulary is not the base's.
+        AllocationError: as `find_allocation`.
+    """
+    base = variants[0].folder
+    vocabulary = find_vocabulary(read_config(Path(base)))
+    for variant in variants:
+        if find_vocabulary(read_config(Path(variant.folder))) != vocabulary:
+            raise AdapterError(f"{variant.folder} has another vocabulary than {base}: they do not read the same tokens")
+        find_allocation(variant)
+
+
+def find_allocation(variant: Variant) -> Allocation | None:
     """The variant's allocation, or the one that its folder was exported with: transformers applies neither itself.
 
     Raises:
         AllocationError: both are there and ask for different things.
     """
     document = read_config(Path(variant.folder)).get(KEY)
-    own = None if document is None else read_allocation(document)
-    if own is not None and variant.allocation is not None and not own.asks_the_same_as(variant.allocation):
+    exported = None if document is None else read_allocation(document)
+    if exported is not None and variant.allocation is not None and not exported.asks_the_same_as(variant.allocation):
         raise AllocationError(
             f"{variant.folder} was exported with another allocation than {variant.name}; name its origin"
         )
-    return variant.allocation or own
+    return variant.allocation or exported

@@ -1,6 +1,7 @@
-"""An allocation applied: in vLLM as a plugin, in transformers models in place.
+"""An allocation applied: to vLLM by a plugin, to a loaded transformers model in place.
 
-Read `gates` (the gate exponent), with `triton_gates` and `transformers_gates` for it, and `transformers_patch`; then
-vLLM: `vllm_names` (an engine's internals by version), `vllm_gates`, `vllm_build` (hooks where layers are built) and
+Read `gates` (the arithmetic of the gate exponent) and `triton_gates` (the same as a kernel). Then transformers:
+`transformers_gates` (routers with a gate exponent) and `transformers_patch` (`apply`). Then vLLM: `vllm_names` (its
+internals, by version), `vllm_gates` (routers with a gate exponent), `vllm_build` (hooks where layers are built) and
 `vllm_plugin` (the entry point).
 """

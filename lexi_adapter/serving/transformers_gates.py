@@ -1,7 +1,7 @@
-"""The gate exponent in transformers: a router that weighs its k experts as the allocation says.
+"""The gate exponent in transformers: routers whose weights of k experts are those that the allocation asks for.
 
-A router of transformers 5 is a module, or a method of its block, that returns the ids and weights of the experts it
-chose, both [tokens, k], in a tuple with other things.
+A router of transformers 5 is a module, or a method of its block. It returns a tuple that holds, beside other things,
+the ids and the weights of the chosen experts, both [tokens, k].
 """
 
 import copy
@@ -15,16 +15,16 @@ from lexi_adapter.serving.gates import pick
 
 # Model types whose weights are not the gate scores up to one factor a token.
 UNPROPORTIONAL = frozenset({"gemma4", "gemma4_text", "inkling", "inkling_text", "phimoe"})
-# The method that chooses, of the module that holds the top-k. accelerate keeps it under the second name.
-CHOOSING = ("route_tokens_to_experts", "_old_forward", "forward")
+# Names of the method that chooses experts, of the module that holds the top-k. accelerate uses the second one.
+ROUTING_METHODS = ("route_tokens_to_experts", "_old_forward", "forward")
 
 
 @dataclass
 class Compensated:
-    """In place of a router's own method: what the router gives its k experts, weighed as k of the model's own K.
+    """A stand-in for a router's own method: the router's k experts, with the weights of k of the model's own K.
 
-    Both routers are copies that share the parameters of the one they stand for, so they follow it to other devices,
-    through training and through `copy.deepcopy`.
+    `narrow` routes at k, `wide` at K. Both are copies that share the parameters of the router they stand for, so they
+    follow it to other devices, through training and through `copy.deepcopy`.
     """
 
     method: str
@@ -48,8 +48,8 @@ def check_compensable(model_type: str) -> None:
 
 
 def compensate_router(router: torch.nn.Module, top_k_name: str, own_top_k: int, exponent: float) -> None:
-    """Apply the gate exponent to the module that chooses, whose attribute `top_k_name` is its k, in place."""
-    name = next(name for name in CHOOSING if hasattr(router, name))
+    """Apply the gate exponent, in place, to the module that chooses experts and holds k as `top_k_name`."""
+    name = next(name for name in ROUTING_METHODS if hasattr(router, name))
     narrow, wide = copy.copy(router), copy.copy(router)
     setattr(wide, top_k_name, own_top_k)
     method = "forward" if name == "_old_forward" else name
@@ -58,18 +58,18 @@ def compensate_router(router: torch.nn.Module, top_k_name: str, own_top_k: int, 
 
 def restore_router(router: torch.nn.Module) -> None:
     """Undo `compensate_router`."""
-    for name in CHOOSING:
+    for name in ROUTING_METHODS:
         if isinstance(vars(router).get(name), Compensated):
-            found = vars(router).pop(name)
+            compensated = vars(router).pop(name)
             if name == "_old_forward":
-                setattr(router, name, getattr(type(router), found.method).__get__(router))
+                setattr(router, name, getattr(type(router), compensated.method).__get__(router))
 
 
 def _find_weights(chosen: Any, name: str) -> tuple[int, int]:
-    """Where in a router's result the weights and the ids are."""
+    """The indices of the weights and of the ids in a router's result."""
     parts = list(enumerate(chosen)) if isinstance(chosen, tuple) else []
-    ids = [place for place, part in parts if torch.is_tensor(part) and not part.is_floating_point()]
-    weights = [place for place, part in parts if ids and part.shape == chosen[ids[0]].shape and place != ids[0]]
+    ids = [index for index, part in parts if torch.is_tensor(part) and not part.is_floating_point()]
+    weights = [index for index, part in parts if ids and part.shape == chosen[ids[0]].shape and index != ids[0]]
     if len(ids) != 1 or len(weights) != 1:
         raise AllocationError(f"{name} does not return the ids and weights of its experts: no gate exponent possible")
     return weights[0], ids[0]

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from lexi_adapter.allocation import Allocation, ModelIdentity, check_reducible, read_allocation
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.folder import REMEDY, check_layers, check_routers, compare, has_weights
 from lexi_adapter.model.identity import ROUTER_WEIGHTS
 from lexi_adapter.serving.transformers_gates import check_compensable, compensate_router, restore_router
 
 TOP_K_NAMES = ("top_k", "num_experts_per_tok")
-# A table of experts for every token of the vocabulary, as wide as the model's own top-k, instead of a choice by scores.
+# Buffers with a fixed choice of experts for every token of the vocabulary, as wide as the model's own top-k.
 FIXED_CHOICES = ("tid2eid",)
 
 
@@ -41,7 +41,8 @@ def apply(
             were meant to change (fine-tuned, cast to fewer bits).
 
     Raises:
-        AllocationError: the allocation is not valid, or not for this model, or the family routes in an unknown way.
+        AllocationError: the allocation is not valid, or not for this model.
+        AdapterError: the family routes in an unknown way.
     """
     allocation = read_allocation(allocation)
     check_reducible(allocation)
@@ -54,10 +55,10 @@ def apply(
         check_compensable(identity.model_type)
     if check_weights:
         _check_weights(identity, model, routers)
-    for layer, found in holders.items():
-        top_k, (router, name) = allocation.top_k[layer], found[0]
+    for layer, attributes in holders.items():
+        top_k, (router, name) = allocation.top_k[layer], attributes[0]
         restore_router(router)
-        for module, attribute in found:
+        for module, attribute in attributes:
             setattr(module, attribute, top_k)
         if allocation.gate_exponent is not None and top_k < identity.top_k:
             compensate_router(router, name, identity.top_k, allocation.gate_exponent)
@@ -92,23 +93,23 @@ def find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, s
         compare(f"number of rows of {name}", weight.shape[0], identity.num_experts, type(model).__name__)
         layer = indices[0]
         if layer in routers:
-            raise AllocationError(f"layer {layer} has two routers, {routers[layer]} and {name}: unknown family")
+            raise AdapterError(f"layer {layer} has two routers, {routers[layer]} and {name}: unknown family")
         routers[layer] = name
     return routers
 
 
 def _find_holders(model: torch.nn.Module, weight: str) -> list[tuple[torch.nn.Module, str]]:
-    """The attributes that hold the top-k of a layer, of its router or of the block around; the router's own first."""
+    """The attributes (module, name) that hold a layer's top-k: the router's first, then those of the block around."""
     names = weight.split(".")
     modules = [model.get_submodule(".".join(names[:end])) for end in (-1, -2, -3)]
     router = ".".join(names[:-1])
     if any(hasattr(module, name) for module in modules for name in FIXED_CHOICES):
-        raise AllocationError(f"{router} looks its experts up for every token: no other top-k can be applied")
-    # The decoder layer itself and what is around it are not the block.
+        raise AdapterError(f"{router} looks its experts up for every token: no other top-k can be applied")
+    # The decoder layer itself and the modules around it are not the block.
     modules = [module for module, end in zip(modules, (-1, -2, -3), strict=True) if not names[end - 1].isdecimal()]
     holders = [(module, name) for module in modules for name in TOP_K_NAMES if type(vars(module).get(name)) is int]
     if not holders:
-        raise AllocationError(f"{router} and its block hold no {' or '.join(TOP_K_NAMES)}: unknown family")
+        raise AdapterError(f"{router} and its block hold no {' or '.join(TOP_K_NAMES)}: unknown family")
     return holders
 
 

@@ -1,7 +1,7 @@
 """The gate exponent on CUDA, in one kernel after a router's own: of the model's own K experts, the first k, reweighed.
 
-For layers that vLLM's compiler does not see into; `gates` has the formula. Only imported where it runs, or
-is interpreted by a test (TRITON_INTERPRET=1).
+For layers that are opaque to vLLM's compiler; `gates` has the formula. Imported only where it runs, or where a test
+interprets it (TRITON_INTERPRET=1).
 """
 
 import torch
@@ -16,14 +16,15 @@ ROWS = 16  # tokens of one program
 def narrow(
     weights: torch.Tensor, ids: torch.Tensor, top_k: int, exponent: float, *, ranked: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights and ids [tokens, top_k] of a layer that keeps top_k of its own K experts, those selected first.
+    """The weights and ids [tokens, top_k] of a layer that keeps, of its own K experts, the top_k selected first.
 
     Args:
-        weights: what the model gives its own K experts, [tokens, K], none below zero.
-        ids: which experts these are, [tokens, K].
-        top_k: how many are kept.
+        weights: of the model's own K experts, [tokens, K], none below zero.
+        ids: of these experts, [tokens, K].
+        top_k: the number of experts to keep.
         exponent: b in (S_K / S_k)^b.
-        ranked: those selected first are those of the largest weights, wherever they stand; or else the first ones.
+        ranked: the experts selected first are those of the largest weights, in any column; otherwise those of the first
+            columns.
     """
     tokens, own_top_k = weights.shape
     narrowed = [values.new_empty((tokens, top_k)) for values in (weights, ids)]
@@ -37,7 +38,7 @@ def narrow(
             tiny=TINY,
             own_top_k=own_top_k,
             top_k=top_k,
-            wide=triton.next_power_of_2(own_top_k),
+            columns=triton.next_power_of_2(own_top_k),
             ranked=ranked,
             rows=ROWS,
             num_warps=1,
@@ -57,28 +58,28 @@ def _narrow(
     tiny: tl.constexpr,
     own_top_k: tl.constexpr,
     top_k: tl.constexpr,
-    wide: tl.constexpr,
+    columns: tl.constexpr,  # own_top_k, rounded up to a power of two
     ranked: tl.constexpr,
     rows: tl.constexpr,
 ):
     row = tl.program_id(0) * rows + tl.arange(0, rows)
-    column = tl.arange(0, wide)
-    there = (row < tokens)[:, None] & (column < own_top_k)[None, :]
-    places = row[:, None].to(tl.int64) * own_top_k + column[None, :]
-    weight = tl.load(weights + places, mask=there, other=0.0).to(tl.float32)
-    expert = tl.load(ids + places, mask=there, other=0)
+    column = tl.arange(0, columns)
+    valid = (row < tokens)[:, None] & (column < own_top_k)[None, :]
+    offsets = row[:, None].to(tl.int64) * own_top_k + column[None, :]
+    weight = tl.load(weights + offsets, mask=valid, other=0.0).to(tl.float32)
+    expert = tl.load(ids + offsets, mask=valid, other=0)
     if ranked:
-        rank = tl.zeros((rows, wide), tl.int32)
-        # One column at a time: how many are larger, or as large and stand before.
+        rank = tl.zeros((rows, columns), tl.int32)
+        # One column at a time: the rank is the number of weights that are larger, or as large and to the left.
         for other in tl.static_range(own_top_k):
             value = tl.sum(tl.where((column == other)[None, :], weight, 0.0), axis=1)[:, None]
             rank += ((value > weight) | ((value == weight) & (other < column)[None, :])).to(tl.int32)
     else:
-        rank = tl.zeros((rows, wide), tl.int32) + column[None, :]
-    kept = there & (rank < top_k)
+        rank = tl.zeros((rows, columns), tl.int32) + column[None, :]
+    kept = valid & (rank < top_k)
     mass = tl.sum(weight, axis=1) / tl.maximum(tl.sum(tl.where(kept, weight, 0.0), axis=1), tiny)
     # Padding rows have no weights at all.
     factor = tl.where(mass > 0.0, tl.exp2(exponent * tl.log2(tl.where(mass > 0.0, mass, 1.0))), 0.0)
-    targets = row[:, None].to(tl.int64) * top_k + rank
-    tl.store(out_weights + targets, weight * factor[:, None], mask=kept)
-    tl.store(out_ids + targets, expert, mask=kept)
+    out_offsets = row[:, None].to(tl.int64) * top_k + rank
+    tl.store(out_weights + out_offsets, weight * factor[:, None], mask=kept)
+    tl.store(out_ids + out_offsets, expert, mask=kept)

@@ -1,6 +1,6 @@
-"""How vLLM builds MoE layers, and how each gets its own top-k. Runs only where there is an allocation.
+"""Hooks where vLLM builds MoE layers, which give each layer its own top-k; used only where there is an allocation.
 
-What differs between vLLM's versions and families is in `vllm_names`. Nothing here imports vLLM before it is called.
+Differences between vLLM's versions and families are in `vllm_names`. Nothing here imports vLLM before it is called.
 """
 
 import functools
@@ -15,15 +15,15 @@ from operator import attrgetter
 from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, describe_run, read_allocation
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_adapter.serving.vllm_names import (
+    CUSTOM_ROUTING,
     FACTORY_MODULE,
     FACTORY_NAMES,
     HOLDERS,
-    OBEDIENT_ROUTING,
     OWN_BLOCKS,
-    OWN_ROUTING,
+    ROUTING_AT_TOP_K,
 )
 
 logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so that it prints as vLLM's do
@@ -31,17 +31,17 @@ logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so 
 
 @dataclass
 class Build:
-    """One model being built under an allocation: the layers made so far."""
+    """A model that is being built under an allocation, and its MoE layers made so far."""
 
     allocation: Allocation
-    made: dict[int, Any] = field(default_factory=dict)
+    layers: dict[int, Any] = field(default_factory=dict)
 
 
 _current: ContextVar[Build | None] = ContextVar("lexi_build", default=None)
 
 
 def hook(owner: Any, name: str, decorate: Callable[[Callable], Callable]) -> Callable:
-    """Replace the function `owner.name` by `decorate(it)`, once; returns what is there now."""
+    """Replace the function `owner.name` by `decorate(it)`, once; returns the function that is there now."""
     original = getattr(owner, name)
     if hasattr(original, "lexi_original"):
         return original
@@ -55,14 +55,14 @@ def hook_build() -> None:
     """Hook the MoE factory and the building of models in this process; calling it again changes nothing.
 
     Raises:
-        AllocationError: this vLLM has no factory of a known name.
+        AdapterError: this vLLM has no factory of a known name.
     """
     import vllm.model_executor.model_loader.utils as loader_module
 
     factory_module = importlib.import_module(FACTORY_MODULE)
     name = next((name for name in FACTORY_NAMES if hasattr(factory_module, name)), None)
     if name is None:
-        raise AllocationError(f"{FACTORY_MODULE} has none of {', '.join(FACTORY_NAMES)}: unknown vLLM")
+        raise AdapterError(f"{FACTORY_MODULE} has none of {', '.join(FACTORY_NAMES)}: unknown vLLM")
     _replace_everywhere(hook(factory_module, name, _allocating))
     _replace_everywhere(hook(loader_module, "initialize_model", _verifying))
 
@@ -76,7 +76,7 @@ def _replace_everywhere(replacement: Any) -> None:
 
 
 def _allocating(build_layer: Callable) -> Callable:
-    """Give a call of the factory (or of a block's __init__) its layer's top-k while a model is being built."""
+    """The factory (or a block's __init__), called with its layer's top-k while a model is being built."""
     signature = inspect.signature(build_layer)
 
     def allocating(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +89,7 @@ def _allocating(build_layer: Callable) -> Callable:
             return build_layer(*args, **kwargs)
         bound.arguments["top_k"] = _choose_top_k(build, layer, bound.arguments)
         layer_made = build_layer(*bound.args, **bound.kwargs)
-        build.made[layer] = bound.arguments["self"] if "self" in bound.arguments else layer_made
+        build.layers[layer] = bound.arguments["self"] if "self" in bound.arguments else layer_made
         return layer_made
 
     return allocating
@@ -99,8 +99,8 @@ def _choose_top_k(build: Build, layer: int, arguments: Mapping[str, Any]) -> int
     allocation, prefix = build.allocation, arguments["prefix"]
     if layer not in allocation.top_k:
         raise AllocationError(f"vLLM builds MoE layer {prefix}, but the allocation has no top-k for layer {layer}")
-    if layer in build.made:
-        raise AllocationError(f"vLLM builds a second MoE layer with index {layer}, {prefix}: not supported")
+    if layer in build.layers:
+        raise AdapterError(f"vLLM builds a second MoE layer with index {layer}, {prefix}: not supported")
     for name in ("top_k", "num_experts"):
         expected = getattr(allocation.model, name)
         if arguments[name] != expected:
@@ -108,18 +108,18 @@ def _choose_top_k(build: Build, layer: int, arguments: Mapping[str, Any]) -> int
                 f"vLLM builds {prefix} with {name} = {arguments[name]}, but the allocation was made for {expected}"
             )
     top_k = allocation.top_k[layer]
-    own = [name for name in OWN_ROUTING if arguments.get(name) is not None and not _obeys(arguments[name])]
-    if own and top_k != allocation.model.top_k:
-        raise AllocationError(f"{prefix} routes by its own {own[0]}: this adapter cannot give it top-k {top_k}")
+    custom = [name for name in CUSTOM_ROUTING if arguments.get(name) is not None and not _keeps_top_k(arguments[name])]
+    if custom and top_k != allocation.model.top_k:
+        raise AdapterError(f"{prefix} routes by its own {custom[0]}: this adapter cannot give it top-k {top_k}")
     return top_k
 
 
-def _obeys(routing: Any) -> bool:
-    return getattr(routing, "__qualname__", None) in OBEDIENT_ROUTING
+def _keeps_top_k(routing: Any) -> bool:
+    return getattr(routing, "__qualname__", None) in ROUTING_AT_TOP_K
 
 
 def _verifying(initialize_model: Callable) -> Callable:
-    """Build a model under its configuration's allocation, then look whether every layer has what it should."""
+    """vLLM's `initialize_model`, which builds under the configuration's allocation and then checks every layer."""
 
     def verifying(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model_config = kwargs.get("model_config") or vllm_config.model_config
@@ -160,37 +160,38 @@ def verify(build: Build, model: Any, stage: range) -> None:
     """Check that a built model's MoE layers in `stage` are the allocation's, and that each holds its top-k everywhere.
 
     Raises:
-        AllocationError: naming the first layer that is missing, unexpected, or holds another top-k.
+        AllocationError: layers of the allocation were not built.
+        AdapterError: a layer was built without the allocation, or holds another top-k; the message names the first.
     """
     name = type(model).__name__
-    missing = sorted(layer for layer in build.allocation.top_k if layer in stage and layer not in build.made)
+    missing = sorted(layer for layer in build.allocation.top_k if layer in stage and layer not in build.layers)
     if missing:
         raise AllocationError(
             f"{name}: vLLM builds no MoE layer that this adapter knows for layers {missing} of the allocation"
         )
-    known = {id(layer_made) for layer_made in build.made.values()}
+    known = {id(layer_made) for layer_made in build.layers.values()}
     for path, module, _ in _find_moe_layers(model):
         if id(module) not in known and _find_layer(path) < build.allocation.model.num_hidden_layers:
-            raise AllocationError(f"{name}: MoE layer {path} was built around the allocation; not supported")
-    for layer, layer_made in build.made.items():
+            raise AdapterError(f"{name}: MoE layer {path} was built around the allocation; not supported")
+    for layer, layer_made in build.layers.items():
         top_k, holders = build.allocation.top_k[layer], find_holders(layer_made)
         if not holders:
-            raise AllocationError(f"{name}: layer {layer} is a {type(layer_made).__name__}: not supported")
+            raise AdapterError(f"{name}: layer {layer} is a {type(layer_made).__name__}: not supported")
         for holder in holders:
-            found = attrgetter(holder)(layer_made)
-            if found != top_k:
-                raise AllocationError(f"{name}: layer {layer} has {holder} = {found}, not the allocation's {top_k}")
+            held = attrgetter(holder)(layer_made)
+            if held != top_k:
+                raise AdapterError(f"{name}: layer {layer} has {holder} = {held}, not the allocation's {top_k}")
 
 
 def _compensate(build: Build, model: Any) -> None:
     allocation = build.allocation
-    own, exponent = allocation.model.top_k, allocation.gate_exponent
+    own_top_k, exponent = allocation.model.top_k, allocation.gate_exponent
     if exponent is None:
         return
-    for layer, layer_made in build.made.items():
-        if allocation.top_k[layer] < own:
+    for layer, layer_made in build.layers.items():
+        if allocation.top_k[layer] < own_top_k:
             name = f"{type(model).__name__}: layer {layer}"
-            compensate_layer(layer_made, name, allocation.top_k[layer], own, exponent)
+            compensate_layer(layer_made, name, allocation.top_k[layer], own_top_k, exponent)
 
 
 def read_top_k(model: Any) -> dict[int, int]:
@@ -205,17 +206,18 @@ def _find_moe_layers(model: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
 
 
 def find_holders(module: Any) -> tuple[str, ...]:
+    """The attributes, by dotted name, in which a vLLM module holds its top-k; none if it is no MoE layer."""
     return next((HOLDERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in HOLDERS), ())
 
 
 def _find_layer(name: str) -> int:
     indices = [part for part in name.split(".") if part.isdecimal()]
     if len(indices) != 1:
-        raise AllocationError(f"MoE layer {name!r} has no single layer index in its name: not supported")
+        raise AdapterError(f"MoE layer {name!r} has no single layer index in its name: not supported")
     return int(indices[0])
 
 
-def _report(allocation: Allocation, found: Mapping[int, int], parallel_config: Any) -> None:
+def _report(allocation: Allocation, top_k: Mapping[int, int], parallel_config: Any) -> None:
     first = parallel_config.rank % parallel_config.tensor_parallel_size == 0 == parallel_config.data_parallel_rank
     if first:
-        logger.info("LExI allocation applied: %s", describe_run(allocation, found))
+        logger.info("LExI allocation applied: %s", describe_run(allocation, top_k))

@@ -1,6 +1,6 @@
-"""The gate exponent in vLLM: a built layer's router, made to weigh its k experts as the allocation says.
+"""The gate exponent in vLLM: a built layer's router gives its k experts the weights that the allocation asks for.
 
-Runs only for layers with fewer experts than the model's own, of an allocation with a gate exponent. Router, ids and
+Applied only to layers whose k is smaller than the model's own, of an allocation with a gate exponent. Router, ids and
 everything sized by top-k stay at k; only the weights change.
 """
 
@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.serving.vllm_names import LARGEST, ORDERED_SCORES, ROUTERS
 
 REMEDY = "search without a gate exponent"
@@ -19,7 +19,8 @@ def compensate_layer(layer: Any, name: str, top_k: int, own_top_k: int, exponent
     """Apply the gate exponent to one built MoE layer, in place.
 
     Raises:
-        AllocationError: its routing is not known, or happens inside its experts' kernel.
+        AllocationError: no gate exponent can be applied to its router.
+        AdapterError: its experts' kernel routes by itself.
     """
     if hasattr(layer, "router"):
         _check_router(layer.router, name)
@@ -38,10 +39,10 @@ def _check_router(router: Any, name: str) -> None:
 
 
 def _check_kernel(routed_experts: Any, name: str) -> None:
-    # A monolithic kernel routes by itself and never asks the router. Some methods become one after loading only.
+    # A monolithic kernel routes by itself and bypasses the router. Some methods become monolithic after loading only.
     def refuse(*_: Any, **__: Any) -> NoReturn:
         kind = type(routed_experts.quant_method).__name__
-        raise AllocationError(
+        raise AdapterError(
             f"{name}: the kernel of {kind} routes by itself and would ignore the gate exponent; "
             f"take another with --moe-backend triton, or {REMEDY}"
         )
@@ -52,7 +53,7 @@ def _check_kernel(routed_experts: Any, name: str) -> None:
 
 
 def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
-    top_k, choose, order = router.top_k, router._compute_routing, _find_order(router)
+    top_k, route, order = router.top_k, router._compute_routing, _find_order(router)
     wide = copy.copy(router)  # shares the bias, which is loaded later
     wide.top_k = own_top_k
     if order is None:
@@ -66,7 +67,7 @@ def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
         weights, ids = wide._compute_routing(hidden_states, router_logits, indices_type, **kwargs)
         if order is not None:
             return narrow(weights, ids, top_k, exponent, ranked=order == LARGEST)
-        _, kept = choose(hidden_states, router_logits, indices_type, **kwargs)
+        _, kept = route(hidden_states, router_logits, indices_type, **kwargs)
         return pick(weights, ids, kept, exponent), kept
 
     router._compute_routing = compensating
@@ -75,17 +76,17 @@ def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
 def _compensate_block(block: Any, top_k: int, own_top_k: int, exponent: float) -> None:
     from lexi_adapter.serving.gates import rescale
 
-    run = block.forward
+    forward = block.forward
 
     def compensating(hidden_states: Any) -> Any:
         logits, _ = block.gate(hidden_states)
-        return run(hidden_states) * rescale(logits.float(), top_k, own_top_k, exponent).to(hidden_states.dtype)
+        return forward(hidden_states) * rescale(logits.float(), top_k, own_top_k, exponent).to(hidden_states.dtype)
 
     block.forward = compensating
 
 
 def _find_order(router: Any) -> str | None:
-    """Which of its own K experts the router would choose at top-k, as ROUTERS says it, where nothing speaks against."""
+    """Which of its own K experts the router would choose at top-k, as in `ROUTERS`; None where that is not certain."""
     from vllm.platforms import current_platform
 
     order = ROUTERS[type(router).__name__]
@@ -96,7 +97,7 @@ def _find_order(router: Any) -> str | None:
 
 @functools.cache
 def _fuse(function: Callable) -> Callable:
-    """One kernel instead of a handful on CUDA, where vLLM's compiler does not see the router; elsewhere it does."""
+    """The function as one kernel on CUDA, where routers are opaque to vLLM's compiler; elsewhere itself."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():

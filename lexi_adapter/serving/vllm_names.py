@@ -1,4 +1,4 @@
-"""What this adapter knows of vLLM's insides, as data: names, and what differs between versions and families.
+"""vLLM's internals that this adapter relies on, as data: names, and differences between versions and families.
 
 Written against the sources of vLLM 0.26, 0.32 and 0.33. Standard library only; nothing here imports vLLM.
 """
@@ -6,11 +6,11 @@ Written against the sources of vLLM 0.26, 0.32 and 0.33. Standard library only; 
 import re
 from collections.abc import Mapping
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
 OLDEST, NEWEST = (0, 26), (0, 33)
 
-# What the plugin replaces, and what else it calls: module, and dotted names in it that every version has.
+# Functions that the plugin replaces or calls: module, and dotted names in it that every version has.
 HOOKED: Mapping[str, tuple[str, ...]] = {
     "vllm.config": ("ModelConfig.get_model_arch_config", "VllmConfig.__post_init__"),
     "vllm.transformers_utils.config": ("HFConfigParser.parse",),
@@ -21,14 +21,14 @@ HOOKED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.minicpm": ("MiniCPMMoE.__init__", "MiniCPMMoE.forward"),
 }
 
-# The function that builds a MoE layer, by its names: 0.32 and 0.33, then 0.26.
+# The names of the function that builds a MoE layer: in 0.32 and 0.33, then in 0.26.
 FACTORY_MODULE = "vllm.model_executor.layers.fused_moe.layer"
 FACTORY_NAMES = ("FusedMoEFactory", "FusedMoE")
 
 # Blocks that route by themselves instead of calling the factory; they take its arguments by the same names.
 OWN_BLOCKS = (("vllm.model_executor.models.minicpm", "MiniCPMMoE"),)
 
-# Every place where a built layer holds its top-k, by class. Kernels, workspaces and all2all sizes are made from these.
+# Every attribute in which a built layer holds its top-k, by class. They decide kernels, workspaces and all2all sizes.
 HOLDERS: Mapping[str, tuple[str, ...]] = {
     "MoERunner": (
         "router.top_k",
@@ -40,14 +40,14 @@ HOLDERS: Mapping[str, tuple[str, ...]] = {
     "MiniCPMMoE": ("top_k",),
 }
 
-# Arguments of the factory that bring a routing of their own, with a top-k that the factory's does not decide ...
-OWN_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
+# Arguments of the factory that replace its routing, by one for which the factory's top-k need not count ...
+CUSTOM_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
 # ... except these functions, by qualified name: they choose as many experts as the factory's top-k says.
-OBEDIENT_ROUTING = frozenset({"token_choice_with_bias"})  # Cohere2-MoE
+ROUTING_AT_TOP_K = frozenset({"token_choice_with_bias"})  # Cohere2-MoE
 
-# Router classes whose weights are the scores up to one factor a token, so that a gate exponent can be applied; and
-# which of the K experts that they return on CUDA are those of top-k: the first, those of the largest weights (where no
-# bias selects), or None where that is not known.
+# Router classes whose weights are the scores up to one factor a token, so that a gate exponent can be applied. The
+# value says which of the K experts that a router returns on CUDA it would choose at a smaller top-k: the first ones,
+# those of the largest weights (where no bias selects), or None where that is not known.
 FIRST, LARGEST = "first", "largest"
 ROUTERS: Mapping[str, str | None] = {
     "FusedTopKRouter": FIRST,
@@ -56,10 +56,10 @@ ROUTERS: Mapping[str, str | None] = {
     "CPURouter": None,
     "CustomRoutingRouter": None,
 }
-ORDERED_SCORES = ("softmax", "sigmoid")  # the scoring functions for which that was read in the kernels
+ORDERED_SCORES = ("softmax", "sigmoid")  # the scoring functions whose kernels were read for that
 
-# Model types whose class in vLLM has an output layer of its own even where the checkpoint ties it to the embeddings;
-# it is then never loaded, and what is served is noise.
+# Model types whose class in vLLM has an LM head of its own even where the checkpoint ties it to the embeddings. It is
+# then never loaded, and the engine serves noise.
 NEVER_TIED = frozenset(
     """afmoe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_vl_v2 glm4_moe glm_moe_dsa gpt_oss jamba kimi_k2 minimax_m2
     nemotron_h olmoe qwen3_next""".split()
@@ -67,13 +67,13 @@ NEVER_TIED = frozenset(
 
 
 def check_version(version: str) -> None:
-    """Raise AllocationError unless `version` of vLLM is one that this adapter was read and tried against."""
+    """Raise AdapterError unless `version` of vLLM is one that this adapter was written for and tried with."""
     match = re.match(r"(\d+)\.(\d+)", version)
     if not match or not OLDEST <= (int(match[1]), int(match[2])) <= NEWEST:
-        raise AllocationError(f"vLLM {version} cannot apply an allocation: {describe_supported()}")
+        raise AdapterError(f"vLLM {version} cannot apply an allocation: {describe_supported()}")
 
 
 def describe_supported() -> str:
-    """Which versions are, for messages."""
+    """The supported versions and the remedy, for messages."""
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
     return f"lexi_adapter supports vLLM {oldest} to {newest}; install one of these"

@@ -1,4 +1,4 @@
-"""The vLLM plugin (entry point group `vllm.general_plugins`): finds the allocation, checks it, sends it to the workers.
+"""The vLLM plugin (entry point group `vllm.general_plugins`): find the allocation, check it, send it to the workers.
 
 vLLM calls `register` in every process. It hooks three methods of vLLM's configuration classes, which do nothing unless
 an allocation is asked for; then `vllm_build` hooks the building of MoE layers. Nothing here imports vLLM before
@@ -20,14 +20,14 @@ from lexi_adapter.model.folder import (
     check_config,
     check_folder,
     compare,
-    find_output_layer,
+    find_lm_head,
     has_weights,
     read_config,
 )
 from lexi_adapter.serving.vllm_build import hook, hook_build
 from lexi_adapter.serving.vllm_names import NEVER_TIED, check_version, describe_supported
 
-ALIAS = "Lexi"  # what exported folders put before their architecture, so that a vLLM without this plugin stops
+ALIAS = "Lexi"  # prefix of the architecture in exported folders, so that a vLLM without this plugin stops
 
 
 class Document(dict):
@@ -50,7 +50,7 @@ def register() -> None:
     """Hook vLLM in this process; calling it again changes nothing.
 
     Raises:
-        AllocationError: this vLLM lacks what is hooked.
+        AdapterError: this vLLM lacks a function to hook.
     """
     try:
         from vllm.config import ModelConfig, VllmConfig
@@ -61,7 +61,7 @@ def register() -> None:
         hook(VllmConfig, "__post_init__", _prepare_config)
     except (ImportError, AttributeError) as error:
         remedy = f"{describe_supported()}, or leave the plugin out with VLLM_PLUGINS=''"
-        raise AllocationError(f"lexi_adapter cannot hook this vLLM ({error}); {remedy}") from error
+        raise AdapterError(f"lexi_adapter cannot hook this vLLM ({error}); {remedy}") from error
 
 
 def _restore_parsed(parse: Callable) -> Callable:
@@ -85,13 +85,13 @@ def _restore_overridden(get_model_arch_config: Callable) -> Callable:
 
 
 def restore(config: Any) -> None:
-    """Undo, in a Hugging Face configuration, what an export changed for engines without this plugin.
+    """Undo, in a Hugging Face configuration, the changes of an export that are for engines without this plugin.
 
-    The architecture's own name comes back from behind `ALIAS`, and the top-k leaves transformers' `per_layer_config`:
+    The architecture loses the prefix `ALIAS`, and the top-k leaves transformers' `per_layer_config`:
     vLLM's models do not read it there, and vLLM refuses some models (those with latent attention) whose layers differ.
 
     Raises:
-        AllocationError: the name is there without an allocation, or `per_layer_config` differs from the allocation.
+        AllocationError: the prefix is there without an allocation, or `per_layer_config` differs from the allocation.
     """
     source, architectures = getattr(config, KEY, None), getattr(config, "architectures", None) or []
     if any(name.startswith(ALIAS) for name in architectures):
@@ -107,8 +107,8 @@ def _take_top_k_out(config: Any, allocation: Allocation) -> None:
     attributes = getattr(config, "per_layer_attributes", None) or set()
     if key not in attributes:
         return
-    found = {index: getattr(layer, key) for index, layer in enumerate(config.per_layer_config)}
-    differing = [layer for layer, k in allocation.top_k.items() if found.get(layer) != k]
+    per_layer = {index: getattr(layer, key) for index, layer in enumerate(config.per_layer_config)}
+    differing = [layer for layer, k in allocation.top_k.items() if per_layer.get(layer) != k]
     if differing:
         raise AllocationError(f"per_layer_config and {KEY} differ in layers {differing}; export again")
     others = attributes - {key}
@@ -128,12 +128,12 @@ def prepare(vllm_config: Any) -> None:
     """Find the allocation that a VllmConfig asks for, check it, and leave it there as a `Document`.
 
     Raises:
-        AllocationError: two allocations that disagree, one that does not fit the model, or one that this vLLM or one of
-            its settings cannot apply.
+        AllocationError: two allocations that disagree, or one that does not fit the model.
+        AdapterError: a version or a setting of vLLM, or a checkpoint, under which no allocation can be applied.
     """
     sources = dict(_find_sources(vllm_config))
     if any(isinstance(source, Document) for source in sources.values()):
-        return  # a copy of a configuration that has been here
+        return  # a copy of a configuration that was prepared before
     allocation = _agree({place: _read(source, place) for place, source in sources.items()})
     if allocation is None:
         return
@@ -174,18 +174,18 @@ def _agree(allocations: Mapping[str, Allocation]) -> Allocation | None:
 
 
 def check_settings(vllm_config: Any) -> None:
-    """Refuse settings of vLLM that cannot do with a top-k that differs between layers."""
+    """Raise AdapterError for settings of vLLM that need one top-k for all layers."""
     if not isinstance(vllm_config.additional_config, dict):
-        raise AllocationError("additional_config is not a JSON object, so it cannot carry the allocation; give one")
+        raise AdapterError("additional_config is not a JSON object, so it cannot carry the allocation; give one")
     if vllm_config.parallel_config.all2all_backend == "flashinfer_nvlink_one_sided":
-        raise AllocationError("all2all backend flashinfer_nvlink_one_sided has one top-k for all layers; take another")
+        raise AdapterError("all2all backend flashinfer_nvlink_one_sided has one top-k for all layers; take another")
     for config in (vllm_config.model_config, getattr(vllm_config, "aux_output_config", None)):
         if getattr(config, "enable_return_routed_experts", False):
-            raise AllocationError("enable_return_routed_experts has one top-k for all layers; serve without it")
+            raise AdapterError("enable_return_routed_experts has one top-k for all layers; serve without it")
 
 
 def check_model(allocation: Allocation, vllm_config: Any) -> None:
-    """Check the allocation against the model, as far as that is possible before it is built."""
+    """Check the allocation against the model's files, before the model is built."""
     model, config = allocation.model, vllm_config.model_config
     folder = Path(config.model)
     compare("num_hidden_layers", config.hf_text_config.num_hidden_layers, model.num_hidden_layers, config.model)
@@ -195,13 +195,13 @@ def check_model(allocation: Allocation, vllm_config: Any) -> None:
         check_config(model, read_config(folder), f"{folder}/config.json")
     else:
         check_folder(model, folder)
-        check_output_layer(model.model_type, folder)
+        check_lm_head(model.model_type, folder)
 
 
-def check_output_layer(model_type: str, folder: Path) -> None:
-    """Refuse a checkpoint without an output layer of its own where vLLM would serve one that it never loaded."""
-    if model_type in NEVER_TIED and has_weights(folder) and find_output_layer(folder) is None:
-        raise AllocationError(
-            f"{folder} has no lm_head.weight: its output layer is tied to the embeddings, which vLLM ignores for "
+def check_lm_head(model_type: str, folder: Path) -> None:
+    """Raise AdapterError for a checkpoint with a tied LM head where vLLM would serve one that it never loaded."""
+    if model_type in NEVER_TIED and has_weights(folder) and find_lm_head(folder) is None:
+        raise AdapterError(
+            f"{folder} has no lm_head.weight: its LM head is tied to the embeddings, which vLLM ignores for "
             f"{model_type}; save the checkpoint with tie_word_embeddings = false and a copy as lm_head.weight"
         )

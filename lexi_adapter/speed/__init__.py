@@ -1,1 +1,5 @@
-"""What an allocation gains: `throughput`, `latency` (the cost table) and `expert_load`."""
+"""The speed of a model under allocations, measured in vLLM.
+
+Read `throughput` (variants side by side), `latency` (time of an engine step at each k: the cost table of a search) and
+`expert_load` (tokens per expert).
+"""

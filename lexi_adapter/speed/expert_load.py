@@ -1,7 +1,7 @@
 """Tokens per expert: how evenly a model's tokens spread over its experts, with fewer active experts or fewer experts.
 
-LExI (arXiv 2509.02753) says that uneven load is why dropping experts does not make a model faster. Here are the loads;
-`benchmark` has the times.
+LExI (arXiv 2509.02753) says that uneven load is why dropping experts does not make a model faster. The loads are here,
+the times in `throughput`.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from lexi_adapter.engines.measuring import (
 )
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.workload import Workload
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.shapes import check_allocation
 from lexi_adapter.model.variants import Variant
 
@@ -32,10 +32,10 @@ Counts = Mapping[int, Sequence[Sequence[int]]]
 
 @dataclass(frozen=True)
 class Load:
-    """How one layer's tokens spread over the experts that are left.
+    """The spread of one layer's tokens over the experts that are left.
 
-    `max_over_mean` and `variation` (standard deviation over mean) are of all tokens together, `idle` is the share of
-    experts that got none of them, and `active` the mean number of experts that a step used.
+    `max_over_mean` and `variation` (standard deviation over mean) are of the sums over all steps. `idle` is the share
+    of experts without any token, and `active` the mean number of experts that a step used.
     """
 
     experts: int
@@ -51,7 +51,7 @@ def summarise(counts: Sequence[Sequence[int]], dropped: Sequence[int] = ()) -> L
     totals = [sum(column) for column in zip(*steps, strict=True)]
     mean = statistics.fmean(totals)
     if mean == 0:
-        raise AllocationError("no token reached a layer that was watched; give it some")
+        raise AdapterError("no token reached a layer that was watched; give it some")
     return Load(
         experts=len(totals),
         max_over_mean=max(totals) / mean,
@@ -68,7 +68,7 @@ def find_least_used(counts: Counts, share: float, top_k: int) -> dict[int, list[
         totals = [sum(column) for column in zip(*steps, strict=True)]
         number = len(totals) - round(len(totals) * (1 - share))
         if len(totals) - number < top_k:
-            raise AllocationError(f"dropping {share:.3g} of {len(totals)} experts leaves fewer than k = {top_k}")
+            raise AdapterError(f"dropping {share:.3g} of {len(totals)} experts leaves fewer than k = {top_k}")
         dropped[layer] = sorted(sorted(range(len(totals)), key=totals.__getitem__)[:number])
     return dropped
 
@@ -81,12 +81,13 @@ def measure(
     dropped: Sequence[float],
     engine: Mapping[str, Any],
 ) -> tuple[dict[str, dict[int, Load]], dict[str, Any]]:
-    """Variant -> layer -> load over `prompts`, and what measured it.
+    """Variant -> layer -> load over `prompts`, and the facts of the engine that measured it.
 
     Experts are dropped as inter-pruning does it: the least used of the same prompts can no longer be chosen.
 
     Raises:
         AllocationError: an allocation for another model, or with a gate exponent.
+        AdapterError: a share of experts that leaves fewer than k.
     """
     for name, allocation in allocations.items():
         check_allocation(allocation, folder, engine["load_format"])
@@ -98,36 +99,36 @@ def measure(
             )
     batch = Workload(len(prompts), max(map(len, prompts)), 1)
     options = make_options(Variant("base", folder), [batch], **engine)
-    options |= {"enforce_eager": True, "compilation_config": {}}  # a captured graph asks nobody which experts it takes
+    options |= {"enforce_eager": True, "compilation_config": {}}  # CUDA graphs bypass the Python router
     prompts = [list(prompt) for prompt in prompts]
-    found: dict[str, dict[int, Load]] = {}
+    loads: dict[str, dict[int, Load]] = {}
     with measure_engines([("base", options, {})], load_format=engine["load_format"]) as (running,):
         facts = running.call(describe_engine)
 
-        def count(top_k: Mapping[int, int], without: Mapping[int, list[int]]) -> Counts:
+        def count(top_k: Mapping[int, int], left_out: Mapping[int, list[int]]) -> Counts:
             running.call(switch_layers, dict(top_k))
-            running.call(watch_experts, without)
+            running.call(watch_experts, left_out)
             running.call(read_prompts, prompts)
             return running.call(read_expert_counts)
 
         base = count(facts["top_k"], {})
-        found["base"] = {layer: summarise(steps) for layer, steps in base.items()}
+        loads["base"] = {layer: summarise(steps) for layer, steps in base.items()}
         for name, allocation in allocations.items():
             counts = count(allocation.top_k, {})
-            found[name] = {layer: summarise(steps) for layer, steps in counts.items()}
+            loads[name] = {layer: summarise(steps) for layer, steps in counts.items()}
         for share in dropped:
-            gone = find_least_used(base, share, max(facts["top_k"].values()))
-            counts = count(facts["top_k"], gone)
-            found[f"inter-pruned {100 * share:g} %"] = {
-                layer: summarise(steps, gone[layer]) for layer, steps in counts.items()
+            least_used = find_least_used(base, share, max(facts["top_k"].values()))
+            counts = count(facts["top_k"], least_used)
+            loads[f"inter-pruned {100 * share:g} %"] = {
+                layer: summarise(steps, least_used[layer]) for layer, steps in counts.items()
             }
-    return found, facts
+    return loads, facts
 
 
 def make_document(
     loads: Mapping[str, Mapping[int, Load]], facts: Mapping[str, Any], made_by: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The JSON object: for every variant and layer, its `Load`."""
+    """The JSON object with the `Load` of every variant and layer."""
     return {
         "format": FORMAT,
         "version": VERSION,

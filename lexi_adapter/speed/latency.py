@@ -1,9 +1,9 @@
-"""How long an engine step takes at each k, on this card, through vLLM's own kernels: the cost table of a search.
+"""Time of an engine step at each k, on this card, with vLLM's own kernels: the cost table of a search.
 
-A step is timed whole, as it runs in serving: with CUDA graphs, the scheduler and the sampler around it. From the same
-engine come steps with every layer at k = 1, 2, ..., and steps with the MoE layers left out. What is left out is the
-rest's time; what a k adds to it, over the number of layers, is a layer's time at that k. Layers of one model have one
-shape, so their share is the mean over all of them, as they run one after the other: not a kernel alone on an idle card.
+A step is timed whole, as it runs in serving: with CUDA graphs, the scheduler and the sampler around it. The same engine
+runs steps with every layer at k = 1, 2, ..., and steps with the MoE layers left out. The latter give the time outside
+the MoE layers. The time that a k adds to it, divided by the number of layers, is one layer's time at that k: the mean
+over layers of one shape that run one after the other, not the time of a single kernel on an idle card.
 
 A workload of batch b and i input tokens has two kinds of step: one of b * i tokens that reads the prompts, and then
 one of b tokens for every further output token. So its seconds under an allocation are predicted by two entries.
@@ -20,7 +20,7 @@ from lexi_adapter.engines.measuring import describe_engine, measure_engines, swi
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.process import Engine
 from lexi_adapter.engines.workload import Workload
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.model.variants import Variant, draw_top_k
 
 FORMAT, VERSION = "lexi-cost", 1
@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Check:
-    """An allocation run end to end: seconds as predicted from the steps, and as measured, both over the base's."""
+    """One allocation, run end to end: its speedup over the base as predicted from the steps, and as measured."""
 
     workload: str
     top_k: Mapping[int, int]
@@ -61,10 +61,10 @@ def measure(
     progress: Callable[[str], None],
     locks: Sequence[str] = (),
 ) -> tuple[list[Step], list[Check], dict[str, Any]]:
-    """Steps of every workload, `checks` random allocations run against what they predict, and what measured it.
+    """The steps of every workload, `checks` random allocations that test them, and the facts of the engine.
 
     Raises:
-        AllocationError: as `check_workloads`, before an engine starts.
+        AdapterError: as `check_workloads`, before an engine starts.
     """
     check_workloads(workloads)
     top_k = range(1, model.top_k + 1)
@@ -81,33 +81,33 @@ def measure(
 
 
 def check_workloads(workloads: Sequence[Workload]) -> None:
-    """Refuse what cannot be divided into steps, or gives two times for one size of step.
+    """Refuse workloads that cannot be divided into steps, or give two times for one size of step.
 
     Raises:
-        AllocationError: an input or output of one token, or two workloads with steps of the same number of tokens.
+        AdapterError: an input or output of one token, or two workloads with steps of the same number of tokens.
     """
     known: dict[int, Workload] = {}
     for workload in workloads:
         for what, length in (("input", workload.input_length), ("output", workload.output_length)):
             if length < 2:
-                raise AllocationError(f"workload {workload} has 1 {what} token; it needs at least 2")
+                raise AdapterError(f"workload {workload} has 1 {what} token; it needs at least 2")
         for size in (workload.batch, workload.batch * workload.input_length):
             if size in known:
-                raise AllocationError(
+                raise AdapterError(
                     f"workloads {known[size]} and {workload} both have steps of {size} tokens; give one of them "
                     "another BATCH or INPUT"
                 )
             known[size] = workload
 
 
-# (state, workload) -> seconds to the first token of all requests, and to the last.
+# (index of a state, workload) -> seconds until all requests have their first token, and until they have their last.
 Seconds = Mapping[tuple[int, Workload], tuple[float, float]]
 
 
 def _time(
     engine: Engine, states: Sequence[Any], workloads: Sequence[Workload], rounds: int, progress: Callable[[str], None]
 ) -> Seconds:
-    found: dict[tuple[int, Workload], list[tuple[float, float]]] = {}
+    measured: dict[tuple[int, Workload], list[tuple[float, float]]] = {}
     for turn, (index, state) in itertools.product(range(rounds + 1), enumerate(states)):
         engine.call(switch_layers, state)
         for workload in workloads:
@@ -116,16 +116,16 @@ def _time(
                 engine.call(time_run, replace(workload, output_length=2), turn)
                 continue
             last = engine.call(time_run, workload, turn)
-            found.setdefault((index, workload), []).append((statistics.median(first), last))
+            measured.setdefault((index, workload), []).append((statistics.median(first), last))
         progress(f"round {turn} of {rounds}, state {index + 1} of {len(states)}")
     return {
         key: (statistics.median(first for first, _ in pairs), statistics.median(last for _, last in pairs))
-        for key, pairs in found.items()
+        for key, pairs in measured.items()
     }
 
 
 def _divide(workload: Workload, seconds: Seconds, states: int, layers: int) -> tuple[Step, Step]:
-    """The steps that read the workload's prompts and that write its answers, from whole runs at each k."""
+    """The step that reads the workload's prompts (prefill) and the one that writes answers (decode)."""
     pairs = [seconds[index, workload] for index in range(states)]
     reading = [1e3 * first for first, _ in pairs]
     writing = [1e3 * (last - first) / (workload.output_length - 1) for first, last in pairs]
@@ -136,12 +136,12 @@ def _divide(workload: Workload, seconds: Seconds, states: int, layers: int) -> t
     )
     for step in steps:
         if min(step.other_ms, *step.layer_ms) <= 0:
-            raise AllocationError(f"a step of {step.tokens} tokens got no slower with MoE layers; measure more rounds")
+            raise AdapterError(f"a step of {step.tokens} tokens got no slower with MoE layers; measure more rounds")
     return steps
 
 
 def predict(steps: Sequence[Step], workload: Workload, top_k: Mapping[int, int]) -> float:
-    """Seconds of a workload, end to end, with the k of `top_k` in its layers."""
+    """Predicted seconds of a workload, end to end, with the k of `top_k` in the MoE layers."""
     reading, writing = (
         next(step.other_ms + sum(step.layer_ms[k - 1] for k in top_k.values()) for step in steps if step.tokens == size)
         for size in (workload.batch * workload.input_length, workload.batch)
@@ -157,12 +157,12 @@ def _compare(
     states: int,
     drawn: Sequence[Mapping[int, int]],
 ) -> list[Check]:
-    own = dict.fromkeys(model.moe_layers, model.top_k)
+    base = dict.fromkeys(model.moe_layers, model.top_k)
     return [
         Check(
             str(workload),
             top_k,
-            predict(steps, workload, own) / predict(steps, workload, top_k),
+            predict(steps, workload, base) / predict(steps, workload, top_k),
             seconds[states - 1, workload][1] / seconds[states + index, workload][1],
         )
         for workload in workloads
@@ -177,7 +177,7 @@ def make_document(
     facts: Mapping[str, Any],
     made_by: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The cost table: for every size of step, the time outside the MoE layers and each layer's at each k."""
+    """The cost table: for every size of step, the time outside the MoE layers and that of each layer at each k."""
     return {
         "format": FORMAT,
         "version": VERSION,

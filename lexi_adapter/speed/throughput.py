@@ -1,15 +1,15 @@
-"""Throughput of variants of one model, in vLLM, beside each other.
+"""Throughput of variants of one model in vLLM, side by side.
 
 LExI's protocol (arXiv 2509.02753, figure 2): a batch of requests with fixed input and output lengths; throughput is
 input and output tokens over the end-to-end seconds. Engines that share the card are measured in turn, round by round,
-so that what drifts meets all of them alike.
+so that a drift in speed affects all of them alike.
 """
 
 import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lexi_adapter.engines.measuring import (
@@ -26,15 +26,14 @@ from lexi_adapter.engines.workload import Workload, parse_workload
 from lexi_adapter.model.variants import Variant
 
 FORMAT, VERSION = "lexi-bench", 1
-# Before the first round: unmeasured runs, in which kernels compile, and answers that tell variants apart.
-WARM_UP_RUNS, WARM_UP_TOKENS = 2, 16  # at most so many output tokens
-ANSWERS = 2
-RECORDED_TOKENS = 32  # output tokens of a run whose kernels are recorded, at most: further steps are the same again
+WARM_UP_RUNS, WARM_UP_TOKENS = 2, 16  # unmeasured runs before the first round, in which kernels compile; output tokens
+ANSWERS = 2  # greedy answers of each variant, which tell variants apart
+RECORDED_TOKENS = 32  # most output tokens of a run whose kernels are recorded: further steps would be alike
 
 
 @dataclass(frozen=True)
 class Run:
-    """One measured run: `seconds` of `workload` under `variant`; a round has as many as it takes."""
+    """One measured run: `seconds` of `workload` under `variant`. A round has one run or more."""
 
     variant: str
     workload: str
@@ -54,12 +53,12 @@ class Summary:
     speedup: float
 
 
-# An engine to start, and the variants that are measured on it.
-Seat = tuple[Variant, tuple[Variant, ...]]
+# The variant whose engine is started, and the variants that are measured on that engine.
+Assignment = tuple[Variant, tuple[Variant, ...]]
 
 
-def assign(variants: Sequence[Variant], *, in_place: bool, experts_spread: bool = False) -> tuple[Seat, ...]:
-    """An engine for every variant; with `in_place` those of the first one's weights share its engine.
+def assign(variants: Sequence[Variant], *, in_place: bool, experts_spread: bool = False) -> tuple[Assignment, ...]:
+    """An engine for every variant; with `in_place`, one for all variants that have the weights of the first one.
 
     A gate exponent is built into the layers, so an allocation that has one keeps an engine of its own; so does a pruned
     model whose experts are spread over several cards.
@@ -73,8 +72,8 @@ def assign(variants: Sequence[Variant], *, in_place: bool, experts_spread: bool 
 
     if not in_place:
         return tuple((variant, (variant,)) for variant in variants)
-    guests = tuple(variant for variant in variants if variant is base or shares(variant))
-    return ((base, guests), *((variant, (variant,)) for variant in variants if variant not in guests))
+    sharing = tuple(variant for variant in variants if variant is base or shares(variant))
+    return ((base, sharing), *((variant, (variant,)) for variant in variants if variant not in sharing))
 
 
 def measure(
@@ -96,60 +95,62 @@ def measure(
     Args:
         together: engines on the card at once; None for all of them.
         engine: arguments of `make_options`.
-        locks: files of `turns`, for runs that share cards.
+        locks: files for cards that other runs share, see `engines.locks`.
         seconds: a round repeats a short workload, with other tokens, until so long has been measured.
         kernels: after the rounds, record every variant's kernels at every workload, by kind.
         answers: greedy answers to ask of every variant before the rounds.
 
     Raises:
-        AllocationError: an allocation that an engine of its own would not see.
+        AdapterError: an allocation that its engine would ignore.
         EngineError: an engine that did not come up, or does not run the k or the tokens that were asked for.
     """
-    seats = assign(variants, in_place=in_place, experts_spread=engine["parallel"].get("enable_expert_parallel", False))
-    check_plugin(variant for variant, _ in seats)
-    size = together or len(seats)
-    runs: list[Run] = []
-    facts: dict[str, dict[str, Any]] = {}
-    answered: dict[str, list[list[int]]] = {}
-    recorded: list[dict[str, Any]] = []
-    document: dict[str, Any] = {}
-    for group in (seats[first : first + size] for first in range(0, len(seats), size)):
+    spread = engine["parallel"].get("enable_expert_parallel", False)
+    assignments = assign(variants, in_place=in_place, experts_spread=spread)
+    check_plugin(variant for variant, _ in assignments)
+    size = together or len(assignments)
+    results = _Results(variants, workloads)
+    for first in range(0, len(assignments), size):
+        group = assignments[first : first + size]
         wanted = [(v.name, make_options(v, workloads, **engine), v.environment) for v, _ in group]
         with measure_engines(wanted, load_format=engine["load_format"], locks=locks) as engines:
-            seated = [chair for pair in zip(engines, group, strict=True) for chair in _seat(*pair)]
-            for chair in seated:
-                facts[chair.variant.name] = chair.take()
-                short = [_shorten(workload, WARM_UP_TOKENS) for workload in workloads]
-                for _, workload in itertools.product(range(WARM_UP_RUNS), short):
-                    chair.engine.call(time_run, workload, 0)
-                answered[chair.variant.name] = chair.engine.call(answer_greedily, replace(short[0], batch=answers))
-            for turn in range(rounds):
-                for workload, chair in itertools.product(workloads, seated):
-                    chair.take()
-                    seeds = range(1 + turn, sys.maxsize, rounds)  # of the tokens; the same for every variant
-                    runs += [
-                        Run(chair.variant.name, str(workload), turn, taken)
-                        for taken in chair.repeat(workload, seeds, seconds)
-                    ]
-                document = make_document(variants, workloads, runs, facts, answered, recorded)
-                report(document)
+            running = [current for pair in zip(engines, group, strict=True) for current in _share_engine(*pair)]
+            for current in running:
+                results.facts[current.variant.name] = current.activate()
+                results.answers[current.variant.name] = _warm_up(current.engine, workloads, answers)
+            for number in range(rounds):
+                results.runs += _run_round(running, workloads, number, rounds, seconds)
+                report(results.make_document())
             if kernels:
-                recorded += _record(seated, [_shorten(workload, RECORDED_TOKENS) for workload in workloads])
-                document = make_document(variants, workloads, runs, facts, answered, recorded)
-                report(document)
-    return document
+                results.kernels += _record(running, [_shorten(w, RECORDED_TOKENS) for w in workloads])
+                report(results.make_document())
+    return results.make_document()
+
+
+@dataclass
+class _Results:
+    """The results so far: runs and kernels in the order of measuring, facts and answers by the variant's name."""
+
+    variants: Sequence[Variant]
+    workloads: Sequence[Workload]
+    runs: list[Run] = field(default_factory=list)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+
+    def make_document(self) -> dict[str, Any]:
+        return make_document(self.variants, self.workloads, self.runs, self.facts, self.answers, self.kernels)
 
 
 @dataclass(frozen=True)
-class Seated:
-    """A variant on a running engine; `top_k` is what to give its layers first, if other variants sit there too."""
+class _Running:
+    """A variant on a running engine; `top_k` is to be set first, if the engine is shared with other variants."""
 
     engine: Engine
     variant: Variant
     top_k: Mapping[int, int] | None
 
-    def take(self) -> dict[str, Any]:
-        """Make the engine this variant's, and say what it is then."""
+    def activate(self) -> dict[str, Any]:
+        """Switch the engine to this variant, and return its facts."""
         if self.top_k is not None:
             self.engine.call(switch_layers, self.top_k, self.variant.kept)
         facts = self.engine.call(describe_engine)
@@ -165,27 +166,45 @@ class Seated:
                 return
 
 
-def _record(seated: Sequence[Seated], workloads: Sequence[Workload]) -> Iterator[dict[str, Any]]:
-    for chair, workload in itertools.product(seated, workloads):
-        chair.take()
-        kernels = chair.engine.call(record_kernels, workload, 0)
-        yield {"variant": chair.variant.name, "workload": str(workload), **kernels}
+def _share_engine(engine: Engine, assignment: Assignment) -> Iterator[_Running]:
+    _, sharing = assignment
+    own_top_k = engine.call(describe_engine)["top_k"]
+    for variant in sharing:
+        top_k = own_top_k if variant.allocation is None else dict(variant.allocation.top_k)
+        yield _Running(engine, variant, top_k if len(sharing) > 1 else None)
+
+
+def _warm_up(engine: Engine, workloads: Sequence[Workload], answers: int) -> list[list[int]]:
+    """Run every workload unmeasured, and return greedy answers to the first."""
+    short = [_shorten(workload, WARM_UP_TOKENS) for workload in workloads]
+    for _, workload in itertools.product(range(WARM_UP_RUNS), short):
+        engine.call(time_run, workload, 0)
+    return engine.call(answer_greedily, replace(short[0], batch=answers))
+
+
+def _run_round(
+    running: Sequence[_Running], workloads: Sequence[Workload], number: int, rounds: int, seconds: float
+) -> Iterator[Run]:
+    for workload, current in itertools.product(workloads, running):
+        current.activate()
+        seeds = range(1 + number, sys.maxsize, rounds)  # of the tokens; the same for every variant
+        for taken in current.repeat(workload, seeds, seconds):
+            yield Run(current.variant.name, str(workload), number, taken)
+
+
+def _record(running: Sequence[_Running], workloads: Sequence[Workload]) -> Iterator[dict[str, Any]]:
+    for current, workload in itertools.product(running, workloads):
+        current.activate()
+        kernels = current.engine.call(record_kernels, workload, 0)
+        yield {"variant": current.variant.name, "workload": str(workload), **kernels}
 
 
 def _shorten(workload: Workload, output_length: int) -> Workload:
     return replace(workload, output_length=min(workload.output_length, output_length))
 
 
-def _seat(engine: Engine, seat: Seat) -> Iterator[Seated]:
-    _, guests = seat
-    own = engine.call(describe_engine)["top_k"]
-    for variant in guests:
-        given = own if variant.allocation is None else dict(variant.allocation.top_k)
-        yield Seated(engine, variant, given if len(guests) > 1 else None)
-
-
 def summarise(runs: Sequence[Run], base: str) -> tuple[Summary, ...]:
-    """Medians, extremes and factors over `base`, in the order in which variants and workloads first ran."""
+    """Medians, extremes and speedups over `base`, in the order in which variants and workloads first ran."""
     rates: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         rates.setdefault((run.variant, run.workload), []).append(parse_workload(run.workload).tokens / run.seconds)
@@ -211,9 +230,10 @@ def make_document(
     answers: Mapping[str, list[list[int]]],
     kernels: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The JSON object of what was measured so far; "answers" are greedy tokens: the same model, the same tokens.
+    """The JSON object of the results so far; its "answers" are greedy tokens, the same for the same model.
 
-    kernels: what `kernels.combine` gives, with its variant and workload; left out if there are none.
+    Args:
+        kernels: records of `kernels.combine` with their variant and workload; left out if there are none.
     """
     described = [
         {

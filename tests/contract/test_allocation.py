@@ -54,7 +54,7 @@ def find_places(document, path=()):
 
 
 def read_both(path):
-    """What each reader makes of a file: its document, or None where it refuses."""
+    """The document that each reader finds in a file, or None where it refuses the file."""
     results = []
     for read, document, error in (
         (serialisation.read_allocation, serialisation.to_document, InputError),

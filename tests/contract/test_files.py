@@ -1,4 +1,4 @@
-"""What either package writes: whole or not at all, and only over regular files. They share the rules and no code."""
+"""Files of either package: written whole or not at all, and only over regular files. The rules are shared, not code."""
 
 import os
 import stat
@@ -8,10 +8,10 @@ import pytest
 
 import lexi_adapter.files
 import lexi_search.artifacts.files
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_search.errors import InputError
 
-REFUSALS = {lexi_search.artifacts.files: InputError, lexi_adapter.files: AllocationError}
+REFUSALS = {lexi_search.artifacts.files: InputError, lexi_adapter.files: AdapterError}
 
 
 @pytest.fixture(params=REFUSALS, ids=lambda files: files.__name__)

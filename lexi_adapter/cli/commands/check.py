@@ -9,7 +9,7 @@ from lexi_adapter.environment import find_vllm_version
 from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import check_folder, has_weights, read_config
 from lexi_adapter.serving.vllm_names import check_version
-from lexi_adapter.serving.vllm_plugin import check_output_layer
+from lexi_adapter.serving.vllm_plugin import check_lm_head
 
 
 @click.command()
@@ -24,7 +24,7 @@ def check(allocation: str, folder: str) -> None:
     check_folder(found.model, Path(folder))
     _check_export(found, Path(folder))
     check_reducible(found)
-    check_output_layer(found.model.model_type, Path(folder))
+    check_lm_head(found.model.model_type, Path(folder))
     version = find_vllm_version()
     if version is not None:
         check_version(version)

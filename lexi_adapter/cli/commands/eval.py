@@ -117,6 +117,7 @@ def eval_(
     """
     from lexi_adapter.cli.tables import tabulate_eval
     from lexi_adapter.evaluation import evaluate
+    from lexi_adapter.model.variants import check_comparable, make_variants
     from lexi_adapter.tasks.hooks import find_function, find_sources
     from lexi_adapter.tasks.registry import make_tasks
     from lexi_adapter.tasks.texts import load_tokenizer
@@ -124,12 +125,14 @@ def eval_(
     _check_readers(options["names"])
     read = [model, tokenizer, *folders, *files, *options["texts"], options["questions"]]
     check_writable(output, apart_from=read)
-    variants = evaluate.make_variants(
+    variants = make_variants(
         model,
+        load_format="auto",
         allocations={file: read_allocation(file) for file in files},
         uniform=list(dict.fromkeys(uniform)),
         folders=list(dict.fromkeys(folders)),
     )
+    check_comparable(variants)
     tokenizer = tokenizer or model
     setting = {"backend": backend, "dtype": dtype, **_describe_tokenizer(tokenizer, model)}
     own = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lexi_adapter import files
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
 
 def test_outputs_are_kept_apart_from_inputs(tmp_path):
@@ -19,10 +19,10 @@ def test_outputs_are_kept_apart_from_inputs(tmp_path):
     (tmp_path / "door").symlink_to("model")
     others = [None, model, tmp_path / "input", tmp_path / "absent"]
     for name in ("input", "link", "absent"):
-        with pytest.raises(AllocationError, match=f"cannot write .*{name}: the same command reads or writes it"):
+        with pytest.raises(AdapterError, match=f"cannot write .*{name}: the same command reads or writes it"):
             files.check_writable(tmp_path / name, apart_from=others)
     for name in ("model/config.json", "door/config.json"):
-        with pytest.raises(AllocationError, match=f"cannot write .*{name}: it is a file of .*model, which the same"):
+        with pytest.raises(AdapterError, match=f"cannot write .*{name}: it is a file of .*model, which the same"):
             files.check_writable(tmp_path / name, apart_from=others)
     (model / "eval.json").write_text('{"format": "lexi-eval"}')
     (model / "plot.png").touch()

@@ -20,7 +20,7 @@ from lexi_adapter.engines.kernels import (
     stop_recording,
     summarise,
 )
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
 KNOWN = {
     "communication": [
@@ -157,7 +157,7 @@ def test_transfer_is_the_least_of_the_three_numbers(workers):
 
 
 def test_an_empty_record_is_refused():
-    with pytest.raises(AllocationError, match="no kernel"):
+    with pytest.raises(AdapterError, match="no kernel"):
         summarise([])
 
 
@@ -214,5 +214,5 @@ def test_a_worker_records_what_it_runs():
         assert line["count"] == times
         assert 0 < record["seconds"]["gemm"] <= record["busy"] <= record["span"] <= record["wall"]
     assert combine([record, record])["seconds"] == pytest.approx(record["seconds"])
-    with pytest.raises(AllocationError, match="start_recording"):
+    with pytest.raises(AdapterError, match="start_recording"):
         stop_recording(worker)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lexi_adapter.engines.locks import measure_alone, start_beside
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
 CARDS = st.lists(st.sampled_from("012"), min_size=1, max_size=3)
 
@@ -34,7 +34,7 @@ def test_a_card_that_is_named_twice_is_locked_once(tmp_path):
 @pytest.mark.parametrize("place", ["nowhere/card", "."])
 def test_a_file_that_cannot_be_made_is_refused(tmp_path, place):
     path = str(tmp_path / place)
-    with pytest.raises(AllocationError, match=re.escape(f"cannot lock {path} (")), measure_alone([path]):
+    with pytest.raises(AdapterError, match=re.escape(f"cannot lock {path} (")), measure_alone([path]):
         pass
 
 

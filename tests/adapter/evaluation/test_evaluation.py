@@ -22,7 +22,7 @@ from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli.main import main
 from lexi_adapter.errors import AllocationError
 from lexi_adapter.evaluation import evaluate, transformers_backend
-from lexi_adapter.model.variants import Variant
+from lexi_adapter.model.variants import Variant, make_variants
 from lexi_adapter.tasks import hooks
 from lexi_adapter.tasks.scores import Outcome, Score, Task
 from lexi_search.artifacts.serialisation import to_document
@@ -453,7 +453,7 @@ def test_an_option_that_no_task_reads_is_refused(folder, option, task, reader):
 
 def test_uniform_k_needs_no_table_of_families(folder):
     checkpoint = make_checkpoint("glm4_moe", folder / "glm")
-    base, uniform = evaluate.make_variants(str(checkpoint), allocations={}, uniform=[2])
+    base, uniform = make_variants(str(checkpoint), load_format="auto", allocations={}, uniform=[2])
     layers = read_allocation(to_document(allocate(checkpoint, (2,))))
     assert base.allocation is None and uniform.allocation.asks_the_same_as(layers)
 

@@ -1,4 +1,4 @@
-"""Does an allocation fit a model folder: every way in which it may not, and `lexi-adapter check`, which says so."""
+"""Whether an allocation fits a model folder: every way in which it may not, and `lexi-adapter check`, which says so."""
 
 import json
 import shutil
@@ -13,8 +13,9 @@ from tiny import FAMILIES, make_checkpoint
 from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli import main
 from lexi_adapter.cli.commands import check as checking
-from lexi_adapter.errors import AllocationError
-from lexi_adapter.model.folder import check_folder, find_routers
+from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.model.folder import check_folder, find_limit, find_routers, find_vocabulary
+from lexi_adapter.tasks.texts import check_length
 from lexi_search.artifacts.serialisation import to_document, write_allocation
 
 
@@ -46,9 +47,10 @@ def rewrite_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def refusal(folder, allocation):
-    with pytest.raises(AllocationError) as caught:
+def refusal(folder, allocation, kind=AllocationError):
+    with pytest.raises(AdapterError) as caught:
         check_folder(model_of(allocation), folder)
+    assert type(caught.value) is kind
     message = str(caught.value)
     assert "\n" not in message and str(folder) in message
     return message
@@ -112,17 +114,29 @@ def test_a_router_missing_extra_or_of_another_size(olmoe):
     assert "layers [2] have one, the allocation has no top-k for them" in refusal(folder, fewer)
 
 
+@pytest.mark.parametrize("path", ["", "text_config", "language_config", "llm_config", "thinker_config.text_config"])
+def test_limits_are_found_wherever_the_config_of_the_language_model_lies(path):
+    config = {"max_position_embeddings": 128, "vocab_size": 256}
+    for key in reversed(path.split(".") if path else []):
+        config = {key: config}
+    config |= {"model_type": "qwen3_omni_moe"}
+    assert (find_limit(config), find_vocabulary(config)) == (128, 256)
+    check_length("--length", 128, find_limit(config))
+    with pytest.raises(AdapterError, match="--length of 129 tokens is more than the model's 128 positions"):
+        check_length("--length", 129, find_limit(config))
+
+
 def test_broken_files(olmoe):
     folder, allocation = olmoe
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     for broken in (whole[:-4], whole[:100], b"", (2**40).to_bytes(8, "little") + whole[8:], b"\2\0\0\0\0\0\0\0[]"):
         weights.write_bytes(broken)
-        assert "fetch it again" in refusal(folder, allocation)
+        assert "fetch it again" in refusal(folder, allocation, AdapterError)
     (folder / "config.json").write_text("[]")
-    assert "not a JSON object" in refusal(folder, allocation)
+    assert "not a JSON object" in refusal(folder, allocation, AdapterError)
     (folder / "config.json").unlink()
-    assert "cannot read" in refusal(folder, allocation)
+    assert "cannot read" in refusal(folder, allocation, AdapterError)
 
 
 def check(*arguments):

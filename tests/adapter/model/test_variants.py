@@ -1,4 +1,4 @@
-"""What `lexi-adapter bench` compares, from config.json alone."""
+"""The variants that `lexi-adapter bench` and `eval` compare, from config.json alone."""
 
 import json
 from dataclasses import asdict, replace
@@ -13,7 +13,7 @@ from tiny import FAMILIES, make_checkpoint
 import lexi_adapter
 from lexi_adapter.allocation import ModelIdentity, read_allocation, to_document
 from lexi_adapter.engines.workload import Workload, draw_prompts, parse_workload
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model import shapes, variants
 
 SHAPES = Path(lexi_adapter.__file__).parent.parent / "examples" / "benchmarks" / "configs"
@@ -87,7 +87,7 @@ def test_a_mixed_k_is_mixed():
 
 
 def test_a_budget_out_of_reach_is_refused():
-    with pytest.raises(AllocationError, match="sums to 129"):
+    with pytest.raises(AdapterError, match="sums to 129"):
         variants.draw_top_k(make_model(16, 8), 129, seed=0)
 
 
@@ -114,6 +114,14 @@ def test_variants_have_one_name_each_and_the_base_comes_first():
     assert [variant.allocation.budget for variant in made[1:6]] == [72, 72, 48, 48, 24]
 
 
+def test_a_uniform_k_stands_before_shares_and_is_one_that_the_model_has():
+    folder = str(SHAPES / "mixtral-8x7b")
+    made = variants.make_variants(folder, load_format="dummy", allocations={}, uniform=(2, 1), shares=(0.5,))
+    assert [variant.name for variant in made] == ["base", "uniform k = 2", "uniform k = 1", "uniform k = 1, 50 %"]
+    with pytest.raises(AdapterError, match="uniform k = 3 is not one of 1 to 2, the k of "):
+        variants.make_variants(folder, load_format="dummy", allocations={}, uniform=(3,))
+
+
 def test_a_uniform_k_that_no_layer_can_have_is_left_out():
     made = variants.make_variants(str(SHAPES / "mixtral-8x7b"), load_format="dummy", allocations={}, shares=(0.75, 0.5))
     assert [variant.name for variant in made] == ["base", "mixed k, 75 %", "uniform k = 1, 50 %"]
@@ -132,11 +140,11 @@ def test_narrowing_never_narrows_what_is_shared(share, name):
 
 
 def test_too_few_experts_and_unknown_families_are_refused():
-    with pytest.raises(AllocationError, match=r"leaves 6, fewer than k = 8"):
+    with pytest.raises(AdapterError, match=r"leaves 6, fewer than k = 8"):
         variants.drop_experts("a", "b", read_shape("olmoe-1b-7b"), 0.9)
-    with pytest.raises(AllocationError, match="'nonsense' is not one of olmoe"):
+    with pytest.raises(AdapterError, match="'nonsense' is not one of olmoe"):
         shapes.describe({"model_type": "nonsense"})
-    with pytest.raises(AllocationError, match="has no intermediate_size"):
+    with pytest.raises(AdapterError, match="has no intermediate_size"):
         shapes.describe({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1})
 
 
@@ -163,19 +171,19 @@ def test_a_config_of_other_types_is_refused_in_one_line(change, message, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(read_shape("qwen1.5-moe-a2.7b") | change))
     which_layers = {"mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "moe_layer_freq"} & change.keys()
     for what in ("shares",) if which_layers else ("shares", "dropped", "narrowed"):
-        with pytest.raises(AllocationError, match=message):
+        with pytest.raises(AdapterError, match=message):
             variants.make_variants(str(tmp_path), load_format="dummy", allocations={}, **{what: [0.5]})
 
 
 def test_shared_experts_that_are_not_there_are_not_widened():
     config = read_shape("deepseek-v2-lite") | {"n_shared_experts": None}
     assert variants.narrow_experts("a", "b", config, 0.5).overrides == {"moe_intermediate_size": 704}
-    with pytest.raises(AllocationError, match="n_shared_experts is '2', an integer of at least 0 expected"):
+    with pytest.raises(AdapterError, match="n_shared_experts is '2', an integer of at least 0 expected"):
         variants.narrow_experts("a", "b", config | {"n_shared_experts": "2"}, 0.5)
 
 
 def test_experts_are_not_narrowed_to_nothing():
-    with pytest.raises(AllocationError, match="narrowing experts of width 1408 by 1 leaves nothing of them"):
+    with pytest.raises(AdapterError, match="narrowing experts of width 1408 by 1 leaves nothing of them"):
         variants.narrow_experts("a", "b", read_shape("deepseek-v2-lite"), 0.9999)
 
 
@@ -188,7 +196,7 @@ def test_weights_tell_of_families_that_a_config_alone_does_not(tmp_path):
     assert [variant.name for variant in made] == ["base", "mixed k, 50 %", "uniform k = 2, 50 %"]
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        AllocationError, match="name a folder with its weights, or, where there are such options, an --allocation"
+        AdapterError, match="name a folder with its weights, or, where there are such options, an --allocation"
     ):
         shapes.describe_folder(str(folder), "dummy")
 
@@ -224,7 +232,7 @@ def test_workloads_read_what_they_print(batch, length, answer):
 
 @pytest.mark.parametrize("text", ["16x512", "0x1x1", "16x512x-1", "a", "16 x 512 x 1"])
 def test_other_texts_are_no_workload(text):
-    with pytest.raises(AllocationError, match="is not BATCHxINPUTxOUTPUT"):
+    with pytest.raises(AdapterError, match="is not BATCHxINPUTxOUTPUT"):
         parse_workload(text)
 
 
@@ -236,5 +244,5 @@ def test_prompts_are_random_tokens_of_the_vocabulary():
 
 
 def test_real_weights_are_not_pruned_by_a_config():
-    with pytest.raises(AllocationError, match="add --load-format dummy"):
+    with pytest.raises(AdapterError, match="add --load-format dummy"):
         variants.make_variants(str(SHAPES / "mixtral-8x7b"), load_format="auto", allocations={}, dropped=(0.5,))

@@ -22,7 +22,7 @@ def weigh(scores, selection, top_k, own, exponent, *, renormalize, scale):
 
 
 def route(scores, selection, top_k, *, renormalize, scale, order):
-    """What an engine's router gives at top_k: weights and ids [tokens, top_k], in any order of its liking."""
+    """The weights and ids [tokens, top_k] of an engine's router at top_k, in a given order."""
     ids = np.argsort(-selection, axis=-1, kind="stable")[:, :top_k][:, order]
     weights = np.take_along_axis(scores, ids, -1)
     weights = scale * (weights / weights.sum(-1, keepdims=True) if renormalize else weights)

@@ -11,7 +11,7 @@ from tiny import FAMILIES, build_reference, find_moe_blocks, make_checkpoint
 
 import lexi_adapter
 from lexi_adapter.allocation import read_allocation
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_search.artifacts.serialisation import to_document, write_allocation
 
 TOKENS = torch.arange(3, 40).reshape(1, -1)
@@ -92,10 +92,11 @@ def test_takes_a_path_a_document_or_an_object(checkpoints, tmp_path):
         lexi_adapter.apply(load(checkpoints["olmoe"]), 3)
 
 
-def refuse(model, allocation, expected, **options):
+def refuse(model, allocation, expected, kind=AllocationError, **options):
     before = read_top_k(model)
-    with pytest.raises(AllocationError, match=expected) as caught:
+    with pytest.raises(AdapterError, match=expected) as caught:
         lexi_adapter.apply(model, allocation, **options)
+    assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     assert read_top_k(model) == before
 
@@ -125,7 +126,7 @@ def test_refuses_a_block_that_keeps_its_top_k_elsewhere(olmoe):
     model, allocation = olmoe
     gate = model.model.layers[1].mlp.gate
     gate.chosen, gate.top_k = gate.top_k, "all"
-    refuse(model, allocation, "hold no top_k or num_experts_per_tok: unknown family")
+    refuse(model, allocation, "hold no top_k or num_experts_per_tok: unknown family", AdapterError)
 
 
 def test_sets_the_top_k_of_a_block_around_a_plain_linear_router(checkpoints):

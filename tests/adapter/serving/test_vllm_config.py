@@ -1,4 +1,4 @@
-"""What the plugin does to a Hugging Face configuration before vLLM reads it."""
+"""The plugin's changes to a Hugging Face configuration before vLLM reads it."""
 
 import pytest
 from engine import allocate

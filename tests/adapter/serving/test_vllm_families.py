@@ -48,7 +48,7 @@ def engines(tmp_path_factory):
 
 
 def run_transformers(family, allocation, exponent=None):
-    """What transformers makes of the prompts under the allocation, or without one."""
+    """Log-probabilities of the prompts by transformers, under the allocation or without one."""
     model = build_reference(family, **CHANGES.get(family, {}))
     if allocation is not None:
         inner = replace(allocation.model, model_type=INNER.get(family, allocation.model.model_type))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.serving import vllm_gates
 from lexi_adapter.serving.gates import compensate
 from lexi_adapter.serving.vllm_gates import compensate_layer
@@ -93,8 +93,8 @@ def test_what_routes_by_itself_is_refused_at_once_or_when_it_runs(cuda):
             compensate_layer(make_layer(name, **attributes), "layer 0", TOP_K, OWN, EXPONENT)
     layer = make_layer()
     compensate_layer(layer, "layer 0", TOP_K, OWN, EXPONENT)
-    with pytest.raises(AllocationError, match="layer 0: the kernel of SimpleNamespace routes by itself"):
+    with pytest.raises(AdapterError, match="layer 0: the kernel of SimpleNamespace routes by itself"):
         layer.routed_experts.forward_monolithic(x=None, router_logits=None)
     layer.routed_experts.quant_method.is_monolithic = True
-    with pytest.raises(AllocationError, match="take another with --moe-backend triton"):
+    with pytest.raises(AdapterError, match="take another with --moe-backend triton"):
         compensate_layer(layer, "layer 0", TOP_K, OWN, EXPONENT)

@@ -1,4 +1,4 @@
-"""What the adapter knows of vLLM by name, held against the vLLM that is installed; and the range of versions."""
+"""The names of vLLM that the adapter relies on, looked up in the vLLM that is installed; and the range of versions."""
 
 import json
 import sys
@@ -7,13 +7,13 @@ from functools import cache
 import pytest
 from engine import start
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.serving.vllm_names import (
+    CUSTOM_ROUTING,
     FACTORY_NAMES,
     HOOKED,
-    OBEDIENT_ROUTING,
     OWN_BLOCKS,
-    OWN_ROUTING,
+    ROUTING_AT_TOP_K,
     check_version,
 )
 
@@ -63,7 +63,7 @@ def test_everything_that_is_hooked_is_there():
 
 def test_the_factory_and_the_blocks_take_what_is_changed_and_compared():
     assert len(look()["factories"]) == 1 and set(look()["factories"]) < set(FACTORY_NAMES)
-    assert {"top_k", "num_experts", "prefix", *OWN_ROUTING} <= set(look()["arguments"][0])
+    assert {"top_k", "num_experts", "prefix", *CUSTOM_ROUTING} <= set(look()["arguments"][0])
     assert len(look()["blocks"]) == len(OWN_BLOCKS)
     assert all({"top_k", "num_experts", "prefix"} <= set(block) for block in look()["blocks"])
 
@@ -73,12 +73,12 @@ def test_routers_are_called_as_a_compensating_one_takes_it():
     routers = look()["routers"]
     assert {"FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CustomRoutingRouter"} <= set(routers)
     assert all(parameters == expected for parameters in routers.values()), routers
-    assert look()["obedient"] in OBEDIENT_ROUTING
+    assert look()["obedient"] in ROUTING_AT_TOP_K
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.9", "0.34.0", "0.34.0rc1", "1.0.0", "dev"])
 def test_refuses_versions_out_of_range(version):
-    with pytest.raises(AllocationError, match=f"vLLM {version} cannot apply an allocation: .* vLLM 0.26 to 0.33"):
+    with pytest.raises(AdapterError, match=f"vLLM {version} cannot apply an allocation: .* vLLM 0.26 to 0.33"):
         check_version(version)
 
 

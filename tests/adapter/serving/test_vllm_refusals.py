@@ -8,18 +8,18 @@ import pytest
 from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, start
 from tiny import make_checkpoint
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.serving.vllm_plugin import check_settings
 from lexi_search.artifacts.serialisation import to_document
 
 REFUSALS = {}
 
 
-def refusal(name, line):
-    """Register a function that makes, from the served model, a job that must fail with `line` in its error."""
+def refusal(name, line, kind="AllocationError"):
+    """Register a function that makes, from the served model, a job that must fail with `line` in an error of `kind`."""
 
     def register(make):
-        REFUSALS[name] = (make, line)
+        REFUSALS[name] = (make, line, kind)
         return make
 
     return register
@@ -107,18 +107,24 @@ def layers_that_disagree(served):
     return make_job(served.folder, hf_overrides=make_overrides(served, per_layer_config=layers))
 
 
-@refusal("a tied output layer", "has no lm_head.weight: its output layer is tied to the embeddings, which vLLM ignores")
-def tied_output_layer(served):
+@refusal(
+    "a tied LM head",
+    "has no lm_head.weight: its LM head is tied to the embeddings, which vLLM ignores",
+    "AdapterError",
+)
+def tied_lm_head(served):
     folder = make_checkpoint("olmoe", served.root / "tied", tie_word_embeddings=True)
     return job_with(served, to_document(allocate(folder))) | {"model": str(folder)}
 
 
-@refusal("one-sided all2all", "flashinfer_nvlink_one_sided has one top-k for all layers")
+@refusal("one-sided all2all", "flashinfer_nvlink_one_sided has one top-k for all layers", "AdapterError")
 def one_sided_all2all(served):
     return make_job(served.exported, all2all_backend="flashinfer_nvlink_one_sided")
 
 
-@refusal("a newer vLLM", "vLLM 0.34.0 cannot apply an allocation: lexi_adapter supports vLLM 0.26 to 0.33")
+@refusal(
+    "a newer vLLM", "vLLM 0.34.0 cannot apply an allocation: lexi_adapter supports vLLM 0.26 to 0.33", "AdapterError"
+)
 def newer_vllm(served):
     return make_job(served.exported, substitute="newer_vllm")
 
@@ -162,17 +168,23 @@ def unknown_family(served):
     return make_job(exported, "minicpm", substitute="unknown_blocks")
 
 
-@refusal("a layer that differs", "OlmoeForCausalLM: layer 0 has router.top_k = 4, not the allocation's 1")
+@refusal(
+    "a layer that differs", "OlmoeForCausalLM: layer 0 has router.top_k = 4, not the allocation's 1", "AdapterError"
+)
 def layer_that_differs(served):
     return make_job(served.exported, substitute="stubborn_router")
 
 
-@refusal("a layer that changes", "layer 1 has moe_config.experts_per_token = 4, not the allocation's 3")
+@refusal("a layer that changes", "layer 1 has moe_config.experts_per_token = 4, not the allocation's 3", "AdapterError")
 def layer_that_changes(served):
     return make_job(served.exported, substitute="corrupted_layer")
 
 
-@refusal("a routing of its own", "routes by its own custom_routing_function: this adapter cannot give it top-k 1")
+@refusal(
+    "a routing of its own",
+    "routes by its own custom_routing_function: this adapter cannot give it top-k 1",
+    "AdapterError",
+)
 def routing_of_its_own(served):
     return make_job(served.exported, model_impl="transformers", substitute="external_routing")
 
@@ -181,7 +193,11 @@ def shifted(served, **changes):
     return job_with(served, to_document(served.allocation) | {"gate_exponent": 0.5}, **changes)
 
 
-@refusal("a kernel that routes", "layer 0: the kernel of UnquantizedFusedMoEMethod routes by itself and would ignore")
+@refusal(
+    "a kernel that routes",
+    "layer 0: the kernel of UnquantizedFusedMoEMethod routes by itself and would ignore",
+    "AdapterError",
+)
 def kernel_that_routes(served):
     return shifted(served, substitute="monolithic_kernel")
 
@@ -195,15 +211,15 @@ def router_that_guesses(served):
 def outcomes(tmp_path_factory):
     """Name -> result of every refusal, and of an engine after them all; one process, in turn."""
     served = make_served(tmp_path_factory.mktemp("refusals"))
-    jobs = [make(served) for make, _ in REFUSALS.values()]
+    jobs = [make(served) for make, *_ in REFUSALS.values()]
     *results, last = run_engines(*jobs, make_job(served.exported)).results
     return dict(zip(REFUSALS, results, strict=True)) | {"last": last, "expected": served.allocation.top_k}
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_vllm_does_not_start_and_says_why_in_one_line(outcomes, name):
-    outcome, (_, line) = outcomes[name], REFUSALS[name]
-    assert outcome.get("error") == "AllocationError", outcome
+    outcome, (_, line, kind) = outcomes[name], REFUSALS[name]
+    assert outcome.get("error") == kind, outcome
     assert line in outcome["message"] and "\n" not in outcome["message"], outcome["message"]
 
 
@@ -218,7 +234,7 @@ def test_refuses_to_return_routed_experts(place):
     settings = SimpleNamespace(parallel_config=parallel_config, model_config=None, additional_config={})
     check_settings(settings)
     setattr(settings, place, SimpleNamespace(enable_return_routed_experts=True))
-    with pytest.raises(AllocationError, match="enable_return_routed_experts has one top-k for all layers"):
+    with pytest.raises(AdapterError, match="enable_return_routed_experts has one top-k for all layers"):
         check_settings(settings)
 
 
@@ -235,5 +251,5 @@ register()
 """
     done = start(sys.executable, "-c", code)
     *_, last = done.stderr.splitlines()
-    assert done.returncode == 1 and last.startswith("lexi_adapter.errors.AllocationError: lexi_adapter cannot hook")
+    assert done.returncode == 1 and last.startswith("lexi_adapter.errors.AdapterError: lexi_adapter cannot hook")
     assert "get_model_arch_config" in last and "supports vLLM 0.26 to 0.33" in last

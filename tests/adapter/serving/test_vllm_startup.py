@@ -1,14 +1,17 @@
-"""How an allocation comes into vLLM, its workers and its compile cache, and what happens without; with real engines."""
+"""The ways of an allocation into vLLM, its workers and its compile cache, and vLLM without one; with real engines."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, two_workers
 from tiny import FAMILIES, make_checkpoint
 
+import lexi_adapter
 from lexi_adapter.serving.vllm_plugin import Document
 from lexi_search.artifacts.serialisation import to_document, write_allocation
 
@@ -115,10 +118,8 @@ def test_without_the_plugin_vllm_stops(without_plugin, place):
 
 def test_where_the_plugin_cannot_be_imported_vllm_stops(served):
     """vLLM only logs that and goes on, so the name of the architecture has to stop it."""
-    broken = served.root / "broken" / "lexi_adapter"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").touch()
-    (broken / "vllm_plugin.py").write_text("raise ImportError('something is missing')")
+    broken = shutil.copytree(Path(lexi_adapter.__file__).parent, served.root / "broken" / "lexi_adapter")
+    (broken / "serving" / "vllm_plugin.py").write_text("raise ImportError('something is missing')")
     run = run_engines(make_job(served.exported), PYTHONPATH=str(broken.parent))
     assert "something is missing" in run.log
     assert "LexiOlmoeForCausalLM" in run.results[0]["message"]

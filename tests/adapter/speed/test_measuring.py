@@ -19,7 +19,7 @@ from lexi_adapter.engines.measuring import describe_engine, switch_layers, time_
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.process import EngineError
 from lexi_adapter.engines.workload import Workload, parse_workload
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.evaluation import vllm_backend
 from lexi_adapter.model.variants import Variant, allocate
 from lexi_adapter.speed import expert_load, latency, throughput
@@ -97,7 +97,7 @@ def test_steps_give_back_what_runs_were_made_of(other_reading, reading, other_wr
 
 def test_a_step_that_layers_make_faster_is_refused():
     found = {(k, WORKLOAD): (1.0, 2.0) for k in range(4)}
-    with pytest.raises(AllocationError, match="a step of 40 tokens got no slower with MoE layers"):
+    with pytest.raises(AdapterError, match="a step of 40 tokens got no slower with MoE layers"):
         latency._divide(WORKLOAD, found, 4, 3)
 
 
@@ -147,7 +147,7 @@ def test_the_cost_table_is_what_a_search_reads():
     ],
 )
 def test_steps_that_cannot_be_told_apart_are_refused_before_an_engine_starts(workloads, message):
-    with pytest.raises(AllocationError, match=message):
+    with pytest.raises(AdapterError, match=message):
         latency.measure("", MODEL, map(parse_workload, workloads), rounds=1, checks=0, engine={}, progress=print)
 
 
@@ -162,7 +162,7 @@ def test_loads_are_those_that_a_loop_finds(steps):
         active.append(len([expert for expert in kept if step[expert] > 0]))
     mean = sum(totals.values()) / 3
     if mean == 0:
-        with pytest.raises(AllocationError, match="no token reached"):
+        with pytest.raises(AdapterError, match="no token reached"):
             expert_load.summarise(steps, dropped=(2,))
         return
     load = expert_load.summarise(steps, dropped=(2,))
@@ -176,7 +176,7 @@ def test_the_least_used_experts_are_dropped():
     counts = {0: [[5, 1, 0, 2], [5, 0, 3, 2]], 1: [[1, 2, 3, 4]]}
     assert expert_load.find_least_used(counts, 0.5, 2) == {0: [1, 2], 1: [0, 1]}
     assert expert_load.find_least_used(counts, 0.0, 2) == {0: [], 1: []}
-    with pytest.raises(AllocationError, match="leaves fewer than k = 3"):
+    with pytest.raises(AdapterError, match="leaves fewer than k = 3"):
         expert_load.find_least_used(counts, 0.5, 3)
 
 
@@ -193,7 +193,7 @@ def test_the_figure_is_drawn(file_format, start):
 
 
 def test_other_figures_are_refused():
-    with pytest.raises(AllocationError, match="no figure as bench.gif"):
+    with pytest.raises(AdapterError, match="no figure as bench.gif"):
         figures.find_format("bench.gif")
 
 
@@ -268,13 +268,13 @@ def test_an_allocation_that_vllm_would_not_see_is_refused_before_an_engine_start
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
     base, half, *_ = make_variants()
     message = f"VLLM_PLUGINS is '{plugins}' and leaves out 'lexi', .* runs 'half' .* set VLLM_PLUGINS=lexi"
-    with pytest.raises(AllocationError, match=message):
+    with pytest.raises(AdapterError, match=message):
         measure([base, half])
-    with pytest.raises(AllocationError, match=message), open_model(half):
+    with pytest.raises(AdapterError, match=message), open_model(half):
         pass
     options.check_plugin([base, replace(half, environment={"VLLM_PLUGINS": "other,lexi"})])
     monkeypatch.setenv("VLLM_PLUGINS", "lexi")
-    with pytest.raises(AllocationError, match=message):
+    with pytest.raises(AdapterError, match=message):
         options.check_plugin([replace(half, environment={"VLLM_PLUGINS": plugins})])
 
 
@@ -289,7 +289,7 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
             return [function(worker, *args) for worker in (0, 1)]
 
     monkeypatch.setattr(worker, "switch", refuse)
-    with pytest.raises(AllocationError, match="^not this one$"):
+    with pytest.raises(AdapterError, match="^not this one$"):
         switch_layers(LLM(), {0: 1, 1: 2})
     with pytest.raises(AllocationError, match=r"layers \[5\] are no MoE layers of this model, which has \[0, 1\]"):
         switch_layers(LLM(), {0: 1, 1: 2, 5: 2})

@@ -9,6 +9,7 @@ import torch
 from engine import allocate, export, make_servable, start
 from tiny import build_reference, find_moe_blocks
 
+from lexi_adapter.engines import worker
 from lexi_adapter.engines.measuring import (
     answer_greedily,
     draw_weights,
@@ -20,7 +21,7 @@ from lexi_adapter.engines.measuring import (
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.process import EngineError, start_engines
 from lexi_adapter.engines.workload import Workload, draw_prompts
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.model.variants import Variant
 from lexi_search.artifacts.serialisation import to_document
 
@@ -135,11 +136,11 @@ def test_a_function_that_fails_says_so_and_the_engine_lives_on(engine):
 
 
 def test_a_compiled_k_is_refused_with_what_to_write():
-    worker = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(mode="compiled")))
+    compiled = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(mode="compiled")))
     with pytest.raises(
-        AllocationError, match="fixed the k of every SimpleNamespace .* --engine '{\"enforce_eager\": true}'"
+        AdapterError, match="fixed the k of every SimpleNamespace .* --engine '{\"enforce_eager\": true}'"
     ):
-        worker._check_switchable(worker, {0: SimpleNamespace()})
+        worker._check_switchable(compiled, {0: SimpleNamespace()})
 
 
 def test_drawn_weights_answer_differently_at_every_k(engine):
