@@ -40,7 +40,8 @@ takes_locks = click.option(
     "locks",
     multiple=True,
     metavar="FILE",
-    help="A file that stands for a card shared with other runs: only one is measured at a time; repeat it.",
+    help="A file that stands for a card shared with other runs: none is measured while another starts or is measured; "
+    "repeat it.",
 )
 
 
