@@ -36,7 +36,7 @@ HOUSE = {
         "speed": "throughput latency expert_load",
         "tasks": "scores texts perplexity passkey qasper harness hooks registry",
         "evaluation": "transformers_backend vllm_backend evaluate results tradeoff",
-        "sensitivity": "windows divergence replay ablation profile journal",
+        "sensitivity": "windows divergence replay ablation journal profile",
         "cli": "console options tables figures commands main",
     },
 }

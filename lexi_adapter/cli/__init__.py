@@ -1,5 +1,5 @@
 """The command `lexi-adapter`; this wing alone prints.
 
-Read `console` and `options` (what commands share), `tables` and `figures` (what they show), `commands`, one module a
-command, and `main`.
+Read `console` (refusals and printing) and `options` (options of several commands), `tables` and `figures` (of results),
+`commands`, one module a command, and `main`.
 """

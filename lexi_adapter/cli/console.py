@@ -1,4 +1,4 @@
-"""What every command of `lexi-adapter` shares with the terminal: refusals in one line, tables."""
+"""Refusals in one line and tables on the terminal, for every command of `lexi-adapter`."""
 
 import errno
 import sys
@@ -20,7 +20,7 @@ class Refusal(click.ClickException):
 
 
 class Commands(click.Group):
-    """A group of commands whose `AdapterError` is a refusal, as are a package that lacks and a disk that is full."""
+    """A group of commands in which an `AdapterError`, a missing package and a full disk are refusals."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -31,7 +31,7 @@ class Commands(click.Group):
             if (explained := explain_import(error)) is None:
                 raise
             raise Refusal(explained) from error
-        except OSError as error:  # whoever stops reading a pipe is click's business
+        except OSError as error:  # click handles a pipe that is closed by its reader
             if error.errno == errno.EPIPE:
                 raise
             where = f" ({error.filename})" if error.filename else "; make room where the output goes"
@@ -39,8 +39,11 @@ class Commands(click.Group):
 
 
 def print_table(table: "RenderableType") -> None:
-    """In a pipe nothing is folded: the reader is a program. On a terminal that is too narrow, it breaks lines itself
-    rather than having numbers cut. Names are shown as they are, and in ASCII what stdout's encoding lacks."""
+    """Print a table, without folding or cutting cells.
+
+    In a pipe lines are as long as they need to be, because the reader is a program; a terminal that is too narrow
+    breaks them itself. Names are shown as they are, and escaped in ASCII where stdout's encoding lacks a letter.
+    """
     from rich.console import Console
 
     def make_console(width: int) -> Console:
@@ -53,12 +56,12 @@ def print_table(table: "RenderableType") -> None:
         console.print(table)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = capture.get()
-    if not _can_show("±", encoding):
+    if not _can_encode("±", encoding):
         text = text.replace("±", "+-")
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding), nl=False)
 
 
-def _can_show(text: str, encoding: str) -> bool:
+def _can_encode(text: str, encoding: str) -> bool:
     try:
         return bool(text.encode(encoding))
     except UnicodeEncodeError:

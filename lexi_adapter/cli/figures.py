@@ -1,4 +1,4 @@
-"""Drawings of what `bench` and `tradeoff` found, as the bytes of PNG, SVG and PDF files."""
+"""Figures of the results of `bench` and `tradeoff`, as the bytes of PNG, SVG and PDF files."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,36 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.cli.tables import find_line
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.evaluation.tradeoff import Panel
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
 
 
 def find_format(path: str) -> str:
-    """The format of a figure by its file's name. AllocationError for others than `FIGURE_FORMATS`.
+    """The format of a figure, from its file's name. AdapterError for any other than `FIGURE_FORMATS`.
 
-    ImportError where nothing can be drawn: before the measuring, not after.
+    ImportError where matplotlib is missing: before the measuring, not after.
     """
     import matplotlib  # noqa: F401
 
     file_format = Path(path).suffix[1:]
     if file_format not in FIGURE_FORMATS:
-        raise AllocationError(f"no figure as {path}; name a file that ends in one of {', '.join(FIGURE_FORMATS)}")
+        raise AdapterError(f"no figure as {path}; name a file that ends in one of {', '.join(FIGURE_FORMATS)}")
     return file_format
 
 
 @contextmanager
-def plain_text() -> Iterator[None]:
-    """Of what draws: matplotlib shows every text as it is, for names of files are no formulas."""
+def _draw_plain_text() -> Iterator[None]:
+    """A context in which matplotlib shows every text as it is: names of files are not formulas."""
     from matplotlib import rc_context
 
     with rc_context({"text.parse_math": False}):
         yield
 
 
-def spell(name: str) -> str:
-    """A name of a file as a text that can be drawn: bytes of it that are no UTF-8 are spelt out."""
+def _escape(name: str) -> str:
+    """The name of a file as text that can be drawn: bytes that are not UTF-8 are escaped."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -50,7 +50,7 @@ def save_figure(figure: Any, file_format: str) -> bytes:
     return buffer.getvalue()
 
 
-@plain_text()
+@_draw_plain_text()
 def draw_bench(document: Mapping[str, Any], file_format: str) -> bytes:
     """Bars of tokens per second, a panel for every workload: the paper's figure 2, with the spread of the rounds."""
     from matplotlib.figure import Figure
@@ -65,19 +65,19 @@ def draw_bench(document: Mapping[str, Any], file_format: str) -> bytes:
         medians = [line["median"] for line in lines]
         below = [line["median"] - line["lowest"] for line in lines]
         above = [line["highest"] - line["median"] for line in lines]
-        places = range(len(names))
-        axes.barh(places, medians, xerr=[below, above], color="#4c72b0", error_kw={"elinewidth": 1, "capsize": 2})
-        axes.set_yticks(places, [spell(name) for name in names])
+        rows = range(len(names))
+        axes.barh(rows, medians, xerr=[below, above], color="#4c72b0", error_kw={"elinewidth": 1, "capsize": 2})
+        axes.set_yticks(rows, [_escape(name) for name in names])
         axes.axvline(medians[0], color="#333333", linewidth=0.8, linestyle=":")
-        axes.set_title(spell(workload), loc="left")
+        axes.set_title(_escape(workload), loc="left")
         axes.set_xlabel("tokens/s")
         axes.invert_yaxis() if axes is figure.axes[0] else None
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(spell(document["model"]), x=0.01, ha="left")
+    figure.suptitle(_escape(document["model"]), x=0.01, ha="left")
     return save_figure(figure, file_format)
 
 
-# The paper has LExI in green; pruned models are other folders.
+# Kind of a variant -> colour and marker. In the paper LExI is green; pruned models are other folders.
 STYLES = {
     "base": ("#333333", "*"),
     "allocation": ("#2ca02c", "o"),
@@ -86,7 +86,7 @@ STYLES = {
 }
 
 
-@plain_text()
+@_draw_plain_text()
 def draw_tradeoff(title: str, panels: Sequence[Panel], file_format: str) -> bytes:
     """The score over tokens per second, a row for every task, a column for every workload: the paper's figures 4 to 8.
 
@@ -113,12 +113,12 @@ def draw_tradeoff(title: str, panels: Sequence[Panel], file_format: str) -> byte
                 elinewidth=0.8,
                 capsize=2,
             )
-            place = (point.throughput, point.value)
-            axes.annotate(spell(point.variant), place, xytext=(5, 5), textcoords="offset points", fontsize=7)
-        axes.set_title(spell(f"{panel.task}, {panel.workload}"), loc="left", fontsize=9)
+            position = (point.throughput, point.value)
+            axes.annotate(_escape(point.variant), position, xytext=(5, 5), textcoords="offset points", fontsize=7)
+        axes.set_title(_escape(f"{panel.task}, {panel.workload}"), loc="left", fontsize=9)
         axes.set_xlabel("tokens/s")
-        axes.set_ylabel(spell(panel.metric))
+        axes.set_ylabel(_escape(panel.metric))
         axes.margins(0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(spell(title), x=0.01, ha="left")
+    figure.suptitle(_escape(title), x=0.01, ha="left")
     return save_figure(figure, file_format)

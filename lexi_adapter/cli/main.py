@@ -1,4 +1,4 @@
-"""`lexi-adapter`: the serving side's commands."""
+"""The command `lexi-adapter` and its subcommands."""
 
 import click
 

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import KEY
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
-# What --engine may not name: arguments of `make_options` that the commands give, the model among them.
-GIVEN = ("model", "parallel", "variant", "workloads")
+# Names that --engine may not set: arguments of `make_options` that the commands set, and the model.
+RESERVED = ("model", "parallel", "variant", "workloads")
 OBJECTS = ("additional_config", "compilation_config", "hf_overrides")
 
 
@@ -25,8 +25,8 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-SHARE = FiniteRange(0, 1, min_open=True)  # of what remains
-PRUNED_SHARE = FiniteRange(0, 1, max_open=True)  # of what is gone
+SHARE = FiniteRange(0, 1, min_open=True)  # of the budget that remains
+PRUNED_SHARE = FiniteRange(0, 1, max_open=True)  # of experts or width that is dropped
 
 ENGINE_OPTIONS = (
     click.option("--load-format", default="auto", help="dummy for random weights: config.json alone is enough."),
@@ -40,12 +40,13 @@ takes_locks = click.option(
     "locks",
     multiple=True,
     metavar="FILE",
-    help="A card that runs share, as a file: none is measured while another starts or is measured; repeat it.",
+    help="A file that stands for a card shared with other runs: none is measured while another starts or is measured; "
+    "repeat it.",
 )
 
 
 def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what every command that starts engines takes; `read_engine_options` reads it."""
+    """Add the options of every command that starts engines; `read_engine_options` reads them."""
     for option in reversed(ENGINE_OPTIONS):
         command = option(command)
     return command
@@ -54,25 +55,25 @@ def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 def read_engine_options(
     load_format: str, tensor_parallel_size: int, pipeline_parallel_size: int, enable_expert_parallel: bool, engine: str
 ) -> dict[str, Any]:
-    """Keyword arguments of `engines.make_options` from the options above; what `engine` says wins.
+    """Keyword arguments of `make_options` from `ENGINE_OPTIONS`; the entries of `engine` win.
 
     Raises:
-        AllocationError: `engine` is no JSON object, or names what is not its to say, or not as an object.
+        AdapterError: `engine` is no JSON object, has a reserved name, or has no object where one is expected.
     """
     try:
         others = json.loads(engine)
     except (ValueError, RecursionError) as error:
-        raise AllocationError(f"--engine is not JSON ({error})") from error
+        raise AdapterError(f"--engine is not JSON ({error})") from error
     if not isinstance(others, dict):
-        raise AllocationError("--engine is not a JSON object")
-    given = [name for name in GIVEN if name in others]
-    if given:
-        raise AllocationError(f"--engine: {given[0]} is not for it to say, but for other options; leave it out")
+        raise AdapterError("--engine is not a JSON object")
+    reserved = [name for name in RESERVED if name in others]
+    if reserved:
+        raise AdapterError(f"--engine: {reserved[0]} is set by other arguments; leave it out")
     for name in OBJECTS:
         if not isinstance(others.get(name, {}), dict):
-            raise AllocationError(f"--engine: {name} is {others[name]!r}, a JSON object expected")
+            raise AdapterError(f"--engine: {name} is {others[name]!r}, a JSON object expected")
     if KEY in others.get("additional_config", {}):
-        raise AllocationError(f"--engine: {KEY} would be in every engine, the base's too; give it by --allocation")
+        raise AdapterError(f"--engine: {KEY} would be in every engine, the base's too; give it by --allocation")
     parallel = {
         "tensor_parallel_size": tensor_parallel_size,
         "pipeline_parallel_size": pipeline_parallel_size,

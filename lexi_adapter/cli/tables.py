@@ -1,4 +1,4 @@
-"""What was measured, as tables for a terminal and as the figure of LExI's throughput."""
+"""Tables of results for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,13 +17,16 @@ def _format(number: float | None) -> str:
     return "" if number is None else f"{number:.4f}" if abs(number) < 1000 else f"{number:.4g}"
 
 
-def make_table() -> Table:
-    """A table without columns yet, to be given to `entitle` in the end."""
+def _make_table() -> Table:
+    """A table without columns yet; `_add_title` finishes it."""
     return Table(box=None, pad_edge=False, header_style="dim")
 
 
-def entitle(title: str, table: Table) -> Group:
-    """rich would fold a title of the table's own at the table's width, and cut names and numbers to fit a terminal."""
+def _add_title(title: str, table: Table) -> Group:
+    """A finished table below its title, with no cell folded or cut.
+
+    rich would fold a title of the table itself at the table's width, and cut names and numbers to fit a terminal.
+    """
     for column in table.columns:
         column.no_wrap = True
         column.min_width = max(map(cell_len, (str(column.header), *map(str, column.cells))))
@@ -31,8 +34,8 @@ def entitle(title: str, table: Table) -> Group:
 
 
 def tabulate_bench(document: Mapping[str, Any]) -> RenderableType:
-    """One row a variant; for every workload tokens per second, their spread over the rounds, the factor on the base."""
-    title, table = f"{document['model']}: tokens/s, batch x input x output", make_table()
+    """One row a variant; for every workload tokens per second, their spread over the rounds, speedup over the base."""
+    title, table = f"{document['model']}: tokens/s, batch x input x output", _make_table()
     table.add_column("variant")
     table.add_column("experts", justify="right")
     for workload in document["workloads"]:
@@ -45,41 +48,42 @@ def tabulate_bench(document: Mapping[str, Any]) -> RenderableType:
             spread = 100 * (line["highest"] - line["lowest"]) / 2 / line["median"]
             cells += [f"{line['median']:,.0f} ± {spread:.1f} %", f"{line['speedup']:.2f}x"]
         table.add_row(variant["name"], str(sum(variant["engine"]["top_k"].values())), *cells)
-    return entitle(title, table)
+    return _add_title(title, table)
 
 
 def find_line(document: Mapping[str, Any], variant: str, workload: str) -> Mapping[str, Any]:
+    """The line of one variant and workload in the summary of `bench`."""
     return next(line for line in document["summary"] if (line["variant"], line["workload"]) == (variant, workload))
 
 
 def tabulate_latency(steps: Sequence[Step]) -> RenderableType:
     """One row a step: milliseconds outside the MoE layers, and of one layer at each k."""
-    title, table = "milliseconds of an engine step", make_table()
+    title, table = "milliseconds of an engine step", _make_table()
     for name in ("tokens", "other", *(f"k={k + 1}" for k in range(len(steps[0].layer_ms)))):
         table.add_column(name, justify="right")
     for step in sorted(steps, key=lambda step: step.tokens):
         table.add_row(str(step.tokens), f"{step.other_ms:.3f}", *(f"{value:.4f}" for value in step.layer_ms))
-    return entitle(title, table)
+    return _add_title(title, table)
 
 
 def tabulate_checks(checks: Sequence[Check]) -> RenderableType:
-    """One row an allocation: its speed-up as the steps predict it, as it was measured, and the difference."""
-    title, table = "speed-up of random allocations, end to end", make_table()
+    """One row an allocation: its predicted and measured speed-up, and the error of the prediction."""
+    title, table = "speed-up of random allocations, end to end", _make_table()
     for name in ("workload", "experts", "predicted", "measured", "error %"):
         table.add_column(name, justify="right")
     for check in checks:
         values = (f"{check.predicted_speedup:.3f}", f"{check.measured_speedup:.3f}", f"{100 * check.error:+.1f}")
         table.add_row(check.workload, str(sum(check.top_k.values())), *values)
-    return entitle(title, table)
+    return _add_title(title, table)
 
 
 def tabulate_kernels(document: Mapping[str, Any]) -> RenderableType:
-    """One row a variant and workload: milliseconds of a card's kernels by kind, as `kernels.combine` gives them.
+    """One row a variant and workload: milliseconds of a card's kernels by kind, from `kernels.combine`.
 
-    "transfer" is communication without the waiting for peers, "exposed" the communication beside which nothing ran.
+    "transfer" is communication without the waiting for peers, "exposed" communication while nothing else ran.
     """
     kinds = list(document["kernels"][0]["seconds"])
-    title, table = "milliseconds of kernels on one card", make_table()
+    title, table = "milliseconds of kernels on one card", _make_table()
     for name in ("variant", "workload"):
         table.add_column(name)
     for name in (*kinds, "transfer", "exposed", "busy"):
@@ -90,12 +94,12 @@ def tabulate_kernels(document: Mapping[str, Any]) -> RenderableType:
         table.add_row(
             record["variant"], record["workload"], *("" if value is None else f"{1e3 * value:.2f}" for value in values)
         )
-    return entitle(title, table)
+    return _add_title(title, table)
 
 
 def tabulate_loads(loads: Mapping[str, Mapping[int, Load]]) -> RenderableType:
-    """One row a variant and layer."""
-    title, table = "tokens per expert", make_table()
+    """One row a variant and layer: its experts, and measures of uneven load."""
+    title, table = "tokens per expert", _make_table()
     table.add_column("variant")
     for name in ("layer", "experts", "max/mean", "variation", "idle %", "active in a step"):
         table.add_column(name, justify="right")
@@ -108,12 +112,12 @@ def tabulate_loads(loads: Mapping[str, Mapping[int, Load]]) -> RenderableType:
                 f"{load.active:.1f}",
             )
             table.add_row(name, str(layer), str(load.experts), *values)
-    return entitle(title, table)
+    return _add_title(title, table)
 
 
 def tabulate_eval(document: Mapping[str, Any]) -> RenderableType:
     """A row for every task, metric and variant: the score and its difference from the base's, with standard errors."""
-    title, table = f"{document['model']}, {document['setting']['backend']}", make_table()
+    title, table = f"{document['model']}, {document['setting']['backend']}", _make_table()
     for name in ("task", "metric", "variant"):
         table.add_column(name)
     for name in ("value", "± s.e.", "minus base", "± s.e."):
@@ -124,12 +128,12 @@ def tabulate_eval(document: Mapping[str, Any]) -> RenderableType:
             if (line["task"], line["metric"]) == (task, metric):
                 numbers = (line[name] for name in ("value", "stderr", "difference", "difference_stderr"))
                 table.add_row(task, metric, line["variant"], *map(_format, numbers))
-    return entitle(title, table)
+    return _add_title(title, table)
 
 
 def tabulate_tradeoff(panels: Sequence[Panel]) -> RenderableType:
     """A row for every task, workload and variant: tokens per second and the score."""
-    title, table = "quality over throughput", make_table()
+    title, table = "quality over throughput", _make_table()
     for name in ("task", "metric", "workload", "variant"):
         table.add_column(name)
     for name in ("tokens/s", "value", "± s.e."):
@@ -138,4 +142,4 @@ def tabulate_tradeoff(panels: Sequence[Panel]) -> RenderableType:
         for point in panel.points:
             numbers = (f"{point.throughput:,.0f}", _format(point.value), _format(point.stderr))
             table.add_row(panel.task, panel.metric, panel.workload, point.variant, *numbers)
-    return entitle(title, table)
+    return _add_title(title, table)

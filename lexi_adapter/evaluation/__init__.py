@@ -1,5 +1,5 @@
-"""Quality of variants on tasks.
+"""Quality of the variants of a model on tasks.
 
 Read `transformers_backend` and `vllm_backend` (a variant, loaded), `evaluate` (every task on every variant), `results`
-(what was written, read back) and `tradeoff` (quality beside speed).
+(the files of `eval` and `bench`, read and checked) and `tradeoff` (quality beside speed).
 """

@@ -1,7 +1,7 @@
-"""What a model loses: tasks on the base, and on the same model with fewer active experts or pruned.
+"""The quality of a model's variants: tasks on the base, and on the same model with fewer active experts or pruned.
 
-Every variant is loaded afresh, one after the other, and runs all tasks; the document grows by one piece with each. It
-holds what every piece depends on, so that a run that was cut short goes on where it stopped, and nowhere else.
+Every variant is loaded afresh, one after the other, and runs all tasks; each adds one piece to the document. The
+document holds everything that its pieces depend on, so that an interrupted run resumes from its own pieces only.
 """
 
 import hashlib
@@ -11,30 +11,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import is_result
 from lexi_adapter.model.variants import Variant
 from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, combine, compare
 
 FORMAT, VERSION = "lexi-eval", 1
-WORDS = {"files_sha256": "state of its files", "source_sha256": "source"}  # what differs, as a user says it
-# Of weights, of settings and tokenizers, and of code that --trust-remote-code runs.
-STATEFUL = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+WORDS = {"files_sha256": "state of its files", "source_sha256": "source"}  # keys of a document, for messages
+# Suffixes of weights, configs, tokenizers, and code that --trust-remote-code runs.
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 
 # (variant, task) -> outcome.
 Pieces = Mapping[tuple[str, str], Outcome]
+# A score and its difference from the base's, if there is one.
+_Line = tuple[Score, Score | None]
 
 
 def hash_state(folder: str) -> str:
-    """Hex SHA-256 over name, size and time of the files in a folder that a model or its tokenizer is made of."""
-    there = (path for path in Path(folder).iterdir() if path.suffix in STATEFUL and path.is_file())
-    files = sorted(path for path in there if not is_result(path))
+    """Hex SHA-256 over name, size and modification time of the files that make up a model or its tokenizer."""
+    candidates = (path for path in Path(folder).iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
+    files = sorted(path for path in candidates if not is_result(path))
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
 def describe(variant: Variant) -> dict[str, Any]:
-    """What tells a variant from others: its folder with the state of its files, and the k of its layers."""
+    """The JSON object that identifies a variant: its folder, the state of its files, and the k of its layers."""
     facts: dict[str, Any] = {
         "name": variant.name,
         "folder": str(Path(variant.folder).resolve()),
@@ -55,16 +57,19 @@ def evaluate(
     open_model: Callable[[Variant], AbstractContextManager[Model]],
     report: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
-    """Run every task on every variant, and give `report` the document after each; returns the last one.
+    """Run every task on every variant, call `report` with the document after each, and return the last document.
 
     Args:
-        setting: JSON that holds what all outcomes depend on: the backend, its dtype and options.
-        finished: pieces that are there already; a variant that misses none is not loaded.
+        setting: JSON with everything that all outcomes depend on: the backend, its dtype and options.
+        finished: the pieces of an earlier run; a variant that lacks none is not loaded.
+
+    Raises:
+        AdapterError: two tasks of one name.
     """
     names = [task.name for task in tasks]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
-        raise AllocationError(f"task {double[0]} is asked for twice; name it once")
+        raise AdapterError(f"task {double[0]} is asked for twice; name it once")
     pieces = dict(finished)
     document = make_document(variants, tasks, setting, pieces)
     for variant in variants:
@@ -82,7 +87,7 @@ def evaluate(
 def make_document(
     variants: Sequence[Variant], tasks: Sequence[Task], setting: Mapping[str, Any], pieces: Pieces
 ) -> dict[str, Any]:
-    """The JSON object of all pieces so far, and of their summary."""
+    """The JSON object of all pieces so far and their summary."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -104,47 +109,48 @@ def make_document(
 
 
 def find_finished(document: Any, place: str, expected: Mapping[str, Any]) -> dict[tuple[str, str], Outcome]:
-    """The pieces of an earlier document, if all of them belong to the run that `expected`, its empty document, is of.
+    """The pieces of an earlier document, if all belong to this run, whose document without pieces is `expected`.
 
     Raises:
-        AllocationError: `document` is something else, or holds a piece that this run would not make.
+        AdapterError: `document` has another format, or holds a piece that this run would not make.
     """
     remedy = "name another file by --output, or throw them away by --restart"
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
-        raise AllocationError(f"{place} is not a {FORMAT} file of version {VERSION}; name another by --output")
+        raise AdapterError(f"{place} is not a {FORMAT} file of version {VERSION}; name another by --output")
     try:
         if differing := _list_differences(document["setting"], expected["setting"]):
-            theirs, ours = (setting.get(differing[0]) for setting in (document["setting"], expected["setting"]))
-            raise AllocationError(f"{place} holds results with {differing[0]} {theirs!r}, not {ours!r}; {remedy}")
+            earlier, current = (settings.get(differing[0]) for settings in (document["setting"], expected["setting"]))
+            raise AdapterError(f"{place} holds results with {differing[0]} {earlier!r}, not {current!r}; {remedy}")
         for kind in ("variants", "tasks"):
             used = {piece[kind[:-1]] for piece in document["pieces"]}
             wanted = {entry["name"]: entry for entry in expected[kind]}
             for entry in document[kind]:
                 name = entry["name"]
                 if name in used and name not in wanted:
-                    raise AllocationError(f"{place} holds results of {name!r}, which is not asked for; {remedy}")
+                    raise AdapterError(f"{place} holds results of {name!r}, which is not asked for; {remedy}")
                 if name in used and (differing := _list_differences(entry, wanted[name])):
                     difference = f"(another {', '.join(differing)})"
-                    raise AllocationError(f"{place} holds other results of {name!r} than these {difference}; {remedy}")
-        return {(piece["variant"], piece["task"]): read_outcome(piece) for piece in document["pieces"]}
+                    raise AdapterError(f"{place} holds other results of {name!r} than these {difference}; {remedy}")
+        return {(piece["variant"], piece["task"]): _read_outcome(piece) for piece in document["pieces"]}
     except (KeyError, TypeError, AttributeError) as error:
-        raise AllocationError(f"{place} is not whole ({error!r} in it); {remedy}") from error
+        raise AdapterError(f"{place} is not whole ({error!r} in it); {remedy}") from error
 
 
-def _list_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    return sorted(WORDS.get(key, key) for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+def _list_differences(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ, in words for messages."""
+    return sorted(WORDS.get(key, key) for key in {*earlier, *current} if earlier.get(key) != current.get(key))
 
 
-def read_outcome(piece: Mapping[str, Any]) -> Outcome:
-    """The outcome that a piece of a document holds."""
+def _read_outcome(piece: Mapping[str, Any]) -> Outcome:
+    """The outcome in a piece of a document."""
     scores = {s["metric"]: Score(s["value"], s["stderr"], tuple(s["values"])) for s in piece["scores"]}
     return Outcome(scores, piece["details"])
 
 
 def summarise(variants: Sequence[str], tasks: Sequence[Task], pieces: Pieces) -> Iterator[dict[str, Any]]:
-    """A line for every variant, task and metric: the score, and its difference from the base's, the first variant's.
+    """A line for every variant, task and metric: the score and its difference from the base's, the first variant's.
 
-    Groups of two tasks or more that are all there get a line of their own, the mean over the tasks.
+    A group of two tasks or more gets a line of its own, the mean over its tasks, once all of them are finished.
     """
     groups: dict[str, list[str]] = {}
     for task in tasks:
@@ -152,22 +158,19 @@ def summarise(variants: Sequence[str], tasks: Sequence[Task], pieces: Pieces) ->
             groups.setdefault(task.group, []).append(task.name)
     base = variants[0]
     for variant in variants:
-        found: dict[tuple[str, str], tuple[Score, Score | None]] = {}
+        lines: dict[tuple[str, str], _Line] = {}
         for task in tasks:
+            base_scores = _read_scores(pieces, base, task.name) if variant != base else {}
             for metric, score in _read_scores(pieces, variant, task.name).items():
-                other = _read_scores(pieces, base, task.name).get(metric) if variant != base else None
-                found[task.name, metric] = score, compare(score, other) if other else None
+                base_score = base_scores.get(metric)
+                lines[task.name, metric] = score, compare(score, base_score) if base_score else None
         for group, members in groups.items():
-            metrics = [metric for name, metric in found if name == members[0]]
+            metrics = [metric for name, metric in lines if name == members[0]]
             for metric in metrics if len(members) > 1 else ():
-                parts = [found[name, metric] for name in members if (name, metric) in found]
+                parts = [lines[name, metric] for name in members if (name, metric) in lines]
                 if len(parts) == len(members):
-                    differences = [difference for _, difference in parts if difference]
-                    found[group, metric] = (
-                        combine([score for score, _ in parts]),
-                        combine(differences) if len(differences) == len(parts) else None,
-                    )
-        for (task_name, metric), (score, difference) in found.items():
+                    lines[group, metric] = _combine_lines(parts)
+        for (task_name, metric), (score, difference) in lines.items():
             yield {
                 "variant": variant,
                 "task": task_name,
@@ -177,6 +180,13 @@ def summarise(variants: Sequence[str], tasks: Sequence[Task], pieces: Pieces) ->
                 "difference": difference.value if difference else None,
                 "difference_stderr": difference.stderr if difference else None,
             }
+
+
+def _combine_lines(lines: Sequence[_Line]) -> _Line:
+    """The means over tasks of scores and differences; None for a difference that a task lacks."""
+    differences = [difference for _, difference in lines if difference]
+    complete = len(differences) == len(lines)
+    return combine([score for score, _ in lines]), combine(differences) if complete else None
 
 
 def _read_scores(pieces: Pieces, variant: str, task: str) -> Mapping[str, Score]:

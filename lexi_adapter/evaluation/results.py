@@ -1,4 +1,4 @@
-"""What `eval` and `bench` wrote, read back: files of a user, so every value that is used is looked at first."""
+"""The results of `eval` and `bench`, read from files: users may have edited them, so every value used is checked."""
 
 import json
 import sys
@@ -6,25 +6,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.errors import AllocationError
-from lexi_adapter.evaluation import evaluate
-from lexi_adapter.speed import throughput
+from lexi_adapter.errors import AdapterError
 
 
-def read_results(path: str, kind: str) -> dict[str, Any]:
-    """A document of `eval` or `bench`, by its format, with all that is joined here. AllocationError for another."""
-    remedy = f"make one with lexi-adapter {kind.removeprefix('lexi-')}"
+def read_results(path: str, file_format: str) -> dict[str, Any]:
+    """The document in a file of `file_format`, one of `SHAPES`. AdapterError for any other file."""
+    remedy = f"make one with lexi-adapter {file_format.removeprefix('lexi-')}"
     try:
         document = json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise AllocationError(f"cannot read {path}: {error.strerror}") from error
+        raise AdapterError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise AllocationError(f"{path} is not JSON ({error}); {remedy}") from error
-    version = {evaluate.FORMAT: evaluate.VERSION, throughput.FORMAT: throughput.VERSION}[kind]
-    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (kind, version):
-        raise AllocationError(f"{path} is not a {kind} file of version {version}; {remedy}")
-    if flaw := next(_find_flaws(document, SHAPES[kind], ""), None):
-        raise AllocationError(f"{path} is not whole: {flaw}; {remedy}")
+        raise AdapterError(f"{path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (file_format, VERSION):
+        raise AdapterError(f"{path} is not a {file_format} file of version {VERSION}; {remedy}")
+    if flaw := next(_find_flaws(document, SHAPES[file_format], ""), None):
+        raise AdapterError(f"{path} is not whole: {flaw}; {remedy}")
     return document
 
 
@@ -49,17 +46,18 @@ def _is_in_order(line: Mapping[str, Any]) -> bool:
 
 
 RATES = {"variant": _is_text, "workload": _is_text, "median": _is_number, "lowest": _is_number, "highest": _is_number}
-# What is read of a document: keys and their shapes, [shape] of every entry of a list that is not empty, a check, or
-# several of these one after the other.
+VERSION = 1  # of both formats: the one that the shapes below describe
+# Format -> shape of the part of a document that is used. A shape is a dict of keys and their shapes, [shape] for a list
+# that is not empty, a function that checks a value, or a tuple of shapes that all have to fit.
 SHAPES: Mapping[str, Any] = {
-    evaluate.FORMAT: {
+    "lexi-eval": {
         "model": _is_text,
         "variants": [{"name": _is_text, "top_k": lambda value: value is None or _is_top_k(value)}],
         "summary": [
             {"variant": _is_text, "task": _is_text, "metric": _is_text, "value": _is_number, "stderr": _is_error}
         ],
     },
-    throughput.FORMAT: {
+    "lexi-bench": {
         "variants": [
             {"name": _is_text, "overrides": lambda value: type(value) is dict, "engine": {"top_k": _is_top_k}}
         ],
@@ -70,7 +68,7 @@ SHAPES: Mapping[str, Any] = {
 
 
 def _find_flaws(value: Any, shape: Any, place: str) -> Iterator[str]:
-    """What of a JSON value is not of this shape; a key that is not there has the value None."""
+    """The parts of a JSON value that do not fit the shape; a missing key has the value None."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for key, inner in shape.items():
             yield from _find_flaws(value.get(key), inner, f"{place}.{key}" if place else key)

@@ -1,15 +1,15 @@
-"""Quality over throughput: what `eval` and `bench` measured of the same variants, joined (LExI's figures 4 to 8)."""
+"""Quality over throughput: the results of `eval` and `bench` for the same variants, joined (LExI's figures 4 to 8)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 
 
 @dataclass(frozen=True)
 class Point:
-    """One variant: tokens per second at one workload (median, and lowest and highest round), and a score."""
+    """One variant: tokens per second at one workload (the median, lowest and highest of the rounds), and a score."""
 
     variant: str
     kind: str
@@ -31,62 +31,65 @@ class Panel:
 
 
 def match(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, str]:
-    """Name in `eval`'s document -> name in `bench`'s: the same name, or the same k and exponent of the same weights.
+    """Name in `eval`'s document -> name in `bench`'s: the same name, or the same k and exponent on the same weights.
 
-    Variants that one of the two does not have are left out.
+    Variants that only one document has are left out.
 
     Raises:
-        AllocationError: two variants of one name that ran different k, or other gate exponents.
+        AdapterError: variants of one name that ran with different k or gate exponents.
     """
-    measured = {variant["name"]: variant for variant in speed["variants"]}
+    benchmarked = {variant["name"]: variant for variant in speed["variants"]}
     pairs = {}
     for variant in quality["variants"]:
         name, top_k = variant["name"], variant.get("top_k")
-        if name in measured:
-            other = measured[name]["engine"]["top_k"]
-            if top_k not in (None, other):
-                layer = next(layer for layer in top_k | other if top_k.get(layer) != other.get(layer))
-                ours, theirs = top_k.get(layer), other.get(layer)
-                raise AllocationError(
-                    f"{name!r} ran with top-k {ours} of layer {layer} in eval, but {theirs} in bench; measure the "
-                    "same in both"
-                )
-            if top_k is not None and variant.get("gate_exponent") != measured[name].get("gate_exponent"):
-                raise AllocationError(
-                    f"{name!r} ran with another gate exponent in eval than in bench; measure one in both"
-                )
+        if name in benchmarked:
+            _check_same(variant, benchmarked[name])
             pairs[name] = name
             continue
-        alike = (
-            other
-            for other, found in measured.items()
-            if not found["overrides"]
-            and top_k == found["engine"]["top_k"]
-            and variant.get("gate_exponent") == found.get("gate_exponent")
+        same = (
+            other["name"]
+            for other in benchmarked.values()
+            if not other["overrides"]
+            and top_k == other["engine"]["top_k"]
+            and variant.get("gate_exponent") == other.get("gate_exponent")
         )
-        if (other := next(alike, None)) is not None:
-            pairs[name] = other
+        if (other_name := next(same, None)) is not None:
+            pairs[name] = other_name
     return pairs
+
+
+def _check_same(evaluated: Mapping[str, Any], benchmarked: Mapping[str, Any]) -> None:
+    """Raise AdapterError where variants of one name ran with different k or gate exponents in `eval` and `bench`."""
+    name, top_k, other = evaluated["name"], evaluated.get("top_k"), benchmarked["engine"]["top_k"]
+    if top_k is None:
+        return
+    if top_k != other:
+        layer = next(layer for layer in top_k | other if top_k.get(layer) != other.get(layer))
+        raise AdapterError(
+            f"{name!r} ran with top-k {top_k.get(layer)} of layer {layer} in eval, but {other.get(layer)} in bench; "
+            "measure the same in both"
+        )
+    if evaluated.get("gate_exponent") != benchmarked.get("gate_exponent"):
+        raise AdapterError(f"{name!r} ran with another gate exponent in eval than in bench; measure one in both")
 
 
 def join(
     quality: Mapping[str, Any], speed: Mapping[str, Any], *, tasks: Sequence[str] = (), workloads: Sequence[str] = ()
 ) -> tuple[Panel, ...]:
-    """A panel for every workload, task and metric; `tasks` and `workloads` choose among those there are.
+    """A panel for every task and workload; `tasks` and `workloads` choose some of them, or all where they are empty.
 
-    Of a task with several metrics the first is taken, in the order of `eval`'s table.
+    Of a task with several metrics, only the first in `eval`'s table is used.
 
     Raises:
-        AllocationError: a task or workload that is not there, or fewer than two variants in both documents.
+        AdapterError: a task or workload that the documents lack, or fewer than two variants in both.
     """
     pairs = match(quality, speed)
     if len(pairs) < 2:
-        theirs = ", ".join(repr(variant["name"]) for variant in speed["variants"])
-        raise AllocationError(f"fewer than two variants are in both files; bench has {theirs}: measure the same there")
-    known = list(dict.fromkeys(line["task"] for line in quality["summary"]))
-    chosen = _choose("task", tasks, known)
+        measured = ", ".join(repr(variant["name"]) for variant in speed["variants"])
+        raise AdapterError(f"fewer than two variants are in both files; bench has {measured}: measure the same there")
+    evaluated = list(dict.fromkeys(line["task"] for line in quality["summary"]))
     panels = []
-    for task in chosen:
+    for task in _choose("task", tasks, evaluated):
         lines = [line for line in quality["summary"] if line["task"] == task]
         metric = lines[0]["metric"]
         scores = {line["variant"]: line for line in lines if line["metric"] == metric}
@@ -106,15 +109,13 @@ def join(
                 if name in scores and other in rates
             )
             if not points:
-                raise AllocationError(
-                    f"no variant was measured by both {task!r} and {workload!r}; finish eval and bench"
-                )
+                raise AdapterError(f"no variant was measured by both {task!r} and {workload!r}; finish eval and bench")
             panels.append(Panel(task, metric, workload, points))
     return tuple(panels)
 
 
 def find_kind(name: str, quality: Mapping[str, Any]) -> str:
-    """ "base", "uniform", "allocation" or "folder"."""
+    """The kind of a variant: "base", "uniform", "allocation" or "folder"."""
     variant = next(variant for variant in quality["variants"] if variant["name"] == name)
     if name == "base":
         return "base"
@@ -123,8 +124,9 @@ def find_kind(name: str, quality: Mapping[str, Any]) -> str:
     return "uniform" if len(set(variant["top_k"].values())) == 1 else "allocation"
 
 
-def _choose(what: str, wanted: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+def _choose(noun: str, wanted: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    """The wanted names, or all known ones where none are wanted. AdapterError for a name that is not known."""
     for name in wanted:
         if name not in known:
-            raise AllocationError(f"no {what} {name!r} in the results, which have {', '.join(known)}")
+            raise AdapterError(f"no {noun} {name!r} in the results, which have {', '.join(known)}")
     return wanted or known

@@ -1,35 +1,34 @@
-"""One variant in transformers, for evaluation: the folder's model with the allocation applied."""
+"""A variant in transformers: the folder's model with the allocation applied."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.model.variants import Variant, find_allocation
 from lexi_adapter.tasks.scores import Outcome
 from lexi_adapter.tasks.texts import check_prompt, check_tokens, check_unicode
 
 
 @contextmanager
-def explain_full_memory(batch: int) -> Iterator[None]:
-    """Make what torch raises on a device without room for a batch of so many sequences one line with the remedy."""
+def explain_full_memory(device: str, remedy: str) -> Iterator[None]:
+    """Turn torch's error on a full device into an AdapterError of one line with the remedy, such as a smaller batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise AllocationError(f"the device ran out of memory; take a --batch below {batch}") from error
+        raise AdapterError(f"{device} ran out of memory; try {remedy}") from error
 
 
 class TransformersModel:
-    """A loaded model and the tokenizer of its prompts; see `scores.Model` for the methods."""
+    """A loaded model and its tokenizer; see `scores.Model` for the methods."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        import torch
         from torch.nn.functional import cross_entropy
 
         check_tokens("a window", windows, self.model.config.get_text_config().vocab_size)
@@ -38,40 +37,39 @@ class TransformersModel:
             tokens = torch.tensor(batch, device=self.model.device)
             with torch.inference_mode():
                 logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            # A window at a time: the float32 copy of the logits is the largest thing in memory.
+            # One window at a time: the float32 copy of the logits takes the most memory.
             for window, following in zip(logits, tokens[:, 1:], strict=True):
                 scores.append((-cross_entropy(window.float(), following, reduction="none")).tolist())
         return scores
 
     def generate(self, prompts: Sequence[Any], max_new_tokens: int, max_length: int | None = None) -> list[str]:
-        import torch
         from transformers import GenerationConfig
 
         encoded = [self._encode(prompt) for prompt in prompts]
         for number, tokens in enumerate(encoded, 1):
             check_prompt(number, len(tokens), max_new_tokens, max_length)
         check_tokens("a prompt", encoded, self.model.config.get_text_config().vocab_size)
-        own = self.model.generation_config
-        stops = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
-        first = stops[0] if isinstance(stops, list) else stops
+        eos = self.model.generation_config.eos_token_id
+        eos = eos if eos is not None else self.tokenizer.eos_token_id
+        first_eos = eos[0] if isinstance(eos, list) else eos
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
-            eos_token_id=stops,
-            pad_token_id=0 if first is None else first,
+            eos_token_id=eos,
+            pad_token_id=0 if first_eos is None else first_eos,
         )
         answers = [""] * len(encoded)
-        # Prompts of one length go together: without padding a batch computes what each prompt alone would.
-        places = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))
-        for length, group in itertools.groupby(places, key=lambda place: len(encoded[place])):
+        # Batches of prompts of equal length: without padding, each prompt is computed as it would be alone.
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        for length, group in itertools.groupby(order, key=lambda index: len(encoded[index])):
             for batch in _cut_batches(list(group), self.batch_size):
-                tokens = torch.tensor([encoded[place] for place in batch], device=self.model.device)
+                tokens = torch.tensor([encoded[index] for index in batch], device=self.model.device)
                 with torch.inference_mode():
-                    made = self.model.generate(
+                    sequences = self.model.generate(
                         input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
                     )
-                for place, ids in zip(batch, made[:, length:].tolist(), strict=True):
-                    answers[place] = self.tokenizer.decode(ids, skip_special_tokens=True)
+                for index, ids in zip(batch, sequences[:, length:].tolist(), strict=True):
+                    answers[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
         return answers
 
     def run_harness(
@@ -96,7 +94,7 @@ class TransformersModel:
             return self.tokenizer(prompt, verbose=False)["input_ids"]
         if isinstance(prompt, list) and all(type(token) is int for token in prompt):
             return prompt
-        raise AllocationError("a prompt that is neither a text nor token ids needs --backend vllm")
+        raise AdapterError("a prompt that is neither a text nor token ids needs --backend vllm")
 
 
 def _cut_batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
@@ -105,23 +103,14 @@ def _cut_batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
 
 
 def find_device(device: str | None) -> str:
-    """The device by its name, or a GPU if there is one; "auto" spreads a model over all. AllocationError for none."""
-    import torch
-
+    """The device by its name; for None a GPU if there is one; "auto" stays. AdapterError for a device not here."""
     if device is None or device == "auto":
         return device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device).tolist()  # a device that computes, unlike "meta"
+        torch.zeros(1, device=device).tolist()  # the device has to compute, unlike "meta"
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise AllocationError(f"no device {device!r} here ({str(error).splitlines()[0]}); try --device cpu") from error
+        raise AdapterError(f"no device {device!r} here ({str(error).splitlines()[0]}); try --device cpu") from error
     return device
-
-
-def check_whole(folder: str, info: Mapping[str, Collection[Any]]) -> None:
-    """Raise AllocationError for tensors that transformers, by its loading info, did not find and made up."""
-    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if lacking:
-        raise AllocationError(f"{folder} lacks {len(lacking)} tensors, such as {lacking[0]}; fetch it again")
 
 
 @contextmanager
@@ -131,41 +120,22 @@ def open_model(
     """The variant's model, in memory inside the block.
 
     Raises:
-        AllocationError: transformers cannot load the folder, it lacks a tensor, the allocation does not fit, or memory
-            runs out.
+        AdapterError: transformers cannot load the folder, it lacks a tensor, or memory runs out.
+        AllocationError: the allocation does not fit.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     from lexi_adapter.serving.transformers_patch import apply
 
-    asked = find_allocation(variant)
+    allocation = find_allocation(variant)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    remedy = "--device auto or --dtype bfloat16"
+    model = _load(variant.folder, device, lambda: AutoModelForCausalLM, remedy=remedy, **options)
+    if allocation is not None:
+        apply(model, allocation)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            variant.folder,
-            dtype=dtype,
-            device_map="auto" if device == "auto" else None,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        model.eval()
-        if device != "auto":
-            model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise AllocationError(
-            f"{variant.folder} does not fit on {device}; try --device auto or --dtype bfloat16"
-        ) from error
-    except Exception as error:  # what it raises depends on the file that is missing, broken or unknown to it
-        raise AllocationError(
-            f"transformers cannot load {variant.folder}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    check_whole(variant.folder, info)
-    if asked is not None:
-        apply(model, asked)
-    try:
-        yield TransformersModel(model, tokenizer, batch_size)
-    except torch.OutOfMemoryError as error:
-        raise AllocationError(f"{device} ran out of memory; try a --batch-size below {batch_size}") from error
+        with explain_full_memory(device, f"a --batch-size below {batch_size}"):
+            yield TransformersModel(model, tokenizer, batch_size)
     finally:
         del model
         if torch.cuda.is_available():
@@ -176,25 +146,54 @@ def load_model(folder: str, *, device: str | None = None, dtype: str = "float32"
     """The language model in a folder, in evaluation mode on one device: by default the GPU where there is one.
 
     Raises:
-        AllocationError: no such device or model, or the folder lacks a tensor, which transformers would make up.
+        AdapterError: no such device or model, or the folder lacks a tensor.
     """
+    device = find_device(device)
+    if device == "auto":
+        raise AdapterError("the layers have to be on one device; name that by --device")
+    model = _load(folder, device, lambda: _find_class(folder), remedy="--dtype bfloat16", dtype=dtype)
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # they are for a training loss, and layers that are not run give none
+    return model
+
+
+def _find_class(folder: str) -> Any:
+    """The class of transformers that loads a folder: of language models, or of those that read images too."""
     import transformers
 
-    place = find_device(device)
-    if place == "auto":
-        raise AllocationError("the layers have to be on one device; name that by --device")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
+
+
+def _load(folder: str, device: str, find_class: Callable[[], Any], *, remedy: str, **options: Any) -> torch.nn.Module:
+    """The model in a folder, in evaluation mode on a device, or with "auto" spread over all GPUs.
+
+    Args:
+        find_class: its class of transformers, which may fail as the loading may.
+        remedy: for a model that does not fit on the device.
+        options: arguments of `from_pretrained`.
+
+    Raises:
+        AdapterError: transformers cannot load the folder, it lacks a tensor, or the device is too small.
+    """
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        kind = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
-        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        model.to(place)
+        model, info = find_class().from_pretrained(
+            folder, device_map="auto" if device == "auto" else None, output_loading_info=True, **options
+        )
+        if device != "auto":
+            model.to(device)
     except torch.OutOfMemoryError as error:
-        raise AllocationError(f"{folder} does not fit on {place}; try --dtype bfloat16") from error
-    except Exception as error:  # what it raises depends on the file that is missing, broken or unknown to it
-        raise AllocationError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
-    check_whole(folder, info)
-    text = model.config.get_text_config()
-    if getattr(text, "output_router_logits", False):
-        text.output_router_logits = False  # they are for a loss of training, and layers that are not run give none
+        raise AdapterError(f"{folder} does not fit on {device}; try {remedy}") from error
+    except Exception as error:  # its type depends on the file that is missing, broken or unknown to transformers
+        raise AdapterError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    _check_whole(folder, info)
     return model.eval()
+
+
+def _check_whole(folder: str, info: Mapping[str, Collection[Any]]) -> None:
+    """Raise AdapterError for tensors that, by its loading info, transformers did not find and initialised itself."""
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
+        raise AdapterError(f"{folder} lacks {len(lacking)} tensors, such as {lacking[0]}; fetch it again")

@@ -1,4 +1,4 @@
-"""One variant in vLLM, for evaluation: an engine in a process of its own, and what is asked of it there."""
+"""A variant in vLLM: an engine in its own process, and the functions that are called there."""
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from lexi_adapter.model.variants import Variant
 from lexi_adapter.tasks.scores import Outcome
 from lexi_adapter.tasks.texts import check_prompt
 
-# vLLM wants room for one more token than a prompt has, beyond the model's positions if the prompt fills them all. No
-# token is ever read there: tasks are checked against the positions.
+# vLLM needs a length of one token more than the longest prompt, which may be more than the model has positions. No
+# token is read beyond the positions: tasks are checked against them.
 ENVIRONMENT = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
 
 
@@ -49,25 +49,25 @@ def open_model(
     trust_remote_code: bool,
     engine: Mapping[str, Any],
 ) -> Iterator[VllmModel]:
-    """The variant's engine, up inside the block.
+    """The variant's engine, running inside the block.
 
     Args:
         tokenizer: the folder of the tokenizer.
         longest: tokens of the longest prompt with its answer.
-        engine: arguments of `engines.make_options`.
+        engine: arguments of `make_options`.
 
     Raises:
-        AllocationError: vLLM is told not to load the plugin that the variant needs.
-        EngineError: it did not come up, or with another k; an allocation that does not fit is one reason.
+        AdapterError: vLLM is told not to load the plugin that the variant needs.
+        EngineError: the engine did not start, as with an allocation that does not fit, or runs with another k.
     """
     check_plugin([variant])
-    own = {
+    defaults = {
         "dtype": dtype,
         "tokenizer": tokenizer,
         "skip_tokenizer_init": False,
         "trust_remote_code": trust_remote_code,
     }
-    options = make_options(variant, [Workload(batch_size, longest, 1)], **{**own, **engine})
+    options = make_options(variant, [Workload(batch_size, longest, 1)], **{**defaults, **engine})
     with start_engines([(variant.name, options, ENVIRONMENT | dict(variant.environment))]) as (running,):
         check_top_k(variant, running.call(describe_engine)["top_k"])
         yield VllmModel(running)
@@ -77,11 +77,11 @@ def score_windows(llm: Any, windows: list[list[int]]) -> list[list[float]]:
     """`scores.Model.score`, in the engine's process."""
     from vllm import SamplingParams
 
-    # The log-probability of every token of the prompt comes with it, 0 others do.
+    # With 0 vLLM returns the log-probability of every prompt token, and of no other token.
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": window} for window in windows], sampling, use_tqdm=False)
     return [
-        [found[token].logprob for found, token in zip(output.prompt_logprobs[1:], window[1:], strict=True)]
+        [logprobs[token].logprob for logprobs, token in zip(output.prompt_logprobs[1:], window[1:], strict=True)]
         for output, window in zip(outputs, windows, strict=True)
     ]
 
@@ -92,7 +92,7 @@ def generate_answers(llm: Any, prompts: list[Any], max_new_tokens: int, max_leng
 
     inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
     outputs = llm.generate(inputs, SamplingParams(max_tokens=max_new_tokens, temperature=0.0), use_tqdm=False)
-    for number, output in enumerate(outputs, 1):  # only vLLM knows how many tokens a picture is
+    for number, output in enumerate(outputs, 1):  # only vLLM knows how many tokens an image takes
         check_prompt(number, len(output.prompt_token_ids), max_new_tokens, max_length)
     return [output.outputs[0].text for output in outputs]
 
@@ -111,7 +111,7 @@ def run_harness(
 
     vllm_causallms = _import_harness_model()
     config = llm.llm_engine.model_config
-    # The class starts an engine of its own; here it gets the one that runs.
+    # The class would start another engine; here it gets the running one.
     with patch.object(vllm_causallms, "LLM", lambda **options: llm):
         lm = vllm_causallms.VLLM(
             pretrained=config.model,
@@ -124,7 +124,7 @@ def run_harness(
 
 
 def _import_harness_model() -> ModuleType:
-    """lm-eval's module for vLLM. It asks for the version of a distribution that for CPUs has another name."""
+    """lm-eval's module for vLLM, which looks up the version of "vllm"; the wheel for CPUs has another name."""
     version = metadata.version
     with patch.object(metadata, "version", lambda name: find_vllm_version() if name == "vllm" else version(name)):
         return importlib.import_module("lm_eval.models.vllm_causallms")

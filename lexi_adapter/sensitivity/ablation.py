@@ -1,8 +1,8 @@
-"""Brute force: how far a model moves, on given tokens, when one layer alone runs fewer experts.
+"""Brute force: the losses of a model on given tokens when one layer alone runs fewer experts.
 
-For every MoE layer and every k below the model's own: the block's output on the model's own hidden states (what LExI's
-Algorithm 1, arXiv 2509.02753, measures on N(0, 1)), and the whole model's predictions. Layers before the one that is
-changed are computed once.
+For every MoE layer and every k below the model's own: the change of the block's output on the model's own hidden states
+(LExI's Algorithm 1, arXiv 2509.02753, measures it on N(0, 1)), and the change of the whole model's predictions. Layers
+before the changed one are computed once.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,21 +12,28 @@ from typing import Any, NamedTuple
 import torch
 
 from lexi_adapter.allocation import Allocation, ModelIdentity
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.model.variants import allocate
-from lexi_adapter.sensitivity.divergence import Distances, compare, find_log_probabilities, stack
-from lexi_adapter.sensitivity.replay import Decoder, check_replays, find_decoder, replaced, run_from, run_recorded
+from lexi_adapter.sensitivity.divergence import PredictionLosses, compare, find_log_probabilities, stack
+from lexi_adapter.sensitivity.replay import (
+    Decoder,
+    check_replays,
+    find_decoder,
+    replace_forward,
+    run_from,
+    run_recorded,
+)
 from lexi_adapter.serving.transformers_patch import apply
 
 Table = Sequence[Sequence[float]]
 
 
-class Movements(NamedTuple):
-    """One layer on one batch of windows, each table [sequences][k - 1] for every k below the model's own.
+class LayerLosses(NamedTuple):
+    """The losses of one layer on one batch of windows: tables [sequences][k - 1] for every k below the model's own.
 
     `squares` sums ||y_k - y_base||^2 over the sequence's tokens, `relative` is the mean over them of that over ||h||^2,
     with h the residual stream that the block's output is added to. `divergence` and `increase` are those of
-    `divergences.Distances`, empty where only the block was looked at.
+    `divergence.PredictionLosses`, empty where only the block was measured.
     """
 
     squares: Table
@@ -36,27 +43,26 @@ class Movements(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Switch:
-    """A model whose layers are given fewer experts one at a time; `own` is what it runs by itself."""
+class _Reducible:
+    """A model whose layers can run fewer experts, one layer at a time; `full` is the allocation of its own top-k."""
 
     decoder: Decoder
-    own: Allocation
+    full: Allocation
     gate_exponent: float | None
 
     def reduce(self, layer: int, top_k: int) -> None:
-        """Run `layer` with `top_k` experts and all the others as they are."""
-        top_ks = {**self.own.top_k, layer: top_k}
-        reduced = replace(allocate(self.own.model, top_ks), gate_exponent=self.gate_exponent)
-        apply(self.decoder.model, reduced, check_weights=False)
+        """Run `layer` with `top_k` experts and all other layers in full."""
+        reduced = allocate(self.full.model, {**self.full.top_k, layer: top_k})
+        apply(self.decoder.model, replace(reduced, gate_exponent=self.gate_exponent), check_weights=False)
 
     def restore(self) -> None:
-        """Run all layers as they are."""
-        apply(self.decoder.model, self.own, check_weights=False)
+        """Run all layers in full."""
+        apply(self.decoder.model, self.full, check_weights=False)
 
     @property
-    def below(self) -> range:
+    def smaller_ks(self) -> range:
         """Every k below the model's own."""
-        return range(1, self.own.model.top_k)
+        return range(1, self.full.model.top_k)
 
 
 def measure(
@@ -68,121 +74,125 @@ def measure(
     local: bool = False,
     gate_exponent: float | None = None,
     finished: Collection[tuple[int, int]] = (),
-) -> Iterator[tuple[int, int, Movements]]:
-    """(batch, layer, what was measured), batch by batch, and for each of them layer by layer.
+) -> Iterator[tuple[int, int, LayerLosses]]:
+    """(batch, layer, losses), batch by batch, and within a batch layer by layer.
 
     The model has its own top-k again when the iterator ends. Memory beside the model: one hidden state per layer and
     twice the logits of one batch.
 
     Args:
         model: a causal language model of transformers, in evaluation mode, on the device that is to compute.
-        identity: which model it is, as `identity.describe_checkpoint` says.
+        identity: which model it is, from `identity.describe_checkpoint`.
         windows: token ids, [sequences, length].
         batch: sequences in one forward pass.
-        local: look at the blocks only, which takes one pass, and not at the whole model.
-        gate_exponent: how much of the dropped experts' gate mass the kept ones take over; None: as the model does.
+        local: measure the blocks only, which takes one pass, and not the whole model.
+        gate_exponent: how much of the dropped experts' gate weights the kept ones take over; None: as the model does.
         finished: batches and layers that are not to be measured again.
 
     Raises:
-        AllocationError: a family that is not known, or layers' outputs or logits that are not finite.
+        AdapterError: an unknown family, or layers' outputs or logits that are not finite.
     """
-    own = allocate(identity, dict.fromkeys(identity.moe_layers, identity.top_k))
-    switch = Switch(find_decoder(model, identity), own, gate_exponent)
-    switch.restore()
+    full = allocate(identity, dict.fromkeys(identity.moe_layers, identity.top_k))
+    reducible = _Reducible(find_decoder(model, identity), full, gate_exponent)
+    reducible.restore()
     if not local:
-        check_replays(switch.decoder, windows[:1].to(model.device))
+        check_replays(reducible.decoder, windows[:1].to(model.device))
     try:
         for index, tokens in enumerate(windows.split(batch)):
             missing = [layer for layer in identity.moe_layers if (index, layer) not in finished]
             if missing:
-                found = _measure_batch(switch, tokens.to(model.device), missing, local)
-                yield from ((index, layer, movements) for layer, movements in found)
+                for layer, losses in _measure_batch(reducible, tokens.to(model.device), missing, local):
+                    yield index, layer, losses
     finally:
-        switch.restore()
+        reducible.restore()
 
 
 def _measure_batch(
-    switch: Switch, tokens: torch.Tensor, layers: Sequence[int], local: bool
-) -> Iterator[tuple[int, Movements]]:
-    base, outputs, blocks = _observe(switch, tokens, layers)
+    reducible: _Reducible, tokens: torch.Tensor, layers: Sequence[int], local: bool
+) -> Iterator[tuple[int, LayerLosses]]:
+    base, outputs, block_losses = _measure_blocks(reducible, tokens, layers)
     if local:
-        yield from blocks.items()
+        yield from block_losses.items()
         return
     for layer in layers:
-        divergence, increase = map(_tabulate, _reduce(switch, layer, tokens, base, outputs))
-        yield layer, blocks[layer]._replace(divergence=divergence, increase=increase)
+        divergence, increase = map(_tabulate, _measure_predictions(reducible, layer, tokens, base, outputs))
+        yield layer, block_losses[layer]._replace(divergence=divergence, increase=increase)
 
 
 @torch.inference_mode()
-def _observe(
-    switch: Switch, tokens: torch.Tensor, layers: Sequence[int]
-) -> tuple[torch.Tensor, list[Any], dict[int, Movements]]:
-    """Of the model as it is: log-probabilities, what every layer gives, and how the blocks of `layers` move."""
-    probes = {layer: Probe(switch, layer, tokens.shape) for layer in layers}
-    logits, outputs = run_recorded(switch.decoder, tokens, probes)
-    return find_log_probabilities(logits), outputs, {layer: probe.movements for layer, probe in probes.items()}
+def _measure_blocks(
+    reducible: _Reducible, tokens: torch.Tensor, layers: Sequence[int]
+) -> tuple[torch.Tensor, list[Any], dict[int, LayerLosses]]:
+    """One pass of the full model: log-probabilities, outputs of all layers, and losses of the blocks of `layers`."""
+    probes = {layer: _BlockProbe(reducible, layer, tokens.shape) for layer in layers}
+    logits, outputs = run_recorded(reducible.decoder, tokens, probes)
+    return find_log_probabilities(logits), outputs, {layer: probe.losses for layer, probe in probes.items()}
 
 
 @torch.inference_mode()
-def _reduce(switch: Switch, layer: int, tokens: torch.Tensor, base: torch.Tensor, outputs: Sequence[Any]) -> Distances:
-    """The distances of the whole model with this layer at each k below its own, each [k, sequences]."""
-    found = []
-    for top_k in switch.below:
-        switch.reduce(layer, top_k)
-        found.append(compare(base, run_from(switch.decoder, layer, tokens, outputs), tokens))
-    switch.restore()
-    return stack(found)
+def _measure_predictions(
+    reducible: _Reducible, layer: int, tokens: torch.Tensor, base: torch.Tensor, outputs: Sequence[Any]
+) -> PredictionLosses:
+    """The losses of the whole model with this layer at each k below its own, each [k, sequences]."""
+    losses = []
+    for top_k in reducible.smaller_ks:
+        reducible.reduce(layer, top_k)
+        losses.append(compare(base, run_from(reducible.decoder, layer, tokens, outputs), tokens))
+    reducible.restore()
+    return stack(losses)
 
 
 @dataclass
-class Probe:
-    """In place of a decoder layer's forward: computes what the layer does, and how its block moves at each k."""
+class _BlockProbe:
+    """A wrapper of a decoder layer's forward: returns the layer's output, and measures its block's losses at each k."""
 
-    switch: Switch
+    reducible: _Reducible
     layer: int
     shape: torch.Size  # sequences, length
-    given: Any = None  # by the block at its own k
+    full_output: Any = None  # of the block at its own k
     squares: list[torch.Tensor] = field(default_factory=list)  # of each k, [sequences, length]
-    movements: Movements | None = None
+    losses: LayerLosses | None = None
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        block = self.switch.decoder.blocks[self.layer]
+        block = self.reducible.decoder.blocks[self.layer]
         compute = block.forward
-        with replaced(block, lambda *inputs, **options: self._watch(compute, inputs, options)):
+        with replace_forward(block, lambda *inputs, **options: self._compare(compute, inputs, options)):
             output = forward(*args, **kwargs)
-        # The layer where its block gives nothing is the residual stream, however a family scales what it adds to it.
-        with replaced(block, lambda *inputs, **options: _silence(self.given)):
-            stream = _first(forward(*args, **kwargs))
-        # A token that the model never saw may be all zero, and so is then what the block makes of it.
+        # With a block that returns zeros, the layer returns the residual stream, whatever a family scales it by.
+        with replace_forward(block, lambda *inputs, **options: _zero(self.full_output)):
+            stream = _get_hidden_states(forward(*args, **kwargs))
+        # A token that was never trained may be all zero, and so is the block's output for it.
         lengths = stream.double().reshape(*self.shape, -1).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         squares = torch.stack(self.squares)
         relative = squares / lengths
         if not all(values.isfinite().all() for values in (lengths, squares, relative)):
-            raise AllocationError(
+            raise AdapterError(
                 f"the output of layer {self.layer} in {stream.dtype} is not always finite; use float32, or a gate "
                 "exponent nearer to 0"
             )
-        self.movements = Movements(_tabulate(squares.sum(-1)), _tabulate(relative.mean(-1)))
+        self.losses = LayerLosses(_tabulate(squares.sum(-1)), _tabulate(relative.mean(-1)))
         return output
 
-    def _watch(self, compute: Callable[..., Any], inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """The block's own output; those at fewer experts are compared with it."""
-        self.given = compute(*inputs, **options)
-        for top_k in self.switch.below:
-            self.switch.reduce(self.layer, top_k)
-            moved = _first(compute(*inputs, **options)).double() - _first(self.given).double()
-            self.squares.append(moved.reshape(*self.shape, -1).square().sum(-1))
-        self.switch.restore()
-        return self.given
+    def _compare(self, compute: Callable[..., Any], inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The block's output at its own k, after those at fewer experts were compared with it."""
+        self.full_output = compute(*inputs, **options)
+        full = _get_hidden_states(self.full_output).double()
+        for top_k in self.reducible.smaller_ks:
+            self.reducible.reduce(self.layer, top_k)
+            difference = _get_hidden_states(compute(*inputs, **options)).double() - full
+            self.squares.append(difference.reshape(*self.shape, -1).square().sum(-1))
+        self.reducible.restore()
+        return self.full_output
 
 
-def _first(output: Any) -> torch.Tensor:
-    """The hidden states in what a layer or a block gives: that itself, or the first of several things."""
+def _get_hidden_states(output: Any) -> torch.Tensor:
+    """The hidden states in the output of a layer or a block: a tensor, or a tuple that begins with it."""
     return output if torch.is_tensor(output) else output[0]
 
 
-def _silence(output: Any) -> Any:
-    zeros = torch.zeros_like(_first(output))
+def _zero(output: Any) -> Any:
+    """The output of a layer or a block with its hidden states set to zero."""
+    zeros = torch.zeros_like(_get_hidden_states(output))
     return zeros if torch.is_tensor(output) else (zeros, *output[1:])
 
 

@@ -1,7 +1,7 @@
-"""What a run has measured so far, kept beside its output, so that a run cut short goes on from there.
+"""The journal of a run: its finished parts, kept in a file beside its output, so that an interrupted run resumes.
 
-One JSON value a line: first what the run is, then for every finished part its batch, its layer and its numbers. A line
-that was cut short, and what follows it, counts as not there.
+One JSON value a line: first the description of the run, then for every finished part its batch, layer and losses. A
+line that is incomplete is ignored, with all that follow.
 """
 
 import fcntl
@@ -15,10 +15,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lexi_adapter.errors import AllocationError
-from lexi_adapter.sensitivity.ablation import Movements
+from lexi_adapter.errors import AdapterError
+from lexi_adapter.sensitivity.ablation import LayerLosses
 
-# What of a run a user types, by its place in what the run is.
+# Dotted path in the description of a run -> the option that sets it, for messages.
 OPTIONS = {
     "settings.input": "the input",
     "settings.seed": "--seed",
@@ -28,62 +28,68 @@ OPTIONS = {
     "settings.gate_exponent": "--gate-exponent",
     "made_by.sequences_per_pass": "--batch",
 }
-WORDS = {"made_by.tokens_sha256": "other tokens", "losses": "with --local, or without it, other than now"}
+WORDS = {"made_by.tokens_sha256": "other tokens", "losses": "--local differs"}
 
 
 @dataclass
 class Journal:
-    """The finished parts of one run by batch and layer, here and in a file."""
+    """The finished parts of one run by batch and layer, in memory and in a file."""
 
     path: Path
     file: BinaryIO
-    parts: dict[tuple[int, int], Movements]
+    parts: dict[tuple[int, int], LayerLosses]
 
-    def add(self, batch: int, layer: int, movements: Movements) -> None:
-        """Keep one more part; when this returns, it is on disk. AllocationError where that is full."""
-        _append(self.file, self.path, [batch, layer, movements])
-        self.parts[batch, layer] = movements
+    def add(self, batch: int, layer: int, losses: LayerLosses) -> None:
+        """Add a finished part, and return once it is on disk. AdapterError where that is full."""
+        _append(self.file, self.path, [batch, layer, losses])
+        self.parts[batch, layer] = losses
 
 
-def find_place(output: str | os.PathLike[str]) -> Path:
-    """Where the journal of the file that is to be written to `output` lies."""
+def find_path(output: str | os.PathLike[str]) -> Path:
+    """The path of the journal of a run that writes `output`."""
     return Path(f"{os.path.realpath(output)}.partial")
 
 
 @contextmanager
 def keep_journal(output: str | os.PathLike[str], run: Mapping[str, Any], *, restart: bool = False) -> Iterator[Journal]:
-    """The journal of the file that is to be written to `output`, locked against other runs, and removed on success.
+    """The journal of the run that writes `output`, locked against other runs.
 
-    So is one in which nothing is finished. A file that is no journal stays as it is, unless `restart` throws it away.
+    It is removed on success, and when nothing is finished. A file that is no journal stays as it is, unless `restart`
+    discards it.
+
+    Args:
+        output: the file that the run writes.
+        run: the description of the run, JSON.
+        restart: discard the file of an earlier run.
 
     Raises:
-        AllocationError: another run is at work on `output`; there is the journal of a run that was not `run`, or what
-            is no journal, unless `restart` throws it away; the file cannot be used.
+        AdapterError: another run is writing `output`; without `restart`, the file is the journal of another run or no
+            journal; the file cannot be used.
     """
-    path = find_place(output)
+    path = find_path(output)
     try:
         file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
     except OSError as error:
-        raise AllocationError(f"cannot use {path}: {error.strerror}; name another file with -o") from error
+        raise AdapterError(f"cannot use {path}: {error.strerror}; name another file with -o") from error
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise AllocationError(f"cannot use {path}: not a regular file; name another file with -o")
+            raise AdapterError(f"cannot use {path}: not a regular file; name another file with -o")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise AllocationError(f"another run is writing {output}; wait for its end, or use another -o") from error
+            raise AdapterError(f"another run is writing {output}; wait for its end, or use another -o") from error
         data = b"" if restart else file.read()
         parts, end = ({}, 0) if _encode(run).startswith(data) else _read(data, path, json.loads(_encode(run)))
-        journal, done = Journal(path, file, parts), False
+        journal, succeeded = Journal(path, file, parts), False
         try:
             file.truncate(end)
             file.seek(end)
             if not end:
                 _append(file, path, run)
             yield journal
-            done = True
+            succeeded = True
         finally:
-            if done or not journal.parts:
+            if succeeded or not journal.parts:
                 path.unlink(missing_ok=True)
 
 
@@ -94,30 +100,30 @@ def _encode(value: Any) -> bytes:
 def _append(file: BinaryIO, path: Path, value: Any) -> None:
     data = _encode(value)
     try:
-        while data:  # a disk that is almost full takes a part of it, and says so by the number alone
+        while data:  # on an almost full disk, write takes a part and returns its size
             data = data[file.write(data) :]
         os.fsync(file.fileno())
     except OSError as error:
-        raise AllocationError(
-            f"cannot write {path}: {error.strerror}; what is finished is kept: make room, and give the command again"
+        raise AdapterError(
+            f"cannot write {path}: {error.strerror}; finished parts are kept: make room, and give the command again"
         ) from error
 
 
-def _read(data: bytes, path: Path, run: Mapping[str, Any]) -> tuple[dict[tuple[int, int], Movements], int]:
-    """The parts of the run's journal up to the first line that is not one, and where they end."""
+def _read(data: bytes, path: Path, run: Mapping[str, Any]) -> tuple[dict[tuple[int, int], LayerLosses], int]:
+    """The parts in a journal of `run`, up to the first line that is no part, and the position where they end."""
     first, *lines = data.splitlines(keepends=True)
-    found = _parse(first)
-    if not isinstance(found, dict):
-        raise AllocationError(f"{path} is no journal of such a run; move it away, or throw it away with --restart")
-    if difference := _find_difference(found, run):
-        raise AllocationError(
+    earlier = _parse(first)
+    if not isinstance(earlier, dict):
+        raise AdapterError(f"{path} is no journal of such a run; move it away, or throw it away with --restart")
+    if difference := _find_difference(earlier, run):
+        raise AdapterError(
             f"{path} is of another run ({difference}); repeat that to finish it, or throw it away with --restart"
         )
     parts, end = {}, len(first)
     for line in lines:
         match _parse(line):
             case [int(batch), int(layer), [_, _, _, _] as tables] if all(map(_is_table, tables)):
-                parts[batch, layer] = Movements(*tables)
+                parts[batch, layer] = LayerLosses(*tables)
                 end += len(line)
             case _:
                 break
@@ -125,7 +131,7 @@ def _read(data: bytes, path: Path, run: Mapping[str, Any]) -> tuple[dict[tuple[i
 
 
 def _parse(line: bytes) -> Any:
-    """What a whole line holds; None of one that was cut short."""
+    """The JSON value of a line; None for a line that is incomplete."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -137,24 +143,24 @@ def _is_table(value: Any) -> bool:
     return rows and all(type(number) is float and isfinite(number) for row in value for number in row)
 
 
-def _find_difference(found: Mapping[str, Any], run: Mapping[str, Any]) -> str | None:
-    """What tells the run of a journal from this one, in the user's words; None if nothing does."""
-    theirs, ours = _flatten(found), _flatten(run)
-    name = next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
+def _find_difference(earlier: Mapping[str, Any], run: Mapping[str, Any]) -> str | None:
+    """The first difference between the run of a journal and this one, for a message; None if there is none."""
+    before, now = _flatten(earlier), _flatten(run)
+    name = next((name for name in now | before if now.get(name) != before.get(name)), None)
     if name is None or name in WORDS:
         return WORDS.get(name)
     if name.partition(".")[0] == "model":
         return "another model"
-    return f"{OPTIONS.get(name, name)} was {_say(theirs.get(name))}, is {_say(ours.get(name))} now"
+    return f"{OPTIONS.get(name, name)} was {_show(before.get(name))}, is {_show(now.get(name))} now"
 
 
 def _flatten(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Values two levels down by the dotted path of their keys."""
+    """The values of a run's description, at most two levels deep, by the dotted path of their keys."""
     flat = {}
     for key, value in run.items():
         flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 
-def _say(value: Any) -> str:
+def _show(value: Any) -> str:
     return "not given" if value is None else str(value)[:60]

@@ -1,7 +1,7 @@
-"""The decoder layers of a loaded transformers model: what each gave, and the model run on from one of them.
+"""Decoder layers run again from kept hidden states: each layer's output recorded, and the model resumed from a layer.
 
-The model's own forward does everything: embeddings, masks, positions, the order of the layers, the output layer. A
-layer that need not be computed again gives what it gave before, so what a family passes between layers is right.
+The model's own forward does everything: embedding, masks, positions, the order of the layers, the LM head. A layer that
+need not be computed again returns its recorded output, so whatever a family passes between layers is right.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from lexi_adapter.allocation import ModelIdentity
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.serving.transformers_patch import find_routers
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """`layers` are all of the model's decoder layers, `blocks` the mixture-of-experts blocks in them by layer."""
+    """A model, all of its decoder layers, and their mixture-of-experts blocks by layer index."""
 
     model: torch.nn.Module
     layers: Sequence[torch.nn.Module]
@@ -27,35 +27,35 @@ class Decoder:
 
 
 def find_decoder(model: torch.nn.Module, identity: ModelIdentity) -> Decoder:
-    """The decoder of a model whose routers are found as `transformers_patch` finds them.
+    """The decoder of a model, by the names of its routers.
 
     Raises:
-        AllocationError: the layers have no block that holds both router and experts.
+        AdapterError: a router without a block that holds it and its experts, or routers in several stacks of layers.
     """
     blocks, prefixes = {}, set()
     for layer, name in find_routers(model, identity).items():
         parts = name.split(".")
         index = parts.index(str(layer))
         if len(parts) < index + 4:  # layer, block, router, weight
-            raise AllocationError(f"{name} stands outside of a block with its experts: unknown family")
+            raise AdapterError(f"{name} is not in a block with its experts: unknown family")
         prefixes.add(".".join(parts[:index]))
         blocks[layer] = model.get_submodule(".".join(parts[: index + 2]))
     if len(prefixes) != 1:
-        raise AllocationError(f"{type(model).__name__} has routers in {len(prefixes)} stacks of layers: unknown family")
+        raise AdapterError(f"{type(model).__name__} has routers in {len(prefixes)} stacks of layers: unknown family")
     return Decoder(model, list(model.get_submodule(prefixes.pop())), blocks)
 
 
 @contextmanager
-def replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it, the module computes `forward`."""
-    own = vars(module).get("forward")
+def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A context in which the module computes `forward`."""
+    before = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
+        if before is not None:
+            module.forward = before
 
 
 def run(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def run(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
 def run_recorded(
     decoder: Decoder, tokens: torch.Tensor, wrappers: Mapping[int, Callable[..., Any]]
 ) -> tuple[torch.Tensor, list[Any]]:
-    """The logits and what every layer gave; a layer in `wrappers` is computed by that, given its own forward first."""
+    """The logits and the output of every layer; a wrapper is called instead of a layer, with its forward first."""
     outputs: list[Any] = [None] * len(decoder.layers)
 
     def record(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -76,30 +76,30 @@ def run_recorded(
     with ExitStack() as stack:
         for index, layer in enumerate(decoder.layers):
             forward = partial(wrappers[index], layer.forward) if index in wrappers else layer.forward
-            stack.enter_context(replaced(layer, partial(record, index, forward)))
+            stack.enter_context(replace_forward(layer, partial(record, index, forward)))
         return run(decoder, tokens), outputs
 
 
 def run_from(decoder: Decoder, first: int, tokens: torch.Tensor, outputs: Sequence[Any]) -> torch.Tensor:
-    """The logits where the layers before `first` give `outputs`, recorded on the same tokens, and compute nothing."""
+    """The logits with the layers before `first` not computed: they return `outputs`, recorded on the same tokens."""
     with ExitStack() as stack:
         for layer, output in zip(decoder.layers[:first], outputs, strict=False):
-            stack.enter_context(replaced(layer, lambda *_, _output=output, **__: _output))
+            stack.enter_context(replace_forward(layer, lambda *_, _output=output, **__: _output))
         return run(decoder, tokens)
 
 
 @torch.inference_mode()
 def check_replays(decoder: Decoder, tokens: torch.Tensor) -> None:
-    """Raise AllocationError where running on from a layer is not what the whole model computes, but for rounding.
+    """Raise AdapterError where resuming from a layer gives other logits than the whole pass, beyond rounding.
 
-    A family whose layers told each other something behind their results would be measured wrong.
+    A family whose layers pass each other something beside their outputs would be measured wrong.
     """
     logits, outputs = run_recorded(decoder, tokens, {})
     tolerance = torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max()
     for layer in decoder.blocks:
         difference = (run_from(decoder, layer, tokens, outputs) - logits).abs().max()
         if not difference <= tolerance:
-            raise AllocationError(
-                f"{type(decoder.model).__name__} run on from layer {layer} is not what it is from the start (logits "
-                f"differ by {difference:.3g}): unknown family"
+            raise AdapterError(
+                f"{type(decoder.model).__name__} resumed from layer {layer} differs from the whole pass (logits by "
+                f"{difference:.3g}): unknown family"
             )

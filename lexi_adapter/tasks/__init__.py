@@ -1,5 +1,6 @@
-"""What is asked of a model.
+"""Tasks that measure the quality of a model.
 
-Read `scores` (outcomes and standard errors) and `texts` (what is read and encoded); then the tasks, `perplexity`,
-`passkey` and `qasper`, `harness` (lm-eval) and `hooks` (a user's own); last `registry`, which knows them all.
+Read `scores` (outcomes and standard errors) and `texts` (files and tokenizers); then the tasks, `perplexity`,
+`passkey` and `qasper`, `harness` (lm-eval) and `hooks` (tasks that users write); last `registry`, which makes them
+by name.
 """

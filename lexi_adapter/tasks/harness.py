@@ -1,6 +1,6 @@
 """Tasks of lm-eval (EleutherAI's language model evaluation harness), through its own model classes.
 
-lm-eval is imported only where one of its tasks is asked for. `run` is called where the model lives.
+lm-eval is imported only if one of its tasks is asked for. `run` is called in the process that holds the model.
 """
 
 import functools
@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.tasks.scores import Outcome, Score, Task
 
 PREFIX = "lm-eval:"
-# What `lm-eval:NAME` stands for where it is more than one task. LExI (section 3 and figure 4) averages accuracy over
+# Names after `lm-eval:` that stand for several tasks. LExI (section 3 and figure 4) averages accuracy over
 # "nine" tasks of lm-eval and names these eight, in the text and in the figure alike; shots are lm-eval's defaults.
 SUITES: Mapping[str, tuple[str, ...]] = {
     "paper": ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande")
 }
-SOURCES = (".yaml", ".yml", ".py")  # of tasks
-SAME = 1e-9  # two means of the same values, added up in another order
+SOURCES = (".yaml", ".yml", ".py")  # suffixes of task files
+SAME = 1e-9  # tolerance between means of the same values that are summed in another order
 
 
 def make_tasks(
@@ -38,15 +38,15 @@ def make_tasks(
 ) -> list[Task]:
     """The tasks called `names`, without `PREFIX`, in their order.
 
-    All are loaded once, so that one without data stops here and not hours later.
+    All are loaded once, so that a task without data fails here and not hours later.
 
     Args:
-        include_paths: folders with task files of the user's own.
+        include_paths: folders with task files that the user wrote.
         max_length: tokens of the longest prompt with its answer.
-        max_items: of every task, only so many documents from the beginning.
+        max_items: at most so many documents of every task, from the beginning.
 
     Raises:
-        AllocationError: lm-eval is not installed, does not know a task, or cannot load its data.
+        AdapterError: lm-eval is not installed, does not know a task, or cannot load its data.
     """
     suites = {task: name for name in names for task in SUITES.get(name, ())}
     wanted = {task: suites.get(task) for name in names for task in SUITES.get(name, (name,))}
@@ -72,23 +72,21 @@ def make_tasks(
 
 
 def _load(names: Sequence[str], include_paths: Sequence[str], backend: str) -> str:
-    """Load the tasks and forget them; the version of lm-eval."""
+    """The version of lm-eval, once all tasks could be loaded."""
     for path in include_paths:
         if not os.path.isdir(path):
-            raise AllocationError(f"--include-path {path} is not a folder; name one with task files")
+            raise AdapterError(f"--include-path {path} is not a folder; name one with task files")
     try:
         import lm_eval
 
         if backend == "transformers":
-            import lm_eval.models.huggingface  # noqa: F401  (asks for more packages than lm-eval itself)
+            import lm_eval.models.huggingface  # noqa: F401  (needs more packages than lm-eval itself)
     except ImportError as error:
-        raise AllocationError(f"lm-eval cannot be imported ({error}); pip install '.[eval]'") from error
+        raise AdapterError(f"lm-eval cannot be imported ({error}); pip install '.[eval]'") from error
     manager = _index_tasks(tuple(include_paths))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        raise AllocationError(
-            f"lm-eval {lm_eval.__version__} has no task {unknown[0]!r}; `lm_eval ls tasks` lists them"
-        )
+        raise AdapterError(f"lm-eval {lm_eval.__version__} has no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
     for name in names:
         with _in_one_line(name):
             manager.load([name])
@@ -96,7 +94,7 @@ def _load(names: Sequence[str], include_paths: Sequence[str], backend: str) -> s
 
 
 def hash_sources(folders: Sequence[str]) -> str:
-    """Hex SHA-256 over names and bytes of the task files, and of the code beside them, in folders and those below."""
+    """Hex SHA-256 over names and bytes of the task files, and of the code beside them, in folders and subfolders."""
     digest = hashlib.sha256()
     for folder in map(Path, folders):
         for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES and path.is_file()):
@@ -106,7 +104,7 @@ def hash_sources(folders: Sequence[str]) -> str:
 
 @functools.cache
 def _index_tasks(include_paths: tuple[str, ...]) -> Any:
-    """lm-eval's index of all task files that it finds, which takes seconds to make."""
+    """lm-eval's index of all task files; making it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(include_paths))
@@ -114,18 +112,18 @@ def _index_tasks(include_paths: tuple[str, ...]) -> Any:
 
 @contextmanager
 def _in_one_line(task: str) -> Iterator[None]:
-    """Turns whatever lm-eval and the data sets' library raise for a task into one line."""
+    """Turn whatever lm-eval and the data sets' library raise for a task into an AdapterError of one line."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise AllocationError(f"{PREFIX}{task}: {type(error).__name__}: {reason}") from error
+        raise AdapterError(f"{PREFIX}{task}: {type(error).__name__}: {reason}") from error
 
 
 def run(lm: Any, task: str, include_paths: Sequence[str], max_items: int | None, num_fewshot: int | None) -> Outcome:
-    """One task with an lm-eval model: its metrics, each with lm-eval's standard error and the values of its documents.
+    """The metrics of one task on an lm-eval model, with lm-eval's standard errors and the values of the documents.
 
-    A group of tasks gives its own metrics, or those of its members if it has none.
+    A group of tasks has its own metrics, or those of its members if it has none.
     """
     from lm_eval import simple_evaluate
 
@@ -142,23 +140,24 @@ def run(lm: Any, task: str, include_paths: Sequence[str], max_items: int | None,
 
 
 def read_scores(results: Mapping[str, Any], task: str) -> Iterator[tuple[str, Score]]:
-    """Metric -> score, from what `simple_evaluate` returns."""
-    own = list(_list_metrics(results, task))
+    """Metric and score, for every metric of a task in the results of `simple_evaluate`."""
+    has_metrics = any(_list_metrics(results, task))
     members = [name for name in results["results"] if name != task]
-    for name in (task,) if own else members:
+    for name in (task,) if has_metrics else members:
         for metric, label in _list_metrics(results, name):
             value, stderr = (
                 results["results"][name].get(key) for key in (f"{metric},{label}", f"{metric}_stderr,{label}")
             )
             values = tuple(_list_values(results, name, metric, label))
-            same = values and math.isclose(statistics.fmean(values), value, rel_tol=SAME, abs_tol=SAME)
-            stated = isinstance(stderr, int | float) and math.isfinite(stderr)
-            place = metric if own else f"{name} {metric}"
-            place = place if label == "none" else f"{place},{label}"
-            yield place, Score(float(value), float(stderr) if stated else None, values if same else ())
+            is_mean = values and math.isclose(statistics.fmean(values), value, rel_tol=SAME, abs_tol=SAME)
+            has_stderr = isinstance(stderr, int | float) and math.isfinite(stderr)
+            full_name = metric if has_metrics else f"{name} {metric}"
+            full_name = full_name if label == "none" else f"{full_name},{label}"
+            yield full_name, Score(float(value), float(stderr) if has_stderr else None, values if is_mean else ())
 
 
 def _list_metrics(results: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]:
+    """(metric, label of its filter) for every metric of one task or group."""
     for key, value in results["results"].get(name, {}).items():
         metric, _, label = key.partition(",")
         if label and not metric.endswith("_stderr") and isinstance(value, int | float):
@@ -166,7 +165,7 @@ def _list_metrics(results: Mapping[str, Any], name: str) -> Iterator[tuple[str, 
 
 
 def _list_values(results: Mapping[str, Any], name: str, metric: str, label: str) -> Iterator[float]:
-    """The metric of every document of a task, or of a group's tasks one after the other."""
+    """The metric's value of every document of a task, or of a group's tasks one after the other."""
     for child in results.get("group_subtasks", {}).get(name, ()):
         yield from _list_values(results, child, metric, label)
     documents = [sample for sample in results["samples"].get(name, ()) if sample["filter"] == label]

@@ -1,4 +1,4 @@
-"""A task of the user's own: `--task package.module:function`, such as a vision benchmark for DeepSeek-VL2.
+"""Tasks that users write: `--task package.module:function`, such as a vision benchmark for DeepSeek-VL2.
 
 The function is called once for every model, with one argument, and returns its metrics:
 
@@ -12,8 +12,8 @@ token ids, or, with `--backend vllm`, whatever `vllm.LLM.generate` takes: `{"pro
 Prompt and answer together may take `--max-length` tokens. A metric is a list with one number an item, which is compared
 with the base's item by item, or a single number.
 
-Results are those of the module's source: once that changes, they are refused. Of what the module imports or reads they
-know nothing; `--restart` throws them away.
+Results hold a hash of the module's source, and are refused once it changes. Changes in imported modules or data files
+are not detected; `--restart` throws the results away.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, average
 
 
 def make_task(name: str, *, max_length: int) -> Task:
-    """The task of a function, by its place. AllocationError if there is no such function on PYTHONPATH."""
+    """The task of the function `package.module:function`. AdapterError if there is none on PYTHONPATH."""
     function = find_function(name)
     settings = {
         "kind": "hook",
@@ -42,22 +42,22 @@ def make_task(name: str, *, max_length: int) -> Task:
 
 
 def find_function(name: str) -> Callable[[Callable[..., list[str]]], Mapping[str, Any]]:
-    """The function at `package.module:function`. AllocationError for none, or a module that cannot be imported."""
-    place, _, attribute = name.partition(":")
+    """The function called `package.module:function`. AdapterError for none, or a module that cannot be imported."""
+    module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(place), attribute)
-    except (Exception, SystemExit) as error:  # a module raises what it likes
+        function = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # a module may raise anything
         reason = f"{type(error).__name__}: {_shorten(error)}"
-        raise AllocationError(f"no task {name} ({reason}); a module on PYTHONPATH and a function in it") from error
+        raise AdapterError(f"no task {name} ({reason}); a module on PYTHONPATH and a function in it") from error
     if not callable(function):
-        raise AllocationError(f"task {name} is not a function")
+        raise AdapterError(f"task {name} is not a function")
     return function
 
 
 def find_sources(name: str, function: Callable[..., Any]) -> list[str]:
-    """The files of the module at `name` and of the one that its function was written in."""
-    places = dict.fromkeys([name.partition(":")[0], getattr(function, "__module__", None)])
-    return list(filter(None, (getattr(sys.modules.get(place), "__file__", None) for place in places)))
+    """The files of the module in `name` and of the module that defines its function."""
+    modules = dict.fromkeys([name.partition(":")[0], getattr(function, "__module__", None)])
+    return list(filter(None, (getattr(sys.modules.get(module), "__file__", None) for module in modules)))
 
 
 def hash_source(name: str, function: Callable[..., Any]) -> str:
@@ -67,26 +67,26 @@ def hash_source(name: str, function: Callable[..., Any]) -> str:
         try:
             digest.update(Path(file).read_bytes())
         except OSError as error:
-            raise AllocationError(
+            raise AdapterError(
                 f"task {name}: cannot read {file} ({error.strerror}); put the module into a plain file"
             ) from error
     return digest.hexdigest()
 
 
 def measure(model: Model, function: Callable[..., Any], name: str, max_length: int) -> Outcome:
-    """What the function returns, as scores.
+    """The metrics that the function returns, as scores.
 
     Raises:
-        AllocationError: the function raises something, asks for what the model cannot do or for more than `max_length`
-            tokens, or returns no metrics.
+        AdapterError: the function raises something, gives prompts that the model cannot take or, with their answers, of
+            more than `max_length` tokens, or returns no metrics.
     """
-    failures = []  # of the model itself, for whoever opened it to explain
+    failures = []  # of the model itself: the caller, who opened it, explains them
 
     def generate(prompts: Any, max_new_tokens: int) -> list[str]:
         if isinstance(prompts, str | Mapping):
-            raise AllocationError("generate takes a list of prompts; put the one into a list")
+            raise AdapterError("generate takes a list of prompts; put the one into a list")
         if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise AllocationError(f"max_new_tokens is {max_new_tokens!r}, an integer of at least 1 expected")
+            raise AdapterError(f"max_new_tokens is {max_new_tokens!r}, an integer of at least 1 expected")
         prompts = list(prompts)
         try:
             return model.generate(prompts, max_new_tokens, max_length)
@@ -95,18 +95,18 @@ def measure(model: Model, function: Callable[..., Any], name: str, max_length: i
             raise
 
     try:
-        found = function(generate)
+        metrics = function(generate)
     except AdapterError as error:
-        raise AllocationError(f"task {name}: {error}") from error
+        raise AdapterError(f"task {name}: {error}") from error
     except (Exception, SystemExit) as error:
         if error in failures:
             raise
-        raise AllocationError(
+        raise AdapterError(
             f"task {name} raised {type(error).__name__}: {_shorten(error)} ({_find_line(error, function)})"
         ) from error
-    if not isinstance(found, Mapping) or not found:
-        raise AllocationError(f"task {name} returned {type(found).__name__}, not metrics with their numbers")
-    return Outcome({str(metric): _read(value, f"task {name}, metric {metric}") for metric, value in found.items()})
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise AdapterError(f"task {name} returned {type(metrics).__name__}, not metrics with their numbers")
+    return Outcome({str(metric): _read(value, f"task {name}, metric {metric}") for metric, value in metrics.items()})
 
 
 def _shorten(error: BaseException) -> str:
@@ -114,11 +114,11 @@ def _shorten(error: BaseException) -> str:
 
 
 def _find_line(error: BaseException, function: Callable[..., Any]) -> str:
-    """File and line of the last call in the function's own file, or of the last of all."""
+    """File and line of the innermost call in the function's own file, or of the innermost call at all."""
     frames = traceback.extract_tb(error.__traceback__)
     file = getattr(getattr(function, "__code__", None), "co_filename", None)
-    frame = [frame for frame in frames if frame.filename == file] or frames
-    return f"{frame[-1].filename}, line {frame[-1].lineno}"
+    innermost = ([frame for frame in frames if frame.filename == file] or frames)[-1]
+    return f"{innermost.filename}, line {innermost.lineno}"
 
 
 def _read(value: Any, place: str) -> Score:
@@ -126,7 +126,7 @@ def _read(value: Any, place: str) -> Score:
         values = [float(item) for item in value] if isinstance(value, list | tuple) else None
         score = average(values) if values is not None else Score(float(value))
     except (TypeError, ValueError, OverflowError) as error:
-        raise AllocationError(f"{place}: neither a number nor a list of numbers ({error})") from error
+        raise AdapterError(f"{place}: neither a number nor a list of numbers ({error})") from error
     if not all(map(math.isfinite, score.values or (score.value,))):
-        raise AllocationError(f"{place}: not finite")
+        raise AdapterError(f"{place}: not finite")
     return score

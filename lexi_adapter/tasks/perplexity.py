@@ -1,7 +1,7 @@
-"""Perplexity on text: how well a model predicts every token of it from those before.
+"""Perplexity on text: the exponential of the mean cross-entropy of its tokens, each predicted from those before.
 
 The text is cut into windows of equal length that do not overlap, as LExI's figure 7 and pruning papers do on WikiText
-and C4; what is left over at the end is not read. A window's first token is context only, so a window of n tokens has
+and C4; a shorter rest at the end is not read. A window's first token is context only, so a window of n tokens has
 n - 1 predictions, and all windows weigh the same.
 """
 
@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, average
 from lexi_adapter.tasks.texts import check_length, check_tokens, encode, find_bos, read_text
 
@@ -28,18 +28,18 @@ def make_task(
     max_windows: int | None = None,
     vocabulary: int | None = None,
 ) -> Task:
-    """Perplexity on one text file.
+    """The task of perplexity on one text file.
 
     Args:
-        window: tokens of a window, the token for the beginning of a text included; None for 2048, or the model's
-            positions if they are fewer.
+        window: tokens of a window, with the beginning-of-text token; None for 2048, or the model's positions if they
+            are fewer.
         limit: the model's positions, if they are known.
-        max_windows: read no more than so many, from the beginning.
-        vocabulary: how many tokens the model knows, if that is known.
+        max_windows: at most so many windows, from the beginning.
+        vocabulary: size of the model's vocabulary, if it is known.
 
     Raises:
-        AllocationError: a text that is not UTF-8 or shorter than a window, a window that the model has no positions
-            for, or a token that it does not know.
+        AdapterError: a text that is not UTF-8 or shorter than a window, a window of more tokens than the model has
+            positions, or a token outside its vocabulary.
     """
     length = window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
     check_length("a window", length, limit)
@@ -47,8 +47,8 @@ def make_task(
     tokens = encode(tokenizer, text, add_special_tokens=False)
     windows = cut_windows(tokens, length, bos)[:max_windows]
     if not windows:
-        need = length - (bos is not None)
-        raise AllocationError(f"{path} has {len(tokens)} tokens, a window of {length} needs {need}; take a smaller one")
+        needed = length - (bos is not None)
+        raise AdapterError(f"{path} has {len(tokens)} tokens, a window of {length} needs {needed}; take a smaller one")
     check_tokens(path, windows, vocabulary)
     settings = {
         "kind": "perplexity",
@@ -63,18 +63,18 @@ def make_task(
 
 
 def cut_windows(tokens: Sequence[int], length: int, bos: int | None) -> list[list[int]]:
-    """Consecutive windows of `length` tokens, each with `bos` before it if there is one; the rest is dropped."""
-    head = [] if bos is None else [bos]
-    step = length - len(head)
-    return [head + list(tokens[start : start + step]) for start in range(0, len(tokens) - step + 1, step)]
+    """Consecutive windows of `length` tokens, each beginning with `bos` if there is one; a shorter rest is dropped."""
+    prefix = [] if bos is None else [bos]
+    step = length - len(prefix)
+    return [prefix + list(tokens[start : start + step]) for start in range(0, len(tokens) - step + 1, step)]
 
 
 def measure(model: Model, windows: Sequence[Sequence[int]]) -> Outcome:
-    """ "loss", nats per predicted token, one value a window; and "perplexity", its exponential."""
+    """The "loss", nats per predicted token, one value a window, and the "perplexity", its exponential."""
     loss = average([-statistics.fmean(window) for window in model.score(windows)])
     if not loss.value < OVERFLOW:
-        raise AllocationError(f"the loss is {loss.value} nats per token; try another --dtype")
+        raise AdapterError(f"the loss is {loss.value} nats per token; try another --dtype")
     perplexity = math.exp(loss.value)
-    # The error of an exponential, to first order.
+    # The standard error of an exponential, to first order.
     stderr = None if loss.stderr is None else perplexity * loss.stderr
     return Outcome({"perplexity": Score(perplexity, stderr), "loss": loss})

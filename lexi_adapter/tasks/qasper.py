@@ -1,7 +1,8 @@
 """Questions about long documents, scored by token F1, in the manner of Qasper in LongBench (LExI's figure 5).
 
-Data are the user's own: a JSON list, or a line of JSON for every question, with "context", "question" (or "input", as
-LongBench has it) and "answers", of which the best match counts. A prompt that is too long loses its middle, as there.
+The data come from the user: a JSON list, or one JSON object a line, with "context", "question" (or "input", as in
+LongBench) and "answers", of which the best match counts. The middle of a prompt that is too long is cut out, as in
+LongBench.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.tasks.scores import Model, Outcome, Task, average
 from lexi_adapter.tasks.texts import check_tokens, check_unicode, encode, read_records
 
@@ -44,25 +45,25 @@ class Question:
 def make_task(
     path: str, tokenizer: Any, *, max_length: int, max_items: int | None = None, vocabulary: int | None = None
 ) -> Task:
-    """F1 over the questions of a file, with prompt and answer in `max_length` tokens.
+    """The task of F1 over the questions of a file; `max_length` tokens hold prompt and answer.
 
     Raises:
-        AllocationError: a file that cannot be read, a question without its parts, or a token that is not one of the
-            model's `vocabulary`.
+        AdapterError: a file that cannot be read, a question that lacks a part, or a token outside the model's
+            `vocabulary`.
     """
     questions = read_questions(path)[:max_items]
     room = max_length - ANSWER_TOKENS
     if room < 2:
-        raise AllocationError(f"--max-length {max_length} leaves no prompt beside {ANSWER_TOKENS} tokens of answer")
-    whole = [encode(tokenizer, PROMPT.format(context=q.context, question=q.question)) for q in questions]
-    prompts = [cut_middle(tokens, room) for tokens in whole]
+        raise AdapterError(f"--max-length {max_length} leaves no prompt beside {ANSWER_TOKENS} tokens of answer")
+    uncut = [encode(tokenizer, PROMPT.format(context=q.context, question=q.question)) for q in questions]
+    prompts = [cut_middle(tokens, room) for tokens in uncut]
     check_tokens(path, prompts, vocabulary)
     settings = {
         "kind": "qasper",
         "data": path,
         "data_sha256": hashlib.sha256(json.dumps([asdict(q) for q in questions]).encode()).hexdigest(),
         "questions": len(questions),
-        "cut": sum(len(tokens) > room for tokens in whole),
+        "cut": sum(len(tokens) > room for tokens in uncut),
         "max_length": max_length,
         "max_new_tokens": ANSWER_TOKENS,
     }
@@ -77,14 +78,14 @@ def read_questions(path: str) -> list[Question]:
         context, answers = record.get("context"), record.get("answers")
         question = record.get("question", record.get("input"))
         if not isinstance(context, str) or not isinstance(question, str):
-            raise AllocationError(f"{place} has no context or no question that is a text")
+            raise AdapterError(f"{place} has no context or no question that is a text")
         for part in (context, question):
             check_unicode(place, part)
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise AllocationError(f"{place} has no answers, a list of one text or more")
+            raise AdapterError(f"{place} has no answers, a list of one text or more")
         questions.append(Question(context, question, tuple(answers)))
     if not questions:
-        raise AllocationError(f"{path} holds no question")
+        raise AdapterError(f"{path} holds no question")
     return questions
 
 
@@ -96,23 +97,23 @@ def cut_middle(tokens: list[int], room: int) -> list[int]:
 
 def normalise(text: str) -> list[str]:
     """The words of an answer as SQuAD compares them: lower case, without punctuation and articles."""
-    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+    unpunctuated = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", unpunctuated).split()
 
 
 def score_f1(answer: str, reference: str) -> float:
-    """The harmonic mean of precision and recall over words, each counted as often as both have it.
+    """The harmonic mean of precision and recall over words, each counted as often as both texts have it.
 
-    Where either has no words, 1 if neither has any and 0 otherwise, as in SQuAD 2.0.
+    Where a text has no words: 1 if neither has any, 0 otherwise, as in SQuAD 2.0.
     """
-    found, expected = Counter(normalise(answer)), Counter(normalise(reference))
-    if not found or not expected:
-        return float(found == expected)
-    return 2 * (found & expected).total() / (found.total() + expected.total())
+    given, expected = Counter(normalise(answer)), Counter(normalise(reference))
+    if not given or not expected:
+        return float(given == expected)
+    return 2 * (given & expected).total() / (given.total() + expected.total())
 
 
 def measure(model: Model, prompts: Sequence[list[int]], questions: Sequence[Question]) -> Outcome:
-    """ "f1", from 0 to 1, one value a question: the best over its answers."""
+    """The "f1", from 0 to 1, one value a question: the best over its answers."""
     answers = model.generate(prompts, ANSWER_TOKENS)
     best = [
         max(score_f1(answer, reference) for reference in question.answers)

@@ -1,7 +1,7 @@
-"""What a task gives a model: scores, one value an item, with standard errors, alone and against another model's.
+"""Scores of a model on a task, one value an item, with standard errors, and their paired differences.
 
-Models that are compared answer the same items, so a difference is taken item by item: what makes an item hard meets
-both alike and cancels, and the standard error of the mean difference is far below that of either mean.
+Models that are compared answer the same items, so a difference is taken item by item: the difficulty of an item
+cancels, and the standard error of the mean difference is far below that of either mean.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Score:
-    """The `value` of one metric; `stderr` is None where one item, or another program's number, has none.
+    """The `value` of one metric and its standard error, None for a single item or where another program gives none.
 
     `values` are those of the items that the value is the mean of, in the items' order; empty where it is not a mean.
     """
@@ -25,14 +25,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one task found out about one model: metric -> score, and `details`, JSON that nothing is computed from."""
+    """The results of one task for one model: metric -> score, and `details`, JSON that is only reported."""
 
     scores: Mapping[str, Score]
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Model(Protocol):
-    """A model that runs, in either backend."""
+    """A loaded model, in either backend."""
 
     def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         """For every window of token ids, the log-probabilities (natural) of its second to last token, each given all
@@ -41,7 +41,7 @@ class Model(Protocol):
     def generate(self, prompts: Sequence[Any], max_new_tokens: int, max_length: int | None = None) -> list[str]:
         """The greedy continuation of every prompt, a text or a list of token ids, up to the end-of-text token.
 
-        AllocationError for a prompt that with its answer may take more than `max_length` tokens.
+        AdapterError for a prompt that with its answer may take more than `max_length` tokens.
         """
 
     def run_harness(self, *arguments: Any) -> Outcome:
@@ -50,10 +50,10 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to find out about a model.
+    """A benchmark that can be run on any model.
 
-    `settings` is JSON that holds all that the outcome depends on besides the model; `longest` the tokens of the longest
-    prompt with its answer. Tasks with the same `group` are averaged under its name.
+    `settings` is JSON with everything that the outcome depends on besides the model; `longest` is the number of tokens
+    of the longest prompt with its answer. Tasks with the same `group` are averaged under its name.
     """
 
     name: str
@@ -70,14 +70,14 @@ def average(values: Sequence[float]) -> Score:
 
 
 def compare(score: Score, base: Score) -> Score:
-    """The score minus the base's: paired, item by item, where both have items; otherwise without a standard error."""
+    """The score minus the base's: paired item by item where both have items, otherwise without a standard error."""
     if score.values and len(score.values) == len(base.values):
         return average([value - other for value, other in zip(score.values, base.values, strict=True)])
     return Score(score.value - base.value)
 
 
 def combine(scores: Sequence[Score]) -> Score:
-    """The plain mean over tasks, which share no items: their standard errors add in squares."""
+    """The unweighted mean over tasks, which share no items: their standard errors add in squares."""
     errors = [score.stderr for score in scores]
     stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(scores)
     return Score(statistics.fmean(score.value for score in scores), stderr)

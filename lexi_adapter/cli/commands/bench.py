@@ -15,6 +15,7 @@ from lexi_adapter.cli.options import (
     takes_engine_options,
     takes_locks,
 )
+from lexi_adapter.engines.workload import BALANCED, DECODE_HEAVY, PREFILL_HEAVY, Workload, parse_workload
 from lexi_adapter.environment import describe_call
 from lexi_adapter.files import check_writable, write_atomically, write_json
 
@@ -27,21 +28,21 @@ from lexi_adapter.files import check_writable, write_atomically, write_json
     "shares",
     multiple=True,
     type=SHARE,
-    help="A made-up mixed k and the uniform k, at this share of the model's own budget; repeat it.",
+    help="A random mixed k and the uniform k, at this share of the model's own budget; repeat it.",
 )
 @click.option(
     "--drop-experts",
     "dropped",
     multiple=True,
     type=PRUNED_SHARE,
-    help="Inter-pruning by config: a share of the experts is gone; repeat it.",
+    help="Inter-pruning by config: drop this share of the experts; repeat it.",
 )
 @click.option(
     "--narrow-experts",
     "narrowed",
     multiple=True,
     type=PRUNED_SHARE,
-    help="Intra-pruning by config: a share of their width is gone; repeat it.",
+    help="Intra-pruning by config: drop this share of their width; repeat it.",
 )
 @click.option(
     "--folder", "folders", multiple=True, help="Another folder to compare, such as a pruned checkpoint; repeat it."
@@ -60,25 +61,25 @@ from lexi_adapter.files import check_writable, write_atomically, write_json
     "--in-place",
     is_flag=True,
     show_default=False,
-    help="One engine for all that differ in k alone: its k is changed while it lives, and its CUDA graphs with it.",
+    help="One engine for all variants that differ in k alone: its k is changed while it runs, with its CUDA graphs.",
 )
 @click.option(
     "--together",
     type=click.IntRange(1),
-    help="Engines on the card at once; runs are interleaved among those.  [default: all]",
+    help="Engines on the card at once, whose runs are interleaved.  [default: all]",
     show_default=False,
 )
 @click.option(
     "--kernels",
     is_flag=True,
     show_default=False,
-    help="Record every variant's kernels too: time of communication beside that of MoE layers, attention and the rest.",
+    help="Record every variant's kernels too: time of communication, MoE layers, attention and the rest.",
 )
-@click.option("--seed", default=0, help="Of the made-up k.")
+@click.option("--seed", default=0, help="Of the random mixed k.")
 @takes_engine_options
 @takes_locks
 @click.option("-o", "--output", default="bench.json", help="The results, as JSON; written after every round.")
-@click.option("--plot", help="And as bars, like the paper's figure 2: a .png, .svg or .pdf.")
+@click.option("--plot", help="Also a bar chart, like the paper's figure 2: a .png, .svg or .pdf.")
 def bench(
     model: str,
     files: Sequence[str],
@@ -98,26 +99,17 @@ def bench(
     locks: Sequence[str],
     **engine: Any,
 ) -> None:
-    """Throughput of MODEL, a folder, beside variants of it, in vLLM on this machine.
+    """Measure the throughput of MODEL, a folder, beside variants of it, in vLLM on this machine.
 
     Batches of random tokens with fixed lengths; (input + output) tokens over end-to-end seconds.
     """
-    from lexi_adapter.cli.figures import draw_bench, find_format
+    from lexi_adapter.cli.figures import draw_bench
     from lexi_adapter.cli.tables import tabulate_bench, tabulate_kernels
-    from lexi_adapter.engines import workload as known
     from lexi_adapter.model.variants import make_variants
     from lexi_adapter.speed import throughput
 
-    read = [model, *files, *folders, *locks]
-    check_writable(output, apart_from=[*read, plot])
-    if plot:
-        check_writable(plot, apart_from=read)
-    file_format = find_format(plot) if plot else None
-    chosen = [known.parse_workload(text) for text in workloads] or [
-        known.BALANCED,
-        known.PREFILL_HEAVY,
-        known.DECODE_HEAVY,
-    ]
+    figure_format = _check_outputs(output, plot, [model, *files, *folders, *locks])
+    parsed_workloads = _parse_workloads(workloads)
     options = read_engine_options(**engine)
     variants = make_variants(
         model,
@@ -132,7 +124,7 @@ def bench(
     made_by = describe_call()
     document = throughput.measure(
         variants,
-        list(dict.fromkeys(chosen)),
+        parsed_workloads,
         rounds=rounds,
         together=together,
         in_place=in_place,
@@ -143,7 +135,24 @@ def bench(
         kernels=kernels,
     )
     if plot:
-        write_atomically(plot, draw_bench(document, file_format))
+        write_atomically(plot, draw_bench(document, figure_format))
     print_table(tabulate_bench(document))
     if kernels:
         print_table(tabulate_kernels(document))
+
+
+def _check_outputs(output: str, plot: str | None, read: Sequence[str]) -> str | None:
+    """The format of the figure, if there is one. AdapterError for an output that cannot be written."""
+    from lexi_adapter.cli.figures import find_format
+
+    check_writable(output, apart_from=[*read, plot])
+    if not plot:
+        return None
+    check_writable(plot, apart_from=read)
+    return find_format(plot)
+
+
+def _parse_workloads(texts: Sequence[str]) -> list[Workload]:
+    """The workloads without repetitions, or the default ones."""
+    parsed = [parse_workload(text) for text in texts]
+    return list(dict.fromkeys(parsed)) or [BALANCED, PREFILL_HEAVY, DECODE_HEAVY]

@@ -16,26 +16,27 @@ from lexi_adapter.serving.vllm_plugin import check_lm_head
 @click.argument("allocation")
 @click.option("--model", "folder", required=True, help="Model folder: config.json and safetensors files.")
 def check(allocation: str, folder: str) -> None:
-    """Say whether ALLOCATION fits a model folder and the installed vLLM, before a long start-up.
+    """Check that ALLOCATION fits a model folder and the installed vLLM, before a long start-up.
 
     Compares model type, layers, experts, top-k, and the bytes of the router tensors.
     """
-    found = read_allocation(allocation)
-    check_folder(found.model, Path(folder))
-    _check_export(found, Path(folder))
-    check_reducible(found)
-    check_lm_head(found.model.model_type, Path(folder))
+    wanted = read_allocation(allocation)
+    check_folder(wanted.model, Path(folder))
+    _check_export(wanted, Path(folder))
+    check_reducible(wanted)
+    check_lm_head(wanted.model.model_type, Path(folder))
     version = find_vllm_version()
     if version is not None:
         check_version(version)
     unchecked = [] if has_weights(Path(folder)) else ["no safetensors files there, so the weights were not compared"]
     unchecked += [] if version is not None else ["vLLM is not installed here, so its version was not checked"]
-    click.echo(f"fits: {found.model.model_type}, {describe_run(found, found.top_k)}")
+    click.echo(f"fits: {wanted.model.model_type}, {describe_run(wanted, wanted.top_k)}")
     for note in unchecked:
         click.echo(f"note: {note}")
 
 
 def _check_export(allocation: Allocation, folder: Path) -> None:
+    """Raise AllocationError for a folder that was exported with another allocation."""
     exported = read_config(folder).get(KEY)
     if exported is not None and not allocation.asks_the_same_as(read_allocation(exported)):
         raise AllocationError(f"{folder} was exported with another allocation; name the model's original folder")

@@ -1,10 +1,11 @@
 """`lexi-adapter eval`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -12,12 +13,14 @@ from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli.console import print_table
 from lexi_adapter.cli.options import read_engine_options
 from lexi_adapter.environment import describe_call
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import check_writable, write_json
+from lexi_adapter.model.variants import Variant, check_comparable, make_variants
 from lexi_adapter.tasks.harness import PREFIX
+from lexi_adapter.tasks.scores import Model, Outcome, Task
 
-HARNESS, OWN = f"{PREFIX}TASK", "module:function"
-# Which tasks read an option.
+HARNESS, HOOK = f"{PREFIX}TASK", "module:function"
+# Option -> the kinds of tasks that read it.
 READERS = {
     "texts": ("perplexity",),
     "window": ("perplexity",),
@@ -30,7 +33,7 @@ READERS = {
     "include_paths": (HARNESS,),
     "num_fewshot": (HARNESS,),
     "max_items": ("qasper", HARNESS),
-    "max_length": ("qasper", HARNESS, OWN),
+    "max_length": ("qasper", HARNESS, HOOK),
 }
 
 
@@ -41,8 +44,8 @@ READERS = {
     "names",
     multiple=True,
     required=True,
-    help="perplexity, passkey, qasper, lm-eval:TASK, lm-eval:paper (those that LExI names), or module:function of your "
-    "own; repeat it.",
+    help="perplexity, passkey, qasper, lm-eval:TASK, lm-eval:paper (those that LExI names), or your own "
+    "module:function; repeat it.",
 )
 @click.option("--allocation", "files", multiple=True, metavar="FILE", help="An allocation to compare; repeat it.")
 @click.option("--uniform-k", "uniform", multiple=True, type=int, help="This k in every layer; repeat it.")
@@ -66,7 +69,7 @@ READERS = {
     help="Tokens of a window of text.  [default: 2048, or the model's positions if fewer]",
     show_default=False,
 )
-@click.option("--max-windows", type=click.IntRange(1), help="Read no more windows of each text.")
+@click.option("--max-windows", type=click.IntRange(1), help="At most so many windows of each text.")
 @click.option(
     "--passkey-length",
     "lengths",
@@ -75,24 +78,24 @@ READERS = {
     help="Tokens of a passkey prompt with its answer; repeat it.  [default: 1024]",
     show_default=False,
 )
-@click.option("--depths", type=click.IntRange(1), default=10, help="Places of the passkey, evenly spaced.")
-@click.option("--trials", type=click.IntRange(1), default=10, help="Passkeys at each place.")
+@click.option("--depths", type=click.IntRange(1), default=10, help="Depths of the passkey in the text, evenly spaced.")
+@click.option("--trials", type=click.IntRange(1), default=10, help="Passkeys at each depth.")
 @click.option("--seed", default=0, help="Of the passkeys.")
 @click.option("--qasper", "questions", metavar="FILE", help="JSON or JSON lines: context, question, answers.")
 @click.option("--include-path", "include_paths", multiple=True, metavar="FOLDER", help="Your own lm-eval task files.")
 @click.option("--num-fewshot", type=click.IntRange(0), help="For lm-eval.  [default: each task's]", show_default=False)
-@click.option("--max-items", type=click.IntRange(1), help="Only so many questions (qasper) or documents (lm-eval).")
+@click.option("--max-items", type=click.IntRange(1), help="At most so many questions (qasper) or documents (lm-eval).")
 @click.option(
     "--max-length",
     type=click.IntRange(2),
-    help="Tokens of the longest prompt with its answer, for qasper, lm-eval and your own.  [default: 4096, or the "
-    "model's positions if fewer]",
+    help="Tokens of the longest prompt with its answer, for qasper, lm-eval and your own tasks.  [default: 4096, or "
+    "the model's positions if fewer]",
     show_default=False,
 )
 @click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, help="For vllm.")
 @click.option("--engine", default="{}", metavar="JSON", help="For vllm: other arguments of vllm.LLM.")
 @click.option("-o", "--output", default="eval.json", help="The results, as JSON; written after every task.")
-@click.option("--restart", is_flag=True, show_default=False, help="Throw away what the output has already.")
+@click.option("--restart", is_flag=True, show_default=False, help="Throw away the results in the output.")
 def eval_(
     model: str,
     files: Sequence[str],
@@ -110,20 +113,18 @@ def eval_(
     restart: bool,
     **options: Any,
 ) -> None:
-    """Quality of MODEL, a folder, beside variants of it.
+    """Measure the quality of MODEL, a folder, beside variants of it.
 
-    Every number comes with its standard error, and with its difference from the base, taken item by item. The same
-    command goes on where it was cut short.
+    Every number comes with its standard error, and with its difference from the base, taken item by item. A command
+    that was cut short resumes when it is given again.
     """
     from lexi_adapter.cli.tables import tabulate_eval
     from lexi_adapter.evaluation import evaluate
-    from lexi_adapter.model.variants import check_comparable, make_variants
-    from lexi_adapter.tasks.hooks import find_function, find_sources
-    from lexi_adapter.tasks.registry import make_tasks
-    from lexi_adapter.tasks.texts import load_tokenizer
+    from lexi_adapter.tasks.registry import TaskOptions, make_tasks
 
-    _check_readers(options["names"])
-    read = [model, tokenizer, *folders, *files, *options["texts"], options["questions"]]
+    task_options = TaskOptions(**options)
+    _check_readers(task_options.names)
+    read = [model, tokenizer, *folders, *files, *task_options.texts, task_options.questions]
     check_writable(output, apart_from=read)
     variants = make_variants(
         model,
@@ -134,83 +135,119 @@ def eval_(
     )
     check_comparable(variants)
     tokenizer = tokenizer or model
-    setting = {"backend": backend, "dtype": dtype, **_describe_tokenizer(tokenizer, model)}
-    own = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
-    tasks = make_tasks(model, backend=backend, tokenizer=tokenizer, **own, **options)
-    own_tasks = [name for name in options["names"] if _name_kind(name) == OWN]
-    sources = [file for name in own_tasks for file in find_sources(name, find_function(name))]
-    check_writable(output, apart_from=[*sources, *options["include_paths"]])
+    common = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
+    tasks = make_tasks(model, task_options, backend=backend, tokenizer=tokenizer, **common)
+    check_writable(output, apart_from=[*_find_task_sources(task_options.names), *task_options.include_paths])
+    common |= {"dtype": dtype}
     if backend == "vllm":
-        from lexi_adapter.engines.options import check_plugin
-        from lexi_adapter.evaluation.vllm_backend import open_model
-
-        check_plugin(variants)
-        if device is not None:
-            raise AllocationError("--device is for transformers; vLLM runs on what it was built for")
-        others = read_engine_options("auto", tensor_parallel_size, 1, False, engine)
-        setting |= {"engine": others}
-        own |= {"tokenizer": tokenizer, "longest": max(task.longest for task in tasks), "engine": others}
+        chosen = _choose_vllm(variants, tasks, tokenizer, device, tensor_parallel_size, engine, common)
     else:
-        from lexi_adapter.evaluation.transformers_backend import find_device, open_model
-
-        if engine != "{}" or tensor_parallel_size != 1:
-            raise AllocationError("--engine and --tensor-parallel-size are for --backend vllm; see --device auto")
-        setting |= {"device": find_device(device)}
-        own |= {
-            "tokenizer": load_tokenizer(tokenizer, trust_remote_code=trust_remote_code),
-            "device": setting["device"],
-        }
-    finished = {}
-    if Path(output).exists() and not restart:
-        empty = evaluate.make_document(variants, tasks, setting, {})
-        finished = evaluate.find_finished(_read(output), output, empty)
-        count = len(variants) * len(tasks)
-        rest = "; the rest follows" if len(finished) < count else ""
-        click.echo(f"{output} has {len(finished)} of {count} results{rest}", err=True)
+        chosen = _choose_transformers(tokenizer, device, tensor_parallel_size, engine, common)
+    setting = {"backend": backend, "dtype": dtype, **_describe_tokenizer(tokenizer, model), **chosen.setting}
+    resume = Path(output).exists() and not restart
+    finished = _read_finished(output, evaluate.make_document(variants, tasks, setting, {})) if resume else {}
     made_by = describe_call()
     document = evaluate.evaluate(
         variants,
         tasks,
         setting=setting,
         finished=finished,
-        open_model=partial(open_model, dtype=dtype, **own),
+        open_model=chosen.open_model,
         report=lambda document: write_json(output, {**document, "made_by": made_by}),
     )
     print_table(tabulate_eval(document))
 
 
 def _check_readers(names: Sequence[str]) -> None:
-    """Raise AllocationError for an option that was given and that none of the tasks reads."""
-    kinds = {_name_kind(name) for name in names}
+    """Raise AdapterError for an option that was given and that none of the tasks reads."""
+    kinds = {_find_kind(name) for name in names}
     context = click.get_current_context()
     for parameter in context.command.params:
         readers = READERS.get(parameter.name, ())
         given = context.get_parameter_source(parameter.name) is not click.core.ParameterSource.DEFAULT
         if given and readers and not kinds & set(readers):
-            raise AllocationError(
+            raise AdapterError(
                 f"{parameter.opts[0]} is for --task {' or '.join(readers)}; add such a task, or leave it out"
             )
 
 
-def _name_kind(name: str) -> str:
+def _find_kind(name: str) -> str:
     if name.startswith(PREFIX):
         return HARNESS
-    return OWN if ":" in name else name
+    return HOOK if ":" in name else name
+
+
+def _find_task_sources(names: Sequence[str]) -> list[str]:
+    """The files of the tasks that users wrote."""
+    from lexi_adapter.tasks.hooks import find_function, find_sources
+
+    hooks = [name for name in names if _find_kind(name) == HOOK]
+    return [file for name in hooks for file in find_sources(name, find_function(name))]
+
+
+class _Backend(NamedTuple):
+    """A backend: its part of the setting that results depend on, and the function that opens a variant's model."""
+
+    setting: Mapping[str, Any]
+    open_model: Callable[[Variant], AbstractContextManager[Model]]
+
+
+def _choose_vllm(
+    variants: Sequence[Variant],
+    tasks: Sequence[Task],
+    tokenizer: str,
+    device: str | None,
+    tensor_parallel_size: int,
+    engine: str,
+    common: Mapping[str, Any],
+) -> _Backend:
+    from lexi_adapter.engines.options import check_plugin
+    from lexi_adapter.evaluation.vllm_backend import open_model
+
+    check_plugin(variants)
+    if device is not None:
+        raise AdapterError("--device is for transformers; vLLM runs on the device that it was built for")
+    options = read_engine_options("auto", tensor_parallel_size, 1, False, engine)
+    longest = max(task.longest for task in tasks)
+    return _Backend(
+        {"engine": options}, partial(open_model, tokenizer=tokenizer, longest=longest, engine=options, **common)
+    )
+
+
+def _choose_transformers(
+    tokenizer: str, device: str | None, tensor_parallel_size: int, engine: str, common: Mapping[str, Any]
+) -> _Backend:
+    from lexi_adapter.evaluation.transformers_backend import find_device, open_model
+    from lexi_adapter.tasks.texts import load_tokenizer
+
+    if engine != "{}" or tensor_parallel_size != 1:
+        raise AdapterError("--engine and --tensor-parallel-size are for --backend vllm; see --device auto")
+    device = find_device(device)
+    reader = load_tokenizer(tokenizer, trust_remote_code=common["trust_remote_code"])
+    return _Backend({"device": device}, partial(open_model, tokenizer=reader, device=device, **common))
 
 
 def _describe_tokenizer(tokenizer: str, model: str) -> dict[str, str]:
-    """The folder, however it was spelt, and the state of its files; that of the model's own is told with the model."""
+    """The folder in one spelling, and the state of its files; the state of the model's own folder is in its variant."""
     from lexi_adapter.evaluation.evaluate import hash_state
 
-    place = Path(tokenizer).resolve()
-    if not place.is_dir():
+    folder = Path(tokenizer).resolve()
+    if not folder.is_dir():
         return {"tokenizer": tokenizer}  # a hub id
-    state = {} if place == Path(model).resolve() else {"tokenizer_sha256": hash_state(tokenizer)}
-    return {"tokenizer": str(place), **state}
+    state = {} if folder == Path(model).resolve() else {"tokenizer_sha256": hash_state(tokenizer)}
+    return {"tokenizer": str(folder), **state}
 
 
-def _read(path: str) -> Any:
+def _read_finished(output: str, expected: Mapping[str, Any]) -> dict[tuple[str, str], Outcome]:
+    """The results in `output` that this run can keep; a line on stderr counts them."""
+    from lexi_adapter.evaluation.evaluate import find_finished
+
     try:
-        return json.loads(Path(path).read_bytes())
+        document = json.loads(Path(output).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise AllocationError(f"{path} is there and not JSON ({error}); name another by --output") from error
+        raise AdapterError(f"{output} exists and is not JSON ({error}); name another by --output") from error
+    finished = find_finished(document, output, expected)
+    count = len(expected["variants"]) * len(expected["tasks"])
+    rest = "; the rest follows" if len(finished) < count else ""
+    click.echo(f"{output} has {len(finished)} of {count} results{rest}", err=True)
+    return finished

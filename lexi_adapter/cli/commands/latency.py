@@ -19,11 +19,14 @@ from lexi_adapter.files import check_writable, write_json
     multiple=True,
     metavar="BATCHxINPUTxOUTPUT",
     default=("16x512x128",),
-    help="Times steps of BATCH x INPUT tokens and of BATCH tokens; repeat it.",
+    help="Measure steps of BATCH x INPUT tokens and of BATCH tokens; repeat it.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=3)
 @click.option(
-    "--checks", type=click.IntRange(0), default=0, help="Random allocations to run end to end against the prediction."
+    "--checks",
+    type=click.IntRange(0),
+    default=0,
+    help="Random allocations to run end to end, against the prediction.",
 )
 @takes_engine_options
 @takes_locks
@@ -31,16 +34,16 @@ from lexi_adapter.files import check_writable, write_json
 def latency(
     model: str, workloads: Sequence[str], rounds: int, checks: int, output: str, locks: Sequence[str], **engine: Any
 ) -> None:
-    """Time of MODEL's MoE layers at each k on this card, as the cost table that a search takes."""
+    """Measure the time of MODEL's MoE layers at each k on this card, as a cost table for a search."""
     from lexi_adapter.cli.tables import tabulate_checks, tabulate_latency
     from lexi_adapter.engines.workload import parse_workload
     from lexi_adapter.model.shapes import describe_folder
-    from lexi_adapter.speed import latency as timing
+    from lexi_adapter.speed import latency as measuring
 
     check_writable(output, apart_from=[model, *locks])
     options = read_engine_options(**engine)
     identity = describe_folder(model, options["load_format"])
-    steps, compared, facts = timing.measure(
+    steps, checked, facts = measuring.measure(
         model,
         identity,
         [parse_workload(text) for text in workloads],
@@ -50,7 +53,7 @@ def latency(
         progress=lambda text: click.echo(text, err=True),
         locks=locks,
     )
-    write_json(output, timing.make_document(identity, steps, compared, facts, describe_call()))
+    write_json(output, measuring.make_document(identity, steps, checked, facts, describe_call()))
     print_table(tabulate_latency(steps))
-    if compared:
-        print_table(tabulate_checks(compared))
+    if checked:
+        print_table(tabulate_checks(checked))

@@ -11,27 +11,27 @@ from lexi_adapter.files import check_writable, write_atomically
 @click.command()
 @click.argument("evaluation")
 @click.argument("benchmark")
-@click.option("--task", "tasks", multiple=True, help="Only this one, by its name in EVALUATION's table; repeat it.")
-@click.option("--workload", "workloads", multiple=True, help="Only this one of BENCHMARK; repeat it.")
+@click.option("--task", "tasks", multiple=True, help="Only this task, by its name in EVALUATION's table; repeat it.")
+@click.option("--workload", "workloads", multiple=True, help="Only this workload of BENCHMARK; repeat it.")
 @click.option("-o", "--output", default="tradeoff.png", help="The figure: a .png, .svg or .pdf.")
 def tradeoff(evaluation: str, benchmark: str, tasks: Sequence[str], workloads: Sequence[str], output: str) -> None:
-    """Quality over throughput, like the paper's figures 4 to 8.
+    """Draw quality over throughput, like the paper's figures 4 to 8.
 
     EVALUATION is the JSON of `lexi-adapter eval`, BENCHMARK that of `lexi-adapter bench`. Variants are the same if they
     have the same name, or the same k in every layer.
     """
     from lexi_adapter.cli.figures import draw_tradeoff, find_format
     from lexi_adapter.cli.tables import tabulate_tradeoff
-    from lexi_adapter.evaluation import tradeoff as joining
     from lexi_adapter.evaluation.results import read_results
+    from lexi_adapter.evaluation.tradeoff import join, match
 
     file_format = find_format(output)
     check_writable(output, apart_from=[evaluation, benchmark])
     quality = read_results(evaluation, "lexi-eval")
     speed = read_results(benchmark, "lexi-bench")
-    panels = joining.join(quality, speed, tasks=tasks, workloads=workloads)
+    panels = join(quality, speed, tasks=tasks, workloads=workloads)
     write_atomically(output, draw_tradeoff(str(quality["model"]), panels, file_format))
-    left_out = [v["name"] for v in quality["variants"] if v["name"] not in joining.match(quality, speed)]
+    left_out = [v["name"] for v in quality["variants"] if v["name"] not in match(quality, speed)]
     if left_out:
         click.echo(f"without throughput, and so left out: {', '.join(left_out)}", err=True)
     print_table(tabulate_tradeoff(panels))

@@ -1,4 +1,4 @@
-"""What goes wrong around `lexi-adapter`, not in its input: one line with the remedy, never a traceback."""
+"""Failures of the environment, not of the input, are one line with the remedy, never a traceback."""
 
 import json
 import subprocess
@@ -59,7 +59,7 @@ def test_a_package_that_lacks_is_one_line(results, without, arguments, remedy):
 
 
 def test_an_engine_that_lacks_is_one_line(results, monkeypatch):
-    """vLLM is imported by a process of its own; a module in its place is as absent as it."""
+    """An engine's process imports vLLM; a module in its place raises as if it were missing."""
     Path("vllm.py").write_text("raise ModuleNotFoundError('No module named \\'vllm\\'', name='vllm')")
     Path("tokens.json").write_text("[[1, 2]]")
     monkeypatch.setenv("PYTHONPATH", str(results))

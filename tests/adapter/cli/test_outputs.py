@@ -1,4 +1,4 @@
-"""What `lexi-adapter` writes is never over what it reads; `test_files` has the rest."""
+"""Outputs of `lexi-adapter` never replace its inputs; `test_files` has the rest."""
 
 import os
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lexi_adapter
 from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli.main import main
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.evaluation import evaluate, transformers_backend
 from lexi_adapter.model.variants import Variant, make_variants
 from lexi_adapter.tasks import hooks
@@ -35,7 +35,7 @@ MIXED = (1, 5, 2)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads that wait for each other in the smallest of operations take longer than the operations."""
+    """Threads wait for each other longer than such small operations take."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -161,7 +161,7 @@ def test_a_run_that_was_cut_short_goes_on(folder):
     assert document["pieces"] == start(tasks, {})["pieces"]
     assert [line["metric"] for line in document["summary"]][:2] == ["b", "a"]
     for change in ({"setting": {"backend": "y"}}, {"tasks": []}, {"variants": empty["variants"][1:]}, {"version": 2}):
-        with pytest.raises(AllocationError, match="eval.json"):
+        with pytest.raises(AdapterError, match="eval.json"):
             evaluate.find_finished(kept if "version" not in change else kept | change, "eval.json", empty | change)
 
 
@@ -199,7 +199,7 @@ def test_a_task_of_the_users_own(folder, monkeypatch):
     assert "needs --backend vllm" in refuse(MODEL, "--task", "mine:image", "-o", "b.json")
     assert "no task mine:nothing" in refuse(MODEL, "--task", "mine:nothing", "-o", "b.json")
     for value in (float("nan"), "x", [], ["x"], None, 10**400):
-        with pytest.raises(AllocationError, match="task t, metric m"):
+        with pytest.raises(AdapterError, match="task t, metric m"):
             hooks.measure(None, lambda generate, value=value: {"m": value}, "t", 99)
 
 
@@ -271,7 +271,7 @@ def opened(tokenizer):
     ],
 )
 def test_a_function_that_asks_for_what_cannot_be_is_refused(opened, prompts, tokens, message):
-    with pytest.raises(AllocationError) as error:
+    with pytest.raises(AdapterError) as error:
         hooks.measure(opened, lambda generate: {"m": len(generate(prompts, tokens))}, "t", 32)
     assert str(error.value).startswith("task t") and message in str(error.value)
 
@@ -280,14 +280,14 @@ def test_a_function_that_fails_is_named_with_the_line(opened):
     def fail(generate):
         return json.loads("{")
 
-    with pytest.raises(AllocationError, match=r"task t raised JSONDecodeError: .* \(.*test_evaluation.py, line \d+\)"):
+    with pytest.raises(AdapterError, match=r"task t raised JSONDecodeError: .* \(.*test_evaluation.py, line \d+\)"):
         hooks.measure(opened, fail, "t", 32)
-    with pytest.raises(AllocationError, match="task t raised SystemExit: 3"):
+    with pytest.raises(AdapterError, match="task t raised SystemExit: 3"):
         hooks.measure(opened, lambda generate: sys.exit(3), "t", 32)
 
 
 def test_a_failure_of_the_model_is_not_the_functions():
-    """Whoever opened the model says what to do about memory."""
+    """The caller, who opened the model, gives the remedy for a full memory."""
 
     class Full:
         def generate(self, *_):
@@ -367,7 +367,7 @@ def test_tokens_that_the_model_does_not_know_are_refused(folder, opened):
     ):
         found = refuse("few", "--tokenizer", MODEL, "--task", *task)
         assert found.startswith(f"Error: {what} has token ") and "the model knows 0 to 98" in found
-    with pytest.raises(AllocationError, match="a window has token 2048, the model knows 0 to 2047"):
+    with pytest.raises(AdapterError, match="a window has token 2048, the model knows 0 to 2047"):
         opened.score([[1, 2], [2048, 5]])
 
 
@@ -468,7 +468,7 @@ def test_two_allocations_at_once_are_refused_before_anything_is_measured(folder,
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused(folder):
-    """transformers would make it up."""
+    """transformers would initialise it at random."""
     shutil.copytree(MODEL, "lacking")
     tensors = load_file("lacking/model.safetensors")
     del tensors["model.layers.1.input_layernorm.weight"]

@@ -1,4 +1,4 @@
-"""`lexi-adapter tradeoff`: results of `eval` and `bench` joined, made up here as the two write them."""
+"""`lexi-adapter tradeoff`: results joined, in the formats that `eval` and `bench` write."""
 
 import json
 import re
@@ -9,8 +9,9 @@ from click.testing import CliRunner
 from results import make_quality, make_speed
 
 from lexi_adapter.cli.main import main
-from lexi_adapter.errors import AllocationError
-from lexi_adapter.evaluation import tradeoff
+from lexi_adapter.errors import AdapterError
+from lexi_adapter.evaluation import evaluate, results, tradeoff
+from lexi_adapter.speed import throughput
 
 
 def test_variants_are_matched_by_name_or_by_k():
@@ -43,7 +44,7 @@ def test_another_gate_exponent_is_another_model():
     speed["variants"][1]["gate_exponent"] = 0.5
     assert tradeoff.match(quality, speed)["mine.json"] == "./mine.json"
     speed["variants"][1] |= {"name": "mine.json", "gate_exponent": None}
-    with pytest.raises(AllocationError, match="'mine.json' ran with another gate exponent in eval than in bench"):
+    with pytest.raises(AdapterError, match="'mine.json' ran with another gate exponent in eval than in bench"):
         tradeoff.match(quality, speed)
 
 
@@ -51,14 +52,14 @@ def test_one_name_for_two_sets_of_k_is_refused():
     for other in ({"0": 1, "1": 2}, {"0": 1, "1": 3, "2": 3}, {"0": 1}):
         speed = make_speed(names=("base", "mine.json"))
         speed["variants"][1]["engine"]["top_k"] = other
-        with pytest.raises(AllocationError, match="'mine.json' ran with top-k .* in eval, but .* in bench; measure"):
+        with pytest.raises(AdapterError, match="'mine.json' ran with top-k .* in eval, but .* in bench; measure"):
             tradeoff.join(make_quality(), speed)
 
 
 def test_results_that_are_not_finished_together_are_refused():
     speed = make_speed()
     speed["summary"] = [line for line in speed["summary"] if line["workload"] == "16x8x8"]
-    with pytest.raises(AllocationError, match="no variant was measured by both 'perplexity a.txt' and '1x8x8'; finish"):
+    with pytest.raises(AdapterError, match="no variant was measured by both 'perplexity a.txt' and '1x8x8'; finish"):
         tradeoff.join(make_quality(), speed)
 
 
@@ -138,5 +139,10 @@ def test_refusals(folder):
     }.items():
         result = run(*arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
-    with pytest.raises(AllocationError, match="fewer than two variants are in both files; bench has 'other'"):
+    with pytest.raises(AdapterError, match="fewer than two variants are in both files; bench has 'other'"):
         tradeoff.join(make_quality(), make_speed(names=("other",)))
+
+
+def test_results_are_read_in_the_formats_in_which_they_are_written():
+    formats = {(module.FORMAT, module.VERSION) for module in (evaluate, throughput)}
+    assert formats == {(file_format, results.VERSION) for file_format in results.SHAPES}

@@ -1,4 +1,4 @@
-"""The journal of a run: what is finished stays, what is another's is left alone, what is broken is not believed."""
+"""The journal of a run: finished parts stay, another file is left alone, and a broken line is ignored."""
 
 import io
 import json
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from lexi_adapter.errors import AllocationError
-from lexi_adapter.sensitivity.ablation import Movements
+from lexi_adapter.errors import AdapterError
+from lexi_adapter.sensitivity.ablation import LayerLosses
 from lexi_adapter.sensitivity.journal import Journal, keep_journal
 
 RUN = {"made_by": {"sequences_per_pass": 1}}
-PART = Movements([[1.5]], [[0.5]], [], [])
+PART = LayerLosses([[1.5]], [[0.5]], [], [])
 LINE = b"[0, 1, [[[1.5]], [[0.5]], [], []]]\n"
 
 
 def cut_short(**parts):
-    """A run that finishes these parts and then is stopped; returns what was finished when it began."""
+    """Start a run, finish these parts, and interrupt it; returns the parts that were finished at the start."""
     with pytest.raises(KeyboardInterrupt):
         with keep_journal("out", RUN) as journal:
             found = dict(journal.parts)
@@ -31,7 +31,7 @@ def cut_short(**parts):
 )
 def test_what_is_no_journal_stays_as_it_is(folder, content):
     Path("out.partial").write_bytes(content)
-    with pytest.raises(AllocationError, match="out.partial is no journal of such a run; move it away, or .* --restart"):
+    with pytest.raises(AdapterError, match="out.partial is no journal of such a run; move it away, or .* --restart"):
         with keep_journal("out", RUN):
             pass
     assert Path("out.partial").read_bytes() == content
@@ -60,7 +60,7 @@ def test_a_journal_in_which_nothing_is_finished_does_not_stay(folder, content):
 
 
 class Full(io.FileIO):
-    """A file on a disk with room for 50 more bytes, which like Linux takes a part of what is too much."""
+    """A file on a disk with room for 50 more bytes; like on Linux, a write that is too long is cut."""
 
     room = 50
 
@@ -77,16 +77,14 @@ def test_on_a_full_disk_what_is_finished_stays(folder):
     with Full("out.partial", "ab") as file:
         journal = Journal(Path("out.partial"), file, {})
         journal.add(0, 2, PART)
-        with pytest.raises(
-            AllocationError, match="cannot write out.partial: No space left on device; what is finished"
-        ):
+        with pytest.raises(AdapterError, match="cannot write out.partial: No space left on device; finished parts"):
             journal.add(0, 3, PART)
     assert cut_short() == {(0, 1): PART, (0, 2): PART}
 
 
 def test_two_runs_do_not_write_one_file(folder):
     with keep_journal("out", {}):
-        with pytest.raises(AllocationError, match="another run is writing out"):
+        with pytest.raises(AdapterError, match="another run is writing out"):
             with keep_journal("out", {}):
                 pass
     assert not list(folder.iterdir())

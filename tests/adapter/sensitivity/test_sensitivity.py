@@ -26,11 +26,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lexi_adapter.cli.main import main
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.evaluation.transformers_backend import load_model
 from lexi_adapter.model.identity import describe_checkpoint
 from lexi_adapter.model.variants import allocate
-from lexi_adapter.sensitivity.ablation import Movements, measure
+from lexi_adapter.sensitivity.ablation import LayerLosses, measure
 from lexi_adapter.sensitivity.divergence import judge_allocations
 from lexi_adapter.sensitivity.journal import Journal
 from lexi_adapter.sensitivity.profile import summarise
@@ -44,7 +44,7 @@ from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe
 
 WINDOWS = torch.randint(3, 256, (3, 12), generator=torch.Generator().manual_seed(5))
-# A dense layer and a shared expert; scaled outputs; layers that tell each other more than hidden states, or keep
+# A dense layer and a shared expert; scaled outputs; layers that pass each other more than hidden states, or keep
 # several residual streams; attention that is not softmax's; layers that are only a mixer.
 FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v2", "granitemoe", "glm_moe_dsa", "hy_v4", "qwen3_next", "nemotron_h")
 CHANGES = {
@@ -64,7 +64,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Makes each family's tiny checkpoint once: (folder, identity)."""
+    """A function that makes each family's tiny checkpoint once, and returns its folder and identity."""
     made = {}
 
     def make(family):
@@ -114,7 +114,7 @@ def judge_plainly(base, changed):
 def test_brute_force_is_what_whole_passes_in_float64_say(checkpoints, family):
     folder, identity = checkpoints(family)
     model, base = load(folder), run_plainly(family, {})
-    found = {layer: movements for _, layer, movements in measure(model, identity, WINDOWS)}
+    found = {layer: losses for _, layer, losses in measure(model, identity, WINDOWS)}
     assert tuple(found) == identity.moe_layers
     for layer, k in itertools.product(identity.moe_layers, range(1, identity.top_k)):
         expected = judge_plainly(base, run_plainly(family, {layer: k}))
@@ -124,7 +124,7 @@ def test_brute_force_is_what_whole_passes_in_float64_say(checkpoints, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_running_on_from_a_layer_is_exactly_the_whole_pass(checkpoints, family):
+def test_resuming_from_a_layer_is_exactly_the_whole_pass(checkpoints, family):
     folder, identity = checkpoints(family)
     model = load(folder)
     decoder = find_decoder(model, identity)
@@ -142,19 +142,19 @@ def reduce(model, identity, top_k):
     apply(model, allocate(identity, dict.fromkeys(identity.moe_layers, identity.top_k) | top_k), check_weights=False)
 
 
-def test_a_model_whose_layers_tell_each_other_more_than_they_return_is_refused(checkpoints):
+def test_a_model_whose_layers_pass_each_other_more_than_they_return_is_refused(checkpoints):
     folder, identity = checkpoints("mixtral")
     model = load(folder)
     first, last = model.model.layers[0], model.model.layers[2]
     told = {}
     first.mlp.register_forward_hook(lambda module, args, output: told.update(seen=output))
     last.register_forward_hook(lambda module, args, output: output + told.pop("seen", 0))
-    with pytest.raises(AllocationError, match="run on from layer 1 is not what it is from the start .*unknown family"):
+    with pytest.raises(AdapterError, match="resumed from layer 1 differs from the whole pass .*unknown family"):
         check_replays(find_decoder(model, identity), WINDOWS)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2", "granitemoe"])
-def test_a_block_moves_as_the_loop_over_tokens_and_experts_says(checkpoints, family):
+def test_a_block_changes_as_the_loop_over_tokens_and_experts_says(checkpoints, family):
     """Inputs and residual streams are those that pass through the model; the rest is lexi_search's reference."""
     folder, identity = checkpoints(family)
     model, checkpoint = load(folder), open_checkpoint(folder)
@@ -165,7 +165,7 @@ def test_a_block_moves_as_the_loop_over_tokens_and_experts_says(checkpoints, fam
         keep(norm, seen, ("stream", layer))
     with torch.no_grad():
         model(WINDOWS, use_cache=False)
-    moved = {layer: movements for _, layer, movements in measure(load(folder), identity, WINDOWS, local=True)}
+    measured = {layer: losses for _, layer, losses in measure(load(folder), identity, WINDOWS, local=True)}
     for layer, weights in stream_layers(checkpoint, described, described.layers):
         router, bias, experts = jax.tree.map(
             lambda part: np.asarray(part, np.float64), (weights.router, weights.bias, tuple(weights.experts))
@@ -178,10 +178,10 @@ def test_a_block_moves_as_the_loop_over_tokens_and_experts_says(checkpoints, fam
         stream = (seen["stream", layer] ** 2).sum(-1)
         for k in range(1, identity.top_k):
             squares = ((compute(k) - compute(identity.top_k)) ** 2).sum(-1).reshape(WINDOWS.shape)
-            np.testing.assert_allclose([row[k - 1] for row in moved[layer].squares], squares.sum(-1), rtol=1e-4)
+            np.testing.assert_allclose([row[k - 1] for row in measured[layer].squares], squares.sum(-1), rtol=1e-4)
             relative = (squares / stream).mean(-1)
-            np.testing.assert_allclose([row[k - 1] for row in moved[layer].relative], relative, rtol=1e-4)
-        assert moved[layer].divergence == moved[layer].increase == ()
+            np.testing.assert_allclose([row[k - 1] for row in measured[layer].relative], relative, rtol=1e-4)
+        assert measured[layer].divergence == measured[layer].increase == ()
 
 
 def keep(module, seen, key):
@@ -191,7 +191,7 @@ def keep(module, seen, key):
 def test_a_gate_exponent_is_that_of_an_allocation(checkpoints):
     folder, identity = checkpoints("mixtral")
     model = load(folder)
-    found = {layer: movements for _, layer, movements in measure(model, identity, WINDOWS, gate_exponent=0.25)}
+    found = {layer: losses for _, layer, losses in measure(model, identity, WINDOWS, gate_exponent=0.25)}
     alone = replace(allocate(identity, {0: 4, 1: 2, 2: 4}), gate_exponent=0.25)
     judged = judge_allocations(model, WINDOWS, [alone, replace(alone, gate_exponent=None)])
     np.testing.assert_allclose([row[1] for row in found[1].divergence], judged.divergence[0], rtol=1e-6)
@@ -210,7 +210,7 @@ def test_whole_allocations_are_judged_as_whole_passes_in_float64_say(checkpoints
         expected = judge_plainly(base, run_plainly("deepseek_v2", top_k))
         np.testing.assert_allclose(torch.stack(judged)[:, place], expected, rtol=1e-3, atol=2e-6)
     assert torch.equal(run(find_decoder(model, identity), WINDOWS), before)
-    with pytest.raises(AllocationError, match="there are no allocations to judge"):
+    with pytest.raises(AdapterError, match="there are no allocations to judge"):
         judge_allocations(model, WINDOWS, [])
     with pytest.raises(AllocationError, match="other router weights"):
         judge_allocations(model, WINDOWS, [allocate(replace(identity, router_sha256="0" * 64), top_ks[0])])
@@ -223,7 +223,7 @@ def test_the_identity_is_what_a_search_finds(tmp_path, family):
         expected = describe(open_checkpoint(folder)).identity
     except InputError as error:
         assert "none can be saved" in str(error)
-        with pytest.raises(AllocationError, match="none can be saved"):
+        with pytest.raises(AdapterError, match="none can be saved"):
             describe_checkpoint(folder)
     else:
         assert dataclasses.asdict(describe_checkpoint(folder)) == dataclasses.asdict(expected)
@@ -233,7 +233,7 @@ def test_the_identity_is_what_a_search_finds(tmp_path, family):
 def test_standard_errors_are_over_sequences(sequences, length, ks):
     generator = np.random.default_rng([sequences, length, ks])
     tables = generator.random((4, sequences + 1, ks))
-    parts = [Movements(*(table[:1].tolist() for table in tables)), Movements(*(table[1:].tolist() for table in tables))]
+    parts = [LayerLosses(*(table[rows].tolist() for table in tables)) for rows in (slice(1), slice(1, None))]
     found = summarise(parts, length, ("divergence", "increase"))
     squares, *others = tables
     assert (found["iterations"], found["samples"]) == (sequences + 1, (sequences + 1) * length)
@@ -255,7 +255,7 @@ def test_windows_lie_evenly_over_the_whole_ones_that_there_are(lengths, length, 
     whole = [window for window in whole if len(window) == length]
     if len(whole) < 2:
         expected = f"a.txt: {len(whole)} windows of {length} tokens in {sum(lengths)}, at least 2 needed"
-        with pytest.raises(AllocationError, match=expected):
+        with pytest.raises(AdapterError, match=expected):
             cut(streams, length=length, sequences=sequences, source="a.txt")
         return
     found = cut(streams, length=length, sequences=sequences, source="a.txt").tolist()
@@ -268,7 +268,7 @@ def test_windows_lie_evenly_over_the_whole_ones_that_there_are(lengths, length, 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_next"])
 def test_a_model_draws_from_its_own_distribution(checkpoints, family):
-    """With the cache of the layers as without; whole passes over what is there so far, with the same random numbers."""
+    """Judged by whole passes over the tokens so far, without a cache, with the same random numbers."""
     model = load(checkpoints(family)[0])
     found = generate(model, length=6, sequences=5, batch=3, seed=7)
     assert found.shape == (5, 6) and found.dtype == torch.int64
@@ -316,7 +316,7 @@ def test_the_file_is_a_profile_that_a_search_reads(folder, mixtral):
     assert (settings.input, settings.batch, settings.length, settings.max_samples) == ("text", 1, 12, 36)
     assert made.loss_kinds == ("frobenius", "rms", "squared", "relative", "divergence", "increase")
     model, identity = load(mixtral), describe_checkpoint(mixtral)
-    whole = {layer: movements for _, layer, movements in measure(model, identity, WINDOWS)}
+    whole = {layer: losses for _, layer, losses in measure(model, identity, WINDOWS)}
     for layer, loss in made.layers.items():
         for kind in ("divergence", "increase"):
             expected = np.mean(getattr(whole[layer], kind), axis=0)
@@ -332,7 +332,7 @@ def test_the_file_is_a_profile_that_a_search_reads(folder, mixtral):
     assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 4 + [".npz"]
 
 
-def test_without_data_the_model_writes_its_own(folder, mixtral):
+def test_without_text_the_model_samples_its_own(folder, mixtral):
     options = ("--generate", "--length", 9, "--sequences", 3, "--gate-exponent", 0.5)
     made = make_profile(mixtral, *options)
     assert (made.settings.input, made.settings.gate_exponent) == ("generated", 0.5)
@@ -356,8 +356,8 @@ def test_a_run_cut_short_goes_on(folder, mixtral, monkeypatch):
     make_profile(*options, output="whole.json")
     add, kept = Journal.add, []
 
-    def add_four(journal, batch, layer, movements):
-        add(journal, batch, layer, movements)
+    def add_four(journal, batch, layer, losses):
+        add(journal, batch, layer, losses)
         kept.append((batch, layer))
         if len(kept) == 4:
             raise KeyboardInterrupt
@@ -370,7 +370,7 @@ def test_a_run_cut_short_goes_on(folder, mixtral, monkeypatch):
     (folder / "other.txt").write_text((mixtral / "text.txt").read_text().replace("t3", "t4"))
     for others, difference in {
         ("--seed", 1): "--seed was 0, is 1 now",
-        ("--local",): "with --local, or without it, other than now",
+        ("--local",): "--local differs",
         ("--batch", 2): "--batch was 1, is 2 now",
         ("--length", 9): "--length was 12, is 9 now",
         ("--gate-exponent", 0.5): "--gate-exponent was not given, is 0.5 now",
@@ -459,7 +459,7 @@ def test_files_that_are_broken_are_refused(folder, mixtral, name, content):
 def test_what_is_not_finite_is_refused(checkpoints, local):
     folder, identity = checkpoints("mixtral")
     expected = "the output of layer 0 in torch.float32 is not always finite; use float32, or a gate exponent"
-    with pytest.raises(AllocationError, match=expected):
+    with pytest.raises(AdapterError, match=expected):
         list(measure(load(folder), identity, WINDOWS, local=local, gate_exponent=1e9))
 
 
@@ -476,7 +476,7 @@ def test_a_device_that_is_too_small_is_told(folder, mixtral, monkeypatch):
 
     monkeypatch.setattr("lexi_adapter.sensitivity.ablation.compare", fail)
     refuse(
-        "ran out of memory; take a --batch below 2",
+        "ran out of memory; try a --batch below 2",
         mixtral,
         "--generate",
         "--length",
@@ -508,12 +508,12 @@ def test_a_model_that_lacks_tensors_or_k_is_refused(folder, checkpoints):
     refuse("dense: no tensor with a router's name and 8 rows: unknown family", "dense", *own)
 
 
-def test_a_token_without_an_embedding_moves_nothing(checkpoints):
-    """As one that no text has may be left by weight decay, or a padding token that begins a text."""
+def test_a_token_with_a_zero_embedding_gives_finite_losses(checkpoints):
+    """Weight decay may leave such a token where no text has it; so may padding at the beginning of a text."""
     folder, identity = checkpoints("olmoe")
     model = load(folder)
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = 0
     windows = torch.cat([torch.full((3, 1), 7), WINDOWS], dim=1)
-    for _, _, movements in measure(model, identity, windows, batch=3):
-        assert all(np.isfinite(values).all() for values in movements)
+    for _, _, losses in measure(model, identity, windows, batch=3):
+        assert all(np.isfinite(values).all() for values in losses)

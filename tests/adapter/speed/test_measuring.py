@@ -315,12 +315,12 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
         (["latency", "{}", "--lock", "card", "-o", "card"], "reads or writes it as another file"),
         (["bench", "{}", "-o", "/dev/null"], "not a regular file"),
         (["bench", "nowhere"], "cannot read nowhere/config.json"),
-        (["bench", "{}", "--engine", '{{"parallel": 3}}'], "--engine: parallel is not for it to say"),
-        (["bench", "{}", "--engine", '{{"variant": 3}}'], "--engine: variant is not for it to say"),
-        (["bench", "{}", "--engine", '{{"workloads": 3}}'], "--engine: workloads is not for it to say"),
+        (["bench", "{}", "--engine", '{{"parallel": 3}}'], "--engine: parallel is set by other arguments"),
+        (["bench", "{}", "--engine", '{{"variant": 3}}'], "--engine: variant is set by other arguments"),
+        (["bench", "{}", "--engine", '{{"workloads": 3}}'], "--engine: workloads is set by other arguments"),
         (
             ["loads", "{}", "--tokens", "{}/t", "--engine", '{{"model": "other"}}'],
-            "--engine: model is not for it to say",
+            "--engine: model is set by other arguments",
         ),
         (
             ["latency", "{}", "--engine", '{{"compilation_config": 3}}'],

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: what is read from its results, and, where it is installed, a task made here with data made here."""
+"""lm-eval's tasks: reading its results, and, where it is installed, a task and data that are made here."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexi_adapter
-from lexi_adapter.errors import AllocationError
+from lexi_adapter.errors import AdapterError
 from lexi_adapter.tasks import harness
 from lexi_adapter.tasks.scores import Score
 
@@ -54,7 +54,7 @@ def test_scores_come_with_the_values_of_the_documents():
 
 
 def test_task_files_that_change_are_other_tasks(tmp_path):
-    """What results of them hold; data and whatever else lies there do not count."""
+    """Their hash is in the results; data and other files beside them do not count."""
     (tmp_path / "below").mkdir()
     states = []
     for name, text in (("a.yaml", "1"), ("a.yaml", "2"), ("below/b.yaml", ""), ("below/code.py", "x = 1")):
@@ -76,7 +76,7 @@ def test_the_task_files_are_among_the_settings(tmp_path, monkeypatch):
 
 def test_without_lm_eval_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(AllocationError, match=r"pip install '\.\[eval\]'"):
+    with pytest.raises(AdapterError, match=r"pip install '\.\[eval\]'"):
         make_tasks(["boolq"])
 
 

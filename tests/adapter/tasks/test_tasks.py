@@ -1,4 +1,4 @@
-"""The tasks of `lexi-adapter eval` with models that are made up, judged by slow arithmetic and by reading prompts."""
+"""The tasks of `lexi-adapter eval` with stand-ins for models, judged by slow arithmetic and by reading prompts."""
 
 import json
 import math
