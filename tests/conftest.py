@@ -1,4 +1,5 @@
-"""Strictness for every test: JAX promotes neither element types nor ranks on its own, and nothing reaches a network."""
+"""Strictness for every test: JAX promotes neither element types nor ranks on its own, annotated shapes are checked, and
+nothing reaches a network."""
 
 import os
 
@@ -15,7 +16,11 @@ import multiprocessing  # noqa: E402  (after the environment: plugins of hypothe
 from concurrent.futures import ProcessPoolExecutor  # noqa: E402
 
 import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Before the first import of lexi_search: every call checks the shapes and types that a signature declares.
+jaxtyping.install_import_hook("lexi_search", "beartype.beartype")
 
 hypothesis.settings.register_profile("lexi", deadline=None)  # compiling takes as long as it takes
 hypothesis.settings.load_profile("lexi")
