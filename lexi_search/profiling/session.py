@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -33,6 +33,7 @@ RELATIVE_ERROR = {"weights": 0.0, "paper": 0.01}  # by input
 SAMPLES = {"weights": 2**12, "paper": 2**20}
 
 
+@runtime_checkable
 class Observer(Protocol):
     """A listener to the events of a run, a method for each; all of them are called from the caller's thread."""
 
