@@ -20,7 +20,7 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 # Before the first import of lexi_search: every call checks the shapes and types that a signature declares.
-jaxtyping.install_import_hook("lexi_search", "beartype.beartype")
+jaxtyping.install_import_hook("lexi_search", "typecheck.check")
 
 hypothesis.settings.register_profile("lexi", deadline=None)  # compiling takes as long as it takes
 hypothesis.settings.load_profile("lexi")

@@ -33,7 +33,7 @@ class Cost(NamedTuple):
         """The time with the model's own k in every layer."""
         return float(self.time(np.full(len(self.ms), self.ms.shape[1])))
 
-    def time(self, top_k: Int[np.ndarray, "*batch layers"]) -> Float64[np.ndarray, "*batch"]:
+    def time(self, top_k: Int[np.ndarray, "*batch layers"]) -> Float64[np.ndarray, "*batch"] | np.float64:
         """The time under each allocation."""
         return self.other_ms + sum_over_layers(self.ms, top_k)
 

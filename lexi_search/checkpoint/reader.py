@@ -163,7 +163,7 @@ def _parse_header(raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _parse_entry(file: Path, name: str, item: dict[str, Any], base: int) -> TensorEntry:
+def _parse_entry(file: Path, name: str, item: Any, base: int) -> TensorEntry:
     if item["dtype"] not in DTYPES:
         raise InputError(f"{file}: tensor {name} has element type {item['dtype']!r}; known are {', '.join(DTYPES)}")
     dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lexi_search.errors import InputError
@@ -34,7 +35,7 @@ class Decoder(NamedTuple):
 
 
 def embed(
-    decoder: Decoder, ends: EndWeights, tokens: Int[Array, "sequences length"], *, dtype: str
+    decoder: Decoder, ends: EndWeights, tokens: Int[Array | np.ndarray, "sequences length"], *, dtype: str
 ) -> Float[Array, "sequences length hidden"]:
     """The hidden states before the first layer, in `dtype`.
 

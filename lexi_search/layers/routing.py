@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 def route(
     x: Float[Array, "tokens hidden"],
     router: Float[Array, "experts hidden"],
-    bias: Float[Array, " experts"] | None,
+    bias: Float[Array, " experts"] | Float[Array, "1 experts"] | None,
     *,
     routing: Routing,
     top_k: int,

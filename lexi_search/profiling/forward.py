@@ -30,6 +30,7 @@ LOGIT_BYTES = 256 << 20  # of float32 logits at a time
 MODEL = -1  # the variant index of the unreduced model
 
 Hidden = Float[Array, "sequences length hidden"]
+Kept = Hidden | Float[np.ndarray, "sequences length hidden"]  # on the device, or in host memory
 
 
 class Variant(NamedTuple):
@@ -116,7 +117,7 @@ def forward(
     *,
     observe: Callable[[MoEOutputs], None] = lambda outputs: None,
     report: Callable[[int], None] = lambda layer: None,
-) -> list[dict[int, Hidden]]:
+) -> list[dict[int, Kept]]:
     """Hidden states after the last layer, a dict for each chunk of sequences: variant index -> states.
 
     The unreduced model has the index `MODEL`, -1; a variant that is the same as the model has no states of its own.
@@ -184,7 +185,7 @@ def _step(
     run: Run,
     layer: int,
     weights: BlockWeights,
-    hidden: Hidden,
+    hidden: Kept,
     mixings: Sequence[tuple[int | Int32[np.ndarray, "tokens 1"], float | None]],
 ) -> tuple[list[Hidden], MoEOutputs | None]:
     """Hidden states after a layer for each of `mixings`: a k, of all tokens or of each, and a gate exponent."""
@@ -216,7 +217,7 @@ def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array
 
 
 def _measure_divergence(
-    run: Run, ends: EndWeights, states: dict[int, Hidden], count: int
+    run: Run, ends: EndWeights, states: dict[int, Kept], count: int
 ) -> Float64[np.ndarray, "variants sequences"]:
     """The KL divergence of each of `count` variants from the model; 0 for one that is the model itself."""
     sequences, length, hidden = states[MODEL].shape

@@ -206,4 +206,4 @@ def _estimate_missing(moments: Moments, settings: ProfileSettings) -> int:
 
 
 def _is_known(moments: Moments, settings: ProfileSettings) -> bool:
-    return moments.iterations >= MIN_ITERATIONS and relative_errors(moments).max() <= settings.relative_error
+    return moments.iterations >= MIN_ITERATIONS and bool(relative_errors(moments).max() <= settings.relative_error)

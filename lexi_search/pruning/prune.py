@@ -7,7 +7,7 @@ gives them the width of the others, they are padded with zeros to a whole multip
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from lexi_search import __version__
 from lexi_search.artifacts.codec import encode
@@ -128,7 +129,7 @@ def count_left(total: int, share: Fraction) -> int:
     return floor(total * (1 - share) + Fraction(1, 2))
 
 
-def select(scores: Sequence[float], count: int, *, num_groups: int = 1) -> tuple[int, ...]:
+def select(scores: Float[np.ndarray, " scores"], count: int, *, num_groups: int = 1) -> tuple[int, ...]:
     """Ascending indices of the `count` largest scores, as many in each of `num_groups` runs; of ties, the first."""
     grouped = np.asarray(scores, np.float64).reshape(num_groups, -1)
     best = np.argsort(-grouped, axis=1, kind="stable")[:, : count // num_groups]

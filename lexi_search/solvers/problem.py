@@ -22,6 +22,7 @@ from lexi_search.errors import InputError
 # to the cost of the most expensive allocation, and above the difference that `pareto` takes for equality.
 CAP_TOLERANCE = 1e-11
 LEAST_COST = 1e-300  # smaller costs count as zero, since dividing by them would overflow
+_Budgets = Real[np.ndarray, "..."] | Sequence[float]  # as a user gives them: their shape is checked
 
 
 class Constraints(NamedTuple):
@@ -57,10 +58,10 @@ class Problem(NamedTuple):
 
 
 def pose(
-    losses: Real[np.ndarray, "layers ks"],
-    budgets: Real[np.ndarray, " budgets"] | None,
+    losses: Real[np.ndarray, "..."],  # [layers, ks]; shapes are checked below
+    budgets: _Budgets | None,
     *,
-    costs: Real[np.ndarray, "layers ks"] | None = None,
+    costs: Real[np.ndarray, "..."] | None = None,  # [layers, ks]
     fixed_cost: float = 0.0,
     constraints: Constraints | None = None,
 ) -> Problem:
@@ -169,7 +170,7 @@ def sum_over_layers(
     return np.cumsum(chosen, axis=-1)[..., -1]
 
 
-def _check_table(table: Real[np.ndarray, "layers ks"], what: str) -> Float64[np.ndarray, "layers ks"]:
+def _check_table(table: Real[np.ndarray, "..."], what: str) -> Float64[np.ndarray, "layers ks"]:
     table = np.array(table, np.float64)
     if table.ndim != 2 or 0 in table.shape:
         shape = f"not of shape {table.shape}"
@@ -232,9 +233,7 @@ def _make_unit(losses, costs, allowed, members) -> tuple[np.ndarray, np.ndarray,
     return ks[order], loss[order], cost[order]
 
 
-def _check_sums(
-    budgets: Int[np.ndarray, " budgets"], unit_costs: Float64[np.ndarray, "units levels"]
-) -> Float64[np.ndarray, " budgets"]:
+def _check_sums(budgets: _Budgets, unit_costs: Float64[np.ndarray, "units levels"]) -> Float64[np.ndarray, " budgets"]:
     budgets = _check_list(budgets, np.integer, "integers")
     least, most = unit_costs[:, 0].sum(), unit_costs[:, -1].sum()
     for budget in budgets[(budgets < least) | (budgets > most)]:
@@ -243,7 +242,7 @@ def _check_sums(
 
 
 def _check_caps(
-    budgets: Real[np.ndarray, " budgets"], unit_costs: Float64[np.ndarray, "units levels"], fixed_cost: float
+    budgets: _Budgets, unit_costs: Float64[np.ndarray, "units levels"], fixed_cost: float
 ) -> Float64[np.ndarray, " budgets"]:
     budgets = _check_list(budgets, np.number, "numbers")
     if not np.isfinite(budgets).all():
@@ -256,7 +255,7 @@ def _check_caps(
     return caps.astype(np.float64)
 
 
-def _check_list(budgets: Real[np.ndarray, " budgets"], kind: type, name: str) -> Real[np.ndarray, " budgets"]:
+def _check_list(budgets: _Budgets, kind: type, name: str) -> Real[np.ndarray, " budgets"]:
     budgets = np.asarray(budgets)
     if budgets.ndim != 1 or not len(budgets) or not np.issubdtype(budgets.dtype, kind):
         raise InputError(f"budgets must be a non-empty list of {name}")

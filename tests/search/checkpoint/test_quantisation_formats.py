@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def read(checkpoint, name=NAME):
     stored = checkpoint.tensors[name]
     parts = {role: checkpoint[part] for role, part in stored.parts.items()}
     parts = {r: p.view(np.uint8) if p.dtype == ml_dtypes.float8_e8m0fnu else p for r, p in parts.items()}
-    values = np.asarray(dequantise(parts, stored.scheme, stored.shape, stored.dtype.name))
+    values = np.asarray(dequantise(jax.device_put(parts), stored.scheme, stored.shape, stored.dtype.name))
     assert values.shape == stored.shape and values.dtype == stored.dtype
     return values
 
@@ -90,7 +91,7 @@ def test_gpt_oss_as_transformers_reads_it(dtype, tmp_path):
     ]
     theirs = convert_moe_packed_tensors(*tensors.values(), dtype=getattr(torch, dtype)).float().numpy()
     for expert in range(3):
-        parts = {role: checkpoint[part][expert] for role, part in stored.parts.items()}
+        parts = jax.device_put({role: checkpoint[part][expert] for role, part in stored.parts.items()})
         values = np.asarray(dequantise(parts, stored.scheme, stored.shape[1:], dtype)).astype(np.float32)
         np.testing.assert_array_equal(values, theirs[expert])
         np.testing.assert_array_equal(values.T, matrices[expert].values)

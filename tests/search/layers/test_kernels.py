@@ -97,6 +97,7 @@ def test_stack_holds_every_expert():
 
 
 class Hopper:
+    __class__ = jax.Device  # what `isinstance` goes by
     platform, compute_capability = "gpu", "9.0"
 
     def __init__(self, memory=1 << 30):

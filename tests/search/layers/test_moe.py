@@ -7,6 +7,7 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from lexi_search.layers.experts import CHUNK_SIZES, MAX_PADDING, cut_into_chunks, expert_outputs
 from lexi_search.layers.ffn import ACTIVATIONS
@@ -105,6 +106,20 @@ def test_every_k_from_one_pass_equals_the_loop(routing):
         )
         np.testing.assert_allclose(np.asarray(distances, np.float64).sum(axis=0)[k - 1], far.sum(), rtol=1e-6)
     assert not distances[:, -1].any()
+
+
+def test_shapes_and_types_that_do_not_fit_are_refused():
+    """By the checker that `conftest` puts on every function; JAX itself would broadcast such a bias and such a k."""
+    router, _, experts, x = make_layer()
+    inputs, router, routing = jnp.asarray(x, jnp.float32), jnp.asarray(router, jnp.float32), Routing(bias="selection")
+    with pytest.raises(TypeCheckError, match="parameter 'router'"):
+        route(inputs, router.T, None, routing=Routing(), top_k=TOP_K)
+    with pytest.raises(TypeCheckError, match="parameter 'bias'"):
+        route(inputs, router, jnp.zeros(1), routing=routing, top_k=TOP_K)
+    choice = route(inputs, router, jnp.zeros(EXPERTS), routing=routing, top_k=TOP_K)
+    outputs = compute_outputs(inputs, choice, as_weights(experts), routing=routing, activation=Activation())
+    with pytest.raises(TypeCheckError, match="parameter 'k'"):
+        mix(outputs, choice.scores, jnp.float32(2.5), routing=routing)
 
 
 @pytest.mark.parametrize("kind", EXPERTS_OF)

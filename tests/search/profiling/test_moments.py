@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -129,7 +130,7 @@ def test_the_control_is_the_change_of_the_mixing_weights(opened):
     def controls(layer, count):
         x = gaussian.draw(model, layer, 0, count, SETTINGS)
         scores = route(x, weights.router, weights.bias, routing=model.routing, top_k=4).scores
-        c = [np.asarray(mixing_weights(scores, np.int32(k), routing=model.routing), np.float64) for k in range(1, 5)]
+        c = [np.asarray(mixing_weights(scores, jnp.int32(k), routing=model.routing), np.float64) for k in range(1, 5)]
         return x, np.array([((weights_k - c[-1]) ** 2).sum(axis=1) for weights_k in c]).T
 
     x, c = controls(0, 8)

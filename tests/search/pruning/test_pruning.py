@@ -191,7 +191,7 @@ def test_selection(data):
     groups, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12))
     scores = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=groups * size, max_size=groups * size))
     count = groups * data.draw(st.integers(1, size))
-    chosen = pruning.select(scores, count, num_groups=groups)
+    chosen = pruning.select(np.array(scores), count, num_groups=groups)
     assert list(chosen) == sorted(set(chosen)) and len(chosen) == count
     for group in range(groups):
         places = range(group * size, (group + 1) * size)
@@ -365,7 +365,7 @@ def test_importance_can_be_measured_on_text_that_the_model_generates(folder):
         scores = torch.tensor(x @ np.asarray(weights.router, np.float64).T).softmax(-1).numpy()
         importance = np.zeros(len(weights.experts))
         for token, score in zip(x, scores, strict=True):
-            for number in np.argsort(-score)[: model.top_k]:
+            for number in np.argsort(-score)[: model.top_k].tolist():
                 gate, up, down = (np.asarray(part, np.float64) for part in weights.experts[number][:3])
                 silu = gate @ token / (1 + np.exp(-gate @ token))
                 importance[number] += (score[number] * np.linalg.norm(down @ (silu * (up @ token)))) ** 2
