@@ -39,7 +39,7 @@ def apply_affine(x: Float[Array, "*rows inner"], weights: Affine) -> Float[Array
     """x @ weight.T + bias in `x`'s type."""
     matrix = weights.weight.astype(x.dtype)
     product = jnp.einsum("...i,oi->...o", x, matrix, precision=find_precision(x))
-    return product if weights.bias is None else product + _align(weights.bias.astype(x.dtype), x)
+    return product if weights.bias is None else product + _align(weights.bias.astype(x.dtype), product)
 
 
 def normalise(x: Float[Array, "*rows width"], weights: Affine, *, norm: Norm) -> Float[Array, "*rows width"]:

@@ -1,6 +1,5 @@
 """The outputs of every token's chosen experts: rows are sorted by expert, and each expert takes its own in chunks."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lexi_search.layers.ffn import apply_ffn
 from lexi_search.layers.spec import Activation
-from lexi_search.layers.weights import ExpertWeights
+from lexi_search.layers.weights import Experts, ExpertWeights
 
 # Rows in one expert product. Loads are cut into these sizes, so that a few compiled programs serve every expert of
 # every layer: few launches for a large load, little padding for a small one.
@@ -21,7 +20,7 @@ MAX_PADDING = 1 / 8  # of an expert's load, unless that is below the smallest si
 def expert_outputs(
     x: Float[Array, "tokens hidden"],
     experts: Int[Array, "tokens K"],
-    weights: Sequence[ExpertWeights],
+    weights: Experts,
     *,
     activation: Activation,
 ) -> Float[Array, "tokens K hidden"]:

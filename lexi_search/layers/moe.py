@@ -6,7 +6,6 @@ y_j. Distances between outputs come from each token's K x K Gram matrix G, ||Y_k
 every Y_k and cancel.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -17,13 +16,13 @@ from lexi_search.layers.experts import expert_outputs
 from lexi_search.layers.ffn import find_precision
 from lexi_search.layers.routing import Choice, mixing_weights
 from lexi_search.layers.spec import Activation, Routing
-from lexi_search.layers.weights import ExpertWeights
+from lexi_search.layers.weights import Experts
 
 
 def compute_outputs(
     x: Float[Array, "tokens hidden"],
     choice: Choice,
-    weights: Sequence[ExpertWeights],
+    weights: Experts,
     *,
     routing: Routing,
     activation: Activation,

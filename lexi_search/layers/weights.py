@@ -3,8 +3,7 @@
 `models` builds the same tuples with other leaves in the place of arrays: names of modules, or stored tensors.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -34,6 +33,15 @@ class ExpertWeights(NamedTuple):
     down_bias: Float[Array, " hidden"] | None = None
 
 
+@runtime_checkable
+class Experts(Protocol):
+    """A sequence of experts, of which each access may read or dequantise one: a check of its type looks at none."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, expert: int, /) -> ExpertWeights: ...
+
+
 class LayerWeights(NamedTuple):
     """One MoE layer: the router, the bias of its selection or logits (or None), and the experts.
 
@@ -42,7 +50,7 @@ class LayerWeights(NamedTuple):
 
     router: Float[Array, "experts hidden"]
     bias: Float[Array, " experts"] | None
-    experts: Sequence[ExpertWeights]
+    experts: Experts
 
 
 class GroupedWeights(NamedTuple):

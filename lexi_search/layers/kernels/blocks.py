@@ -1,6 +1,5 @@
 """The operands of one product of all experts: a layer's experts stacked, and its tokens sorted into blocks."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lexi_search.layers.weights import ExpertWeights
+from lexi_search.layers.weights import Experts, ExpertWeights
 
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 256  # of one tile of a product
 GATED_COLUMNS = BLOCK_COLUMNS // 2
@@ -32,7 +31,7 @@ class Layout(NamedTuple):
     num_blocks: Int[Array, "1"]
 
 
-def stack_experts(experts: Sequence[ExpertWeights], *, dtype: str) -> StackedExperts:
+def stack_experts(experts: Experts, *, dtype: str) -> StackedExperts:
     """The experts in `dtype`, copied a few at a time: an access may dequantise them."""
     width, hidden = experts[0].up.shape
     stack = StackedExperts(

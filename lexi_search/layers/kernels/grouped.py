@@ -4,7 +4,6 @@ The results are those of `experts` and `moe`, up to rounding, for the most commo
 biases. Those compute every other kind, device and element type.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from lexi_search.layers.kernels.blocks import (
 from lexi_search.layers.moe import mixing_changes
 from lexi_search.layers.routing import Choice
 from lexi_search.layers.spec import Activation, Routing
-from lexi_search.layers.weights import MEMORY_SHARE, ExpertWeights
+from lexi_search.layers.weights import MEMORY_SHARE, Experts
 
 ACTIVATIONS = (Activation("silu"), Activation("swish"))
 FIRST_JAX = (0, 11)  # the version whose Pallas the kernels are written for
@@ -37,7 +36,7 @@ def has_kernels(device: jax.Device, dtype: str) -> bool:
 
 
 def can_group(
-    experts: Sequence[ExpertWeights],
+    experts: Experts,
     device: jax.Device,
     *,
     top_k: int,

@@ -239,9 +239,10 @@ def test_attention_equals_the_loop(score_bytes, window, with_sinks, monkeypatch)
     """However much of it is computed at a time."""
     monkeypatch.setattr(attention_module, "SCORE_BYTES", score_bytes)
     rng, length, heads, kv_heads, width = np.random.default_rng(1), 11, 4, 2, 6
-    draw = [rng.normal(size=(rows, 8)) for rows in (heads * width, kv_heads * width, kv_heads * width)]
-    x, sinks = rng.normal(size=(3, length, 8)), rng.normal(size=heads)
-    weights = GroupedWeights(*(Affine(jnp.float32(part)) for part in (*draw, np.eye(heads * width))))
+    hidden = heads * width  # the output is as wide as the input, so that the last projection may be the identity
+    draw = [rng.normal(size=(rows, hidden)) for rows in (hidden, kv_heads * width, kv_heads * width)]
+    x, sinks = rng.normal(size=(3, length, hidden)), rng.normal(size=heads)
+    weights = GroupedWeights(*(Affine(jnp.float32(part)) for part in (*draw, np.eye(hidden))))
     if with_sinks:
         weights = weights._replace(sinks=jnp.float32(sinks))
     settings = GroupedAttention(heads, kv_heads, width, 0.4, Norm(1e-6), None, window)
