@@ -1,101 +1,86 @@
 """What allocations of a few profiles really lose on a model's held-out tokens, at a few budgets; on a CPU in minutes.
 
-    python judge.py MODEL_DIR --tokens held_out.npz --budget 24
+    python examples/fidelity/judge.py MODEL_DIR --tokens held_out.npz --budget 24
 
 Without --profile it makes those of --only first. `study.py` asks for much more.
 """
 
 import tempfile
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
+import jax
 import numpy as np
-import tables
-from gaps import MEASURES, interpolate_uniform
 from judging import Choice, Judge, load
-from origins import describe_run
+from records import MEASURES, Results, Row, describe_run, find_neighbours, interpolate_uniform, write_results
+from tables import PROFILES, make_profile, search
 from windows import cut, read_streams
 
-from lexi_adapter.files import write_json
+from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.serialisation import read_profile
 
-LENGTH = 512
+LENGTH, DEFAULT = 512, ("paper", "weights")
+
+
+def judge_profiles(judge: Judge, profiles: Mapping[str, Profile], budgets: Sequence[int]) -> list[Row]:
+    """What each uniform k near the budgets loses, and then the exact optimum of each loss of each profile."""
+    named = [("uniform", Choice((k,) * judge.layers)) for k in find_neighbours(budgets, judge.layers)]
+    for name, profile in profiles.items():
+        for kind in profile.loss_kinds:
+            found = search(np.array(profile.losses(kind)), budgets)
+            named += [(f"{name}/{kind}", Choice(top_k, profile.settings.gate_exponent)) for top_k in found]
+    return judge.tabulate(named)
+
+
+def list_lines(rows: Sequence[Row], budgets: Sequence[int], layers: int) -> Iterator[str]:
+    """A table for reading, budget by budget, uniform k first."""
+    lost = {name: {row.top_k[0]: getattr(row, name) for row in rows if row.method == "uniform"} for name in MEASURES}
+    yield f"{'profile':24s} exponent budget {' '.join(f'{name:>10s}' for name in MEASURES)}  k per layer"
+    for budget in budgets:
+        uniform = " ".join(f"{interpolate_uniform(lost[name], budget, layers):10.4f}" for name in MEASURES)
+        yield f"{'uniform':24s} {'':8s} {budget:6d} {uniform}"
+        for row in rows:
+            if row.budget == budget and row.method != "uniform":
+                exponent = "" if row.exponent is None else f"{row.exponent:g}"
+                start = f"{row.method:24s} {exponent:>8s} {budget:6d} {row.increase:10.4f} {row.divergence:10.4f}"
+                yield f"{start}  {' '.join(map(str, row.top_k))}"
 
 
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--tokens", type=click.Path(exists=True, path_type=Path), required=True, help="An .npz, ids by domain.")
 @click.option("--profile", "files", type=click.Path(exists=True, path_type=Path), multiple=True, help="Repeat it.")
-@click.option(
-    "--only",
-    "names",
-    type=click.Choice(list(tables.COMMANDS)),
-    multiple=True,
-    default=("paper", "weights"),
-    show_default=True,
-    help="Profiles to make where no --profile is given; repeat it.",
-)
+@click.option("--only", type=click.Choice(list(PROFILES)), multiple=True, default=DEFAULT, show_default=True)
 @click.option("--budget", "budgets", type=int, multiple=True, required=True, help="Experts over layers; repeat it.")
 @click.option("--sequences", type=click.IntRange(2), default=10, show_default=True, help="Of each domain.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("-o", "--output", help="The same as JSON.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write a table such as those of study.py.")
 def main(
     model: Path,
     tokens: Path,
     files: tuple[Path, ...],
-    names: tuple[str, ...],
+    only: tuple[str, ...],
     budgets: tuple[int, ...],
     sequences: int,
     device: str,
-    output: str | None,
+    output: Path | None,
 ) -> None:
     """Print what the exact optimum of each loss of each profile really loses at each budget."""
+    jax.config.update("jax_platforms", "cpu")  # searches are small, and the GPU's memory is PyTorch's
     with tempfile.TemporaryDirectory() as folder:
         if not files:
-            files = tuple(Path(folder) / f"{name}.json" for name in names)
-            for name, file in zip(names, files, strict=True):
-                click.echo(f"profile {name}", err=True)
-                tables.make_profile(name, model, file)
+            click.echo(f"making profiles: {', '.join(only)}", err=True)
+            files = tuple(make_profile(source, model, Path(folder, f"{source}.json")) for source in only)
         profiles = {file.stem: read_profile(file) for file in files}
     _, judging = cut(read_streams(tokens), measure=0, judge=sequences, length=LENGTH)
-    loaded = load(model, device=device)
-    judge = Judge(loaded, judging, batch=sequences)
-    layers = judge.layers
-    near = {k for budget in budgets for k in (budget // layers, -(-budget // layers))}
-    chosen = {}
-    for (name, profile), budget in product(profiles.items(), budgets):
-        for kind in profile.loss_kinds:
-            [top_k] = tables.search(np.array(profile.losses(kind)), [budget])
-            chosen[name, kind, budget] = Choice(top_k, profile.settings.gate_exponent)
-    uniform = {k: Choice((k,) * layers) for k in near}
-    choices = [*uniform.values(), *chosen.values()]
-    lost = {
-        choice: {name: found[name]["mean"] for name in MEASURES}
-        for choice, found in zip(choices, judge.judge(choices), strict=True)
-    }
-    known = {name: {k: lost[choice][name] for k, choice in uniform.items()} for name in MEASURES}
-    rows = [
-        ("uniform", "", None, budget, *(interpolate_uniform(known[name], budget, layers) for name in MEASURES), ())
-        for budget in budgets
-    ]
-    rows += [
-        (name, kind, choice.exponent, budget, *lost[choice].values(), choice.top_k)
-        for (name, kind, budget), choice in chosen.items()
-    ]
-    rows.sort(key=lambda row: budgets.index(row[3]))
-    heads = " ".join(f"{name:>10s}" for name in MEASURES)
-    click.echo(f"{'profile':12s} {'loss':12s} {'exponent':>8s} {'budget':>6s} {heads}  k per layer")
-    for name, kind, exponent, budget, *losses, top_k in rows:
-        shown = "" if exponent is None else f"{exponent:g}"
-        numbers = " ".join(f"{loss:10.4f}" for loss in losses)
-        click.echo(f"{name:12s} {kind:12s} {shown:>8s} {budget:6d} {numbers}  {' '.join(map(str, top_k))}")
+    judge = Judge(load(model, device=device), judging, batch=sequences)
+    rows = judge_profiles(judge, profiles, budgets)
+    click.echo("\n".join(list_lines(rows, budgets, judge.layers)))
     if output:
-        columns = ("profile", "loss", "gate_exponent", "budget", *MEASURES, "top_k")
-        rounded = [(*row[:4], *(round(value, 6) for value in row[4:-1]), row[-1]) for row in rows]
-        tokens = judging.tokens.numel()
-        document = {"rows": [dict(zip(columns, row, strict=True)) for row in rounded], "judged_tokens": tokens}
-        write_json(output, document | {"made_by": describe_run(device)})
+        identity = judge.loaded.identity
+        facts = {"model": model.resolve().name, "layers": judge.layers, "top_k": identity.top_k}
+        write_results(output, Results(facts | describe_run(device), rows))
 
 
 if __name__ == "__main__":

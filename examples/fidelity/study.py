@@ -1,214 +1,177 @@
-"""The fidelity study of one model: what allocations from each kind of profile really lose.
+"""What allocations from each kind of profile really lose on one or more models, beside uniform k and brute force.
 
-    python examples/fidelity/study.py MODEL_DIR -o results.json
+    python examples/fidelity/study.py MODEL_DIR ... -o results
 
 A model folder is a checkpoint with its held-out tokens, as `examples/train_small_moe/train.py` leaves one, or any other
-beside `--tokens`. The file is written again after every piece, and a second run goes on where the first one ended. What
-cannot be measured is in the file by name, with the reason.
+beside `--tokens`. Each model's table is written again after every part, and a second run goes on where the first ended.
 """
 
-import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # searches are small, and the GPU's memory is PyTorch's
+import click
+import jax
+import numpy as np
+import torch
+from judging import Choice, Judge, Loaded, find_losses, load
+from records import Results, Row, describe_run, find_budgets, read_results, write_results
+from tables import PROFILES, Failed, make_profile, measure_windows, read_tables, run_search, search, tabulate
+from windows import Windows, cut_what_fits, read_streams
 
-import json  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor, wait  # noqa: E402
-from contextlib import AbstractContextManager, nullcontext  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, NamedTuple  # noqa: E402
+from lexi_adapter.errors import AdapterError
 
-import click  # noqa: E402
-import pieces  # noqa: E402
-import torch  # noqa: E402
-from judging import Judge, load  # noqa: E402
-from origins import describe_run  # noqa: E402
-from pieces import Study  # noqa: E402
-from tables import COMMANDS, Failed  # noqa: E402
-from timing import time_passes  # noqa: E402
-from windows import cut_more, cut_what_fits, read_streams  # noqa: E402
-
-from lexi_adapter.allocation import AllocationError  # noqa: E402
-from lexi_adapter.engines.locks import measure_alone, start_beside  # noqa: E402
-from lexi_adapter.files import write_atomically  # noqa: E402
-
-FORMAT, VERSION = "lexi-fidelity", 1
-TABLES, CELLS, FLOORS = "tables", "cells", "floors"
-
-Hold = Callable[[Sequence[str]], AbstractContextManager[None]]
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the model's own sum of k
+EXPONENT, EXPONENTS = 0.5, (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)  # for allocations from profiles, and for uniform k
+WITH_EXPONENT = "{} with exponent {:g}"
+PRUNED = {f"{what} {100 * share:g}%": share for what in ("experts", "width") for share in (0.25, 0.375, 0.5)}
+LEAST = 40  # windows to judge on that a domain needs to be in the study, unless fewer are asked for
+SETTINGS = ("router_sha256", "length", "measured_tokens", "judged_tokens")  # that all rows of a table share
 
 
-class Piece(NamedTuple):
-    """`name` says whether it is done; the result goes to `into`, merged with what is there where that is `TABLES`.
+class Study(NamedTuple):
+    """One model under study: windows to measure on, a judge on others, and the folder of its profiles."""
 
-    `hold` is how the GPU is held meanwhile, if at all: with others, or alone.
-    """
+    folder: Path
+    loaded: Loaded
+    measuring: Windows
+    judge: Judge
+    profiles: Path
 
-    name: str
-    make: Callable[[Study], Any]
-    into: tuple[str, ...]
-    merge: bool = False
-    always: bool = False  # cheap, and depends on what else is there
-    hold: Hold = start_beside
-
-
-def plan(study: Study) -> Iterator[Piece]:
-    """The pieces in order; those that depend on earlier ones are known only when these are done.
-
-    What waits for a command comes late.
-    """
-    yield Piece("base", pieces.judge_base, ("base",))
-    yield Piece("uniform", pieces.judge_uniform, ("uniform",))
-    yield Piece("random", pieces.judge_random, ("random",))
-    yield Piece("measured", pieces.measure_tables, (TABLES,), merge=True)
-    yield Piece("generated", pieces.generate_tables, (TABLES,), merge=True)
-    yield from plan_cells(study)
-    yield Piece("refined", pieces.refine_oracle, ("refined",))
-    yield from plan_floors(study)
-    for name in COMMANDS:
-        make = partial(pieces.profile, name=name)
-        yield Piece(f"profile {name}", make, (TABLES,), merge=True, hold=nullcontext)
-    yield from plan_cells(study)
-    yield from plan_floors(study)
-    yield Piece("correlations", pieces.correlate, ("correlations",), always=True, hold=nullcontext)
-    yield Piece("compounding", pieces.compound, ("compounding",), always=True, hold=nullcontext)
-    wait(study.files.values())  # and not while the GPU is held
-    yield Piece("pruned", pieces.judge_pruned, ("pruned",))
-    yield Piece("times", time_passes, ("times",), hold=measure_alone)
+    @property
+    def budgets(self) -> dict[float, int]:
+        """Share of the model's own sum of k -> budget, where there is one."""
+        return find_budgets(SHARES, self.judge.layers, self.loaded.identity.top_k)
 
 
-def plan_cells(study: Study) -> Iterator[Piece]:
-    """Every table that there is so far, judged."""
-    for name in list(study.found.get(TABLES, {})):
-        yield Piece(f"cells {name}", partial(pieces.judge_cells, name=name), (CELLS, name))
+def list_parts(study: Study) -> dict[str, Callable[[], list[Row]]]:
+    """The parts of a study in order. A part's rows are named after it, or after it and a slash."""
+    parts = {"uniform": partial(judge_uniform, study), "oracle": partial(judge_text, study)}
+    parts |= {source: partial(judge_profile, study, source) for source in PROFILES}
+    return parts | {f"pruned/{what}": partial(judge_pruned, study, what) for what in PRUNED}
 
 
-def plan_floors(study: Study) -> Iterator[Piece]:
-    """Of the tables that there are so far, those that are held to the floors, on more windows; nothing if no more."""
-    if len(study.more.windows.tokens) <= len(study.judge.windows.tokens):
-        return
-    yield Piece("floors uniform", pieces.judge_uniform_on_more, (FLOORS,), merge=True)
-    for name in pieces.FLOORS:
-        if name in study.found.get(TABLES, {}):
-            make = partial(pieces.judge_cells, name=name, on_more=True)
-            yield Piece(f"floors {name}", make, (FLOORS, CELLS, name))
+def judge_uniform(study: Study) -> list[Row]:
+    """Every uniform k, as the model does and with every gate exponent."""
+    names = {None: "uniform"} | {exponent: WITH_EXPONENT.format("uniform", exponent) for exponent in EXPONENTS}
+    uniform = [(k,) * study.judge.layers for k in range(1, study.loaded.identity.top_k + 1)]
+    return study.judge.judge([(name, Choice(top_k, each)) for each, name in names.items() for top_k in uniform])
 
 
-def run(study: Study, save: Callable[[], None], until: float, cards: Sequence[str] = ()) -> bool:
-    """Make what is missing, saving after each piece; False if time ran out. What fails is left out by name.
+def judge_text(study: Study) -> list[Row]:
+    """Brute force on text, by what the whole model loses (`oracle`) and by each layer's own output (`calibrated`)."""
+    measured = measure_windows(study.loaded, study.measuring, batch=study.judge.batch)
+    found = tabulate(measured, study.measuring)
+    oracle = {f"oracle/{kind}": found[kind] for kind in ("increase", "divergence")}
+    return judge_tables(study, oracle | {f"calibrated/{kind}": found[kind] for kind in ("relative", "squared")})
 
-    `cards` are files that stand for the GPU, as in `lexi_adapter.engines.locks`.
-    """
-    finished = True
-    seconds, skipped = (study.found.setdefault(name, {}) for name in ("seconds", "skipped"))
-    for piece in plan(study):
-        if piece.name in seconds and not piece.always:
+
+def judge_profile(study: Study, source: str) -> list[Row]:
+    """Every loss of a profile from the weights, with its gate exponent, or else plain and with `EXPONENT`."""
+    held, exponent = read_tables(source, make_profile(source, study.folder, study.profiles / f"{source}.json"))
+    named = {f"{source}/{kind}": table for kind, table in held.items()}
+    rows = judge_tables(study, named, exponent)
+    if exponent is None:
+        named = {WITH_EXPONENT.format(name, EXPONENT): table for name, table in named.items()}
+        rows += judge_tables(study, named, EXPONENT)
+    return rows
+
+
+def judge_tables(study: Study, named: Mapping[str, np.ndarray], exponent: float | None = None) -> list[Row]:
+    """Each table's exact optimum at each budget."""
+    budgets = list(study.budgets.values())
+    chosen = [(name, top_k) for name, table in named.items() for top_k in search(table, budgets)]
+    return study.judge.judge([(name, Choice(top_k, exponent)) for name, top_k in chosen])
+
+
+def judge_pruned(study: Study, what: str) -> list[Row]:
+    """A model without some of its experts or some of their width, every layer with its own k."""
+    windows = study.judge.windows
+    with tempfile.TemporaryDirectory() as folder:
+        run_search(("prune", str(study.folder), *f"--{what}".split(), "-o", f"{folder}/pruned"))
+        pruned = load(Path(folder, "pruned"), device=study.loaded.model.device.type)
+    losses = [find_losses(each.model, windows.tokens, batch=study.judge.batch) for each in (pruned, study.loaded)]
+    increase = np.subtract(*losses)
+    found = (float(windows.average(increase)["mean"]), windows.find_error(increase))
+    # Narrower experts leave as many active parameters as fewer of them; dropped experts leave all that are active.
+    budget = study.budgets.get(1 - PRUNED[what]) if what.startswith("width") else None
+    return [Row(f"pruned/{what}", None, budget, windows.tokens.numel(), *found, None, None, None, None, ())]
+
+
+def run(study: Study, output: Path, facts: Mapping[str, str]) -> list[str]:
+    """Make the parts that are not in the table yet, writing it after each; the names of those that fail."""
+    results, failed = Results(facts, []), []
+    if output.is_file():
+        results = read_results(output)
+        if changed := [name for name in SETTINGS if results.facts.get(name) != facts[name]]:
+            raise ValueError(f"{output} was made with another {changed[0]}; name another -o, or delete it")
+    done = {name for row in results.rows for name in (row.method, row.method.partition("/")[0])}
+    for name, make in list_parts(study).items():
+        if name in done:
             continue
-        if time.monotonic() > until and not piece.always:
-            finished = False
-            continue
+        started = time.monotonic()
         try:
-            with piece.hold(cards):
-                started = time.monotonic()
-                result = piece.make(study)
-        except (Failed, AllocationError, RuntimeError) as error:  # PyTorch's own are RuntimeError
-            skipped[piece.name] = study.shorten(error)
-            click.echo(f"  {piece.name}: left out: {skipped[piece.name]}")
+            results = Results(facts, [*results.rows, *make()])
+        except (Failed, AdapterError, RuntimeError) as error:  # PyTorch's own are RuntimeError
+            failed.append(name)
+            click.echo(f"  {name}: left out: {str(error).replace(str(study.folder), study.folder.name)}")
         else:
-            *parents, last = piece.into
-            place = study.found
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[last] = place.get(last, {}) | dict(result) if piece.merge else result
-            skipped.pop(piece.name, None)
-            seconds[piece.name] = round(time.monotonic() - started, 3)
-            click.echo(f"  {piece.name}: {seconds[piece.name]:.1f} s")
-        save()
-    return finished
+            write_results(output, results)
+            click.echo(f"  {name}: {time.monotonic() - started:.1f} s")
+    return failed
 
 
-def read_results(output: Path) -> dict[str, Any]:
-    """The study so far, or an empty one."""
-    if not output.is_file():
-        return {"format": FORMAT, "version": VERSION, "models": {}}
-    results = json.loads(output.read_text())
-    if (results.get("format"), results.get("version")) != (FORMAT, VERSION):
-        raise click.UsageError(f"{output} is no {FORMAT} file of version {VERSION}: name another -o")
-    return results
-
-
-def write_results(output: Path, results: dict[str, Any]) -> None:
-    """The study so far, in one line: it is long."""
-    write_atomically(output, (json.dumps(results, sort_keys=True, allow_nan=False) + "\n").encode())
+def describe(study: Study) -> dict[str, str]:
+    """What is known of the model and of the text."""
+    identity, windows = study.loaded.identity, study.judge.windows
+    losses = find_losses(study.loaded.model, windows.tokens, batch=study.judge.batch)
+    model = {name: getattr(identity, name) for name in ("model_type", "num_experts", "top_k", "router_sha256")}
+    model |= {"parameters": study.loaded.model.num_parameters(), "layers": study.judge.layers}
+    text = {"length": windows.tokens.shape[1], "cross_entropy": f"{windows.average(losses)['mean']:.6g}"}
+    text |= {"measured_tokens": study.measuring.tokens.numel(), "judged_tokens": windows.tokens.numel()}
+    return {name: str(value) for name, value in ({"model": study.folder.name} | model | text).items()}
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("results.json"), show_default=True)
-@click.option("--tokens", type=click.Path(path_type=Path, exists=True), help="Held-out tokens, if not in the folder.")
-@click.option("--profiles", type=click.Path(path_type=Path), help="Its profiles.  [default: profiles/, beside OUTPUT]")
-@click.option("--jobs", default=4, show_default=True, help="Commands that make profiles and pruned models at a time.")
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
+@click.option("--tokens", type=click.Path(path_type=Path), help="Held-out tokens.  [default: MODEL/held_out.npz]")
+@click.option("--profiles", type=click.Path(path_type=Path), default=Path("profiles"), show_default=True)
 @click.option("--measure", default=42, show_default=True, help="Windows of each domain to measure on.")
-@click.option("--judge", type=click.IntRange(2), default=40, show_default=True, help="And to judge on.")
-@click.option("--judge-more", default=160, show_default=True, help="And for the floors; or all that there are.")
+@click.option("--judge", type=click.IntRange(2), default=160, show_default=True, help="And to judge on, at most.")
 @click.option("--length", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--batch", default=32, show_default=True, help="Windows in one forward pass.")
-@click.option("--judge-batch", type=click.IntRange(1), help="And in one that judges.  [default: as --batch]")
-@click.option("--dtype", type=click.Choice(("float32", "bfloat16")), default="float32", show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there, or cpu")
-@click.option("--minutes", default=1e6, show_default="no limit", help="Start no piece after so long.")
-@click.option("--card", type=click.Path(), help="A file, the same for all that share a GPU: times are taken alone.")
 @click.option("--command", help="What the results say made them.  [default: this call]")
-def main(
-    model: Path,
-    output: Path,
-    tokens: Path | None,
-    profiles: Path | None,
-    jobs: int,
-    measure: int,
-    judge: int,
-    judge_more: int,
-    length: int,
-    batch: int,
-    judge_batch: int | None,
-    dtype: str,
-    device: str,
-    minutes: float,
-    card: str | None,
-    command: str | None,
-) -> None:
-    """Study MODEL and write what was found to OUTPUT."""
-    until = time.monotonic() + 60 * minutes
-    results, folder = read_results(output), model.resolve()
-    file = tokens or folder / "held_out.npz"
-    if not file.is_file():
-        raise click.UsageError(f"{folder} holds no held_out.npz: name held-out tokens with --tokens")
-    place = profiles or output.absolute().parent / "profiles" / folder.name
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    found = results["models"].setdefault(folder.name, {})
-    found["made_by"] = describe_run(device, dtype=dtype, command=command)
-    cards = [card] if card else []
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
-        files = pieces.start_commands(pool, folder, place, Path(scratch), until=until)
+def main(models: tuple[Path, ...], output: Path, tokens: Path | None, command: str | None, **options: Any) -> None:
+    """Study each of MODELS and write what it loses to a table of its name in the folder OUTPUT."""
+    jax.config.update("jax_platforms", "cpu")  # searches are small, and the GPU's memory is PyTorch's
+    output.mkdir(parents=True, exist_ok=True)
+    made_by = describe_run(options["device"], command=command)
+    for folder in map(Path.resolve, models):
+        if not (file := tokens or folder / "held_out.npz").is_file():
+            raise click.UsageError(f"there are no held-out tokens in {file}: name a file of them with --tokens")
         try:
-            streams = read_streams(file)
-            measuring, judging, short = cut_what_fits(streams, measure=measure, judge=judge, length=length)
-            kept = {domain: stream for domain, stream in streams.items() if domain not in short}
-            more = cut_more(kept, judge=max(judge, judge_more), length=length)
-            found.setdefault("skipped", {}).update({f"domain {domain}": why for domain, why in short.items()})
-            with start_beside(cards):
-                loaded = load(folder, device=device, dtype=getattr(torch, dtype))
-            judges = [Judge(loaded, windows, batch=judge_batch or batch) for windows in (judging, more)]
-            study = Study(folder, loaded, measuring, *judges, batch, place, found, files)
-            finished = run(study, partial(write_results, output, results), until, cards)
-        except (AllocationError, ValueError) as error:
+            study = begin(folder, file, **options)
+            failed = run(study, output / f"{folder.name}.csv", describe(study) | made_by)
+        except (AdapterError, ValueError) as error:
             raise click.UsageError(f"{folder}: {error}") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    click.echo(f"{folder.name} is done" if finished else "time is up; the same command goes on from here")
+        click.echo(f"{folder.name}: left out: {', '.join(failed)}" if failed else f"{folder.name} is done")
+
+
+def begin(
+    folder: Path, tokens: Path, *, profiles: Path, measure: int, judge: int, length: int, batch: int, device: str
+) -> Study:
+    """A model in memory, with the windows that its held-out tokens have room for."""
+    windows = {"measure": measure, "judge": judge, "least": min(judge, LEAST), "length": length}
+    measuring, judging, short = cut_what_fits(read_streams(tokens), **windows)
+    for reason in short.values():
+        click.echo(f"  left out: {reason}")
+    loaded = load(folder, device=device)
+    return Study(folder, loaded, measuring, Judge(loaded, judging, batch=batch), profiles / folder.name)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,6 @@ class Windows(NamedTuple):
         parts = [values[domains == name] for name in dict.fromkeys(self.domains)]
         return math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / len(parts)
 
-    def take(self, count: int) -> "Windows":
-        """The first windows."""
-        return Windows(self.tokens[:count], self.domains[:count])
-
-    def take_domain(self, domain: str) -> "Windows":
-        """The windows of one domain."""
-        chosen = [index for index, name in enumerate(self.domains) if name == domain]
-        return Windows(self.tokens[chosen], (domain,) * len(chosen))
-
 
 def cut(streams: Mapping[str, np.ndarray], *, measure: int, judge: int, length: int) -> tuple[Windows, Windows]:
     """So many windows of each domain to measure on, from its first half, and to judge on, from the middle onwards.
@@ -58,24 +49,23 @@ def cut(streams: Mapping[str, np.ndarray], *, measure: int, judge: int, length: 
 
 
 def cut_what_fits(
-    streams: Mapping[str, np.ndarray], *, measure: int, judge: int, length: int
+    streams: Mapping[str, np.ndarray], *, measure: int, judge: int, least: int, length: int
 ) -> tuple[Windows, Windows, dict[str, str]]:
-    """As `cut`, without the domains that it would refuse, and these with the reason. ValueError if none is left."""
-    counts, short = {"measure": measure, "judge": judge, "length": length}, {}
+    """As `cut`, without the domains that have no room for `measure` and `least` windows, and these with the reason.
+
+    Those to judge on are `judge` of each domain, or as many as the shortest has. ValueError if no domain is left.
+    """
+    kept, short = {}, {}
     for domain, stream in streams.items():
         try:
-            cut({domain: stream}, **counts)
+            cut({domain: stream}, measure=measure, judge=least, length=length)
+            kept[domain] = stream
         except ValueError as error:
             short[domain] = str(error)
-    if len(short) == len(streams):
+    if not kept:
         raise ValueError("; ".join(short.values()) or "there are no held-out tokens")
-    return *cut({domain: stream for domain, stream in streams.items() if domain not in short}, **counts), short
-
-
-def cut_more(streams: Mapping[str, np.ndarray], *, judge: int, length: int) -> Windows:
-    """Windows to judge on as `cut` gives them, so many of each domain, or as many as the shortest domain has."""
-    room = min(len(stream) - len(stream) // 2 for stream in streams.values()) // length
-    return cut(streams, measure=0, judge=min(judge, room), length=length)[1]
+    room = min(len(stream) - len(stream) // 2 for stream in kept.values()) // length
+    return *cut(kept, measure=measure, judge=min(judge, room), length=length), short
 
 
 def read_streams(file: Path) -> dict[str, np.ndarray]:
