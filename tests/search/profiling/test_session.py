@@ -1,0 +1,82 @@
+"""A profile made from Python: the bytes of the command, its events in order, and runs that were cut short go on."""
+
+import os
+from pathlib import Path
+
+import command_line
+import pytest
+import tiny
+
+import lexi_search
+from lexi_search.errors import InputError
+
+SETTINGS = {"input": "paper", "batch": 2, "length": 32, "relative_error": 0.2}
+OPTIONS = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
+
+
+class Recorder:
+    """An observer that keeps what it hears, and stops the run after `layers` layers."""
+
+    def __init__(self, layers=None):
+        self.layers, self.events = layers, []
+
+    def open(self, partials, layers):
+        self.events.append(("open", sorted(partials.layers), tuple(layers)))
+
+    def choose_exponent(self, exponent):
+        self.events.append(("exponent", exponent))
+
+    def advance_pass(self, layer):
+        self.events.append(("pass", layer))
+
+    def finish_layer(self, layer):
+        self.events.append(("layer", layer))
+        if self.layers == sum(kind == "layer" for kind, *_ in self.events):
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.make_checkpoint("olmoe", tmp_path_factory.mktemp("checkpoint") / "olmoe")
+
+
+def test_it_is_the_profile_of_the_command_also_after_a_run_that_was_cut_short(folder, checkpoint):
+    assert command_line.run("profile", checkpoint, *OPTIONS, "-o", "command.json").exit_code == 0
+    with pytest.raises(KeyboardInterrupt):
+        lexi_search.profile_checkpoint(checkpoint, "python.json", observer=Recorder(layers=2), **SETTINGS)
+    assert not Path("python.json").exists()
+    recorder = Recorder()
+    profile = lexi_search.profile_checkpoint(checkpoint, "python.json", observer=recorder, **SETTINGS)
+    assert recorder.events == [("open", [0, 1], (0, 1, 2)), ("layer", 2)]
+    assert profile == lexi_search.read_profile("python.json")
+    assert Path("python.json").read_bytes() == Path("command.json").read_bytes()
+    assert sorted(os.listdir()) == ["command.json", "python.json"]
+
+
+def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint):
+    recorder = Recorder()
+    settings = {"batch": 2, "length": 16, "samples": 64, "gate_exponent": "auto", "layers": [1]}
+    profile = lexi_search.profile_checkpoint(checkpoint, "profile.json", observer=recorder, **settings)
+    kinds = [kind for kind, *_ in recorder.events]
+    assert kinds[0] == "open" and kinds[-1] == "layer" and kinds.count("exponent") == 1
+    passes = [layer for kind, layer in recorder.events[1:] if kind == "pass"]
+    assert passes == [0, 1, 2] * 8  # six for the text, one for the exponent, one for the losses
+    assert ("exponent", profile.settings.gate_exponent) in recorder.events
+    assert tuple(profile.layers) == (1,)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"input": "text"}, "input 'text' is not known; known are weights, paper"),
+        ({"control_variate": 4}, "--control-variate is for --input paper"),
+        ({"input": "paper", "gate_exponent": "auto"}, "leave --input paper out"),
+        ({"gate_exponent": "half"}, "--gate-exponent 'half' is neither a number nor auto"),
+        ({"gate_exponent": 2.5}, "gate_exponent is 2.5"),
+        ({"layers": [7]}, "layer 7 is no MoE layer; those are 0, 1, 2"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_and_leave_nothing(folder, checkpoint, settings, words):
+    with pytest.raises(InputError, match=words):
+        lexi_search.profile_checkpoint(checkpoint, "profile.json", **settings)
+    assert os.listdir() == []
