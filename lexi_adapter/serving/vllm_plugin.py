@@ -25,7 +25,7 @@ from lexi_adapter.model.folder import (
     has_weights,
     read_config,
 )
-from lexi_adapter.serving.vllm_build import hook, hook_build
+from lexi_adapter.serving.vllm_build import hook, hook_build, is_folder
 from lexi_adapter.serving.vllm_names import NEVER_TIED, check_version, describe_supported
 
 ADDITIONAL, CONFIG = "--additional-config", "config.json or --hf-overrides"  # the two places, for messages
@@ -222,17 +222,25 @@ def check_settings(vllm_config: Any) -> None:
 
 
 def check_model(allocation: Allocation, vllm_config: Any) -> None:
-    """Check the allocation against the model's files, before the model is built."""
+    """Check the allocation against the model's files, before the model is built.
+
+    Those of a hub id are not known to be here yet: `vllm_build` compares their routers where vLLM has fetched them.
+    """
     model, config = allocation.model, vllm_config.model_config
     folder = Path(config.model)
     compare("num_hidden_layers", config.hf_text_config.num_hidden_layers, model.num_hidden_layers, config.model)
-    if not folder.is_dir():
+    if not is_folder(config.model):
         compare("model_type", config.hf_config.model_type, model.model_type, config.model)
     elif vllm_config.load_config.load_format in WEIGHTS_ELSEWHERE:
         check_config(model, read_config(folder), f"{folder}/config.json")
     else:
         check_folder(model, folder)
         check_lm_head(model.model_type, folder)
+        # An override shows when the layers are built, too, but in a process whose log others' lines follow.
+        key = model.top_k_key.rpartition(".")[2]
+        overridden = getattr(config.hf_text_config, key, None)
+        if type(overridden) is int:
+            compare(f"{key}, after --hf-overrides,", overridden, model.top_k, config.model)
 
 
 def check_lm_head(model_type: str, folder: Path) -> None:

@@ -8,7 +8,9 @@ from engine import allocate
 from tiny import make_checkpoint
 from transformers import OlmoeConfig
 
+from lexi_adapter.allocation import read_allocation
 from lexi_adapter.errors import AllocationError
+from lexi_adapter.serving.vllm_build import _comparing
 from lexi_adapter.serving.vllm_plugin import _looks_like_key, prepare, restore
 from lexi_search.allocation.export import make_vllm_overrides
 from lexi_search.artifacts.serialisation import to_document
@@ -149,3 +151,20 @@ def test_every_key_of_two_edits_is_seen():
     for _ in range(3000):
         name = edit(edit(ours) if rng.random() < 0.5 else ours)
         assert _looks_like_key(name), name
+
+
+def test_the_weights_of_a_hub_id_are_compared_once_they_are_there(allocation, tmp_path, monkeypatch):
+    """The loader gets a snapshot somewhere in a cache; a fine-tune's routers differ, its config does not."""
+    base, tuned = (make_checkpoint("olmoe", tmp_path / name, seed=seed) for name, seed in (("base", 0), ("tuned", 1)))
+    here = {"org/base": base, "org/tuned": tuned}
+
+    def prepare_weights(self, model_name_or_path, revision=None):
+        return str(here[model_name_or_path]), ["model.safetensors"], True
+
+    prepare_weights = _comparing(prepare_weights)
+    assert prepare_weights(None, "org/tuned", None)[0] == str(tuned)  # nothing is asked for
+    model = read_allocation(to_document(allocate(base))).model
+    monkeypatch.setattr("lexi_adapter.serving.vllm_build._awaited", {"org/base": model, "org/tuned": model})
+    assert prepare_weights(None, model_name_or_path="org/base")[0] == str(base)
+    with pytest.raises(AllocationError, match="tuned holds other router weights than the allocation was made for"):
+        prepare_weights(None, "org/tuned", None)
