@@ -5,7 +5,7 @@ experts that are active for a token. `lexi_search` writes it to a file, which is
 
 The order in which to read, and in which modules import one another:
 
-- `errors`, `allocation` (the file, checked on reading), `files` (how results are written), `environment` (versions);
+- `errors`, `files` (how they are read and written), `allocation` (checked on reading), `environment` (versions);
 - `model`: the config and weights of a folder, and the variants of one model that are compared;
 - `serving`: an allocation applied, in vLLM by a plugin and in transformers by `apply`;
 - `engines`: vLLM engines in processes of their own, to be measured;

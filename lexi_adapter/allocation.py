@@ -3,16 +3,16 @@
 Standard library only. The file is JSON with "format": "lexi-allocation"; an `Allocation` that exists is valid.
 """
 
-import json
 import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lexi_adapter.errors import AllocationError
+from lexi_adapter.files import check_levels, read_json
 
 FORMAT = "lexi-allocation"
 KEY = "lexi_allocation"  # of the document in config.json, --hf-overrides and --additional-config
@@ -70,6 +70,10 @@ def read_allocation(source: str | os.PathLike[str] | Mapping[str, Any] | Allocat
     if isinstance(source, Allocation):
         return source
     if isinstance(source, Mapping):
+        try:
+            check_levels(source)
+        except ValueError as error:
+            raise AllocationError(f"the allocation is {error}; write it again") from error
         return _parse(source, "the allocation")
     if isinstance(source, str | os.PathLike):
         return _parse(_load(Path(source)), f"{os.fspath(source)}")
@@ -108,22 +112,11 @@ def describe_run(allocation: Allocation, top_k: Mapping[int, int]) -> str:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
+        return read_json(path)
     except OSError as error:
         raise AllocationError(f"cannot read the allocation {path}: {error.strerror}; name an existing file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:  # a path that holds a null character is one, too
         raise AllocationError(f"{path} is not JSON ({error}); write the allocation again") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a finite number")
-
-
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if repeated := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"key {repeated!r} appears twice in one object")
-    return dict(pairs)
 
 
 def _parse(document: Any, place: str) -> Allocation:
@@ -175,7 +168,7 @@ def _build_model(model: Mapping[str, Any]) -> ModelIdentity:
     moe_layers = tuple(_integer(layer, "a layer of model.moe_layers", 0) for layer in moe_layers)
     _require(
         list(moe_layers) == sorted(set(moe_layers)) and moe_layers[-1] < layers,
-        f"model.moe_layers {list(moe_layers)} must ascend within 0..{layers - 1}",
+        f"model.moe_layers {_short(list(moe_layers))} must ascend within 0..{layers - 1}",
     )
     text_names = ("model_type", "router", "top_k_key", "router_sha256")
     texts = {name: _text(model[name], f"model.{name}") for name in text_names}
@@ -189,12 +182,13 @@ def _build_top_k(value: Any, model: ModelIdentity) -> dict[int, int]:
     _require(isinstance(value, Mapping), f"top_k is not an object: {_short(value)}")
     keys = {str(key): key for key in value}
     for key in keys:
-        _require(key.isdecimal() and key == str(int(key)), f"key {_short(key)} of top_k is not a layer index")
+        canonical = key.isascii() and key.isdecimal() and len(key) < 10 and key == str(int(key))
+        _require(canonical, f"key {_short(key)} of top_k is not a layer index")
     top_k = {int(key): _integer(value[keys[key]], f"top_k of layer {key}", 1) for key in sorted(keys, key=int)}
     missing = sorted(set(model.moe_layers) - set(top_k))
     extra = sorted(set(top_k) - set(model.moe_layers))
-    _require(not missing, f"top_k lacks layers {missing} of model.moe_layers")
-    _require(not extra, f"top_k has layers {extra}, which are not in model.moe_layers")
+    _require(not missing, f"top_k lacks layers {_short(missing)} of model.moe_layers")
+    _require(not extra, f"top_k has layers {_short(extra)}, which are not in model.moe_layers")
     for layer, k in top_k.items():
         _require(k <= model.top_k, f"top_k of layer {layer} is {k}, more than the model's own {model.top_k}")
     return top_k
@@ -212,7 +206,9 @@ def _require_keys(value: Mapping[str, Any], cls: type, prefix: str) -> None:
     optional = {"gate_exponent"}
     missing, extra = sorted(known - optional - set(value)), sorted(set(value) - known)
     _require(not missing, f"missing {', '.join(prefix + name for name in missing)}")
-    _require(not extra, f"unknown {', '.join(prefix + str(name) for name in extra)}; it may need a newer lexi_adapter")
+    _require(
+        not extra, f"unknown {', '.join(prefix + str(name) for name in extra)[:200]}; it may need a newer lexi_adapter"
+    )
 
 
 def _integer(value: Any, what: str, least: int) -> int:

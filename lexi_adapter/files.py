@@ -1,14 +1,92 @@
-"""Result files: written atomically, JSON in one canonical form, and never over a file that a command reads."""
+"""Files read within bounds, and results written: atomically, JSON in one canonical form, over nothing that is read."""
 
 import json
+import math
 import os
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 from lexi_adapter.errors import AdapterError
+
+# The largest index of a checkpoint on the hub has 20 MB. Parsed, JSON takes at most some thirty times its size.
+MOST_JSON_BYTES = 2**25
+MOST_DATA_BYTES = 2**30  # of texts and token ids
+MOST_LEVELS = 100  # of nested JSON: far below what Python's recursion allows
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, open for reading. OSError for any other: a pipe would wait, and a device may never end."""
+    # Without O_NONBLOCK, opening a pipe waits for somebody to write.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "not a regular file")
+    return file
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a regular file of at most `most`. OSError for any other; its `strerror` is the reason."""
+    with open_regular(path) as file:
+        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if data is None or len(data) > most:
+        raise OSError(0, f"larger than {most >> 20} MiB")
+    return data
+
+
+def read_json(path: str | os.PathLike[str], *, finite: bool = True, most: int = MOST_JSON_BYTES) -> Any:
+    """The value in a JSON file, read as `lexi_search` reads one: UTF-8 without a mark, no key twice in one object.
+
+    With `finite`, NaN and numbers that overflow are refused too.
+
+    Raises:
+        OSError: no such file, no regular one, or a larger one; its `strerror` is the reason.
+        ValueError: not such JSON, or nested too deep.
+    """
+    checks = {"parse_constant": _refuse_constant, "parse_float": _parse_finite} if finite else {}
+    return parse_json(read_bytes(path, most).decode(), object_pairs_hook=refuse_repeats, **checks)
+
+
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """`json.loads`, but ValueError for values nested too deep, of which other functions would overflow the stack."""
+    try:
+        value = json.loads(text, **hooks)
+    except RecursionError as error:
+        raise ValueError(f"nested more than {MOST_LEVELS} levels deep") from error
+    check_levels(value)
+    return value
+
+
+def check_levels(value: Any) -> None:
+    """Raise ValueError for a value of JSON that is nested more than `MOST_LEVELS` deep."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        containers = [item for item in level if isinstance(item, dict | list | tuple)]
+        if not containers:
+            return
+        level = [item for inner in containers for item in (inner.values() if isinstance(inner, dict) else inner)]
+    raise ValueError(f"nested more than {MOST_LEVELS} levels deep")
+
+
+def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as an object; ValueError for a key that appears twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key[:40]!r} appears twice in one object")
+    return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a finite number")
+
+
+def _parse_finite(literal: str) -> float:
+    value = float(literal)
+    return value if math.isfinite(value) else _refuse_constant(literal[:40])
 
 
 def write_json(path: str | os.PathLike[str], document: Any) -> None:
@@ -62,8 +140,8 @@ def is_result(path: Path) -> bool:
     if path.suffix != ".json":
         return path.suffix in (".png", ".svg", ".pdf")
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = read_json(path, finite=False)
+    except (OSError, ValueError):
         return False
     return isinstance(document, dict) and str(document.get("format")).startswith("lexi-")
 

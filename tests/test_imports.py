@@ -26,8 +26,8 @@ HOUSE = {
     },
     "lexi_adapter": {
         "errors": "",
-        "allocation": "",
         "files": "",
+        "allocation": "",
         "environment": "",
         "model": "folder identity shapes variants",
         "serving": "gates triton_gates transformers_gates transformers_patch "

@@ -1,6 +1,5 @@
 """Options that several commands take."""
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ import click
 
 from lexi_adapter.allocation import KEY
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.files import parse_json
 
 # Names that --engine may not set: arguments of `make_options` that the commands set, and the model.
 RESERVED = ("model", "parallel", "variant", "workloads")
@@ -61,8 +61,8 @@ def read_engine_options(
         AdapterError: `engine` is no JSON object, has a reserved name, or has no object where one is expected.
     """
     try:
-        others = json.loads(engine)
-    except (ValueError, RecursionError) as error:
+        others = parse_json(engine)
+    except ValueError as error:
         raise AdapterError(f"--engine is not JSON ({error})") from error
     if not isinstance(others, dict):
         raise AdapterError("--engine is not a JSON object")

@@ -5,6 +5,7 @@ document holds everything that its pieces depend on, so that an interrupted run 
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -95,24 +96,29 @@ def make_document(
         "setting": dict(setting),
         "variants": [describe(variant) for variant in variants],
         "tasks": [{"name": task.name, **task.settings} for task in tasks],
-        "pieces": [
-            {
-                "variant": variant,
-                "task": task,
-                "scores": [{"metric": metric, **asdict(score)} for metric, score in outcome.scores.items()],
-                "details": dict(outcome.details),
-            }
-            for (variant, task), outcome in sorted(pieces.items())
-        ],
+        "pieces": [_make_piece(variant, task, outcome) for (variant, task), outcome in sorted(pieces.items())],
         "summary": list(summarise([v.name for v in variants], tasks, pieces)),
     }
+
+
+def _make_piece(variant: str, task: str, outcome: Outcome) -> dict[str, Any]:
+    scores = [{"metric": metric, **asdict(score)} for metric, score in outcome.scores.items()]
+    piece = {"variant": variant, "task": task, "scores": scores, "details": dict(outcome.details)}
+    return {**piece, "sha256": _hash_piece(json.loads(json.dumps(piece)))}  # as it is read again: keys are strings
+
+
+def _hash_piece(piece: Mapping[str, Any]) -> str:
+    """Hex SHA-256 over everything else in a piece of a document that was read."""
+    content = {key: value for key, value in piece.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def find_finished(document: Any, place: str, expected: Mapping[str, Any]) -> dict[tuple[str, str], Outcome]:
     """The pieces of an earlier document, if all belong to this run, whose document without pieces is `expected`.
 
     Raises:
-        AdapterError: `document` has another format, or holds a piece that this run would not make.
+        AdapterError: `document` has another format, or holds a piece that this run would not make, or that is not as
+            it was written.
     """
     remedy = "name another file by --output, or throw them away by --restart"
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
@@ -131,6 +137,10 @@ def find_finished(document: Any, place: str, expected: Mapping[str, Any]) -> dic
                 if name in used and (differing := _list_differences(entry, wanted[name])):
                     difference = f"(another {', '.join(differing)})"
                     raise AdapterError(f"{place} holds other results of {name!r} than these {difference}; {remedy}")
+        for piece in document["pieces"]:
+            if piece.get("sha256") != _hash_piece(piece):
+                which = f"the results of {piece['variant']!r} in {piece['task']!r}"
+                raise AdapterError(f"{place}: {which} are not as they were written (SHA-256 differs); {remedy}")
         return {(piece["variant"], piece["task"]): _read_outcome(piece) for piece in document["pieces"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{place} is not whole ({error!r} in it); {remedy}") from error

@@ -1,22 +1,21 @@
 """The results of `eval` and `bench`, read from files: users may have edited them, so every value used is checked."""
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.files import MOST_DATA_BYTES, read_json
 
 
 def read_results(path: str, file_format: str) -> dict[str, Any]:
     """The document in a file of `file_format`, one of `SHAPES`. AdapterError for any other file."""
     remedy = f"make one with lexi-adapter {file_format.removeprefix('lexi-')}"
     try:
-        document = json.loads(Path(path).read_bytes())
+        document = read_json(path, finite=False, most=MOST_DATA_BYTES)
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AdapterError(f"{path} is not JSON ({error}); {remedy}") from error
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (file_format, VERSION):
         raise AdapterError(f"{path} is not a {file_format} file of version {VERSION}; {remedy}")

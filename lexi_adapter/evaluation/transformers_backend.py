@@ -151,7 +151,8 @@ def load_model(folder: str, *, device: str | None = None, dtype: str = "float32"
     device = find_device(device)
     if device == "auto":
         raise AdapterError("the layers have to be on one device; name that by --device")
-    model = _load(folder, device, lambda: _find_class(folder), remedy="--dtype bfloat16", dtype=dtype)
+    options = {"dtype": dtype, "trust_remote_code": False}
+    model = _load(folder, device, lambda: _find_class(folder), remedy="--dtype bfloat16", **options)
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # they are for a training loss, and layers that are not run give none
@@ -162,7 +163,7 @@ def _find_class(folder: str) -> Any:
     """The class of transformers that loads a folder: of language models, or of those that read images too."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
 

@@ -5,19 +5,32 @@ Standard library only, so that it runs before an engine starts and on machines w
 
 import hashlib
 import json
+import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lexi_adapter.allocation import ModelIdentity
 from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.files import open_regular, parse_json, read_json, refuse_repeats
 
 # Dotted paths under which the config of a multimodal model may hold its language model's.
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.text_config")
 # Load formats of vLLM that do not read the folder's safetensors as a checkpoint.
 WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
+MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
+# safetensors' name of an element type -> its bytes; lexi_search knows the same ones.
+BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
 
 REMEDY = "profile and search this model with lexi-search to get one that fits"
 
@@ -146,67 +159,140 @@ def has_weights(folder: Path) -> bool:
 
 def find_lm_head(folder: Path) -> str | None:
     """The name of the LM head's tensor, or None where it is tied to the embeddings."""
-    return next((name for name, _ in read_tensors(folder) if name.endswith("lm_head.weight")), None)
+    return next((name for name in read_tensors(folder) if name.endswith("lm_head.weight")), None)
 
 
 def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
     """Decoder-layer index -> router tensor, below `num_hidden_layers` (prediction layers past it do not count)."""
     before, after = map(re.escape, model.router.split("{}"))
-    name_of_router = re.compile(f"{before}([0-9]+){after}")
-    matches = ((name_of_router.fullmatch(name), tensor) for name, tensor in read_tensors(folder))
+    name_of_router = re.compile(f"{before}(0|[1-9][0-9]{{0,8}}){after}")
+    matches = ((name_of_router.fullmatch(name), tensor) for name, tensor in read_tensors(folder).items())
     routers = {int(match[1]): tensor for match, tensor in matches if match}
     return {layer: tensor for layer, tensor in routers.items() if layer < model.num_hidden_layers}
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and place of every tensor in the folder's safetensors files, from their headers alone."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        document = _read_json(index)
-        weight_map = document.get("weight_map") if isinstance(document, dict) else None
-        if not isinstance(weight_map, dict):
-            raise AdapterError(f"{index} has no weight_map; fetch the checkpoint again")
-        shards = sorted({folder / str(name) for name in weight_map.values()})
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Name -> tensor of the folder's checkpoint, from headers alone, as `lexi_search` reads it.
+
+    That is what the index names, or without one `model.safetensors`, or else all shards.
+
+    Raises:
+        AdapterError: no shards, a damaged or missing one, or a tensor that is in two of them: engines differ in which
+            they take.
+    """
+    weight_map = _read_weight_map(folder)
+    if weight_map is not None:
+        shards = [_find_shard(folder, shard) for shard in sorted(set(weight_map.values()))]
     else:
-        shards = sorted(folder.glob("*.safetensors"))
+        shards = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+        if not shards:
+            raise AdapterError(f"{folder}: no safetensors shards; convert the checkpoint to safetensors first")
+        _check_numbers(shards)
+    tensors: dict[str, Tensor] = {}
     for shard in shards:
-        yield from _read_header(shard)
+        header = read_header(shard)
+        if twice := sorted(tensors.keys() & header.keys()):
+            raise AdapterError(f"{shard}: tensor {twice[0]} is also in {tensors[twice[0]].path.name}; keep one of them")
+        tensors |= header
+    if weight_map is None:
+        return tensors
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].path.name != shard:
+            raise AdapterError(f"{folder / shard}: tensor {name} is missing; {INDEX} says that it is there")
+    return {name: tensors[name] for name in weight_map}
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file: eight bytes of header length (little endian), JSON, data."""
+def _read_weight_map(folder: Path) -> dict[str, str] | None:
+    if not (folder / INDEX).exists():
+        return None
+    index = _read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise AdapterError(f"{folder / INDEX} has no weight_map from tensors to shards; fetch the checkpoint again")
+    return weight_map
+
+
+def _find_shard(folder: Path, shard: str) -> Path:
+    if Path(shard).name != shard:
+        raise AdapterError(f"{folder / INDEX}: shard {shard[:80]!r} is not a plain file name; fetch it again")
+    return folder / shard
+
+
+def _check_numbers(shards: Sequence[Path]) -> None:
+    """Refuse shards NAME-00001-of-00003 if some are missing: without an index nothing else would show it."""
+    names = {shard.name for shard in shards}
+    for match in filter(None, map(NUMBERED.fullmatch, sorted(names))):
+        stem, total = match[1], match[2]
+        for number in range(1, int(total) + 1):
+            name = f"{stem}-{number:0{len(total)}}-of-{total}.safetensors"
+            if name not in names:
+                raise AdapterError(f"{shards[0].parent / name}: no such shard, so the download is incomplete")
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor of one safetensors file: eight bytes of header length (little endian), JSON, data.
+
+    Raises:
+        AdapterError: no such file, or one that safetensors' own reader would refuse.
+    """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
+            if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
                 raise AdapterError(f"{path} is not a whole safetensors file; fetch it again")
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                if not 0 <= begin <= end <= size - 8 - length:
-                    raise AdapterError(f"{path} ends before tensor {name}; fetch it again")
-                yield name, Tensor(path, tuple(entry["shape"]), 8 + length + begin, end - begin)
-    except OSError as error:
-        raise AdapterError(f"cannot read {path}: {error.strerror}; fetch the checkpoint again") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raw = file.read(length)
+        header = parse_json(raw.decode(), object_pairs_hook=refuse_repeats, parse_constant=_refuse_constant)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("__metadata__ holds what is not text")
+        if b"\\u" in raw:
+            json.dumps([header, metadata], ensure_ascii=False).encode()  # fails for half of a surrogate pair
+        tensors = {name: _read_entry(path, 8 + length, name, entry) for name, entry in header.items()}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise AdapterError(f"cannot read {path}: {reason}; fetch the checkpoint again") from error
+    except (TypeError, KeyError, AttributeError) as error:
         raise AdapterError(f"{path} has no safetensors header ({error}); fetch it again") from error
+    position = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if tensor.offset != position:
+            raise AdapterError(f"{path}: tensor {name} overlaps its neighbour or leaves a hole; fetch it again")
+        position += tensor.size
+    if position != size:
+        raise AdapterError(f"{path} has {size} bytes, its header says {position}; fetch it again")
+    return tensors
+
+
+def _read_entry(path: Path, base: int, name: str, entry: Mapping[str, Any]) -> Tensor:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has a shape or offsets that are not whole numbers")
+    if end - begin != math.prod(shape) * BYTES[entry["dtype"]]:
+        raise ValueError(f"tensor {name} of shape {list(shape)} does not fill its {end - begin} bytes")
+    return Tensor(path, shape, base + begin, end - begin)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:
     """Hex SHA-256 over the stored bytes of one tensor after the other."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.offset)
-            digest.update(file.read(tensor.size))
+        try:
+            with open_regular(tensor.path) as file:
+                file.seek(tensor.offset)
+                digest.update(file.read(tensor.size))
+        except OSError as error:
+            raise AdapterError(f"cannot read {tensor.path}: {error.strerror}; fetch the checkpoint again") from error
     return digest.hexdigest()
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path, finite=path.name != "config.json")  # Nemotron-H's has an Infinity
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error.strerror}; name a model folder") from error
     except ValueError as error:

@@ -22,7 +22,7 @@ ROUTER_WEIGHTS = tuple(
 TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
 NUM_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_experts", "num_local_experts")
 NUM_LAYERS = ("num_hidden_layers", "layers_block_type")  # the second has an entry for every layer
-LAYER = re.compile(r"((?:.*\.)?layers)\.([0-9]+)\.(.+)")
+LAYER = re.compile(r"((?:.*\.)?layers)\.(0|[1-9][0-9]{0,8})\.(.+)")
 LEFT_OUT = re.compile(r"(?:.*\.)?(?:mtp|talker)\.")  # parts with decoder layers of their own
 
 
@@ -74,7 +74,7 @@ def _read_count(text: Mapping[str, Any], keys: tuple[str, ...], place: str) -> t
 def _find_routers(folder: Path, num_experts: int, num_layers: int) -> tuple[str, dict[int, Tensor]]:
     """The name pattern of the routers, with {} for the layer, and decoder-layer index -> router."""
     by_pattern: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in read_tensors(folder):
+    for name, tensor in read_tensors(folder).items():
         match = LAYER.fullmatch(name)
         is_router = match and name.endswith(ROUTER_WEIGHTS) and not LEFT_OUT.match(name)
         if is_router and tensor.shape[:1] == (num_experts,) and int(match[2]) < num_layers:

@@ -1,10 +1,11 @@
 """The journal of a run: its finished parts, kept in a file beside its output, so that an interrupted run resumes.
 
-One JSON value a line: first the description of the run, then for every finished part its batch, layer and losses. A
-line that is incomplete is ignored, with all that follow.
+One JSON value a line: first the description of the run, then for every finished part its batch, layer and losses, after
+the start of their SHA-256. A line that is incomplete or damaged is ignored, with all that follow.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.files import parse_json
 from lexi_adapter.sensitivity.ablation import LayerLosses
 
 # Dotted path in the description of a run -> the option that sets it, for messages.
@@ -41,7 +43,8 @@ class Journal:
 
     def add(self, batch: int, layer: int, losses: LayerLosses) -> None:
         """Add a finished part, and return once it is on disk. AdapterError where that is full."""
-        _append(self.file, self.path, [batch, layer, losses])
+        data = _encode([batch, layer, losses])
+        _append(self.file, self.path, _hash(data) + b" " + data)
         self.parts[batch, layer] = losses
 
 
@@ -68,24 +71,22 @@ def keep_journal(output: str | os.PathLike[str], run: Mapping[str, Any], *, rest
     """
     path = find_path(output)
     try:
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "r+b", buffering=0)
     except OSError as error:
         raise AdapterError(f"cannot use {path}: {error.strerror}; name another file with -o") from error
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise AdapterError(f"cannot use {path}: not a regular file; name another file with -o")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise AdapterError(f"another run is writing {output}; wait for its end, or use another -o") from error
+        _lock(file, path, output)
         data = b"" if restart else file.read()
-        parts, end = ({}, 0) if _encode(run).startswith(data) else _read(data, path, json.loads(_encode(run)))
+        line = _encode(run)
+        parts, end = ({}, 0) if line.startswith(data) else _read(data, path, json.loads(line))
         journal, succeeded = Journal(path, file, parts), False
         try:
             file.truncate(end)
             file.seek(end)
             if not end:
-                _append(file, path, run)
+                _append(file, path, line)
             yield journal
             succeeded = True
         finally:
@@ -93,12 +94,26 @@ def keep_journal(output: str | os.PathLike[str], run: Mapping[str, Any], *, rest
                 path.unlink(missing_ok=True)
 
 
+def _lock(file: BinaryIO, path: Path, output: str | os.PathLike[str]) -> None:
+    """Lock the journal; the kernel releases it however the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # else its last holder has removed it in between
+            return
+    except OSError:
+        pass
+    raise AdapterError(f"another run is writing {output}; wait for its end, or use another -o")
+
+
 def _encode(value: Any) -> bytes:
     return json.dumps(value, allow_nan=False).encode() + b"\n"
 
 
-def _append(file: BinaryIO, path: Path, value: Any) -> None:
-    data = _encode(value)
+def _hash(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest()[:16].encode()
+
+
+def _append(file: BinaryIO, path: Path, data: bytes) -> None:
     try:
         while data:  # on an almost full disk, write takes a part and returns its size
             data = data[file.write(data) :]
@@ -121,7 +136,8 @@ def _read(data: bytes, path: Path, run: Mapping[str, Any]) -> tuple[dict[tuple[i
         )
     parts, end = {}, len(first)
     for line in lines:
-        match _parse(line):
+        digest, _, data = line.partition(b" ")
+        match _parse(data) if digest == _hash(data) else None:
             case [int(batch), int(layer), [_, _, _, _] as tables] if all(map(_is_table, tables)):
                 parts[batch, layer] = LayerLosses(*tables)
                 end += len(line)
@@ -133,8 +149,8 @@ def _read(data: bytes, path: Path, run: Mapping[str, Any]) -> tuple[dict[tuple[i
 def _parse(line: bytes) -> Any:
     """The JSON value of a line; None for a line that is incomplete."""
     try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
+        return parse_json(line) if line.endswith(b"\n") else None
+    except ValueError:
         return None
 
 

@@ -1,14 +1,13 @@
 """Windows of tokens to measure a model on, [sequences, length]: cut from texts or sampled from the model itself."""
 
 import io
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.files import MOST_DATA_BYTES, parse_json, read_bytes
 
 
 def read_tokens(path: str) -> list[list[int]]:
@@ -20,12 +19,12 @@ def read_tokens(path: str) -> list[list[int]]:
     import numpy
 
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, MOST_DATA_BYTES)
         if path.endswith((".npy", ".npz")):
             loaded = numpy.load(io.BytesIO(data), allow_pickle=False)
             arrays = list(loaded.values()) if path.endswith(".npz") else [loaded]
         else:
-            arrays = [numpy.asarray(row) for row in json.loads(data)]
+            arrays = [numpy.asarray(row) for row in parse_json(data)]
     except Exception as error:  # from numpy, zipfile or the system, by the flaw of the file
         reason = " ".join(str(error).split())
         raise AdapterError(f"cannot read {path} ({reason}); give a .json list of lists, .npy or .npz") from error

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import KEY, Allocation, describe_run, read_allocation
+from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, describe_run, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.model.folder import check_routers, has_weights
 from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_adapter.serving.vllm_names import (
     CUSTOM_ROUTING,
@@ -38,6 +40,7 @@ class Build:
 
 
 _current: ContextVar[Build | None] = ContextVar("lexi_build", default=None)
+_awaited: dict[str, ModelIdentity] = {}  # hub id -> the model that an allocation expects, until its weights are there
 
 
 def hook(owner: Any, name: str, decorate: Callable[[Callable], Callable]) -> Callable:
@@ -58,6 +61,7 @@ def hook_build() -> None:
         AdapterError: this vLLM has no factory of a known name.
     """
     import vllm.model_executor.model_loader.utils as loader_module
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     factory_module = importlib.import_module(FACTORY_MODULE)
     name = next((name for name in FACTORY_NAMES if hasattr(factory_module, name)), None)
@@ -65,6 +69,7 @@ def hook_build() -> None:
         raise AdapterError(f"{FACTORY_MODULE} has none of {', '.join(FACTORY_NAMES)}: unknown vLLM")
     _replace_everywhere(hook(factory_module, name, _allocating))
     _replace_everywhere(hook(loader_module, "initialize_model", _verifying))
+    hook(DefaultModelLoader, "_prepare_weights", _comparing)
 
 
 def _replace_everywhere(replacement: Any) -> None:
@@ -136,10 +141,35 @@ def _verifying(initialize_model: Callable) -> Callable:
             _current.reset(token)
         verify(build, model, _find_stage(vllm_config))
         _compensate(build, model)
+        if not is_folder(model_config.model):
+            _awaited[model_config.model] = build.allocation.model
         _report(build.allocation, read_top_k(model), vllm_config.parallel_config)
         return model
 
     return verifying
+
+
+def is_folder(model: str) -> bool:
+    """Whether vLLM's `model` is a folder, whose weights can be compared before anything is built; else a hub id."""
+    return Path(model).is_dir()
+
+
+def _comparing(prepare_weights: Callable) -> Callable:
+    """The loader's search for its files, which fetches those of a hub id; then their routers are compared.
+
+    It returns a tuple of which the folder is the first.
+    """
+    signature = inspect.signature(prepare_weights)
+
+    def comparing(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare_weights(*args, **kwargs)
+        expected = _awaited.get(signature.bind(*args, **kwargs).arguments["model_name_or_path"])
+        folder = Path(prepared[0])
+        if expected is not None and has_weights(folder):
+            check_routers(expected, folder)
+        return prepared
+
+    return comparing
 
 
 def _hook_own_blocks(model_config: Any) -> None:

@@ -15,6 +15,7 @@ HOOKED: Mapping[str, tuple[str, ...]] = {
     "vllm.config": ("ModelConfig.get_model_arch_config", "VllmConfig.__post_init__"),
     "vllm.transformers_utils.config": ("HFConfigParser.parse",),
     "vllm.model_executor.model_loader.utils": ("initialize_model", "get_model_architecture"),
+    "vllm.model_executor.model_loader.default_loader": ("DefaultModelLoader._prepare_weights",),
     "vllm.model_executor.layers.fused_moe.router.base_router": ("BaseRouter._compute_routing",),
     "vllm.model_executor.layers.fused_moe.routed_experts": ("RoutedExperts.forward_monolithic",),
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base": ("FusedMoEMethodBase.is_monolithic",),

@@ -10,10 +10,11 @@ vLLM hashes into its compile cache's key and pickles for its workers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from lexi_adapter.allocation import KEY, Allocation, check_reducible, read_allocation, to_document
+from lexi_adapter.allocation import FORMAT, KEY, Allocation, check_reducible, read_allocation, to_document
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.folder import (
     WEIGHTS_ELSEWHERE,
@@ -24,9 +25,12 @@ from lexi_adapter.model.folder import (
     has_weights,
     read_config,
 )
-from lexi_adapter.serving.vllm_build import hook, hook_build
+from lexi_adapter.serving.vllm_build import hook, hook_build, is_folder
 from lexi_adapter.serving.vllm_names import NEVER_TIED, check_version, describe_supported
 
+ADDITIONAL, CONFIG = "--additional-config", "config.json or --hf-overrides"  # the two places, for messages
+LIKENESS = 0.85  # of two keys that are at most two edits apart, of the length of ours; other keys of configs are below
+DEEPEST = 8  # levels of a configuration that are looked through
 ALIAS = "Lexi"  # prefix of the architecture in exported folders, so that a vLLM without this plugin stops
 
 
@@ -99,7 +103,7 @@ def restore(config: Any) -> None:
             raise AllocationError(f"architectures is {architectures}, but there is no {KEY} beside it; export again")
         config.architectures = [name.removeprefix(ALIAS) for name in architectures]
     if source is not None:
-        _take_top_k_out(config.get_text_config(), _read(source, "config.json or --hf-overrides"))
+        _take_top_k_out(config.get_text_config(), _read(source, CONFIG))
 
 
 def _take_top_k_out(config: Any, allocation: Allocation) -> None:
@@ -148,13 +152,46 @@ def prepare(vllm_config: Any) -> None:
 
 
 def _find_sources(vllm_config: Any) -> Iterator[tuple[str, Any]]:
-    additional = vllm_config.additional_config
-    if isinstance(additional, dict) and additional.get(KEY) is not None:
-        yield "--additional-config", additional[KEY]
-    if vllm_config.model_config is not None:
-        source = getattr(vllm_config.model_config.hf_config, KEY, None)
-        if source is not None:
-            yield "config.json or --hf-overrides", source
+    """Place -> allocation. AllocationError for what looks like one there and would be passed over."""
+    model_config = vllm_config.model_config
+    config = {} if model_config is None else vars(model_config.hf_config)
+    for place, values in ((ADDITIONAL, vllm_config.additional_config), (CONFIG, config)):
+        if isinstance(values, Mapping):
+            _check_understood(values, place)
+            if KEY in values:
+                yield place, values[KEY]
+
+
+def _check_understood(values: Mapping[str, Any], place: str) -> None:
+    """Raise AllocationError for a null under our key, a key that is almost ours, or an allocation under no key of ours.
+
+    Any of them was meant to be an allocation, and vLLM would serve the full k without a word.
+    """
+    form = f'give it as "{KEY}": {{...}} or "file.json", at the top'
+    if values.get("format") == FORMAT:
+        raise AllocationError(f"{place} is an allocation itself; {form}")
+    if KEY in values and values[KEY] is None:
+        raise AllocationError(f"{KEY} in {place} is null; {form}, or leave it out")
+    others = {key: value for key, value in values.items() if key != KEY}
+    if stray := next(_find_strays(others, ()), None):
+        raise AllocationError(f"{place} has {'.'.join(stray)}, which looks like an allocation and is not read; {form}")
+
+
+def _find_strays(values: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The paths of keys at any level that look like ours, and of objects that are allocations."""
+    for key, value in values.items():
+        here = (*path, str(key))
+        inner = vars(value) if hasattr(value, "to_dict") else value  # configurations inside configurations
+        if _looks_like_key(str(key)) or (isinstance(inner, Mapping) and inner.get("format") == FORMAT):
+            yield here
+        elif isinstance(inner, Mapping) and len(here) < DEEPEST:
+            yield from _find_strays(inner, here)
+
+
+def _looks_like_key(name: str) -> bool:
+    plain, ours = (text.lower().translate({ord("-"): None, ord("_"): None}) for text in (name, KEY))
+    # The ratio takes time with the square of the length, and a name of another length cannot be that alike.
+    return abs(len(plain) - len(ours)) <= 2 and SequenceMatcher(None, plain, ours).ratio() >= LIKENESS
 
 
 def _read(source: Any, place: str) -> Allocation:
@@ -185,17 +222,25 @@ def check_settings(vllm_config: Any) -> None:
 
 
 def check_model(allocation: Allocation, vllm_config: Any) -> None:
-    """Check the allocation against the model's files, before the model is built."""
+    """Check the allocation against the model's files, before the model is built.
+
+    Those of a hub id are not known to be here yet: `vllm_build` compares their routers where vLLM has fetched them.
+    """
     model, config = allocation.model, vllm_config.model_config
     folder = Path(config.model)
     compare("num_hidden_layers", config.hf_text_config.num_hidden_layers, model.num_hidden_layers, config.model)
-    if not folder.is_dir():
+    if not is_folder(config.model):
         compare("model_type", config.hf_config.model_type, model.model_type, config.model)
     elif vllm_config.load_config.load_format in WEIGHTS_ELSEWHERE:
         check_config(model, read_config(folder), f"{folder}/config.json")
     else:
         check_folder(model, folder)
         check_lm_head(model.model_type, folder)
+        # An override shows when the layers are built, too, but in a process whose log others' lines follow.
+        key = model.top_k_key.rpartition(".")[2]
+        overridden = getattr(config.hf_text_config, key, None)
+        if type(overridden) is int:
+            compare(f"{key}, after --hf-overrides,", overridden, model.top_k, config.model)
 
 
 def check_lm_head(model_type: str, folder: Path) -> None:

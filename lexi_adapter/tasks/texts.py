@@ -1,17 +1,16 @@
 """Text files and JSON records, tokenizers, and checks of lengths and token ids against a model's limits."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.files import MOST_DATA_BYTES, parse_json, read_bytes
 
 
 def read_text(path: str) -> str:
     """The text of a file in UTF-8. AdapterError for another encoding, an empty file, or none."""
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, MOST_DATA_BYTES)
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error.strerror}; name a text file") from error
@@ -36,10 +35,10 @@ def read_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) for every object of a JSON list, or of a file with one JSON object a line."""
     text = read_text(path)
     try:
-        document = json.loads(text)
+        document = parse_json(text)
         entries = document if isinstance(document, list) else [document]
         records = [(f"{path}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
-    except (ValueError, RecursionError):
+    except ValueError:
         records = list(_read_lines(path, text))
     for place, record in records:
         if not isinstance(record, dict):
@@ -52,8 +51,8 @@ def _read_lines(path: str, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield f"{path}, line {number}", parse_json(line)
+            except ValueError as error:
                 raise AdapterError(f"{path}, line {number} is not JSON ({error})") from error
 
 

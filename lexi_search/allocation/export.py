@@ -7,6 +7,7 @@ start, instead of serving at full k.
 """
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,9 @@ from lexi_search.artifacts.files import json_bytes, read_json_object
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.serialisation import to_document
 from lexi_search.checkpoint.folder import build_folder, find_folder, require_folder
+from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
+from lexi_search.models.model import hash_routers
 from lexi_search.models.moe_families import ARCHITECTURES
 
 ALIAS = "Lexi"
@@ -122,6 +125,29 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
 def read_config(model: str) -> dict[str, Any]:
     """The parsed config.json of a folder, or of a hub id, from which it is downloaded."""
     return read_json_object(find_folder(model, ["config.json"]) / "config.json", finite=False)
+
+
+def check_weights(model: ModelIdentity, source: str) -> str | None:
+    """Compare the routers in a folder, or in the hub's cache, with those that the allocation was made for.
+
+    Returns:
+        Why they could not be compared, or None.
+
+    Raises:
+        InputError: they are others, or the shards of the folder are damaged.
+    """
+    folder = find_folder(source, ["config.json"])
+    if not any(folder.glob("*.safetensors")):
+        return "no safetensors shards there"
+    try:
+        digest = hash_routers(open_checkpoint(folder), model.router, model.moe_layers)
+    except InputError as error:
+        if os.path.isdir(source):
+            raise
+        return f"not all shards are in the cache: {error}"
+    if digest != model.router_sha256:
+        raise InputError(f"{source}: other router weights than the allocation was made for (SHA-256): another model")
+    return None
 
 
 def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force: bool = False) -> None:

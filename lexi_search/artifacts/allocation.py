@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lexi_search.artifacts.codec import require, require_gate_exponent, require_loss
+from lexi_search.artifacts.codec import require, require_gate_exponent, require_loss, short
 from lexi_search.artifacts.identity import ModelIdentity
 
 
@@ -27,8 +27,8 @@ class Allocation:
     def __post_init__(self) -> None:
         missing = sorted(set(self.model.moe_layers) - set(self.top_k))
         extra = sorted(set(self.top_k) - set(self.model.moe_layers))
-        require(not missing, f"top_k lacks layers {missing}")
-        require(not extra, f"top_k has layers {extra}, which are not among the model's moe_layers")
+        require(not missing, f"top_k lacks layers {short(missing)}")
+        require(not extra, f"top_k has layers {short(extra)}, which are not among the model's moe_layers")
         most, whose = (self.model.top_k, "the model's own") if self.max_k is None else (self.max_k, "max_k =")
         require(
             self.model.top_k <= most <= self.model.num_experts,

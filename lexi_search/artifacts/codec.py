@@ -54,8 +54,8 @@ def _decode_fields(cls: type, value: Any, where: str) -> Any:
     optional = {name for name, field in fields.items() if field.default is not dataclasses.MISSING}
     missing = sorted(set(fields) - optional - set(value))
     extra = sorted(set(value) - set(fields))
-    require(not missing, f"missing {', '.join(dotted + name for name in missing)}")
-    require(not extra, f"unknown {', '.join(dotted + name for name in extra)}")
+    require(not missing, f"missing {', '.join(dotted + name for name in missing)}"[:200])
+    require(not extra, f"unknown {', '.join(dotted + name for name in extra)}"[:200])
     hints = get_type_hints(cls)
     values = {name: decode(hints[name], item, dotted + name) for name, item in value.items()}
     try:

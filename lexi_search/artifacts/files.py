@@ -5,11 +5,16 @@ import math
 import os
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from lexi_search.errors import InputError
+
+# The largest index of a checkpoint on the hub has 20 MB. Parsed, JSON takes at most some thirty times its size.
+MOST_BYTES = 2**25
+MOST_LEVELS = 100  # of nested JSON: far below what Python's recursion allows
 
 
 def json_bytes(document: Any) -> bytes:
@@ -24,7 +29,8 @@ def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> di
     """
     checks = {"parse_constant": _refuse_non_finite, "parse_float": _parse_finite} if finite else {}
     try:
-        document = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=_require_unique, **checks)
+        document = json.loads(read_bytes(path).decode(), object_pairs_hook=_require_unique, **checks)
+        _check_levels(document)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except InputError as error:
@@ -36,11 +42,41 @@ def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> di
     return document
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, open for reading. OSError for any other: a pipe would wait, and a device may never end."""
+    # Without O_NONBLOCK, opening a pipe waits for somebody to write.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "not a regular file")
+    return file
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file of at most `MOST_BYTES`. OSError for any other; its `strerror` is the reason."""
+    with open_regular(path) as file:
+        data = file.read(MOST_BYTES + 1) if os.fstat(file.fileno()).st_size <= MOST_BYTES else None
+    if data is None or len(data) > MOST_BYTES:
+        raise OSError(0, f"larger than {MOST_BYTES >> 20} MiB")
+    return data
+
+
+def _check_levels(document: Any) -> None:
+    """Raise ValueError for values nested so deep that other functions would overflow the stack."""
+    level = [document]
+    for _ in range(MOST_LEVELS):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        if not containers:
+            return
+        level = [item for inner in containers for item in (inner.values() if isinstance(inner, dict) else inner)]
+    raise ValueError(f"nested more than {MOST_LEVELS} levels deep")
+
+
 def _require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise InputError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice in one object")
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise InputError(f"key {key[:40]!r} appears twice in one object")
     return result
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lexi_search.artifacts.codec import require
+from lexi_search.artifacts.codec import require, short
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModelIdentity:
         ascending = all(a < b for a, b in zip(self.moe_layers, self.moe_layers[1:], strict=False))
         require(
             ascending and 0 <= self.moe_layers[0] and self.moe_layers[-1] < self.num_hidden_layers,
-            f"moe_layers {list(self.moe_layers)} must ascend within 0..{self.num_hidden_layers - 1}",
+            f"moe_layers {short(list(self.moe_layers))} must ascend within 0..{self.num_hidden_layers - 1}",
         )
         require(self.router.count("{}") == 1, f"router {self.router!r} must hold exactly one {{}}")
         is_sha256 = len(self.router_sha256) == 64 and set(self.router_sha256) <= set("0123456789abcdef")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lexi_search.artifacts.codec import require, require_gate_exponent, require_loss
+from lexi_search.artifacts.codec import require, require_gate_exponent, require_loss, short
 from lexi_search.artifacts.identity import ModelIdentity
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -112,7 +112,7 @@ class Profile:
     def __post_init__(self) -> None:
         require(self.layers, "the profile has no layers")
         extra = sorted(set(self.layers) - set(self.model.moe_layers))
-        require(not extra, f"layers {extra} are not among the model's moe_layers")
+        require(not extra, f"layers {short(extra)} are not among the model's moe_layers")
         require(
             self.model.top_k <= self.max_k <= self.model.num_experts,
             f"max_k is {self.max_k}, expected between the model's own {self.model.top_k} and num_experts = "

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from lexi_search.artifacts.files import read_json_object
+from lexi_search.artifacts.files import open_regular, read_json_object
 from lexi_search.checkpoint.config import Config, read_text_config
 from lexi_search.checkpoint.folder import find_folder
 from lexi_search.checkpoint.tensors import TensorEntry, Tensors
@@ -126,7 +126,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             overlap, leave holes, disagree with the shape, or end elsewhere than the file does (truncation).
     """
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             total = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
@@ -175,27 +175,33 @@ def _parse_entry(file: Path, name: str, item: Any, base: int) -> TensorEntry:
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
-    """The entries that the index names; without an index, those of `model.safetensors`, or else of all shards."""
+    """The entries that the index names; without an index, those of `model.safetensors`, or else of all shards.
+
+    A tensor that is in two shards is refused even where the index names one of them: some engines take the last.
+    """
+    weight_map = None
     if (folder / INDEX).exists():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise InputError(f"{folder / INDEX}: no weight_map from tensor names to shard files")
-        headers = {shard: read_header(_find_shard(folder, shard)) for shard in sorted(set(weight_map.values()))}
-        for name, shard in weight_map.items():
-            if name not in headers[shard]:
-                raise InputError(f"{folder / shard}: tensor {name} is missing; {INDEX} says that it is there")
-        return {name: headers[shard][name] for name, shard in weight_map.items()}
-    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder}: no safetensors shards; convert the checkpoint to safetensors first")
-    _check_numbers(files)
+        files = [_find_shard(folder, shard) for shard in sorted(set(weight_map.values()))]
+    else:
+        files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{folder}: no safetensors shards; convert the checkpoint to safetensors first")
+        _check_numbers(files)
     entries: dict[str, TensorEntry] = {}
     for file in files:
         header = read_header(file)
         if twice := sorted(entries.keys() & header.keys()):
-            raise InputError(f"{file}: tensor {twice[0]} is also in {entries[twice[0]].file.name}; add {INDEX}")
+            raise InputError(f"{file}: tensor {twice[0]} is also in {entries[twice[0]].file.name}; keep one of them")
         entries |= header
-    return entries
+    if weight_map is None:
+        return entries
+    for name, shard in weight_map.items():
+        if name not in entries or entries[name].file.name != shard:
+            raise InputError(f"{folder / shard}: tensor {name} is missing; {INDEX} says that it is there")
+    return {name: entries[name] for name in weight_map}
 
 
 def _check_numbers(files: Sequence[Path]) -> None:

@@ -87,7 +87,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
         moe_layers=layers,
         router=pattern,
         top_k_key=".".join(filter(None, (config.path, top_k_key))),
-        router_sha256=_hash_routers(checkpoint, pattern, layers),
+        router_sha256=hash_routers(checkpoint, pattern, layers),
     )
     activation = Activation(*map(config.resolve, architecture.activation))
     return Model(identity, hidden_size, activation, routing, tensors, max_k)
@@ -125,8 +125,12 @@ def _read_routing(config: Config, architecture: Architecture, num_experts: int, 
     return routing
 
 
-def _hash_routers(checkpoint: Checkpoint, pattern: str, layers: tuple[int, ...]) -> str:
+def hash_routers(checkpoint: Checkpoint, pattern: str, layers: tuple[int, ...]) -> str:
+    """Hex SHA-256 over the stored bytes of these layers' routers; InputError where one is missing."""
     digest = hashlib.sha256()
     for layer in layers:
-        digest.update(checkpoint[pattern.format(layer)].tobytes())
+        name = pattern.replace("{}", str(layer))
+        if name not in checkpoint:
+            raise InputError(f"{checkpoint.folder}: no router {name}; is this the model that was profiled?")
+        digest.update(checkpoint[name].tobytes())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lexi_search.artifacts.files import json_bytes, write_atomically
+from lexi_search.artifacts.files import json_bytes, read_bytes, write_atomically
 from lexi_search.artifacts.merging import Header, find_difference, read_header
 from lexi_search.artifacts.profile import LayerLoss, Profile
 from lexi_search.artifacts.serialisation import read_profile, to_bytes
@@ -147,7 +147,7 @@ def _lock(path: Path, output: str | os.PathLike[str]) -> int:
 def _read(path: Path) -> Profile | Mapping[str, Any] | None:
     """The layer or finding in `path`; None where the bytes do not match the hash in its name."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         if path.name != _name(path.name.partition("-")[0], data, f"*{path.suffix}"):
             return None
         return read_profile(path) if path.match(LAYERS) else json.loads(data)

@@ -1,14 +1,25 @@
-"""Files of either package: written whole or not at all, and only over regular files. The rules are shared, not code."""
+"""Files of either package: regular ones only, JSON within bounds, written whole. The rules are shared, not code."""
 
+import json
 import os
 import stat
 from functools import partial
 
 import pytest
+from synthetic import make_allocation
 
 import lexi_adapter.files
 import lexi_search.artifacts.files
+from lexi_adapter.allocation import read_allocation
+from lexi_adapter.cli.commands.eval import _read_finished
+from lexi_adapter.cli.commands.loads import _read_prompts
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.evaluation.results import read_results
+from lexi_adapter.model.folder import read_config
+from lexi_adapter.sensitivity.windows import read_tokens
+from lexi_adapter.tasks.texts import read_records
+from lexi_search.artifacts.serialisation import read_artifact, to_document
+from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
 
 REFUSALS = {lexi_search.artifacts.files: InputError, lexi_adapter.files: AdapterError}
@@ -92,3 +103,74 @@ def test_places_that_cannot_be_written(files, tmp_path, checked):
 def test_check_writable_leaves_nothing(files, tmp_path):
     files.check_writable(tmp_path / "file")
     assert os.listdir(tmp_path) == []
+
+
+READERS = {
+    "an allocation, search": (read_artifact, InputError),
+    "an allocation, adapter": (read_allocation, AdapterError),
+    "a config, adapter": (lambda path: read_config(path.parent), AdapterError),
+    "a config, search": (lambda path: open_checkpoint(path.parent), InputError),
+    "results": (lambda path: read_results(str(path), "lexi-eval"), AdapterError),
+    "finished results": (lambda path: _read_finished(str(path), {}), AdapterError),
+    "prompts": (lambda path: _read_prompts(str(path)), AdapterError),
+    "records": (lambda path: list(read_records(str(path))), AdapterError),
+    "tokens": (lambda path: read_tokens(str(path)), AdapterError),
+}
+
+
+@pytest.fixture(params=READERS)
+def refusal(request, tmp_path):
+    """A function that makes a file by its argument, has it read, and returns the line by which it is refused."""
+    read, error = READERS[request.param]
+
+    def read_refused(make):
+        path = tmp_path / "config.json"
+        make(path)
+        with pytest.raises(error) as caught:
+            read(path)
+        path.unlink()
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value) and len(str(caught.value)) < 500
+        return str(caught.value)
+
+    return read_refused
+
+
+def test_only_regular_files_are_read(refusal):
+    for make in (
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to("/dev/null"),
+    ):
+        assert "not a regular file" in refusal(make)
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+@pytest.mark.parametrize("levels", [150, 5_000, 100_000])
+def test_json_is_nested_within_bounds(refusal, opening, levels):
+    closing = "]" if opening == "[" else "}"
+    assert "nested" in (line := refusal(lambda path: path.write_text(opening * levels + "1" + closing * levels))) or (
+        "recursion" in line
+    )
+
+
+def test_files_are_no_larger_than_a_gigabyte(refusal):
+    def make(path):
+        with path.open("wb") as file:
+            file.truncate(2**40)  # no block of it is on disk
+
+    assert "larger than" in refusal(make)
+
+
+@pytest.mark.parametrize(
+    ("read", "error"), [(read_artifact, InputError), (read_allocation, AdapterError)], ids=["search", "adapter"]
+)
+def test_an_object_of_many_keys_takes_linear_time(tmp_path, read, error):
+    path, document = tmp_path / "a.json", to_document(make_allocation())
+    top_k = {str(layer): 1 for layer in range(300_000)}
+    many = json.dumps(document | {"top_k": top_k, "budget": len(top_k)})
+    twice = json.dumps(top_k)[:-1] + ', "299999": 1}'  # counting each key in turn would take an hour
+    for text in (many, twice, json.dumps(document | top_k), json.dumps(document | {"top_k": {"9" * 5000: 1}})):
+        path.write_text(text)
+        with pytest.raises(error) as caught:
+            read(path)
+        assert str(path) in str(caught.value) and len(str(caught.value)) < 600

@@ -9,7 +9,7 @@ import gc
 import json
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import wraps
 from pathlib import Path
 from unittest import mock
@@ -107,6 +107,16 @@ def corrupted_layer():
     return mock.patch.object(OlmoeForCausalLM, "__init__", build_and_corrupt)
 
 
+def hub_id():
+    """A model whose files are found only when they are loaded, as those of a hub id are."""
+    from lexi_adapter.serving import vllm_build, vllm_plugin
+
+    patches = ExitStack()
+    for module in (vllm_build, vllm_plugin):
+        patches.enter_context(mock.patch.object(module, "is_folder", lambda _: False))
+    return patches
+
+
 def vanishing_file():
     """An allocation's file that is gone as soon as the first process has read it."""
     from lexi_adapter.serving import vllm_plugin
@@ -132,6 +142,7 @@ SUBSTITUTES = {
     "monolithic_kernel": monolithic_kernel,
     "simulated_routing": simulated_routing,
     "corrupted_layer": corrupted_layer,
+    "hub_id": hub_id,
     "vanishing_file": vanishing_file,
 }
 

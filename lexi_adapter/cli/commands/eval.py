@@ -1,6 +1,5 @@
 """`lexi-adapter eval`."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -14,7 +13,7 @@ from lexi_adapter.cli.console import print_table
 from lexi_adapter.cli.options import read_engine_options
 from lexi_adapter.environment import describe_call
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.files import check_writable, write_json
+from lexi_adapter.files import MOST_DATA_BYTES, check_writable, read_json, write_json
 from lexi_adapter.model.variants import Variant, check_comparable, make_variants
 from lexi_adapter.tasks.harness import PREFIX
 from lexi_adapter.tasks.scores import Model, Outcome, Task
@@ -243,8 +242,8 @@ def _read_finished(output: str, expected: Mapping[str, Any]) -> dict[tuple[str, 
     from lexi_adapter.evaluation.evaluate import find_finished
 
     try:
-        document = json.loads(Path(output).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        document = read_json(output, finite=False, most=MOST_DATA_BYTES)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{output} exists and is not JSON ({error}); name another by --output") from error
     finished = find_finished(document, output, expected)
     count = len(expected["variants"]) * len(expected["tasks"])

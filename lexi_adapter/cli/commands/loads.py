@@ -1,6 +1,5 @@
 """`lexi-adapter loads`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lexi_adapter.cli.console import print_table
 from lexi_adapter.cli.options import PRUNED_SHARE, read_engine_options, takes_engine_options
 from lexi_adapter.environment import describe_call
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.files import check_writable, write_json
+from lexi_adapter.files import MOST_DATA_BYTES, check_writable, read_json, write_json
 from lexi_adapter.model.folder import find_vocabulary, read_config
 from lexi_adapter.tasks.texts import check_tokens, encode, load_tokenizer, read_text
 
@@ -74,8 +73,10 @@ def loads(
 
 def _read_prompts(path: str) -> list[list[int]]:
     try:
-        prompts = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
+        prompts = read_json(path, most=MOST_DATA_BYTES)
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error.strerror}; name a file of token ids") from error
+    except ValueError as error:
         raise AdapterError(f"{path} is not JSON ({error})") from error
     lists = isinstance(prompts, list) and prompts and all(isinstance(ids, list) and ids for ids in prompts)
     if not lists or not all(type(token) is int for ids in prompts for token in ids):

@@ -28,6 +28,8 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     config = exporters.read_config(model) if model else {}
     if model:
         exporters.check_config(exported.model, config)
+        if reason := exporters.check_weights(exported.model, model):
+            click.echo(f"note: the router weights of {model} were not compared ({reason})", err=True)
     elif form == "vllm":
         raise InputError("--to vllm needs --model, the model's folder or hub id")
     if form == "vllm":

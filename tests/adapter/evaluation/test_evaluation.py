@@ -22,6 +22,7 @@ from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli.main import main
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.evaluation import evaluate, transformers_backend
+from lexi_adapter.files import read_json, write_json
 from lexi_adapter.model.variants import Variant, make_variants
 from lexi_adapter.tasks import hooks
 from lexi_adapter.tasks.scores import Outcome, Score, Task
@@ -163,6 +164,48 @@ def test_a_run_that_was_cut_short_goes_on(folder):
     for change in ({"setting": {"backend": "y"}}, {"tasks": []}, {"variants": empty["variants"][1:]}, {"version": 2}):
         with pytest.raises(AdapterError, match="eval.json"):
             evaluate.find_finished(kept if "version" not in change else kept | change, "eval.json", empty | change)
+
+
+def change_value(piece):
+    piece["scores"][0]["value"] += 1e-9
+
+
+def change_values(piece):
+    piece["scores"][0]["values"][0] = 2.0
+
+
+def make_nan(piece):
+    piece["scores"][0]["value"] = math.nan
+
+
+def make_negative(piece):
+    piece["scores"][0]["stderr"] = -0.1
+
+
+def change_details(piece):
+    piece["details"]["2"] = "other"
+
+
+def leave_out(piece):
+    del piece["sha256"]
+
+
+@pytest.mark.parametrize(
+    "damage", [change_value, change_values, make_nan, make_negative, change_details, leave_out, None]
+)
+def test_damaged_results_are_refused(folder, damage):
+    variants, tasks = [Variant("base", str(MODEL))], [Task("one", {"kind": "test"}, 1, None)]
+    outcome = Outcome({"a": Score(2.0, 0.1, (1.0, 3.0))}, {2: "two", 10: (1, 2)})
+    whole = evaluate.make_document(variants, tasks, {}, {("base", "one"): outcome})
+    write_json("eval.json", whole)
+    document = read_json("eval.json")
+    expected = evaluate.make_document(variants, tasks, {}, {})
+    if damage is None:
+        assert evaluate.find_finished(document, "eval.json", expected)["base", "one"].scores == outcome.scores
+        return
+    damage(document["pieces"][0])
+    with pytest.raises(AdapterError, match="eval.json: the results of 'base' in 'one' are not as .*; name another"):
+        evaluate.find_finished(document, "eval.json", expected)
 
 
 def test_the_same_command_measures_nothing_twice(folder, monkeypatch):

@@ -1,5 +1,6 @@
 """The journal of a run: finished parts stay, another file is left alone, and a broken line is ignored."""
 
+import fcntl
 import io
 import json
 from pathlib import Path
@@ -60,9 +61,9 @@ def test_a_journal_in_which_nothing_is_finished_does_not_stay(folder, content):
 
 
 class Full(io.FileIO):
-    """A file on a disk with room for 50 more bytes; like on Linux, a write that is too long is cut."""
+    """A file on a disk with room for 80 more bytes; like on Linux, a write that is too long is cut."""
 
-    room = 50
+    room = 80
 
     def write(self, data):
         if not self.room:
@@ -87,4 +88,37 @@ def test_two_runs_do_not_write_one_file(folder):
         with pytest.raises(AdapterError, match="another run is writing out"):
             with keep_journal("out", {}):
                 pass
+    assert not list(folder.iterdir())
+
+
+def test_a_digit_that_has_changed_is_not_believed(folder):
+    cut_short(layer_1=PART, layer_2=PART)
+    whole = Path("out.partial").read_bytes()
+    start = whole.index(b"\n") + 1
+    for place in range(start, len(whole)):
+        for bit in (0, 3):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            Path("out.partial").write_bytes(damaged)
+            found = cut_short()
+            assert found == ({(0, 1): PART} if place >= start + len(whole[start:]) // 2 else {}), place
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(folder, monkeypatch):
+    """A run opens the journal, its holder ends and removes it, and a third begins another of that name."""
+    lock, others = fcntl.flock, []
+
+    def end_the_first_run_and_begin_a_third(file, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        Path("out.partial").unlink()
+        others.append(keep_journal("out", RUN))
+        others[0].__enter__()
+        return lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", end_the_first_run_and_begin_a_third)
+    with pytest.raises(AdapterError, match="another run is writing out"):
+        with keep_journal("out", RUN):
+            pass
+    assert Path("out.partial").exists()
+    others[0].__exit__(None, None, None)
     assert not list(folder.iterdir())

@@ -1,5 +1,6 @@
 """`lexi-adapter sensitivity`, judged by whole forward passes in float64 and by a loop over tokens and experts."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -8,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from lexi_adapter.sensitivity.profile import summarise
 from lexi_adapter.sensitivity.replay import check_replays, find_decoder, run, run_from, run_recorded
 from lexi_adapter.sensitivity.windows import cut, generate
 from lexi_adapter.serving.transformers_patch import apply
+from lexi_adapter.tasks.texts import load_tokenizer
 from lexi_search.artifacts.serialisation import read_profile
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
@@ -517,3 +520,25 @@ def test_a_token_with_a_zero_embedding_gives_finite_losses(checkpoints):
     windows = torch.cat([torch.full((3, 1), 7), WINDOWS], dim=1)
     for _, _, losses in measure(model, identity, windows, batch=3):
         assert all(np.isfinite(values).all() for values in losses)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "own"])
+def test_no_code_of_a_checkpoint_runs_whatever_is_answered(folder, mixtral, monkeypatch, model_type):
+    """transformers asks whether to run it where nobody has said so, and `yes | lexi-adapter` says yes."""
+    own = folder / "own"
+    shutil.copytree(mixtral, own)
+    config = json.loads((own / "config.json").read_text()) | {"model_type": model_type}
+    classes = {
+        "AutoConfig": "own_code.Own",
+        "AutoModelForCausalLM": "own_code.Own",
+        "AutoTokenizer": ["own_code.Own", None],
+    }
+    (own / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    (own / "own_code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    result = invoke(str(own), "--generate", "--length", 4, "--sequences", 2, "--device", "cpu")
+    assert not (folder / "ran").exists()
+    assert result.exit_code == (0 if model_type == "mixtral" else 2), result.output
+    with contextlib.suppress(AdapterError):
+        load_tokenizer(str(own))
+    assert not (folder / "ran").exists()

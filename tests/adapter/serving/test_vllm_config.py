@@ -1,12 +1,17 @@
 """The plugin's changes to a Hugging Face configuration before vLLM reads it."""
 
+import random
+from types import SimpleNamespace
+
 import pytest
 from engine import allocate
 from tiny import make_checkpoint
 from transformers import OlmoeConfig
 
+from lexi_adapter.allocation import read_allocation
 from lexi_adapter.errors import AllocationError
-from lexi_adapter.serving.vllm_plugin import restore
+from lexi_adapter.serving.vllm_build import _comparing
+from lexi_adapter.serving.vllm_plugin import _looks_like_key, prepare, restore
 from lexi_search.allocation.export import make_vllm_overrides
 from lexi_search.artifacts.serialisation import to_document
 
@@ -59,3 +64,107 @@ def test_refuses_layers_that_are_not_the_allocation_s(allocation):
         )
     with pytest.raises(AllocationError, match="there is no lexi_allocation beside it"):
         restore(make_config(architectures=["LexiOlmoeForCausalLM"]))
+
+
+def ask(additional=None, **config):
+    """What is left of a vLLM configuration, of a model with these keys in its config, without an allocation."""
+    model_config = SimpleNamespace(hf_config=make_config(**config))
+    settings = SimpleNamespace(additional_config=additional or {}, model_config=model_config)
+    prepare(settings)
+    return settings
+
+
+ALMOST = [
+    "lexi-allocation",
+    "Lexi_Allocation",
+    "LEXI_ALLOCATION",
+    "lexiallocation",
+    "lexi_alocation",
+    "lexi_allocatoin",
+]
+ALMOST += [
+    "lexi_allocations",
+    "exi_alocation",
+    "lexy_allokation",
+    "lexi_allocaton_",
+    "lexi allocation",
+    "xxlexi_allocation",
+]
+
+
+@pytest.mark.parametrize("name", ALMOST)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_key_that_is_almost_ours_stops_the_start(name, nested):
+    values = {"a": {"b": {name: "a.json"}}} if nested else {name: "a.json"}
+    found = f"a.b.{name}" if nested else name
+    for place, arguments in (("--additional-config", {"additional": values}), ("--hf-overrides", values)):
+        with pytest.raises(AllocationError, match=f"{place} has {found}, which looks like an allocation"):
+            ask(**arguments)
+
+
+def test_an_allocation_under_no_key_of_ours_stops_the_start(allocation):
+    document = to_document(allocation)
+    for place, arguments in (("--additional-config", {"additional": document}), ("--hf-overrides", document)):
+        with pytest.raises(AllocationError, match=f"{place} is an allocation itself"):
+            ask(**arguments)
+    for values in ({"lexi": document}, {"text": {"lexi_allocation": document}}, {"text": {"lexi_allocation": None}}):
+        for arguments in ({"additional": values}, values):
+            with pytest.raises(AllocationError, match="looks like an allocation and is not read"):
+                ask(**arguments)
+
+
+def test_a_null_stops_the_start(allocation):
+    for arguments in ({"additional": {"lexi_allocation": None}}, {"lexi_allocation": None}):
+        with pytest.raises(AllocationError, match="lexi_allocation in .* is null; give it as"):
+            ask(**arguments)
+    overridden = make_vllm_overrides(allocation, ARCHITECTURES) | {"architectures": ["A"], "lexi_allocation": None}
+    with pytest.raises(AllocationError, match="is null"):
+        ask(**overridden)
+
+
+def test_a_key_inside_the_language_model_s_config_stops_the_start():
+    with pytest.raises(AllocationError, match=r"text_config.lexi_allocation, which looks like"):
+        ask(text_config=make_config(lexi_allocation="a.json"))
+
+
+def test_other_keys_do_not():
+    others = {"allocation": 1, "lexi": 2, "format": "pt", "local_allocation": 3, "": 4}
+    assert ask(others, **others).additional_config == others
+    assert ask().additional_config == {}
+
+
+def test_every_key_of_two_edits_is_seen():
+    letters, ours = "abcz_0", "lexiallocation"
+
+    def edit(name):
+        place, letter = rng.randrange(len(name)), rng.choice(letters)
+        return rng.choice(
+            [
+                name[:place] + name[place + 1 :],
+                name[:place] + letter + name[place:],
+                name[:place] + letter + name[place + 1 :],
+                name[:place] + name[place : place + 2][::-1] + name[place + 2 :],
+            ]
+        )
+
+    rng = random.Random(0)
+    for _ in range(3000):
+        name = edit(edit(ours) if rng.random() < 0.5 else ours)
+        assert _looks_like_key(name), name
+
+
+def test_the_weights_of_a_hub_id_are_compared_once_they_are_there(allocation, tmp_path, monkeypatch):
+    """The loader gets a snapshot somewhere in a cache; a fine-tune's routers differ, its config does not."""
+    base, tuned = (make_checkpoint("olmoe", tmp_path / name, seed=seed) for name, seed in (("base", 0), ("tuned", 1)))
+    here = {"org/base": base, "org/tuned": tuned}
+
+    def prepare_weights(self, model_name_or_path, revision=None):
+        return str(here[model_name_or_path]), ["model.safetensors"], True
+
+    prepare_weights = _comparing(prepare_weights)
+    assert prepare_weights(None, "org/tuned", None)[0] == str(tuned)  # nothing is asked for
+    model = read_allocation(to_document(allocate(base))).model
+    monkeypatch.setattr("lexi_adapter.serving.vllm_build._awaited", {"org/base": model, "org/tuned": model})
+    assert prepare_weights(None, model_name_or_path="org/base")[0] == str(base)
+    with pytest.raises(AllocationError, match="tuned holds other router weights than the allocation was made for"):
+        prepare_weights(None, "org/tuned", None)

@@ -62,6 +62,21 @@ def more_than_own(served):
     return job_with(served, change(to_document(served.allocation), layer0=5))
 
 
+@refusal("another k by an override", "num_experts_per_tok, after --hf-overrides, is 2, the allocation was made for 4")
+def another_k_by_an_override(served):
+    return make_job(served.exported, hf_overrides={"num_experts_per_tok": 2})
+
+
+@refusal("almost our key", "--additional-config has lexi-allocation, which looks like an allocation")
+def almost_our_key(served):
+    return make_job(served.folder, additional_config={"lexi-allocation": to_document(served.allocation)})
+
+
+@refusal("a null over the exported one", "lexi_allocation in config.json or --hf-overrides is null")
+def null_over_the_exported_one(served):
+    return make_job(served.exported, hf_overrides={"lexi_allocation": None})
+
+
 @refusal("a corrupt file", "corrupt.json is not JSON")
 def corrupt_file(served):
     path = served.root / "corrupt.json"
@@ -145,6 +160,12 @@ def dense_layer(served):
     folder = make_checkpoint("qwen2_moe", served.root / "qwen2_moe")
     document = change(to_document(allocate(folder)), model={"moe_layers": [0, 1, 2]}, layer1=1)
     return make_job(folder, additional_config={"lexi_allocation": document}, load_format="dummy")
+
+
+@refusal("other weights from the hub", "other router weights than the allocation was made for")
+def other_weights_from_the_hub(served):
+    document = to_document(allocate(make_checkpoint("olmoe", served.root / "another", seed=1)))
+    return job_with(served, document, substitute="hub_id")
 
 
 @refusal("other experts", "builds model.layers.0.mlp.experts with num_experts = 8, but the allocation was made for 16")

@@ -338,6 +338,27 @@ def test_export_refuses(allocation, checkpoint, tmp_path):
     assert "cannot write absent/x: No such file or directory" in refuse(*to_vllm, checkpoint, "-o", "absent/x")
 
 
+@pytest.mark.parametrize("hub", [False, True])
+def test_export_compares_the_routers(allocation, checkpoint, folder, hub, monkeypatch):
+    """A fine-tune has its base's config; from the hub, what the cache holds is compared."""
+    source = folder / "copy"
+    if hub:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+        source = folder / "cache" / "models--owner--name" / "snapshots" / ("0" * 40)
+        (source.parent.parent / "refs").mkdir(parents=True)
+        (source.parent.parent / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoint, source)
+    export = ("export", "allocation.json", "--to", "vllm", "--model", "owner/name" if hub else "copy")
+    assert "note" not in run(*export).stderr
+    tensors = load_file(source / "model.safetensors")
+    tensors[allocation.model.router.format(1)] += 1
+    save_file(tensors, source / "model.safetensors")
+    assert "other router weights than the allocation was made for" in refuse(*export)
+    (source / "model.safetensors").unlink()
+    found = run(*export)
+    assert found.exit_code == 0 and "were not compared (no safetensors shards there)" in found.stderr
+
+
 # --- the whole program
 
 
