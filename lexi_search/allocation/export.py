@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.codec import short
 from lexi_search.artifacts.files import json_bytes, read_json_object
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.serialisation import to_document
@@ -78,6 +79,8 @@ def make_vllm_overrides(allocation: Allocation, config: Mapping[str, Any]) -> di
     names = config.get("architectures") or ([default] if default else [])
     if not names:
         raise InputError("config.json names no architectures, and without them nothing can be served")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"config.json: architectures is {short(names)}, expected a list of names")
     return {**make_transformers_overrides(allocation), "architectures": [ALIAS + name for name in names]}
 
 
@@ -116,7 +119,7 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
         counted_otherwise = name == "num_hidden_layers" and "layers_block_type" in values
         if actual != expected and not counted_otherwise:
             raise InputError(
-                f"the allocation is for {name} {expected!r}, the config has {actual!r}: not the same model"
+                f"the allocation is for {name} {expected!r}, the config has {short(actual)}: not the same model"
             )
     if "lexi_allocation" in config or "per_layer_config" in section:
         raise InputError("the config already has values per layer; export from the model's original folder")

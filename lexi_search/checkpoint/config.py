@@ -1,14 +1,16 @@
 """Checked access to a checkpoint's config.json: counts, numbers and nested sections, refused by name and place."""
 
-import math
 from collections.abc import Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lexi_search.artifacts.codec import short
 from lexi_search.errors import InputError
 
+# The largest whole number and the largest float that JAX computes with.
+LARGEST_COUNT, LARGEST_FLOAT = 2**31 - 1, (2 - 2**-23) * 2.0**127
 # Keys under which multimodal configs keep the language model's config, perhaps one inside another.
 TEXT_KEYS = ("text_config", "language_config", "llm_config", "thinker_config")
 # Keys under which configs have the number of experts.
@@ -45,7 +47,9 @@ class Config(NamedTuple):
         if type(value) is list:
             raise InputError(f"{self.place}: {key} differs between layers; known is one value for all of them")
         if type(value) is not int or value < 1:
-            raise InputError(f"{self.place}: {key} is {value!r}, expected a whole number of at least 1")
+            raise InputError(f"{self.place}: {key} is {short(value)}, expected a whole number of at least 1")
+        if value > LARGEST_COUNT:
+            raise InputError(f"{self.place}: {key} is {short(value)}, expected at most {LARGEST_COUNT}")
         return value
 
     def count_layers(self) -> int:
@@ -64,8 +68,10 @@ class Config(NamedTuple):
             return value.default
         if isinstance(value.default, float) and type(found) is int and abs(found) < 2**53:
             found = float(found)
-        if type(found) is not type(value.default) or (isinstance(found, float) and not math.isfinite(found)):
-            raise InputError(f"{self.place}: {value.name} is {found!r}, expected a value like {value.default!r}")
+        same = type(found) is type(value.default)
+        largest = {int: LARGEST_COUNT, float: LARGEST_FLOAT}.get(type(found))
+        if not same or (largest is not None and not abs(found) <= largest):  # NaN is not
+            raise InputError(f"{self.place}: {value.name} is {short(found)}, expected a value like {value.default!r}")
         return found
 
     def read_choice(self, key: str, known: Mapping[Any, Any]) -> Any:
@@ -74,7 +80,7 @@ class Config(NamedTuple):
         if value is None:
             return next(iter(known))
         if not any(isinstance(value, bool) == isinstance(choice, bool) and value == choice for choice in known):
-            raise InputError(f"{self.place}: {key} {value!r} is not known; known are {', '.join(map(str, known))}")
+            raise InputError(f"{self.place}: {key} {short(value)} is not known; known are {', '.join(map(str, known))}")
         return value
 
 

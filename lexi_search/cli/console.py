@@ -54,6 +54,13 @@ loss_option = click.option(
 normalised_option = click.option(
     "--normalised/--absolute", default=True, help="Relative to the largest loss of the table, or as measured."
 )
+# JAX's own defaults for what changes its numbers.
+_NUMBERS = {
+    "JAX_ENABLE_X64": "0",
+    "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
+    "JAX_THREEFRY_PARTITIONABLE": "1",
+    "JAX_RANDOM_SEED_OFFSET": "0",
+}
 _LIMIT = 10**6  # no model has as many layers or active experts
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -138,7 +145,13 @@ def make_progress(*, quiet: bool = False) -> "Progress":
 
 
 def prepare_environment() -> None:
-    """Set JAX's compilation cache to the user's cache folder, if the user chose no other; call before importing JAX."""
+    """Set what JAX reads from the environment; call before importing JAX.
+
+    Numbers do not depend on the user's environment. Compiled code goes to the user's cache folder, or where the user
+    says.
+    """
+    os.environ.update(_NUMBERS)
+    os.environ.pop("JAX_DEFAULT_MATMUL_PRECISION", None)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

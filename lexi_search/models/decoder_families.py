@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from lexi_search.artifacts.codec import short
 from lexi_search.checkpoint.config import Config, Key
+from lexi_search.errors import InputError
 from lexi_search.layers.weights import Norms
 
 PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_layernorm")
@@ -33,19 +35,26 @@ def _attend_in_window_if_used(config: Config, num_layers: int) -> Sequence[str]:
     return (_attend_in_window if config.values.get("use_sliding_window") else _attend_to_all)(config, num_layers)
 
 
+def _read_types(config: Config) -> Sequence[str]:
+    types = config.values[config.find_key(("layer_types",))]
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise InputError(f"{config.place}: layer_types is {short(types)}, expected a list of names")
+    return types
+
+
 def _attend_by_type(config: Config, num_layers: int) -> Sequence[str]:
     """The config's `layer_types`, which may be missing only where there is no window."""
     if not config.values.get("sliding_window"):
         return _attend_to_all(config, num_layers)
-    return config.values[config.find_key(("layer_types",))]
+    return _read_types(config)
 
 
 def _attend_alternately(config: Config, num_layers: int) -> Sequence[str]:
     """The config's `layer_types`; without, windows, if used, in even layers below `max_window_layers` (Qwen2-MoE)."""
     values = config.values
     if values.get("layer_types") or not values.get("use_sliding_window"):
-        return values.get("layer_types") or _attend_to_all(config, num_layers)
-    last = values.get("max_window_layers", 28)
+        return _read_types(config) if values.get("layer_types") else _attend_to_all(config, num_layers)
+    last = config.resolve(Key("max_window_layers", 28))
     return [SLIDING if i % 2 == 0 and i < last else FULL for i in range(num_layers)]
 
 

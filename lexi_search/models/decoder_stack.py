@@ -1,10 +1,12 @@
 """The description of one checkpoint's decoder layers: their computation outside the experts, and their tensors."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lexi_search.checkpoint.config import Config
+from lexi_search.artifacts.codec import short
+from lexi_search.checkpoint.config import LARGEST_FLOAT, Config
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
@@ -119,13 +121,23 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
 
 
 def _resolve(config: Config, value: Any) -> Any:
-    return value(config) if callable(value) else config.resolve(value)
+    """The value of a `Key` or of a function of the config; InputError where that is no finite number."""
+    if not callable(value):
+        return config.resolve(value)
+    try:
+        found = value(config)
+    except ArithmeticError:
+        found = math.inf
+    if not abs(found) <= LARGEST_FLOAT:
+        name = value.__name__.strip("_").replace("_", " ")
+        raise InputError(f"{config.place}: the {name} is not finite; {REMEDY}")
+    return found
 
 
 def _list_kinds(config: Config, family: Family, num_layers: int) -> Sequence[str]:
     kinds = family.kinds(config, num_layers)
     if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
-        raise InputError(f"{config.place}: layer_types {unknown[0]!r} is not known; {REMEDY}")
+        raise InputError(f"{config.place}: layer_types {short(unknown[0])} is not known; {REMEDY}")
     if len(kinds) != num_layers:
         raise InputError(f"{config.place}: layer_types is of {len(kinds)} layers, expected {num_layers}")
     return kinds
@@ -211,7 +223,7 @@ def _read_rope(source: _Source, dim: int, kind: str, *, latent: bool = False) ->
         parameters = {**parameters, "partial_rotary_factor": 1.0, "rotary_dim": None}
     interleaved = _resolve(config, family.interleaved_latent if latent else family.interleaved)
     rope = make_rope(parameters, dim, place=config.place, interleaved=interleaved)
-    return rope, find_temperature(parameters)
+    return rope, find_temperature(parameters, place=config.place)
 
 
 def _read_window(config: Config, kind: str) -> int | None:
@@ -257,7 +269,7 @@ def _refuse_unused(checkpoint: Checkpoint, model: Model, finder: Finder, stem: s
     of_moe = ((moe.router, moe.bias, *(moe.experts.fused or ())) for moe in model.tensors.values())
     names = finder.used.union(*of_moe) - {None}
     known = {part for name in names for part in finder.tensors[name].parts.values()}
-    in_layer = re.compile(rf"{re.escape(stem)}layers\.(\d+)\.")
+    in_layer = re.compile(rf"{re.escape(stem)}layers\.(\d{{1,9}})\.")
     for name, entry in checkpoint.entries.items():
         layer = in_layer.match(name)
         if layer is None or int(layer[1]) >= model.identity.num_hidden_layers or name in known:

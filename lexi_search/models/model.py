@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lexi_search.artifacts.codec import short
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.profile import DTYPES
 from lexi_search.checkpoint.config import Config
@@ -105,7 +106,7 @@ def _find_architecture(checkpoint: Checkpoint) -> Architecture:
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         place, known = checkpoint.folder / "config.json", ", ".join(sorted(ARCHITECTURES))
-        raise InputError(f"{place}: model_type {model_type!r} is not known; known are {known}")
+        raise InputError(f"{place}: model_type {short(model_type)} is not known; known are {known}")
     return ARCHITECTURES[model_type]
 
 

@@ -58,7 +58,7 @@ class LayerTensors(NamedTuple):
 def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) -> tuple[str, tuple[int, ...]]:
     """The name pattern of the routers, and the indices of the layers that have one."""
     modules = "|".join(re.escape(module) for module in architecture.routers)
-    router_name = re.compile(rf"(|.*\.)layers\.(\d+)\.({modules})\.weight")
+    router_name = re.compile(rf"(|.*\.)layers\.(\d{{1,9}})\.({modules})\.weight")
     layers_of: dict[str, set[int]] = {}  # by name pattern
     for match in filter(None, map(router_name.fullmatch, tensors)):
         prefix, layer, module = match.groups()
@@ -70,7 +70,17 @@ def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) 
     if len(layers_of) > 1:
         raise InputError(f"{tensors.folder}: routers under several names: {', '.join(sorted(layers_of))}")
     [(pattern, layers)] = layers_of.items()
+    stored = _count_layers(tensors, pattern)
+    if num_layers > stored:
+        thing = f"num_hidden_layers is {num_layers}, but the files hold tensors of {stored} layers"
+        raise InputError(f"{tensors.folder}: {thing}; is the download complete?")
     return pattern, tuple(sorted(layers))
+
+
+def _count_layers(tensors: Tensors, pattern: str) -> int:
+    """The number of decoder layers up to the last one that has a tensor."""
+    layer = re.compile(rf"{re.escape(pattern.partition('{}')[0])}(\d{{1,9}})\.")
+    return 1 + max(int(match[1]) for match in map(layer.match, tensors) if match)
 
 
 def locate_tensors(

@@ -4,13 +4,15 @@ Frequencies and their scaling for long contexts are those of transformers, float
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from lexi_search.checkpoint.config import Config
+from lexi_search.artifacts.codec import short
+from lexi_search.checkpoint.config import LARGEST_FLOAT, Config
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Rope
 
@@ -21,53 +23,78 @@ def read_parameters(config: Config, *, theta: float, layer_type: str | None = No
     """The config's rotary parameters for layers of `layer_type`: new (`rope_parameters`) and old keys together.
 
     Raises:
-        InputError: an unknown kind of scaling.
+        InputError: an unknown kind of scaling, or a parameter that is not of its type.
     """
     values = config.values
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if layer_type in given:
+    if isinstance(given, dict) and layer_type in given:
         given = given[layer_type] or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{config.place}: the rope parameters are {short(given)}, expected an object")
     outer = {key: values[key] for key in _OUTER_KEYS if values.get(key) is not None}
     parameters = {"rope_theta": theta} | outer | given
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         known = ", ".join(_SCALINGS)
         raise InputError(
-            f"{config.place}: rope_type {kind!r} is not known; use lexi-search profile --input paper, which does "
+            f"{config.place}: rope_type {short(kind)} is not known; use lexi-search profile --input paper, which does "
             f"without; known are {known}"
         )
     length = values.get("max_position_embeddings")
     original = values.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-    return parameters | {
+    parameters |= {
         "rope_type": kind,
         "max_position_embeddings": length,
         "original_max_position_embeddings": original or length,
     }
+    for name in _NUMBERS & parameters.keys():
+        value = parameters[name]
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= LARGEST_FLOAT):
+            raise InputError(f"{config.place}: {name} is {short(value)}, expected a number of at least 0")
+    return parameters
 
 
 def make_rope(parameters: RopeParameters, dim: int, *, place: str, interleaved: bool = False) -> Rope:
-    """The rotary embedding of a head's first `dim` values, or of the share `partial_rotary_factor` of them.
+    """The rotary embedding of a head's first values, of `dim`: all, or the share `partial_rotary_factor` of them.
 
     Raises:
-        InputError: a parameter that the kind of scaling needs is missing or not a number.
+        InputError: a parameter that the kind of scaling needs is missing, or out of the range that it works with.
     """
-    try:
-        dim = int(parameters.get("rotary_dim") or dim * parameters.get("partial_rotary_factor", 1.0))
-        exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    with _refuse_failure(parameters, place):
+        rotary = int(parameters.get("rotary_dim") or dim * parameters.get("partial_rotary_factor", 1.0))
+        if not 1 <= rotary <= dim - dim % 2:
+            raise ValueError(f"{rotary} of {dim} values of a head")
+        exponents = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
         frequencies = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents
         scaled, scale = _SCALINGS[parameters["rope_type"]](frequencies, parameters)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        kind = parameters["rope_type"]
-        raise InputError(f"{place}: rope parameters of type {kind!r} are incomplete or wrong ({error!r})") from error
+        scaled = scaled.astype(np.float32)
+        if not (np.isfinite(scaled).all() and 0 < scale <= LARGEST_FLOAT):
+            raise ValueError("not finite")
     limit = _LIMITS.get("llama_4" if parameters.get("llama_4_scaling_beta") else parameters["rope_type"])
-    return Rope(tuple(scaled.astype(np.float32).tolist()), float(scale), interleaved, parameters.get(limit))
+    return Rope(tuple(scaled.tolist()), float(scale), interleaved, parameters.get(limit))
 
 
-def find_temperature(parameters: RopeParameters) -> float:
-    """DeepSeek's factor on attention scores where the context was extended (YaRN's `mscale_all_dim`)."""
+def find_temperature(parameters: RopeParameters, *, place: str) -> float:
+    """DeepSeek's factor on attention scores where the context was extended (YaRN's `mscale_all_dim`).
+
+    Raises:
+        InputError: it needs the `factor` of the extension, and there is none.
+    """
     if parameters["rope_type"] == "default" or not parameters.get("mscale_all_dim"):
         return 1.0
-    return _find_mscale(parameters["factor"], parameters["mscale_all_dim"]) ** 2
+    with _refuse_failure(parameters, place):
+        return _find_mscale(parameters["factor"], parameters["mscale_all_dim"]) ** 2
+
+
+@contextmanager
+def _refuse_failure(parameters: RopeParameters, place: str) -> Iterator[None]:
+    """Raise InputError for whatever arithmetic fails on: a missing parameter, or one of a wrong type or range."""
+    try:
+        with np.errstate(over="raise", divide="raise", invalid="raise"):
+            yield
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        kind = parameters["rope_type"]
+        raise InputError(f"{place}: rope parameters of type {kind!r} are incomplete or wrong ({error!r})") from error
 
 
 def _find_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -92,7 +119,10 @@ def _scale_longrope(frequencies: np.ndarray, parameters: RopeParameters) -> tupl
     scale = parameters.get("short_mscale") or parameters.get("attention_factor")
     if scale is None:
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return frequencies / np.asarray(parameters["short_factor"], np.float32), scale
+    divisors = np.asarray(parameters["short_factor"], np.float32)
+    if divisors.shape != frequencies.shape:
+        raise ValueError(f"short_factor of shape {list(divisors.shape)} for {len(frequencies)} pairs")
+    return frequencies / divisors, scale
 
 
 def _scale_linear(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
@@ -148,3 +178,11 @@ _LIMITS = MappingProxyType(
     }
 )
 _OUTER_KEYS = ("rope_theta", "partial_rotary_factor", "rotary_dim")  # may be in the config itself
+# The parameters that are numbers, whatever the kind.
+_NUMBERS = frozenset(
+    (
+        *(*_OUTER_KEYS, "factor", "alpha", "max_position_embeddings", "original_max_position_embeddings"),
+        *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_mscale"),
+        *("low_freq_factor", "high_freq_factor", "llama_4_scaling_beta"),
+    )
+)

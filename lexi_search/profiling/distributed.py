@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import distributed
 
 from lexi_search.artifacts.files import json_bytes
 from lexi_search.artifacts.merging import Header, find_difference
@@ -55,7 +54,7 @@ def join(
             f"cannot join the other processes ({reason}); start under Slurm, MPI or Kubernetes, or give --coordinator "
             "HOST:PORT, --num-processes and --process-id"
         ) from error
-    group = Group(jax.process_index(), jax.process_count(), distributed.global_state.client)
+    group = Group(jax.process_index(), jax.process_count(), _get_store())
     try:
         yield group
         if group.index == 0:
@@ -67,6 +66,13 @@ def join(
         raise
     finally:
         jax.distributed.shutdown()
+
+
+def _get_store() -> Any:
+    """The key-value store of JAX's distributed runtime, which JAX has no public name for."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
 
 
 class PeerError(InputError):

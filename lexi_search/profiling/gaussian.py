@@ -145,7 +145,7 @@ def draw(model: Model, layer: int, first: int, count: int, settings: ProfileSett
 
     The key of an iteration is (seed, layer, iteration).
     """
-    key = jax.random.fold_in(jax.random.key(settings.seed), layer)
+    key = jax.random.fold_in(jax.random.key(settings.seed, impl="threefry2x32"), layer)
     shape = (settings.batch * settings.length, model.hidden_size)
     return _draw(key, first + np.arange(count, dtype=np.int32), shape=shape, dtype=settings.dtype)
 

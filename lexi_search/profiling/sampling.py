@@ -34,7 +34,7 @@ def draw_tokens(
     Iteration starts from uniformly random tokens and reads the checkpoint once a pass. The result is the same on one
     kind of device, however many sequences it holds at once.
     """
-    key = jax.random.key(seed)
+    key = jax.random.key(seed, impl="threefry2x32")
     vocabulary = count_tokens(run.checkpoint, run.decoder)
     tokens = np.array(jax.random.randint(key, (sequences, length), 0, vocabulary, jnp.int32))
     first = find_first_token(run.checkpoint, run.model, vocabulary)

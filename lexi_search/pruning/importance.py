@@ -61,7 +61,7 @@ def draw_batches(
     hidden_size: int, number: int, *, tokens: int, seed: int, dtype: str
 ) -> Iterator[Float[Array, "rows hidden"]]:
     """Samples of N(0, 1) in batches of `ROWS`, at least `tokens` in all; a batch's key is (seed, number, batch)."""
-    key = jax.random.fold_in(jax.random.key(seed), number)
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
     for batch in range(-(-tokens // ROWS)):
         sample = jax.random.normal(jax.random.fold_in(key, batch), (ROWS, hidden_size), jnp.float32)
         yield sample.astype(dtype)  # sampled in bfloat16, the variance would be wrong

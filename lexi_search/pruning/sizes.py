@@ -7,6 +7,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
+from lexi_search.artifacts.codec import short
 from lexi_search.checkpoint.config import COUNT_KEYS, find_text_config
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.checkpoint.tensors import Tensors
@@ -37,7 +38,8 @@ class Sizes:
 
 def is_single(config: Mapping[str, Any]) -> bool:
     """Whether each token runs one expert of the model that `config` describes."""
-    architecture = ARCHITECTURES.get(config.get("model_type"))
+    model_type = config.get("model_type")
+    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     return bool(architecture) and any(_find_section(config).get(key) == 1 for key in architecture.top_k)
 
 
@@ -50,7 +52,7 @@ def find_sizes(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> Sizes:
     counts = (section.get(key) for key in architecture.shared_experts)
     shared = next((count for count in counts if count is not None), 0)
     if type(shared) is not int:
-        raise InputError(f"{checkpoint.folder / 'config.json'}: {architecture.shared_experts[0]} is {shared!r}")
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {architecture.shared_experts[0]} is {short(shared)}")
     width = down[1] if experts.fused and experts.transposed else down[-1]
     return Sizes(architecture, model.identity.num_experts, width, shared)
 
@@ -87,7 +89,7 @@ def check_width(checkpoint: Checkpoint, sizes: Sizes) -> None:
         raise InputError(f"{place}: {' or '.join(architecture.width)} is missing")
     for key, value in values.items():
         if any(item != sizes.width for item in (value if isinstance(value, list) else [value])):
-            raise InputError(f"{place}: {key} is {value!r}, but the experts are {sizes.width} wide; prune experts")
+            raise InputError(f"{place}: {key} is {short(value)}, but the experts are {sizes.width} wide; prune experts")
     bound = re.compile(rf".*layers\.\d+\.({'|'.join(map(re.escape, architecture.bound)) or '(?!)'})\..*")
     for name, entry in checkpoint.entries.items():
         if bound.fullmatch(name) and sizes.width in entry.shape:

@@ -60,7 +60,7 @@ def _evolve(seed, task: Task, settings: Settings, restarts: int):
     """
 
     def begin(restart):
-        key = random.fold_in(random.fold_in(random.key(seed), task.budget), restart)
+        key = random.fold_in(random.fold_in(random.key(seed, impl="threefry2x32"), task.budget), restart)
         start_key, steps_key = random.split(key)
         return steps_key, start(start_key, task, settings)
 

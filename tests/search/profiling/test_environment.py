@@ -1,0 +1,57 @@
+"""JAX in the user's environment: its variables change no byte of a profile, and its private modules are left alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import lexi_search
+
+ROOT = Path(lexi_search.__file__).parent.parent
+PAPER = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
+WEIGHTS = ["--batch", "2", "--length", "16", "--samples", "64"]
+CHANGED = {
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_RANDOM_SEED_OFFSET": "7",
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+}
+
+
+def run(code, *arguments, **changes):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | changes
+    for name in CHANGED.keys() - changes.keys():
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.parametrize("settings", [PAPER, WEIGHTS], ids=["paper", "weights"])
+def test_a_profile_has_the_same_bytes_whatever_the_environment_says(settings, tmp_path):
+    checkpoint = tiny.make_checkpoint("qwen3_moe", tmp_path / "model", num_hidden_layers=1)
+    code, made = "from lexi_search.cli.main import main; main()", []
+    for number, changes in enumerate(({}, CHANGED)):
+        run(code, "profile", checkpoint, *settings, "-o", tmp_path / str(number), **changes)
+        made.append((tmp_path / str(number)).read_bytes())
+    assert made[0] == made[1]
+
+
+def test_one_process_imports_no_private_module_of_jax():
+    """JAX's own modules do; here none is asked for by name."""
+    code = """
+import builtins, sys
+asked, original = [], builtins.__import__
+def record(name, globals=None, *others):
+    if name.startswith("jax._src") and (globals or {}).get("__name__", "").startswith("lexi_search"):
+        asked.append(name)
+    return original(name, globals, *others)
+builtins.__import__ = record
+import lexi_search.profiling.session, lexi_search.profiling.distributed
+print(asked)
+"""
+    assert run(code).strip() == "[]"
