@@ -29,8 +29,8 @@ PASS_SHARE, PASS_BYTES, HIDDEN_SHARE = 1 / 16, 16 << 20, 1 / 4
 LOGIT_BYTES = 256 << 20  # of float32 logits at a time
 MODEL = -1  # the variant index of the unreduced model
 
-Hidden = Float[Array, "sequences length hidden"]
-Kept = Hidden | Float[np.ndarray, "sequences length hidden"]  # on the device, or in host memory
+Hidden = Float[Array, "chunk length hidden"]  # of some of the sequences
+Kept = Hidden | Float[np.ndarray, "chunk length hidden"]  # on the device, or in host memory
 
 
 class Variant(NamedTuple):
@@ -203,13 +203,13 @@ def _step(
     return results, MoEOutputs(layer, x, outputs, choice.scores, hidden)
 
 
-def _measure_layer(outputs: MoEOutputs, run: Run) -> Float64[np.ndarray, "2 sequences K"]:
+def _measure_layer(outputs: MoEOutputs, run: Run) -> Float64[np.ndarray, "2 chunk K"]:
     distances = squared_distances(outputs.outputs, outputs.scores, routing=run.model.routing)
     return np.asarray(_average(distances, outputs.hidden), np.float64)
 
 
 @jax.jit
-def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array, "2 sequences K"]:
+def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array, "2 chunk K"]:
     # A token that the model never saw may be all zero, and so is then what the layer makes of it.
     size = jnp.maximum(jnp.square(hidden.astype(jnp.float32)).sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     distances = distances.reshape(*hidden.shape[:2], -1)
@@ -218,7 +218,7 @@ def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array
 
 def _measure_divergence(
     run: Run, ends: EndWeights, states: dict[int, Kept], count: int
-) -> Float64[np.ndarray, "variants sequences"]:
+) -> Float64[np.ndarray, "variants chunk"]:
     """The KL divergence of each of `count` variants from the model; 0 for one that is the model itself."""
     sequences, length, hidden = states[MODEL].shape
     divergence = np.zeros((count, sequences * length))
