@@ -64,6 +64,8 @@ class Fp4:
         scale = _read_scale(parts["scale"])
         if "global_scale" in parts:
             whole = parts["global_scale"].astype(jnp.float32).reshape(1, 1)
+            if self.divide:  # number by number: for one divisor XLA would multiply by its reciprocal, rounding twice
+                whole = jax.lax.optimization_barrier(jnp.broadcast_to(whole, scale.shape))
             scale = scale / whole if self.divide else scale * whole
         values = jnp.asarray(FP4_VALUES, jnp.float32)[nibbles.astype(jnp.int32)]
         values *= _expand(scale, (1, self.group_size), (rows, columns))
