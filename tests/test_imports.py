@@ -22,7 +22,7 @@ HOUSE = {
         "profiling": "moments gaussian forward sampling divergence profile distributed resume session",
         "allocation": "costs allocate tradeoff comparison export",
         "pruning": "importance slicing sizes prune",
-        "cli": "console options tables plots commands main",
+        "cli": "console options tables plots commands main entry",
     },
     "lexi_adapter": {
         "errors": "",
@@ -37,7 +37,7 @@ HOUSE = {
         "tasks": "scores texts perplexity passkey qasper harness hooks registry",
         "evaluation": "transformers_backend vllm_backend evaluate results tradeoff",
         "sensitivity": "windows divergence replay ablation journal profile",
-        "cli": "console options tables figures commands main",
+        "cli": "console options tables figures commands main entry",
     },
 }
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.

@@ -1,10 +1,15 @@
 """Shared by the commands: refusal of bad input, printing, progress, parsing of ranges, and the environment."""
 
+import _thread
 import errno
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,7 +30,7 @@ class Refusal(click.ClickException):
 
 
 class Interruption(click.ClickException):
-    """Ctrl-C after which there is something to report: one line on stderr and the shells' exit code."""
+    """Ctrl-C: one line on stderr and the shells' exit code."""
 
     exit_code = 130
 
@@ -33,7 +38,30 @@ class Interruption(click.ClickException):
 class Commands(click.Group):
     """The group of all commands, which turns bad input and failed I/O into one line on stderr."""
 
+    _interrupts: Sequence[int] = ()
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with _heed_interrupts() as self._interrupts:
+            try:
+                return super().main(*args, **options)
+            except SystemExit as end:
+                if not self._interrupts or end.code not in (0, None, 1):
+                    raise
+                if end.code != 1:  # click's own line for 1 is out
+                    click.echo("Error: interrupted", err=True)
+                sys.exit(Interruption.exit_code)
+
     def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return self._invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interruption("interrupted") from None
+        except Exception as error:
+            if not self._interrupts or isinstance(error, click.exceptions.Exit | Interruption):
+                raise
+            raise Interruption("interrupted") from error  # a library made another exception of it
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:
@@ -43,6 +71,53 @@ class Commands(click.Group):
                 raise
             where = f" ({error.filename})" if error.filename else "; make room where the output goes"
             raise Refusal(f"cannot go on: {error.strerror or error}{where}") from error
+
+
+@contextmanager
+def _heed_interrupts() -> Iterator[list[int]]:
+    """A context in which no Ctrl-C is lost; the list tells of those that came.
+
+    Python drops an exception that is raised inside a callback, such as JAX's at garbage collection, and native code
+    that is being imported may abort at one: there KeyboardInterrupt comes a little later.
+    """
+    seen: list[int] = []
+    if (
+        threading.current_thread() is not threading.main_thread()  # only the main thread can handle signals
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield seen
+        return
+
+    def repeat() -> None:
+        timer = threading.Timer(0.05, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        if not _is_importing(frame):
+            raise KeyboardInterrupt
+        repeat()
+
+    def look(dropped: Any, report: Any = sys.unraisablehook) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            repeat()
+        else:
+            report(dropped)
+
+    hook, sys.unraisablehook = sys.unraisablehook, look
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = hook
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 loss_option = click.option(

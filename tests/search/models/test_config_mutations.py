@@ -63,7 +63,7 @@ def mutate(rng, config):
             case 1 | 2:
                 section[rng.choice(("rope_parameters", "rope_scaling"))] = draw_rope(rng)
             case 3 if type(section.get(key)) in (int, float):
-                section[key] = section[key] * rng.choice((-1, 0, 2, 0.5, 2**31, 1e300))
+                section[key] *= rng.choice((-1, 0, 2, 2**31) if isinstance(section[key], int) else (-1, 0, 0.5, 1e300))
             case 4 if isinstance(section.get(key), dict | list) and section[key]:
                 inner = section[key]
                 inner[rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))] = rng.choice(VALUES)

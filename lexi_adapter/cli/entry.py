@@ -1,0 +1,26 @@
+"""The program `lexi-adapter`: `main`, with Ctrl-C heeded from the first import to the end.
+
+Nothing but the standard library is imported at the top: an interruption during the other imports is one line, too.
+"""
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """Run the command line and leave; 130 and one line after Ctrl-C."""
+    try:
+        from lexi_adapter.cli.main import main
+
+        main()
+    except KeyboardInterrupt:
+        os.write(2, b"Error: interrupted\n")
+        os._exit(130)
+    except SystemExit as end:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is written, and Python only takes itself apart
+        if end.code == 130:  # a library that was loaded in part may crash in that
+            os._exit(130)
+        raise
+    sys.exit()
