@@ -328,4 +328,4 @@ def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, 
     for name in ("draw_samples", "choose_exponent"):
         monkeypatch.setattr(f"lexi_search.profiling.session.{name}", interrupt)
     assert run(checkpoint, *auto).exit_code == 0 and not STORE.exists()
-    assert run(checkpoint, *WRITES, "-o", "other").exit_code == 1  # which draws, so that the above did not
+    assert run(checkpoint, *WRITES, "-o", "other").exit_code == 130  # which draws, so that the above did not
