@@ -1,12 +1,14 @@
 """Files read within bounds, and results written: atomically, JSON in one canonical form, over nothing that is read."""
 
+import fcntl
+import hashlib
 import json
 import math
 import os
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -16,6 +18,8 @@ from lexi_adapter.errors import AdapterError
 MOST_JSON_BYTES = 2**25
 MOST_DATA_BYTES = 2**30  # of texts and token ids
 MOST_LEVELS = 100  # of nested JSON: far below what Python's recursion allows
+# Formats of records that belong to the folder in which they lie.
+RECORDS = ("lexi-pruning", "lexi-export")
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -89,23 +93,30 @@ def _parse_finite(literal: str) -> float:
     return value if math.isfinite(value) else _refuse_constant(literal[:40])
 
 
-def write_json(path: str | os.PathLike[str], document: Any) -> None:
-    """Write JSON with sorted keys, indent 1 and one trailing newline. AdapterError where nothing can be written."""
-    write_atomically(path, (json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n").encode())
+def write_json(
+    path: str | os.PathLike[str], document: Any, *, apart_from: Sequence[str | os.PathLike[str] | None] = ()
+) -> None:
+    """Write JSON with sorted keys, indent 1 and one trailing newline. AdapterError as from `write_atomically`."""
+    data = (json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+    write_atomically(path, data, apart_from=apart_from)
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, then rename: nobody ever sees half of it.
+def write_atomically(
+    path: str | os.PathLike[str], data: bytes, *, apart_from: Sequence[str | os.PathLike[str] | None] = ()
+) -> None:
+    """Write `data` to a temporary file beside `path`, then rename it: no reader ever sees half of it.
 
-    A link is followed, and a path that is no regular file (a folder, a device) is refused.
+    A link is followed; a path that is no regular file (a folder, a device), or that `refuse_inputs` refuses at the time
+    of the rename, stays as it is.
     """
-    target, temporary = _open_temporary(path)
+    target, temporary, file = _open_temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            refuse_inputs(path, apart_from)
+            os.replace(temporary, target)
     except OSError as error:
         raise AdapterError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
     finally:
@@ -113,26 +124,29 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = ()) -> None:
-    """Raise the AdapterError that `write_atomically` would raise now, leaving nothing behind.
+    """Raise the AdapterError that `write_atomically` would raise now; leave nothing behind."""
+    refuse_inputs(path, apart_from)
+    _, temporary, file = _open_temporary(path)
+    temporary.unlink()
+    file.close()
 
-    `apart_from` are files and folders that the same command reads, or writes as well; None stands for no file. A `path`
-    that is one of these files is refused too, and one that exists in one of these folders, such as a model's, unless
-    it is a result itself.
+
+def refuse_inputs(path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str] | None]) -> None:
+    """Raise AdapterError where writing to `path` changes one of `others`, which the same command reads or writes.
+
+    That is where `path` is one of them, or a link to it, symbolic or hard. A folder, such as a model's, stands for all
+    files in it and for those that its links lead to, but not for results (`is_result`), which no command reads from a
+    model's folder. None is ignored.
     """
-    # A link that lies in a folder belongs to it wherever it leads, as all files of a model in the hub's cache do.
-    folder, name = os.path.split(os.path.abspath(path))
-    places = (Path(os.path.realpath(path)), Path(os.path.realpath(folder), name))
-    for other in filter(None, apart_from):
-        taken = Path(os.path.realpath(other))
-        if taken == places[0]:
+    target, state = os.path.realpath(path), _find_state(path)
+    for other in filter(None, others):
+        if target == os.path.realpath(other) or _is_same(state, other):
             raise AdapterError(
                 f"cannot write {path}: the same command reads or writes it as another file; choose another name"
             )
-        within = taken.is_dir() and any(place.is_relative_to(taken) for place in places)
-        if within and places[0].exists() and not is_result(places[0]):
+        same = (Path(os.path.realpath(file)) for file in _list_files(other) if _is_same(state, file)) if state else ()
+        if not all(map(is_result, same)):
             raise AdapterError(f"cannot write {path}: it is a file of {other}, which the same command reads")
-    _, temporary = _open_temporary(path)
-    temporary.unlink()
 
 
 def is_result(path: Path) -> bool:
@@ -143,16 +157,81 @@ def is_result(path: Path) -> bool:
         document = read_json(path, finite=False)
     except (OSError, ValueError):
         return False
-    return isinstance(document, dict) and str(document.get("format")).startswith("lexi-")
+    form = str(document.get("format")) if isinstance(document, dict) else ""
+    return form.startswith("lexi-") and form not in RECORDS
 
 
-def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+def _find_state(path: str | os.PathLike[str]) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _is_same(state: os.stat_result | None, path: str | os.PathLike[str]) -> bool:
+    other = _find_state(path)
+    return state is not None and other is not None and os.path.samestat(state, other)
+
+
+def _list_files(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """The files in a folder and, through links to folders, beyond it; nothing where `folder` is none."""
+    seen: list[os.stat_result] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if any(_is_same(state, place) for state in seen):  # a link that leads back
+            folders.clear()
+            continue
+        seen.append(os.stat(place))
+        yield from (os.path.join(place, name) for name in names)
+
+
+def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path, BinaryIO]:
+    """The file to write in the end, and a new file beside it, open and locked while its maker lives.
+
+    Those that dead makers of the same file have left are removed.
+    """
     target = Path(os.path.realpath(path))
-    temporary = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
+    stem = f".lexi-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
     try:
         if os.path.lexists(target) and not stat.S_ISREG(target.stat().st_mode):
             raise AdapterError(f"cannot write {path}: not a regular file; name a file to write")
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        file = None
+        while file is None:
+            temporary = target.parent / f"{stem}{secrets.token_hex(8)}.tmp"
+            file = _lock(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), temporary)
     except OSError as error:
         raise AdapterError(f"cannot write {path}: {error.strerror} ({target.parent}); name another file") from error
-    return target, temporary
+    for other in target.parent.glob(f"{stem}*.tmp"):
+        if other != temporary:
+            _remove_abandoned(other)
+    return target, temporary, file
+
+
+def _lock(descriptor: int, path: Path) -> BinaryIO | None:
+    """The open file, locked where the file system can; None where another process locks it or has removed it."""
+    file = open(descriptor, "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # without locks, nobody can take it for abandoned
+        return file
+    if _is_same(os.fstat(file.fileno()), path):
+        return file
+    file.close()
+    return None
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a temporary file, unless its maker still holds its lock."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

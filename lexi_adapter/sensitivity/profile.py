@@ -58,7 +58,9 @@ def write_profile(
     Raises:
         AdapterError: a model, text or file that cannot be used, too little text, or a device that is too small.
     """
-    check_writable(find_path(output), apart_from=[*options.texts, *options.token_files])
+    read = [options.model, options.tokenizer, *options.texts, *options.token_files]
+    for path in (output, find_path(output)):
+        check_writable(path, apart_from=read)
     identity = describe_checkpoint(Path(options.model))
     check_length("--length", options.length, find_limit(read_config(Path(options.model))))
     windows = None if options.generated else _cut_windows(options)
@@ -96,7 +98,8 @@ def write_profile(
             for index, layer, losses in parts:
                 journal.add(index, layer, losses)
                 report(f"{len(journal.parts)} of {total}: sequences {index * options.batch} on, layer {layer}")
-            write_json(output, make_document(identity, settings, journal.parts, made_by, kinds=kinds))
+            document = make_document(identity, settings, journal.parts, made_by, kinds=kinds)
+            write_json(output, document, apart_from=read)
 
 
 def _cut_windows(options: ProfileOptions) -> torch.Tensor:

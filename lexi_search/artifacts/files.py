@@ -1,12 +1,14 @@
 """Reading and writing of files: written whole or not at all, and JSON in one canonical form."""
 
+import fcntl
+import hashlib
 import json
 import math
 import os
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -15,6 +17,8 @@ from lexi_search.errors import InputError
 # The largest index of a checkpoint on the hub has 20 MB. Parsed, JSON takes at most some thirty times its size.
 MOST_BYTES = 2**25
 MOST_LEVELS = 100  # of nested JSON: far below what Python's recursion allows
+# Formats of records that belong to the folder in which they lie.
+RECORDS = ("lexi-pruning", "lexi-export")
 
 
 def json_bytes(document: Any) -> bytes:
@@ -89,18 +93,22 @@ def _parse_finite(literal: str) -> float:
     return value if math.isfinite(value) else _refuse_non_finite(literal)
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], data: bytes, *, apart_from: Sequence[str | os.PathLike[str] | None] = ()
+) -> None:
     """Write `data` to a temporary file beside `path`, then rename it: no reader ever sees half of it.
 
-    A link is followed, and a path that is no regular file (a folder, a device) is refused.
+    A link is followed; a path that is no regular file (a folder, a device), or that `refuse_inputs` refuses at the time
+    of the rename, stays as it is.
     """
-    target, temporary = _open_temporary(path)
+    target, temporary, file = _open_temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            refuse_inputs(path, apart_from)
+            os.replace(temporary, target)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     finally:
@@ -108,16 +116,41 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = ()) -> None:
-    """Raise the InputError that `write_atomically` would raise now; leave nothing behind.
-
-    Raise one also where `path` is a file of `apart_from`, which the same command reads or writes; None is ignored.
-    """
-    if os.path.realpath(path) in map(os.path.realpath, filter(None, apart_from)):
-        raise InputError(
-            f"cannot write {path}: the same command reads or writes it as another file; choose another name"
-        )
-    _, temporary = _open_temporary(path)
+    """Raise the InputError that `write_atomically` would raise now; leave nothing behind."""
+    refuse_inputs(path, apart_from)
+    _, temporary, file = _open_temporary(path)
     temporary.unlink()
+    file.close()
+
+
+def refuse_inputs(path: str | os.PathLike[str], others: Sequence[str | os.PathLike[str] | None]) -> None:
+    """Raise InputError where writing to `path` changes one of `others`, which the same command reads or writes.
+
+    That is where `path` is one of them, or a link to it, symbolic or hard. A folder, such as a model's, stands for all
+    files in it and for those that its links lead to, but not for results (`is_result`), which no command reads from a
+    model's folder. None is ignored.
+    """
+    target, state = os.path.realpath(path), _find_state(path)
+    for other in filter(None, others):
+        if target == os.path.realpath(other) or _is_same(state, other):
+            raise InputError(
+                f"cannot write {path}: the same command reads or writes it as another file; choose another name"
+            )
+        same = (Path(os.path.realpath(file)) for file in _list_files(other) if _is_same(state, file)) if state else ()
+        if not all(map(is_result, same)):
+            raise InputError(f"cannot write {path}: it is a file of {other}, which the same command reads")
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is one that this project writes: a figure, or JSON that says so."""
+    if path.suffix != ".json":
+        return path.suffix in (".png", ".svg", ".pdf")
+    try:
+        document = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    form = str(document.get("format")) if isinstance(document, dict) else ""
+    return form.startswith("lexi-") and form not in RECORDS
 
 
 def check_writable_folder(path: str | os.PathLike[str]) -> None:
@@ -127,13 +160,77 @@ def check_writable_folder(path: str | os.PathLike[str]) -> None:
     check_writable(os.path.join(path, "file") if os.path.isdir(path) else path)
 
 
-def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+def _find_state(path: str | os.PathLike[str]) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _is_same(state: os.stat_result | None, path: str | os.PathLike[str]) -> bool:
+    other = _find_state(path)
+    return state is not None and other is not None and os.path.samestat(state, other)
+
+
+def _list_files(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """The files in a folder and, through links to folders, beyond it; nothing where `folder` is none."""
+    seen: list[os.stat_result] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if any(_is_same(state, place) for state in seen):  # a link that leads back
+            folders.clear()
+            continue
+        seen.append(os.stat(place))
+        yield from (os.path.join(place, name) for name in names)
+
+
+def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path, BinaryIO]:
+    """The file to write in the end, and a new file beside it, open and locked while its maker lives.
+
+    Those that dead makers of the same file have left are removed.
+    """
     target = Path(os.path.realpath(path))
-    temporary = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
+    stem = f".lexi-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
     try:
         if os.path.lexists(target) and not stat.S_ISREG(target.stat().st_mode):
             raise InputError(f"cannot write {path}: not a regular file; name a file to write")
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        file = None
+        while file is None:
+            temporary = target.parent / f"{stem}{secrets.token_hex(8)}.tmp"
+            file = _lock(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), temporary)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror} ({target.parent})") from error
-    return target, temporary
+    for other in target.parent.glob(f"{stem}*.tmp"):
+        if other != temporary:
+            _remove_abandoned(other)
+    return target, temporary, file
+
+
+def _lock(descriptor: int, path: Path) -> BinaryIO | None:
+    """The open file, locked where the file system can; None where another process locks it or has removed it."""
+    file = open(descriptor, "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # without locks, nobody can take it for abandoned
+        return file
+    if _is_same(os.fstat(file.fileno()), path):
+        return file
+    file.close()
+    return None
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a temporary file, unless its maker still holds its lock."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

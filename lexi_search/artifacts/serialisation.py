@@ -7,6 +7,7 @@ that exists is valid: its constructor has checked the values, and reading also c
 
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from lexi_search import __version__
@@ -60,14 +61,18 @@ def read_artifact(path: str | os.PathLike[str]) -> Profile | Allocation:
     return _read(path, "lexi-profile", "lexi-allocation")
 
 
-def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
-    """Write a profile file, whole or not at all; InputError where it cannot be written."""
-    write_atomically(path, to_bytes(profile))
+def write_profile(
+    path: str | os.PathLike[str], profile: Profile, *, apart_from: Sequence[str | os.PathLike[str] | None] = ()
+) -> None:
+    """Write a profile file, whole or not at all; InputError as from `write_atomically`."""
+    write_atomically(path, to_bytes(profile), apart_from=apart_from)
 
 
-def write_allocation(path: str | os.PathLike[str], allocation: Allocation) -> None:
-    """Write an allocation file, whole or not at all; InputError where it cannot be written."""
-    write_atomically(path, to_bytes(allocation))
+def write_allocation(
+    path: str | os.PathLike[str], allocation: Allocation, *, apart_from: Sequence[str | os.PathLike[str] | None] = ()
+) -> None:
+    """Write an allocation file, whole or not at all; InputError as from `write_atomically`."""
+    write_atomically(path, to_bytes(allocation), apart_from=apart_from)
 
 
 def _read(path: str | os.PathLike[str], *formats: str) -> Any:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from lexi_search.errors import InputError
 
 LOCK = "lock"
 LAYERS, FINDINGS = "*.json", "*.found"  # files
+# Names of the files of this module, and of what a write that was cut short leaves.
+OURS = re.compile(r"\w+-[0-9a-f]{16}\.(json|found)|\.lexi-.*\.tmp")
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Partials:
     def clear(self) -> None:
         """Remove everything, and temporary files of writes that were cut short."""
         for path in self.folder.iterdir():
-            if path.suffix in (".json", ".found", ".tmp"):
+            if OURS.fullmatch(path.name):
                 path.unlink()
         self.layers, self.findings, self.damaged = {}, {}, 0
 
@@ -94,6 +97,11 @@ class Partials:
             del self.layers[layer]
         if not self.layers:
             self.clear()
+
+
+def find_partials(output: str | os.PathLike[str]) -> Path:
+    """The folder for the finished layers of the profile that is to be written to `output`."""
+    return Path(f"{os.path.realpath(output)}.partial")
 
 
 @contextmanager
@@ -110,7 +118,7 @@ def keep_partials(
         InputError: another run is at work on `output`; the folder holds layers of another model, other settings or
             another version, unless `restart` throws them away; the folder cannot be used.
     """
-    partials = Partials(header, Path(f"{os.path.realpath(output)}.partial"))
+    partials = Partials(header, find_partials(output))
     try:
         partials.folder.mkdir(exist_ok=True)
         lock = _lock(partials.folder / LOCK, output)

@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from lexi_search import __version__
 from lexi_search.artifacts.codec import require_gate_exponent
-from lexi_search.artifacts.files import check_writable
+from lexi_search.artifacts.files import check_writable, refuse_inputs
 from lexi_search.artifacts.merging import Header
 from lexi_search.artifacts.profile import LayerLoss, Profile, ProfileSettings
 from lexi_search.artifacts.serialisation import write_profile
@@ -26,7 +26,7 @@ from lexi_search.profiling.distributed import Group, agree, estimate_costs, gath
 from lexi_search.profiling.divergence import choose_exponent, draw_samples, open_run
 from lexi_search.profiling.forward import Run
 from lexi_search.profiling.profile import check_layers, choose_dtype, profile_layers
-from lexi_search.profiling.resume import Partials, keep_partials
+from lexi_search.profiling.resume import Partials, find_partials, keep_partials
 
 AUTO = "auto"
 RELATIVE_ERROR = {"weights": 0.0, "paper": 0.01}  # by input
@@ -107,7 +107,8 @@ def profile_checkpoint(
     _check_settings(input, relative_error=relative_error, control_variate=control_variate, max_k=max_k)
     exponent = _check_exponent(gate_exponent, input)
     if group.index == 0:
-        check_writable(output)
+        check_writable(output, apart_from=[source])
+        refuse_inputs(find_partials(output), [source])
     settings = {
         "input": input,
         "seed": seed,
@@ -167,7 +168,7 @@ def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent
     header = session.header
     losses = {layer: partials.layers[layer] for layer in layers}
     profile = Profile(header.model, header.settings, losses, header.made_by)
-    write_profile(output, profile)
+    write_profile(output, profile, apart_from=[session.checkpoint.folder])
     partials.drop(layers)
     return profile
 

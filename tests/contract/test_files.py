@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -174,3 +176,80 @@ def test_an_object_of_many_keys_takes_linear_time(tmp_path, read, error):
         with pytest.raises(error) as caught:
             read(path)
         assert str(path) in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model's folder with links out of it, to a file and to a folder that leads back, and results in it."""
+    model, beyond = tmp_path / "model", tmp_path / "beyond"
+    for folder in (model, beyond):
+        folder.mkdir()
+    (beyond / "blob").write_bytes(b"weights")
+    (beyond / "back").symlink_to(model)
+    (model / "weights").symlink_to("../beyond/blob")
+    (model / "more").symlink_to("../beyond")
+    (model / "plain").write_bytes(b"plain")
+    (model / "result.json").write_text('{"format": "lexi-profile"}')
+    (model / "lexi-pruning.json").write_text('{"format": "lexi-pruning"}')
+    (tmp_path / "hard").hardlink_to(model / "plain")
+    (tmp_path / "hard.png").hardlink_to(beyond / "blob")
+    (tmp_path / "link").symlink_to("model/weights")
+    return model
+
+
+def test_nothing_that_is_read_is_written(files, tmp_path, model):
+    read = [None, model, tmp_path / "absent"]
+    for write in (files.check_writable, partial(files.write_atomically, data=b"")):
+        for name in (
+            *("model/plain", "model/weights", "model/lexi-pruning.json", "beyond/blob"),
+            *("hard", "hard.png", "link", "absent"),
+        ):
+            with pytest.raises(REFUSALS[files], match=f"cannot write .*{name}: .*the same command reads"):
+                write(tmp_path / name, apart_from=read)
+        for name in ("model/new", "model/result.json", "beyond/new"):
+            write(tmp_path / name, apart_from=read)
+    assert (model / "weights").read_bytes() == b"weights" and (model / "plain").read_bytes() == b"plain"
+
+
+def test_what_becomes_an_input_while_a_command_runs_is_not_written(files, tmp_path, model, monkeypatch):
+    def change(_):
+        (tmp_path / "out").hardlink_to(model / "plain")
+
+    monkeypatch.setattr(os, "fsync", change)
+    with pytest.raises(REFUSALS[files], match="out: it is a file of .*model, which the same command reads"):
+        files.write_atomically(tmp_path / "out", b"new", apart_from=[model])
+    assert (tmp_path / "out").read_bytes() == b"plain"
+
+
+MAKER = """
+import os, sys, importlib
+files = importlib.import_module(sys.argv[1])
+def stop(_):
+    print("writing", flush=True)
+    sys.stdin.read()
+os.fsync = stop
+files.write_atomically("out", b"a whole model")
+"""
+
+
+def test_a_rerun_removes_what_dead_runs_to_the_same_file_left_and_nothing_else(files, tmp_path):
+    def start():
+        command = [sys.executable, "-c", MAKER, files.__name__]
+        maker = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert maker.stdout.readline() == b"writing\n"
+        return maker
+
+    killed = start()
+    killed.kill()
+    killed.communicate()
+    [left] = os.listdir(tmp_path)
+    files.write_atomically(tmp_path / "other", b"")
+    assert left in os.listdir(tmp_path)
+    alive = start()
+    assert left not in os.listdir(tmp_path)
+    files.check_writable(tmp_path / "out")
+    files.write_atomically(tmp_path / "out", b"mine")
+    assert len(os.listdir(tmp_path)) == 3
+    alive.communicate(b"")
+    assert alive.returncode == 0 and (tmp_path / "out").read_bytes() == b"a whole model"
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"]

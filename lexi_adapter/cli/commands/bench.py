@@ -108,7 +108,8 @@ def bench(
     from lexi_adapter.model.variants import make_variants
     from lexi_adapter.speed import throughput
 
-    figure_format = _check_outputs(output, plot, [model, *files, *folders, *locks])
+    read = [model, *files, *folders, *locks]
+    figure_format = _check_outputs(output, plot, read)
     parsed_workloads = _parse_workloads(workloads)
     options = read_engine_options(**engine)
     variants = make_variants(
@@ -129,13 +130,13 @@ def bench(
         together=together,
         in_place=in_place,
         engine=options,
-        report=lambda document: write_json(output, {**document, "made_by": made_by}),
+        report=lambda document: write_json(output, {**document, "made_by": made_by}, apart_from=[*read, plot]),
         locks=locks,
         seconds=seconds,
         kernels=kernels,
     )
     if plot:
-        write_atomically(plot, draw_bench(document, figure_format))
+        write_atomically(plot, draw_bench(document, figure_format), apart_from=[*read, output])
     print_table(tabulate_bench(document))
     if kernels:
         print_table(tabulate_kernels(document))
@@ -148,7 +149,7 @@ def _check_outputs(output: str, plot: str | None, read: Sequence[str]) -> str | 
     check_writable(output, apart_from=[*read, plot])
     if not plot:
         return None
-    check_writable(plot, apart_from=read)
+    check_writable(plot, apart_from=[*read, output])
     return find_format(plot)
 
 

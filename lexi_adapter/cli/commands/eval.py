@@ -136,15 +136,15 @@ def eval_(
     tokenizer = tokenizer or model
     common = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
     tasks = make_tasks(model, task_options, backend=backend, tokenizer=tokenizer, **common)
-    check_writable(output, apart_from=[*_find_task_sources(task_options.names), *task_options.include_paths])
+    read += [*_find_task_sources(task_options.names), *task_options.include_paths]
+    check_writable(output, apart_from=read)
     common |= {"dtype": dtype}
     if backend == "vllm":
         chosen = _choose_vllm(variants, tasks, tokenizer, device, tensor_parallel_size, engine, common)
     else:
         chosen = _choose_transformers(tokenizer, device, tensor_parallel_size, engine, common)
     setting = {"backend": backend, "dtype": dtype, **_describe_tokenizer(tokenizer, model), **chosen.setting}
-    resume = Path(output).exists() and not restart
-    finished = _read_finished(output, evaluate.make_document(variants, tasks, setting, {})) if resume else {}
+    finished = {} if restart else _read_finished(output, evaluate.make_document(variants, tasks, setting, {}))
     made_by = describe_call()
     document = evaluate.evaluate(
         variants,
@@ -152,7 +152,7 @@ def eval_(
         setting=setting,
         finished=finished,
         open_model=chosen.open_model,
-        report=lambda document: write_json(output, {**document, "made_by": made_by}),
+        report=lambda document: write_json(output, {**document, "made_by": made_by}, apart_from=read),
     )
     print_table(tabulate_eval(document))
 
@@ -238,9 +238,11 @@ def _describe_tokenizer(tokenizer: str, model: str) -> dict[str, str]:
 
 
 def _read_finished(output: str, expected: Mapping[str, Any]) -> dict[tuple[str, str], Outcome]:
-    """The results in `output` that this run can keep; a line on stderr counts them."""
+    """The results in `output`, if it is there, that this run can keep; a line on stderr counts them."""
     from lexi_adapter.evaluation.evaluate import find_finished
 
+    if not Path(output).exists():
+        return {}
     try:
         document = read_json(output, finite=False, most=MOST_DATA_BYTES)
     except (OSError, ValueError) as error:

@@ -53,7 +53,9 @@ def latency(
         progress=lambda text: click.echo(text, err=True),
         locks=locks,
     )
-    write_json(output, measuring.make_document(identity, steps, checked, facts, describe_call()))
+    write_json(
+        output, measuring.make_document(identity, steps, checked, facts, describe_call()), apart_from=[model, *locks]
+    )
     print_table(tabulate_latency(steps))
     if checked:
         print_table(tabulate_checks(checked))

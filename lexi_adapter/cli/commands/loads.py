@@ -55,7 +55,8 @@ def loads(
     from lexi_adapter.cli.tables import tabulate_loads
     from lexi_adapter.speed import expert_load
 
-    check_writable(output, apart_from=[model, text, tokens, *files])
+    read = [model, text, tokens, *files]
+    check_writable(output, apart_from=read)
     if (text is None) == (tokens is None):
         raise AdapterError("give either --text or --tokens")
     ids = _read_prompts(tokens) if tokens else _cut_prompts(model, text, prompts, length)
@@ -67,7 +68,7 @@ def loads(
         dropped=dropped,
         engine=read_engine_options(**engine),
     )
-    write_json(output, expert_load.make_document(measured, facts, describe_call()))
+    write_json(output, expert_load.make_document(measured, facts, describe_call()), apart_from=read)
     print_table(tabulate_loads(measured))
 
 

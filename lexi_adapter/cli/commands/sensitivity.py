@@ -7,7 +7,6 @@ import click
 from lexi_adapter.allocation import MAX_GATE_EXPONENT
 from lexi_adapter.cli.options import FiniteRange
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.files import check_writable
 
 
 @click.command()
@@ -51,8 +50,6 @@ def sensitivity(output: str, restart: bool, **options: Any) -> None:
     sources = (options["texts"], options["token_files"], options["generated"])
     if sum(map(bool, sources)) != 1:
         raise AdapterError("give one of --text, --tokens and --generate")
-    read = [options["model"], options["tokenizer"], *options["texts"], *options["token_files"]]
-    check_writable(output, apart_from=read)
     from lexi_adapter.sensitivity.profile import ProfileOptions, write_profile
 
     write_profile(ProfileOptions(**options), output, restart=restart, report=lambda line: click.echo(line, err=True))

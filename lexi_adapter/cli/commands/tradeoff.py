@@ -25,12 +25,13 @@ def tradeoff(evaluation: str, benchmark: str, tasks: Sequence[str], workloads: S
     from lexi_adapter.evaluation.results import read_results
     from lexi_adapter.evaluation.tradeoff import join, match
 
-    file_format = find_format(output)
     check_writable(output, apart_from=[evaluation, benchmark])
+    file_format = find_format(output)
     quality = read_results(evaluation, "lexi-eval")
     speed = read_results(benchmark, "lexi-bench")
     panels = join(quality, speed, tasks=tasks, workloads=workloads)
-    write_atomically(output, draw_tradeoff(str(quality["model"]), panels, file_format))
+    drawn = draw_tradeoff(str(quality["model"]), panels, file_format)
+    write_atomically(output, drawn, apart_from=[evaluation, benchmark])
     left_out = [v["name"] for v in quality["variants"] if v["name"] not in match(quality, speed)]
     if left_out:
         click.echo(f"without throughput, and so left out: {', '.join(left_out)}", err=True)

@@ -2,8 +2,9 @@
 
 import click
 
-from lexi_search.artifacts.files import check_writable, write_atomically
+from lexi_search.artifacts.files import write_atomically
 from lexi_search.artifacts.serialisation import read_allocation
+from lexi_search.checkpoint.folder import find_folder
 from lexi_search.errors import InputError
 
 
@@ -43,8 +44,9 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
         exporters.write_folder(output, model, exporters.make_transformers_overrides(exported), force=force)
         click.echo(exporters.format_transformers_call(output, allocation))
     elif output:
-        check_writable(output, apart_from=[allocation])
-        write_atomically(output, exporters.format_text(exported, form).encode())
+        source = find_folder(model, ["config.json"]) if model else None
+        text = exporters.format_text(exported, form)
+        write_atomically(output, text.encode(), apart_from=[allocation, source])
         click.echo(output)
     else:
         click.echo(exporters.format_text(exported, form), nl=False)

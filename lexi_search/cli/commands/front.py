@@ -62,8 +62,9 @@ def front(
     if sum(wishes) > 1:
         raise InputError("choose by one of --target-speedup, --target-ms, --max-loss and --knee")
     names = (*outputs, *([allocation] if any(wishes) else []))
-    for index, name in enumerate(names):
-        check_writable(name, apart_from=[profile, cost_file, *names[:index]])
+    kept_apart = {name: [profile, cost_file, *names[:index]] for index, name in enumerate(names)}
+    for name, others in kept_apart.items():
+        check_writable(name, apart_from=others)
     if unknown := [name for name in outputs if _find_form(name) not in ("json", "csv", "png", "svg")]:
         raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png or .svg")
     measured = read_profile(profile)
@@ -83,7 +84,8 @@ def front(
         chosen = tradeoff.find_best_within(pareto, ms=target_ms, speedup=target_speedup)
     shown = tradeoff.thin(pareto.points, points) if points else pareto.points
     for name in outputs:
-        write_atomically(name, _format_front(name, measured, pareto, points=shown, chosen=chosen, loss=loss, cost=cost))
+        data = _format_front(name, measured, pareto, points=shown, chosen=chosen, loss=loss, cost=cost)
+        write_atomically(name, data, apart_from=kept_apart[name])
     print_table(tabulate_front(pareto, chosen))
     for name in outputs:
         click.echo(name)
@@ -94,7 +96,7 @@ def front(
         made_by |= describe_spending(cost, chosen.ms, chosen.speedup)
         optimal = chosen.loss / (1 + pareto.error)
         point = make_allocation(measured, chosen.top_k, loss=chosen.loss, optimal_loss=optimal, made_by=made_by)
-        write_allocation(allocation, point)
+        write_allocation(allocation, point, apart_from=kept_apart[allocation])
         click.echo(allocation)
 
 

@@ -15,9 +15,9 @@ def merge_profiles(profiles: tuple[str, ...], output: str) -> None:
 
     The result has the same bytes as one run over all layers. If layers are missing, it can be merged again.
     """
-    check_writable(output)
+    check_writable(output, apart_from=profiles)
     merged = merge({path: read_profile(path) for path in profiles})
-    write_profile(output, merged)
+    write_profile(output, merged, apart_from=profiles)
     click.echo(output)
     if missing := find_missing(merged):
         count = f"{len(missing)} of {len(merged.model.moe_layers)} layers"

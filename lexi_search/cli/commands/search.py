@@ -89,7 +89,9 @@ def search(
     measured = read_profile(profile)
     several = bool(ranges) or len(budgets) + len(targets) > 1
     destination = Path(output or ("allocations" if several else "allocation.json"))
-    _check_outputs(destination, history, several=several, inputs=[profile, cost_file])
+    names = _name_goals(budgets, targets)
+    inputs = [profile, cost_file]
+    files = _check_outputs(destination, names if several else None, history, inputs)
     prepare_environment()
     from lexi_search.allocation.allocate import allocate
 
@@ -106,14 +108,13 @@ def search(
         seed=seed,
         **(evolution if method == "evolution" else {}),
     )
-    named = dict(zip(_name_goals(budgets, targets), results, strict=True))
-    files = [destination / f"allocation-{name}.json" if several else destination for name in named]
+    named = dict(zip(names, results, strict=True))
     if several:
         destination.mkdir(exist_ok=True)
     for file, result in zip(files, results, strict=True):
-        write_allocation(file, result.allocation)
+        write_allocation(file, result.allocation, apart_from=inputs)
     if history:
-        write_atomically(history, json_bytes(_list_histories(named)))
+        write_atomically(history, json_bytes(_list_histories(named)), apart_from=[*inputs, *files])
     _print_results(named, files, destination, timed=bool(targets), as_json=as_json)
     _warn_of_noise(named, measured.settings.input)
 
@@ -132,13 +133,20 @@ def _check_goals(budgets: Sequence[int], targets: Sequence[_Target], cost_file: 
         raise InputError("with --cost a budget is a time; give --target-ms or --target-speedup")
 
 
-def _check_outputs(destination: Path, history: str | None, *, several: bool, inputs: Sequence[str | None]) -> None:
-    if several:
+def _check_outputs(
+    destination: Path, names: Sequence[str] | None, history: str | None, inputs: Sequence[str | None]
+) -> list[Path]:
+    """The files to write: for `names` in the folder `destination`, without them that alone."""
+    files = [destination]
+    if names is not None:
         check_writable_folder(destination)
-    else:
-        check_writable(destination, apart_from=inputs)
+        files = [destination / f"allocation-{name}.json" for name in names]
+    for file in files if names is None or destination.exists() else ():
+        check_writable(file, apart_from=inputs)
     if history:
-        check_writable(history, apart_from=[*inputs, destination])
+        taken = files if destination.is_dir() else [destination, *files]
+        check_writable(history, apart_from=[*inputs, *taken])
+    return files
 
 
 def _name_goals(budgets: Sequence[int], targets: Sequence[_Target]) -> list[str]:

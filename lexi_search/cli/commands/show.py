@@ -39,7 +39,7 @@ def show(file: str, loss: str | None, normalised: bool, as_json: bool) -> None:
 @normalised_option
 def plot(profile: str, others: tuple[str, ...], output: str, loss: str | None, normalised: bool) -> None:
     """Draw a PROFILE as a heatmap, layers by k, with OTHERS: profiles beside it, allocations as steps over all."""
-    check_writable(output)
+    check_writable(output, apart_from=[profile, *others])
     profiles, allocations = {profile: read_profile(profile)}, {}
     for path in others:
         artifact = read_artifact(path)
@@ -48,5 +48,6 @@ def plot(profile: str, others: tuple[str, ...], output: str, loss: str | None, n
 
     shown = profiles if len(profiles) > 1 else profiles[profile]
     figure = draw_heatmap(shown, allocations, loss=loss, normalised=normalised)
-    write_atomically(output, render(figure, Path(output).suffix.lstrip(".").lower()))
+    drawn = render(figure, Path(output).suffix.lstrip(".").lower())
+    write_atomically(output, drawn, apart_from=[profile, *others])
     click.echo(output)

@@ -329,3 +329,23 @@ def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, 
         monkeypatch.setattr(f"lexi_search.profiling.session.{name}", interrupt)
     assert run(checkpoint, *auto).exit_code == 0 and not STORE.exists()
     assert run(checkpoint, *WRITES, "-o", "other").exit_code == 130  # which draws, so that the above did not
+
+
+def test_a_folder_that_is_read_is_never_the_place_for_finished_layers(checkpoint, tmp_path):
+    model = tmp_path / "p.json.partial"
+    shutil.copytree(checkpoint, model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    done = run(model, "--restart", "-o", tmp_path / "p.json")
+    assert done.exit_code == 2 and "p.json.partial: the same command reads or writes it" in done.stderr
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_restart_removes_only_files_of_its_own(tmp_path):
+    header = read_header(make_profile())
+    folder = tmp_path / "p.partial"
+    folder.mkdir()
+    for name in ("config.json", "notes.tmp", "my.found", "0-0123456789abcdef.json", ".lexi-0-1.tmp"):
+        (folder / name).touch()
+    with keep_partials(tmp_path / "p", header, restart=True):
+        pass
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lock", "my.found", "notes.tmp"]
