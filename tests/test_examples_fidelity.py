@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import make_profile
 from tiny import make_checkpoint
 from torch.nn.functional import cross_entropy
 
@@ -304,6 +305,29 @@ def test_every_allocation_of_a_study_meets_its_budget_with_the_least_sum(loaded,
         assert row.top_k == min(every, key=lambda top_k: sum(table[layer, j - 1] for layer, j in enumerate(top_k)))
     uniform = study.judge_uniform(begun)
     assert len(uniform) == k * (1 + len(study.EXPONENTS)) and {row.method for row in uniform[:k]} == {"uniform"}
+
+
+def test_the_judge_of_one_model_judges_the_optimum_of_every_loss_of_a_profile(loaded):
+    tokens = torch.randint(0, loaded.model.config.vocab_size, (4, 12), generator=torch.Generator().manual_seed(3))
+    profile = make_profile(3, loaded.identity.top_k)
+    with_windows = judging.Judge(loaded, windows.Windows(tokens, ("code", "prose") * 2), batch=4)
+    rows = judge.judge_profiles(with_windows, {"weights": profile}, [4])
+    assert [row.top_k for row in rows[:2]] == [(1, 1, 1), (2, 2, 2)]  # the budget lies between
+    assert [row.method for row in rows[2:]] == [f"weights/{kind}" for kind in profile.loss_kinds]
+    for row, kind in zip(rows[2:], profile.loss_kinds, strict=True):
+        sums = {each: sum(profile.losses(kind)[i][k - 1] for i, k in enumerate(each)) for each in FOUR_OVER_THREE}
+        assert row.budget == 4 and sums[row.top_k] == min(sums.values())
+
+
+def test_a_model_that_gains_from_fewer_experts_is_in_the_report_too(tmp_path):
+    odd = make_results()
+    odd = records.Results(odd.facts, [row._replace(increase=-row.increase) for row in odd.rows])
+    assert "| one | 3 | -0.7000 | +0.1000 | +0 % | -0.0 ± 1.4 % | - |" in report.write([odd])
+    report.draw(report.gather([odd, make_results("two")], "increase"), tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").stat().st_size > 0
+
+
+FOUR_OVER_THREE = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
 
 
 def test_the_judge_of_one_model_prints_uniform_k_between_two_k():

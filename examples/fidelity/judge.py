@@ -30,7 +30,7 @@ def judge_profiles(judge: Judge, profiles: Mapping[str, Profile], budgets: Seque
         for kind in profile.loss_kinds:
             found = search(np.array(profile.losses(kind)), budgets)
             named += [(f"{name}/{kind}", Choice(top_k, profile.settings.gate_exponent)) for top_k in found]
-    return judge.tabulate(named)
+    return judge.judge(named)
 
 
 def list_lines(rows: Sequence[Row], budgets: Sequence[int], layers: int) -> Iterator[str]:

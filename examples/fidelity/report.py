@@ -110,7 +110,7 @@ def list_default(found: Mapping[str, Mapping[str, Sequence[Cell]]]) -> list[str]
         gain = percent(None if cell.oracle is None else -find_gain(cell.uniform, cell.oracle), "+")
         row = (cell.model, cell.budget, f"{cell.uniform:.4f}", f"{cell.loss - cell.uniform:+.4f}", gain)
         for each in cells:
-            error = "" if each.error is None else f" ± {100 * each.error / each.uniform:.1f}"
+            error = "" if each.error is None else f" ± {100 * each.error / abs(each.uniform):.1f}"
             row += (f"{100 * each.above:+.1f}{error} %", percent(each.closed))
         rows.append(row)
     return draw_table(headers, rows)
@@ -137,7 +137,7 @@ def draw(found: Mapping[str, Sequence[Cell]], file: Path) -> None:
         panel.axhline(1, color="black", linestyle="--", label="uniform")
         for method in DRAWN:
             cells = [cell for cell in found.get(method, ()) if cell.model == model]
-            errors = [ERRORS * (cell.error or 0) / cell.uniform for cell in cells]
+            errors = [ERRORS * (cell.error or 0) / abs(cell.uniform) for cell in cells]
             shares, ratios = [100 * cell.share for cell in cells], [1 + cell.above for cell in cells]
             panel.errorbar(shares, ratios, yerr=errors, fmt=".-", elinewidth=0.7, label=method)
         panel.set(title=model, xlabel="active experts, % of the model's own", ylabel="loss increase / uniform k's")
