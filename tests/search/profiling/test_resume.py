@@ -240,7 +240,7 @@ def test_interrupted_before_the_first_layer_leaves_nothing(folder, checkpoint, m
 
     monkeypatch.setattr(Partials, "add", stop)
     done = run(checkpoint, *FAST)
-    assert (done.exit_code, done.stderr.strip()) == (1, "Aborted!")
+    assert (done.exit_code, done.stderr.strip()) == (130, "Error: interrupted")
     assert os.listdir() == []
 
 
@@ -328,4 +328,4 @@ def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, 
     for name in ("draw_samples", "choose_exponent"):
         monkeypatch.setattr(f"lexi_search.profiling.session.{name}", interrupt)
     assert run(checkpoint, *auto).exit_code == 0 and not STORE.exists()
-    assert run(checkpoint, *WRITES, "-o", "other").exit_code == 1  # which draws, so that the above did not
+    assert run(checkpoint, *WRITES, "-o", "other").exit_code == 130  # which draws, so that the above did not
