@@ -366,7 +366,7 @@ def test_a_run_cut_short_goes_on(folder, mixtral, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "add", add_four)
-    assert invoke(*options).exit_code == 1 and kept == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert invoke(*options).exit_code == 130 and kept == [(0, 0), (0, 1), (0, 2), (1, 0)]
     partial = folder / "truth.json.partial"
     cut_short = partial.read_bytes() + b"[1, 1, [[0.1"  # the write of a crash
     partial.write_bytes(cut_short)
@@ -390,7 +390,7 @@ def test_a_run_cut_short_goes_on(folder, mixtral, monkeypatch):
     assert (folder / "truth.json").read_bytes() == (folder / "whole.json").read_bytes()
     assert not partial.exists()
     del kept[:]
-    assert invoke(*options).exit_code == 1
+    assert invoke(*options).exit_code == 130
     make_profile(*options, "--restart")
     assert kept[4:] == list(itertools.product(range(3), range(3)))
     assert (folder / "truth.json").read_bytes() == (folder / "whole.json").read_bytes()

@@ -240,7 +240,7 @@ def test_interrupted_before_the_first_layer_leaves_nothing(folder, checkpoint, m
 
     monkeypatch.setattr(Partials, "add", stop)
     done = run(checkpoint, *FAST)
-    assert (done.exit_code, done.stderr.strip()) == (1, "Aborted!")
+    assert (done.exit_code, done.stderr.strip()) == (130, "Error: interrupted")
     assert os.listdir() == []
 
 
