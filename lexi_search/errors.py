@@ -7,7 +7,7 @@ class InputError(ValueError):
     """Input that cannot be used. `str(error)` is one line: the thing, the place and the remedy."""
 
 
-def check_memory(what: str, size: float, remedy: str, *, most: int | None = None) -> None:
+def check_memory(what: str, size: float | int, remedy: str, *, most: int | None = None) -> None:
     """Raise InputError, with the estimate, for `what` of more bytes than `most`, by default the machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if most is None else most
     if size > memory:
