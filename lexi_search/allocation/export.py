@@ -17,7 +17,7 @@ from lexi_search.artifacts.codec import short
 from lexi_search.artifacts.files import json_bytes, read_json_object
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.serialisation import to_document
-from lexi_search.checkpoint.folder import build_folder, find_folder, require_folder
+from lexi_search.checkpoint.folder import build_folder, find_folder, require_folder, write_record
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.model import hash_routers
@@ -157,13 +157,16 @@ def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force
     """Write to `folder` the model folder `model` with `overrides` in its config.json: complete or not at all.
 
     All other entries become absolute links to those of `model`, which may be links themselves, except hidden ones. With
-    `force` an earlier export is replaced; any other folder that is not empty is never touched.
+    `force` an earlier export is replaced, if its record says that nothing else is in it; any other folder that is not
+    empty is never touched.
 
     Raises InputError where `folder` cannot be written or holds something else.
     """
     changed = merge(read_json_object(require_folder(model) / "config.json", finite=False), overrides)
     with build_folder(folder, model, force=force) as building:
         (building / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
+        if "lexi_allocation" in changed:
+            write_record(building)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """Model folders: found on this machine or fetched from the hub; new ones, built elsewhere and moved into place."""
 
+import ctypes
+import errno
+import fcntl
+import hashlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lexi_search.artifacts.files import read_json_object
+from lexi_search.artifacts.files import json_bytes, read_json_object
 from lexi_search.errors import InputError
 
 
@@ -37,8 +40,10 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
         raise InputError(f"{hub_id}: no such folder here, and not to be had from the hub ({reason})") from error
 
 
+RECORD = "lexi-export.json"
 # Files without a link in a new folder. vLLM would read params.json, of Mistral's own format, rather than config.json.
-UNLINKED = frozenset({"config.json", "params.json"})
+UNLINKED = frozenset({"config.json", "params.json", RECORD})
+LOCK, BUILDING, EARLIER = "lock", "new", "old"  # entries of the folder in which a new one is built
 
 
 def require_folder(model: str) -> Path:
@@ -49,11 +54,41 @@ def require_folder(model: str) -> Path:
     return source
 
 
-def _is_export(folder: Path) -> bool:
+def write_record(folder: Path) -> None:
+    """Record in an exported folder what it holds, so that `force` knows it again."""
+    (folder / RECORD).write_bytes(json_bytes({"format": "lexi-export", "version": 1, "entries": _list_entries(folder)}))
+
+
+def _list_entries(folder: Path) -> dict[str, str]:
+    """What each entry of a folder is, but the record: the target of a link, the hash of a file."""
+    entries = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink():
+            entries[entry.name] = f"link to {os.readlink(entry)}"
+        elif entry.is_dir():
+            entries[entry.name] = "folder"
+        elif entry.name != RECORD:
+            # Only config.json is no link; a large file is not of an export, and not read for it.
+            small = entry.is_file() and entry.stat().st_size < 2**26
+            entries[entry.name] = hashlib.sha256(entry.read_bytes()).hexdigest() if small else "other"
+    return entries
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise InputError unless the folder `target` is an earlier export, with nothing else in it and nothing changed."""
     try:
-        return "lexi_allocation" in read_json_object(folder / "config.json", finite=False)
+        recorded = read_json_object(target / RECORD).get("entries") if not (target / RECORD).is_symlink() else None
     except InputError:
-        return False
+        recorded = None
+    if not isinstance(recorded, dict):
+        raise InputError(f"cannot write {target}: not empty and no earlier export; choose another name or remove it")
+    actual = _list_entries(target)
+    changed = sorted(name for name in actual | recorded if actual.get(name) != recorded.get(name))
+    if changed:
+        raise InputError(
+            f"cannot write {target}: {changed[0]} there is not as the earlier export left it; choose another name, or "
+            "remove the folder"
+        )
 
 
 def _check_target(target: Path, source: Path, force: bool) -> None:
@@ -65,23 +100,88 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         raise InputError(f"cannot write {target}: not a folder; choose another name")
     if not any(target.iterdir()):
         return
-    if not _is_export(target):
-        raise InputError(f"cannot write {target}: not empty and no earlier export; choose another name or remove it")
+    _check_replaceable(target)
     if not force:
         raise InputError(f"cannot write {target}: an earlier export is there; --force replaces it")
 
 
-def _move_into_place(building: Path, target: Path) -> None:
-    earlier = building.with_suffix(".old")
-    if target.exists():
-        target.rename(earlier)
+def _move_into_place(building: Path, target: Path, earlier: Path, force: bool) -> None:
+    """Rename `building` to `target`, where nothing or an empty folder is, or with `force` an earlier export.
+
+    That ends at `building` or at `earlier`.
+    """
     try:
-        building.rename(target)
-    except BaseException:
-        if earlier.exists():
+        building.rename(target)  # an empty folder gives way, and nothing else
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    if not force or not target.is_dir():
+        raise InputError(f"cannot write {target}: it was made while this ran; choose another name or remove it")
+    if _exchange(building, target):
+        replaced = building
+    else:  # a kill between the two leaves `earlier`, which the next run moves back
+        target.rename(earlier)
+        replaced = earlier
+    try:
+        _check_replaceable(replaced)  # what came into it while this ran
+        if replaced == earlier:
+            building.rename(target)
+    except BaseException as error:
+        if replaced == earlier:
             earlier.rename(target)
+        else:
+            _exchange(building, target)
+        if isinstance(error, InputError):
+            raise InputError(str(error).replace(str(replaced), str(target))) from error
         raise
-    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+@contextmanager
+def _take_place(folder: str, target: Path) -> Iterator[Path]:
+    """A folder beside `target` for all that comes before it is there, locked against other runs to `target`.
+
+    What a run that was killed left in it is removed, or moved back where that was an earlier export.
+    """
+    place = target.parent / f".lexi-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.tmp"
+    place.mkdir(exist_ok=True)
+    lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(lock), os.stat(place / LOCK))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise InputError(f"another run is writing {folder}; wait for it to end, or name another folder with -o")
+        try:
+            if (place / EARLIER).exists() and not os.path.lexists(target):
+                (place / EARLIER).rename(target)
+            for name in (BUILDING, EARLIER):
+                shutil.rmtree(place / name, ignore_errors=True)
+            yield place
+        finally:
+            for name in (BUILDING, EARLIER):
+                shutil.rmtree(place / name, ignore_errors=True)
+            (place / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                place.rmdir()
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -91,22 +191,23 @@ def build_folder(
     """A temporary folder with links to the entries of `model`, but hidden ones and those matching `unlinked`.
 
     It becomes `folder` when the `with` block ends, and is removed if the block raises. `force` replaces an earlier
-    export.
+    export, in one step where the file system can, and only if nothing else is in it and nothing has changed.
 
     Raises:
-        InputError: no folder `model`; `folder` overlaps it, holds other things, or cannot be written.
+        InputError: no folder `model`; `folder` overlaps it, holds other things (also if they came while the block ran),
+            or cannot be written; another run is writing it.
     """
-    source, target = require_folder(model), Path(os.path.realpath(folder))
-    _check_target(target, Path(os.path.realpath(model)), force)
-    building = target.parent / f".lexi-{secrets.token_hex(8)}.tmp"
+    source, target, original = require_folder(model), Path(os.path.realpath(folder)), Path(os.path.realpath(model))
+    _check_target(target, original, force)
     try:
-        building.mkdir()
-        for entry in sorted(source.iterdir()):
-            if not any(fnmatch(entry.name, pattern) for pattern in (*unlinked, ".*")):
-                (building / entry.name).symlink_to(entry)
-        yield building
-        _move_into_place(building, target)
+        with _take_place(folder, target) as place:
+            _check_target(target, original, force)  # again: an earlier export may have been moved back
+            building = place / BUILDING
+            building.mkdir()
+            for entry in sorted(source.iterdir()):
+                if not any(fnmatch(entry.name, pattern) for pattern in (*unlinked, ".*")):
+                    (building / entry.name).symlink_to(entry)
+            yield building
+            _move_into_place(building, target, place / EARLIER, force)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror} ({target.parent})") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

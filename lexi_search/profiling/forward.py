@@ -5,7 +5,6 @@ Those that agree with the model up to a layer share its hidden states up to ther
 outputs are mixed from one pass over the experts.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int32
 
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.errors import InputError
+from lexi_search.errors import check_memory
 from lexi_search.layers.decoder import Decoder, attend, embed, finish, read_logits
 from lexi_search.layers.moe import compute_outputs, mix, squared_distances
 from lexi_search.layers.routing import route
@@ -269,12 +268,7 @@ def _choose_storage(run: Run, tokens: int) -> Callable[[Hidden], Any]:
 def check_room(run: Run, tokens: int) -> int:
     """Bytes of the hidden states of so many tokens, over all variants; InputError for more than the host has."""
     size = tokens * run.model.hidden_size * jnp.dtype(run.dtype).itemsize
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > host:
-        raise InputError(
-            f"hidden states under all changes of k take {size / 1e9:.1f} GB, this machine has {host / 1e9:.1f} GB; "
-            "lower --samples, or take --layers in parts"
-        )
+    check_memory("hidden states under all changes of k", size, "lower --samples, or take --layers in parts")
     return size
 
 

@@ -5,12 +5,13 @@ from contextlib import closing
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.errors import InputError
+from lexi_search.errors import InputError, check_memory
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import Model
@@ -85,6 +86,14 @@ def _profile_each(
     if settings.max_samples < settings.batch * settings.length:
         size = f"batch {settings.batch} x length {settings.length}"
         raise InputError(f"at most {settings.max_samples} samples allow no iteration of {size}; raise the cap")
+    memory = jax.local_devices()[0].memory_stats()
+    row = model.hidden_size * jnp.dtype(settings.dtype).itemsize
+    check_memory(
+        f"tokens and expert outputs of batch {settings.batch} x length {settings.length}",
+        float(settings.batch) * settings.length * (1 + model.top_k) * row,
+        "lower --batch or --length",
+        most=memory["bytes_limit"] if memory else None,
+    )
     needed = partial(find_needed, model, settings)
     with closing(stream_layers(checkpoint, model, layers, needed=needed)) as streamed:
         for layer, weights in streamed:

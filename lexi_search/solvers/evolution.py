@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax, random
 from jaxtyping import Float, Float32, Float64, Int, Int32
 
-from lexi_search.errors import InputError
+from lexi_search.errors import InputError, check_memory
 from lexi_search.solvers.exact import Optimum
 from lexi_search.solvers.operators import Fitness, Settings, State, Task, start, step
 from lexi_search.solvers.problem import Problem, discretise, drop_dominated, find_uniform, read_levels, sum_over_layers
@@ -35,6 +35,8 @@ FINALISTS = 16
 COST_STEPS = 2**23
 # The number of budgets that are evolved at once on one core of a CPU.
 BLOCK = 8
+# The arrays of a population's size that one generation holds at least: members, mates, children, what repair needs.
+COPIES = 4
 # The fields of a `Task` that have a row for each budget; the others are shared.
 PER_BUDGET = ("budget", "uniform", "target")
 
@@ -170,6 +172,15 @@ def _choose(
     return np.where(better[:, None], same, top_k).astype(np.int32), np.where(better, uniform_loss, loss)
 
 
+def _check_room(problem: Problem, population: int, generations: int, restarts: int) -> None:
+    """Raise InputError where the populations that are evolved at once, or the histories of all, fit no memory."""
+    budgets = len(problem.budgets)
+    size = 4.0 * COPIES * population * len(problem.ks) * restarts * min(budgets, BLOCK)
+    check_memory(f"populations of {population} allocations", size, "lower --population or --restarts")
+    size = 4.0 * 2 * generations * budgets
+    check_memory(f"histories of {generations} generations", size, "lower --generations")
+
+
 def search(
     problem: Problem,
     *,
@@ -208,6 +219,7 @@ def search(
     if fitness is None:
         problem = drop_dominated(problem)
     targets = None if optimum is None or fitness is not None else _find_targets(problem, optimum)
+    _check_room(problem, population, generations, restarts)
     settings = Settings(population, generations, mutation_rate, tournament, problem.sums_to_budget, fitness)
     tasks = make_tasks(problem, uniform, targets)
     finalists, best, mean, ran = _run(tasks, settings, restarts=restarts, seed=seed)

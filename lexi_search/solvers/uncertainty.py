@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
+from lexi_search.errors import check_memory
 from lexi_search.solvers.exact import solve_many
 from lexi_search.solvers.problem import Problem, sum_over_layers
 
@@ -41,6 +42,9 @@ def judge(
     seed: int = 0,
 ) -> Certainty:
     """The certainty of the allocations `top_k`, one for each of `problem`'s budgets, from `resamples` tables."""
+    # Noise, the tables, and the best allocation of each table.
+    size = 8.0 * resamples * (2 * problem.losses.size + top_k.size / 2)
+    check_memory(f"{resamples} resampled profiles", size, "lower --resamples")
     tables = resample(problem.losses, np.asarray(errors), count=resamples, seed=seed)
     shares, regrets = np.zeros(top_k.shape), np.zeros(len(top_k))
     for table, best in zip(tables, solve_many(problem, tables), strict=True):
