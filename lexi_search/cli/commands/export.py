@@ -2,7 +2,7 @@
 
 import click
 
-from lexi_search.artifacts.files import write_atomically
+from lexi_search.artifacts.files import check_writable, write_atomically
 from lexi_search.artifacts.serialisation import read_allocation
 from lexi_search.checkpoint.folder import find_folder
 from lexi_search.errors import InputError
@@ -27,6 +27,10 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     from lexi_search.allocation import export as exporters
 
     config = exporters.read_config(model) if model else {}
+    writes_folder = form == "vllm" or (form == "transformers" and bool(model))
+    inputs = [allocation, find_folder(model, ["config.json"]) if model else None]
+    if output and not writes_folder:
+        check_writable(output, apart_from=inputs)
     if model:
         exporters.check_config(exported.model, config)
         if reason := exporters.check_weights(exported.model, model):
@@ -40,13 +44,11 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
             click.echo(exporters.format_vllm_command(output, exported.model.model_type))
         else:
             click.echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
-    elif form == "transformers" and model and output:
+    elif writes_folder and output:
         exporters.write_folder(output, model, exporters.make_transformers_overrides(exported), force=force)
         click.echo(exporters.format_transformers_call(output, allocation))
     elif output:
-        source = find_folder(model, ["config.json"]) if model else None
-        text = exporters.format_text(exported, form)
-        write_atomically(output, text.encode(), apart_from=[allocation, source])
+        write_atomically(output, exporters.format_text(exported, form).encode(), apart_from=inputs)
         click.echo(output)
     else:
         click.echo(exporters.format_text(exported, form), nl=False)

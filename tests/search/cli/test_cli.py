@@ -309,7 +309,7 @@ def test_export_to_vllm(allocation, checkpoint):
     assert output == "vllm serve out\n"
     exported = json.loads(Path("out/config.json").read_text())
     assert exported["architectures"] == ["LexiOlmoeForCausalLM"]
-    assert sorted(os.listdir("out")) == sorted(os.listdir(checkpoint))
+    assert sorted(os.listdir("out")) == sorted([*os.listdir(checkpoint), "lexi-export.json"])
     command = succeed("export", "allocation.json", "--to", "vllm", "--model", checkpoint)
     words = subprocess.run(
         ["sh", "-c", f'vllm() {{ printf "%s\\0" "$@"; }}; {command}'], capture_output=True, text=True
