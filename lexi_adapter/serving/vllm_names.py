@@ -62,8 +62,8 @@ ORDERED_SCORES = ("softmax", "sigmoid")  # the scoring functions whose kernels w
 # Model types whose class in vLLM has an LM head of its own even where the checkpoint ties it to the embeddings. It is
 # then never loaded, and the engine serves noise.
 NEVER_TIED = frozenset(
-    """afmoe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_vl_v2 glm4_moe glm_moe_dsa gpt_oss jamba kimi_k2 minimax_m2
-    nemotron_h olmoe qwen3_next""".split()
+    """afmoe deepseek deepseek_v2 deepseek_v3 deepseek_v32 deepseek_vl_v2 glm4_moe glm_moe_dsa gpt_oss jamba kimi_k2
+    minimax_m2 nemotron_h olmoe qwen3_next""".split()
 )
 
 

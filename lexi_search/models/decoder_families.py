@@ -133,6 +133,7 @@ _FAMILIES = (
     Family("hunyuan_v1_moe", eps=Key("rms_norm_eps", 1e-5), norm_last=True),
     Family("ernie4_5_moe", eps=Key("rms_norm_eps", 1e-5), theta=5e5, interleaved=True),
     PLAIN,
+    PLAIN._replace(model_type="deepseek"),
     DEEPSEEK_V2,
     DEEPSEEK_V2._replace(model_type="deepseek_vl_v2"),
     DEEPSEEK_V3,

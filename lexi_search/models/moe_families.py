@@ -180,6 +180,11 @@ _FAMILIES = (
         shared_experts=("num_shared_experts",),
         bound=("mlp.gate_proj",),
     ),
+    DEEPSEEK_V2._replace(
+        model_type="deepseek",  # DeepSeek-MoE, whose router knows neither groups nor a scale
+        routing=QWEN2_MOE.routing,
+        choices={"topk_method": {"greedy": {}}, "scoring_func": {"softmax": {}}},
+    ),
     DEEPSEEK_V2,
     DEEPSEEK_V2._replace(model_type="deepseek_vl_v2"),
     DEEPSEEK_V3,

@@ -33,6 +33,7 @@ CHANGES = {"deepseek_v2": LATENT_ATTENTION, "deepseek_vl2": LATENT_ATTENTION}
 OPTIONS = {
     "deepseek_v2": LATENT_OPTIONS,
     "deepseek_vl2": LATENT_OPTIONS | {"limit_mm_per_prompt": {"image": 0}, "skip_tokenizer_init": False},
+    "deepseek": {"trust_remote_code": True},
     "minicpm": {"trust_remote_code": True},
 }
 WORKER_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}

@@ -42,9 +42,42 @@ DEEPSEEK = COMMON | dict(
     head_dim=32,
 )
 MIXTRAL = COMMON | dict(intermediate_size=96, num_local_experts=8, num_experts_per_tok=4, sliding_window=None)
+VISION = dict(
+    depth=1,
+    num_hidden_layers=1,
+    hidden_size=32,
+    embed_dim=32,
+    intermediate_size=32,
+    num_heads=2,
+    num_attention_heads=2,
+    out_hidden_size=64,
+    patch_size=14,
+    image_size=28,
+    deepstack_visual_indexes=[0],
+    num_position_embeddings=16,
+    projector_hidden_size=64,
+)
+OCR2_VISION = dict(
+    sam_config=VISION | dict(patch_size=16, image_size=64, output_channels=32, downsample_channels=[32, 32]),
+    encoder_config=VISION | dict(vocab_size=8, num_key_value_heads=2),
+)
+DEEPSEEK_MOE = COMMON | dict(
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_shared_experts=2,
+    mlp_layer_types=["dense", "sparse", "sparse"],
+)
 
-# One entry per family: its transformers class and settings. DeepSeek-VL2 and MiniCPM-MoE have no class there: their
-# language models are DeepSeek-V2 and (with neutral scales) Mixtral under other names.
+
+def with_vision(text, vision=VISION, **more):
+    return dict(text_config=text, vision_config=vision, **more)
+
+
+# One entry per family: its transformers class and settings. DeepSeek-MoE, DeepSeek-VL2 and MiniCPM-MoE have no class
+# there: their language models are, under other names, that of DeepSeek-OCR-2, DeepSeek-V2 and (with neutral scales)
+# Mixtral.
 FAMILIES = {
     "olmoe": (
         "Olmoe",
@@ -77,6 +110,7 @@ FAMILIES = {
             head_dim=32,
         ),
     ),
+    "deepseek": ("DeepseekOcr2 ForConditionalGeneration", with_vision(DEEPSEEK_MOE, OCR2_VISION)),
     "deepseek_v2": ("DeepseekV2", DEEPSEEK),
     "deepseek_vl2": (
         "DeepseekV2",
@@ -113,29 +147,9 @@ GRANITE = LOCAL | dict(
 )
 ARIA = LOCAL | dict(moe_num_experts=16, moe_topk=4, moe_num_shared_experts=1)
 LLAMA4 = LOCAL | dict(num_experts_per_tok=1, intermediate_size_mlp=64, moe_layers=[1], interleave_moe_layer_step=2)
-VISION = dict(
-    depth=1,
-    num_hidden_layers=1,
-    hidden_size=32,
-    embed_dim=32,
-    intermediate_size=32,
-    num_heads=2,
-    num_attention_heads=2,
-    out_hidden_size=64,
-    patch_size=14,
-    image_size=28,
-    deepstack_visual_indexes=[0],
-    num_position_embeddings=16,
-    projector_hidden_size=64,
-)
 LLAMA4_VISION = VISION | dict(
     vision_output_dim=64, pixel_shuffle_ratio=0.5, projector_input_dim=64, projector_output_dim=64
 )
-
-
-def with_vision(text, vision=VISION, **more):
-    return dict(text_config=text, vision_config=vision, **more)
-
 
 # The families that are only described and computed, not served in the tests: the names of the config and of the model,
 # where they are not those of one `ForCausalLM`, and the settings.
@@ -244,8 +258,13 @@ BIASES = ("e_score_correction_bias", "expert_bias", "router.bias")
 
 
 def build_reference(family: str, *, seed: int = 0, **changes):
-    """The family's tiny model, built by transformers: float32, evaluation mode, routers with clear preferences."""
+    """The family's tiny model, built by transformers: float32, evaluation mode, routers with clear preferences.
+
+    `changes` are of the language model's settings.
+    """
     name, settings = ALL_FAMILIES[family]
+    if "text_config" in settings:
+        changes = {"text_config": settings["text_config"] | changes}
     name, _, model_name = name.partition(" ")
     config = getattr(transformers, f"{name}Config")(**(settings | changes))
     config._attn_implementation = "eager"
@@ -276,8 +295,8 @@ def save_checkpoint(family: str, model, folder: Path, *, shard_size: str = "5GB"
     model.save_pretrained(folder, max_shard_size=shard_size)
     if family in REWRITES:
         _rewrite(folder, *REWRITES[family])
-    if family == "minicpm":
-        (folder / "configuration_minicpm.py").write_text(MINICPM_CONFIGURATION)
+    if family in CONFIGURATIONS:
+        (folder / f"configuration_{family}.py").write_text(CONFIGURATION.format(family, CONFIGURATIONS[family]))
     return folder
 
 
@@ -297,6 +316,7 @@ def read_config(folder: Path) -> SimpleNamespace:
 
 def _rewrite(folder, rename, reconfigure):
     tensors = {rename(k): v for k, v in load_file(folder / "model.safetensors").items()}
+    tensors.pop(None, None)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(reconfigure(config), indent=2))
@@ -355,8 +375,32 @@ def _retype(model_type, **more):
     return lambda config: config | {"model_type": model_type} | more
 
 
-# The changes that turn transformers' checkpoint into the hub's: functions of a tensor's name, and of the config.
+def _deepseek_name(key):
+    """None for what only the whole of DeepSeek-OCR-2 has; its language model is written with the names on the hub."""
+    return key if re.match(r"lm_head\.|model\.(embed_tokens|layers|norm)\.", key) else None
+
+
+def _deepseek_config(config):
+    text = config["text_config"]
+    kinds = text.pop("mlp_layer_types")
+    for key in ("head_dim", "mlp_bias", "n_group", "routed_scaling_factor", "topk_group", "topk_method"):
+        del text[key]  # the hub's config has none
+    return text | {
+        "architectures": ["DeepseekForCausalLM"],
+        "model_type": "deepseek",
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"},
+        "dtype": config["dtype"],
+        "first_k_dense_replace": kinds.index("sparse"),
+        "moe_layer_freq": 1,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+    }
+
+
+# The changes that turn transformers' checkpoint into the hub's: functions of a tensor's name, whose None drops the
+# tensor, and of the config.
 REWRITES = {
+    "deepseek": (_deepseek_name, _deepseek_config),
     "deepseek_vl2": (lambda key: f"language.{key}", _vl2_config),
     "minicpm": (lambda key: key.replace(".block_sparse_moe.", ".mlp."), _minicpm_config),
     "qwen3_omni_moe": (
@@ -374,10 +418,12 @@ REWRITES = {
     ),
 }
 
-MINICPM_CONFIGURATION = """from transformers.configuration_utils import PretrainedConfig
+# What transformers needs beside a config whose model_type it does not know, so that vLLM can read it.
+CONFIGURATIONS = {"deepseek": "DeepseekConfig", "minicpm": "MiniCPMConfig"}
+CONFIGURATION = """from transformers.configuration_utils import PretrainedConfig
 
 
-class MiniCPMConfig(PretrainedConfig):
-    model_type = "minicpm"
+class {1}(PretrainedConfig):
+    model_type = "{0}"
     keys_to_ignore_at_inference = ["past_key_values"]
 """

@@ -15,8 +15,8 @@ from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_search.artifacts.serialisation import to_document, write_allocation
 
 TOKENS = torch.arange(3, 40).reshape(1, -1)
-# transformers has no classes for these two: their language models are those of other families.
-INNER = {"deepseek_vl2": "deepseek_v2", "minicpm": "mixtral"}
+# transformers has no classes for these: their language models are those of other families.
+INNER = {"deepseek": "deepseek_ocr2", "deepseek_vl2": "deepseek_v2", "minicpm": "mixtral"}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,9 @@ def read_top_k(model):
 def build_by_hand(family, top_k):
     """Layer l taken from a model whose configuration says k = top_k[l] for all its layers."""
     model = build_reference(family)
+    layers = model.get_decoder().layers
     for layer, k in top_k.items():
-        model.model.layers[layer] = build_reference(family, num_experts_per_tok=k).model.layers[layer]
+        layers[layer] = build_reference(family, num_experts_per_tok=k).get_decoder().layers[layer]
     return model
 
 

@@ -10,11 +10,11 @@ from tiny import FAMILIES, build_reference
 import lexi_adapter
 from lexi_search.artifacts.serialisation import to_document
 
-# transformers has no classes for these two: their language models are those of other families.
 EXPONENT = 0.5
 # One family for every way to weigh: as scored, renormalised, scaled after a choice by groups, in a block of its own.
 SHIFTED = ("olmoe", "qwen3_moe", "deepseek_v2", "minicpm")
-INNER = {"deepseek_vl2": "deepseek_v2", "minicpm": "mixtral"}
+# transformers has no classes for these: their language models are those of other families.
+INNER = {"deepseek": "deepseek_ocr2", "deepseek_vl2": "deepseek_v2", "minicpm": "mixtral"}
 
 
 def run_reference(model):

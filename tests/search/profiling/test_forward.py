@@ -37,6 +37,8 @@ SETTINGS = {
 }
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8, rope_theta=1e4)
 SETTINGS |= {
+    "deepseek": GROUPED
+    | dict(attention_bias=True, rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
     "deepseek_v2": dict(rope_parameters=YARN | dict(mscale=0.707, mscale_all_dim=0.707)),
     "deepseek_vl2": dict(q_lora_rank=24, qk_nope_head_dim=24, v_head_dim=16),
     "deepseek_v3": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8), first_k_dense_replace=1),
@@ -99,8 +101,6 @@ KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FA
 def build(name, **changes):
     """The tiny model, with gains and biases that differ from the 1 and 0 that transformers gives them."""
     changes = SETTINGS.get(name, {}) | changes
-    if "text_config" in tiny.ALL_FAMILIES[name][1]:
-        changes = {"text_config": tiny.ALL_FAMILIES[name][1]["text_config"] | changes}
     model, generator = tiny.build_reference(name, **changes), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for value in model.parameters():
