@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lexi_search.artifacts.allocation import Allocation
@@ -130,8 +131,8 @@ def read_config(model: str) -> dict[str, Any]:
     return read_json_object(find_folder(model, ["config.json"]) / "config.json", finite=False)
 
 
-def check_weights(model: ModelIdentity, source: str) -> str | None:
-    """Compare the routers in a folder, or in the hub's cache, with those that the allocation was made for.
+def check_weights(model: ModelIdentity, source: str, folder: Path) -> str | None:
+    """Compare the routers in `folder`, which `find_folder` gave for `source`, with those of the allocation's model.
 
     Returns:
         Why they could not be compared, or None.
@@ -139,7 +140,6 @@ def check_weights(model: ModelIdentity, source: str) -> str | None:
     Raises:
         InputError: they are others, or the shards of the folder are damaged.
     """
-    folder = find_folder(source, ["config.json"])
     if not any(folder.glob("*.safetensors")):
         return "no safetensors shards there"
     try:

@@ -160,6 +160,25 @@ def check_writable_folder(path: str | os.PathLike[str]) -> None:
     check_writable(os.path.join(path, "file") if os.path.isdir(path) else path)
 
 
+def lock_file(path: str | os.PathLike[str]) -> int | None:
+    """A descriptor that locks the file `path`, created if missing; None where another process locks it.
+
+    The kernel releases the lock however the process ends. OSError where the file cannot be opened or locked.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # else its last holder has removed it in between
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
 def _find_state(path: str | os.PathLike[str]) -> os.stat_result | None:
     try:
         return os.stat(path)

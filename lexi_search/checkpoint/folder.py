@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -12,7 +11,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lexi_search.artifacts.files import json_bytes, read_json_object
+from lexi_search.artifacts.files import json_bytes, lock_file, read_json_object
 from lexi_search.errors import InputError
 
 
@@ -159,29 +158,24 @@ def _take_place(folder: str, target: Path) -> Iterator[Path]:
     """
     place = target.parent / f".lexi-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.tmp"
     place.mkdir(exist_ok=True)
-    lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = lock_file(place / LOCK)
+    if lock is None:
+        raise InputError(f"another run is writing {folder}; wait for it to end, or name another folder with -o")
     try:
+        if (place / EARLIER).exists() and not os.path.lexists(target):
+            (place / EARLIER).rename(target)
+        for name in (BUILDING, EARLIER):
+            shutil.rmtree(place / name, ignore_errors=True)
+        yield place
+    finally:
+        for name in (BUILDING, EARLIER):
+            shutil.rmtree(place / name, ignore_errors=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(lock), os.stat(place / LOCK))
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            raise InputError(f"another run is writing {folder}; wait for it to end, or name another folder with -o")
-        try:
-            if (place / EARLIER).exists() and not os.path.lexists(target):
-                (place / EARLIER).rename(target)
-            for name in (BUILDING, EARLIER):
-                shutil.rmtree(place / name, ignore_errors=True)
-            yield place
-        finally:
-            for name in (BUILDING, EARLIER):
-                shutil.rmtree(place / name, ignore_errors=True)
             (place / LOCK).unlink(missing_ok=True)
             with suppress(OSError):
                 place.rmdir()
-    finally:
-        os.close(lock)
+        finally:
+            os.close(lock)
 
 
 @contextmanager

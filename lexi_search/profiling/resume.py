@@ -5,7 +5,6 @@ bytes' SHA-256 in its name; the same for findings that all layers need and that 
 a lock that the run holds while it lives.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lexi_search.artifacts.files import json_bytes, read_bytes, write_atomically
+from lexi_search.artifacts.files import json_bytes, lock_file, read_bytes, write_atomically
 from lexi_search.artifacts.merging import Header, find_difference, read_header
 from lexi_search.artifacts.profile import LayerLoss, Profile
 from lexi_search.artifacts.serialisation import read_profile, to_bytes
@@ -137,19 +136,10 @@ def keep_partials(
 
 
 def _lock(path: Path, output: str | os.PathLike[str]) -> int:
-    """A file descriptor that holds the lock; the kernel releases it however the process ends."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), os.stat(path)):  # else its last holder has removed it in between
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        os.close(lock)
-        raise
-    os.close(lock)
-    raise InputError(f"another run is writing {output}; wait for it to end, or name another file with -o")
+    lock = lock_file(path)
+    if lock is None:
+        raise InputError(f"another run is writing {output}; wait for it to end, or name another file with -o")
+    return lock
 
 
 def _read(path: Path) -> Profile | Mapping[str, Any] | None:

@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache
@@ -17,7 +17,7 @@ from lexi_search import __version__
 from lexi_search.artifacts.codec import require_gate_exponent
 from lexi_search.artifacts.files import check_writable, refuse_inputs
 from lexi_search.artifacts.merging import Header
-from lexi_search.artifacts.profile import LayerLoss, Profile, ProfileSettings
+from lexi_search.artifacts.profile import Profile, ProfileSettings
 from lexi_search.artifacts.serialisation import write_profile
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
@@ -64,12 +64,12 @@ class _Session(NamedTuple):
     run: Run | None  # None on the paper's input
     layers: Sequence[int]
     observer: Observer
+    made_by: Mapping[str, Any]
     partials: Partials | None = None
 
     @property
     def header(self) -> Header:
-        made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(self.checkpoint)}
-        return Header(self.model.identity, self.settings, made_by)
+        return Header(self.model.identity, self.settings, self.made_by)
 
 
 def profile_checkpoint(
@@ -145,7 +145,8 @@ def _open(
     chosen_dtype = choose_dtype(dtype, settings["input"], find_dtype(checkpoint, model))
     complete = ProfileSettings(dtype=chosen_dtype, gate_exponent=model.routing.exponent, **settings)
     run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype)
-    return _Session(group, checkpoint, model, complete, run, chosen, observer)
+    made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
+    return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by)
 
 
 def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent: bool) -> Profile | None:
@@ -157,7 +158,14 @@ def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent
     costs = estimate_costs(session.checkpoint, session.model, missing, session.settings.input)
     assigned = spread(costs, group.size)[group.index]
     tokens = get_text() if assigned and session.run is not None else None
-    measured = _profile_assigned(session, assigned, tokens)
+    measured = profile_layers(
+        session.checkpoint,
+        session.model,
+        layers=assigned,
+        settings=session.settings,
+        tokens=tokens,
+        report=session.observer.advance_pass,
+    )
     with closing(measured):
         for layer, loss in gather(group, measured, missing):
             if partials is not None:
@@ -171,15 +179,6 @@ def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent
     write_profile(output, profile, apart_from=[session.checkpoint.folder])
     partials.drop(layers)
     return profile
-
-
-def _profile_assigned(
-    session: _Session, layers: Sequence[int], tokens: Int32[np.ndarray, "sequences length"] | None
-) -> Iterator[tuple[int, LayerLoss]]:
-    report = session.observer.advance_pass
-    return profile_layers(
-        session.checkpoint, session.model, layers=layers, settings=session.settings, tokens=tokens, report=report
-    )
 
 
 def _get_text(session: _Session) -> Int32[np.ndarray, "sequences length"]:

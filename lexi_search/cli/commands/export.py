@@ -26,14 +26,15 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     exported = read_allocation(allocation)
     from lexi_search.allocation import export as exporters
 
-    config = exporters.read_config(model) if model else {}
+    folder = find_folder(model, ["config.json"]) if model else None  # once: for a hub id it asks the hub
+    config = exporters.read_config(str(folder)) if folder else {}
     writes_folder = form == "vllm" or (form == "transformers" and bool(model))
-    inputs = [allocation, find_folder(model, ["config.json"]) if model else None]
+    inputs = [allocation, folder]
     if output and not writes_folder:
         check_writable(output, apart_from=inputs)
-    if model:
+    if folder:
         exporters.check_config(exported.model, config)
-        if reason := exporters.check_weights(exported.model, model):
+        if reason := exporters.check_weights(exported.model, model, folder):
             click.echo(f"note: the router weights of {model} were not compared ({reason})", err=True)
     elif form == "vllm":
         raise InputError("--to vllm needs --model, the model's folder or hub id")

@@ -1,5 +1,6 @@
 """A profile cut short goes on where it was, and nothing of that shows in its bytes."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -228,8 +229,8 @@ def test_the_lock_of_a_run_that_just_ended_is_none(folder):
     """Opened while its holder lived, locked after that removed it: whoever has it is alone with a file of no name."""
     header = read_header(make_profile())
     with pytest.MonkeyPatch.context() as patch:
-        real = resume.fcntl.flock
-        patch.setattr(resume.fcntl, "flock", lambda lock, how: (os.unlink("p.partial/lock"), real(lock, how)))
+        real = fcntl.flock
+        patch.setattr(fcntl, "flock", lambda lock, how: (os.unlink("p.partial/lock"), real(lock, how)))
         with pytest.raises(InputError, match="another run is writing p; wait"), keep_partials("p", header):
             pass
 
