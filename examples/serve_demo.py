@@ -20,6 +20,8 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 STATED = re.compile(r"LExI allocation applied: (.*); top-k of each: (.*)")
 START_SECONDS = 300
 
@@ -52,6 +54,8 @@ def serving(folder: str):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "lexi"]
     command += ["--max-model-len", "auto", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
+    # vLLM's CPU build (0.32) never asks Linux for the AMX tiles that its attention uses in bfloat16; it is killed.
+    command += [] if torch.cuda.is_available() else ["--dtype", "float32"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "vllm.log"
