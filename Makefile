@@ -9,6 +9,7 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 SEARCH := .venv
 SERVE := .venv-serve
 OUT := quickstart
+JOBS ?= 2
 CHECKPOINT := examples/tiny-olmoe
 
 export VLLM_NO_USAGE_STATS := 1
@@ -29,7 +30,7 @@ serve-demo: quickstart $(SERVE)/installed
 	HF_HUB_OFFLINE=1 $(SERVE)/bin/python examples/serve_demo.py $(OUT)/tiny-olmoe-40
 
 test: $(SERVE)/installed
-	$(SERVE)/bin/python -m pytest
+	$(SERVE)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(SERVE)/installed
 	$(SERVE)/bin/ruff check .

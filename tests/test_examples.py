@@ -152,6 +152,25 @@ def test_the_serving_tables_of_the_results_are_what_their_files_say(folder):
         assert "\n".join(lines) in written
 
 
+def test_the_losses_over_speed_in_the_results_are_what_their_files_say():
+    figure = load("benchmarks/quality_over_speed")
+    points = figure.find_points(
+        figure.read_results(figure.LOSSES), figure.find_speedups(json.loads(figure.TIMES.read_text()))
+    )
+    assert all(len(values) == 5 for values in points.values())
+    assert "\n".join(figure.make_table(points)) in (EXAMPLES / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_times_of_a_mix_are_weighed_by_how_many_steps_there_are():
+    figure = load("benchmarks/quality_over_speed")
+    steps = {
+        "16": {"other_ms": 1.0, "layers": {"0": [1.0, 3.0]}},
+        "8192": {"other_ms": 8.0, "layers": {"0": [4.0, 120.0]}},
+    }
+    speedups = figure.find_speedups({"model": {"top_k": 2}, "steps": steps})
+    assert speedups == {1: (128 * 4 + 128) / (128 * 2 + 12), 2: 1.0}
+
+
 def strip_code(text):
     """The document without fenced and indented blocks of code, and with code in a line for GitHub to read as it is."""
     text = re.sub(r"^ {0,3}(```+|~~~+).*?^ {0,3}\1[`~]*\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
