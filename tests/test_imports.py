@@ -31,7 +31,7 @@ HOUSE = {
         "environment": "",
         "model": "folder identity shapes variants",
         "serving": "gates triton_gates transformers_gates transformers_patch "
-        "vllm_names vllm_gates vllm_build vllm_plugin",
+        "vllm_names vllm_gates vllm_build vllm_status vllm_plugin",
         "engines": "workload locks kernels worker process options measuring",
         "speed": "throughput latency expert_load",
         "tasks": "scores texts perplexity passkey qasper harness hooks registry",
