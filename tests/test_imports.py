@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lexi_adapter
 import lexi_search
 
 ROOT = Path(lexi_search.__file__).parent.parent
@@ -209,6 +210,10 @@ def test_exported_names_are_there_and_loaded_late():
     with pytest.raises(AttributeError, match="module 'lexi_search' has no attribute 'nonsense'"):
         lexi_search.nonsense  # noqa: B018
     assert "jax" not in loaded_after("from lexi_search import read_profile, Allocation, InputError")
+
+
+def test_what_the_adapter_exports_is_listed():
+    assert lexi_adapter.__all__ and set(lexi_adapter.__all__) == set(dir(lexi_adapter))
 
 
 @pytest.mark.parametrize("module", ["lexi_adapter", "lexi_adapter.cli.main", "lexi_adapter.serving.vllm_plugin"])
