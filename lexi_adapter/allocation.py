@@ -3,6 +3,8 @@
 Standard library only. The file is JSON with "format": "lexi-allocation"; an `Allocation` that exists is valid.
 """
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -88,6 +90,15 @@ def to_document(allocation: Allocation) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, **body}
 
 
+def hash_allocation(allocation: Allocation) -> str:
+    """A short name of exactly this allocation: the first 12 hex digits of the SHA-256 of its file.
+
+    That is of the file as lexi_search writes it, wherever the allocation was read from: `sha256sum` agrees.
+    """
+    document = json.dumps(to_document(allocation), sort_keys=True, indent=1, allow_nan=False) + "\n"
+    return hashlib.sha256(document.encode()).hexdigest()[:12]
+
+
 def check_reducible(allocation: Allocation) -> None:
     """Raise AllocationError for a top-k that the model type's routing function does not know."""
     only = FIXED_TOP_K.get(allocation.model.model_type)
@@ -106,7 +117,7 @@ def describe_run(allocation: Allocation, top_k: Mapping[int, int]) -> str:
     each = " ".join(f"{layer}:{k}" for layer, k in sorted(top_k.items()))
     return (
         f"{sum(top_k.values())} of {len(top_k) * allocation.model.top_k} active experts per token "
-        f"over {len(top_k)} MoE layers{shift}; top-k of each: {each}"
+        f"over {len(top_k)} MoE layers{shift}, sha256 {hash_allocation(allocation)}; top-k of each: {each}"
     )
 
 

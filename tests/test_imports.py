@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lexi_adapter
 import lexi_search
 
 ROOT = Path(lexi_search.__file__).parent.parent
@@ -31,7 +32,7 @@ HOUSE = {
         "environment": "",
         "model": "folder identity shapes variants",
         "serving": "gates triton_gates transformers_gates transformers_patch "
-        "vllm_names vllm_gates vllm_build vllm_plugin",
+        "vllm_names vllm_gates vllm_build vllm_status vllm_plugin",
         "engines": "workload locks kernels worker process options measuring",
         "speed": "throughput latency expert_load",
         "tasks": "scores texts perplexity passkey qasper harness hooks registry",
@@ -209,6 +210,10 @@ def test_exported_names_are_there_and_loaded_late():
     with pytest.raises(AttributeError, match="module 'lexi_search' has no attribute 'nonsense'"):
         lexi_search.nonsense  # noqa: B018
     assert "jax" not in loaded_after("from lexi_search import read_profile, Allocation, InputError")
+
+
+def test_what_the_adapter_exports_is_listed():
+    assert lexi_adapter.__all__ and set(lexi_adapter.__all__) == set(dir(lexi_adapter))
 
 
 @pytest.mark.parametrize("module", ["lexi_adapter", "lexi_adapter.cli.main", "lexi_adapter.serving.vllm_plugin"])

@@ -1,6 +1,7 @@
 """Tables of results for a terminal."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -15,6 +16,11 @@ from lexi_adapter.speed.latency import Check, Step
 
 def _format(number: float | None) -> str:
     return "" if number is None else f"{number:.4f}" if abs(number) < 1000 else f"{number:.4g}"
+
+
+def _name(model: str) -> str:
+    """The name of the model in a folder, for titles: its last part, resolved where that is only dots."""
+    return Path(model).name if Path(model).name.strip(".") else Path(model).resolve().name
 
 
 def _make_table() -> Table:
@@ -116,19 +122,33 @@ def tabulate_loads(loads: Mapping[str, Mapping[int, Load]]) -> RenderableType:
 
 
 def tabulate_eval(document: Mapping[str, Any]) -> RenderableType:
-    """A row for every task, metric and variant: the score and its difference from the base's, with standard errors."""
-    title, table = f"{document['model']}, {document['setting']['backend']}", _make_table()
+    """A row for every task, metric and variant: the score and its difference from the base's, with standard errors.
+
+    Shares of right answers have 95 % intervals beside them, in columns that are there only for such.
+    """
+    title, table = f"{_name(document['model'])}, {document['setting']['backend']}", _make_table()
     for name in ("task", "metric", "variant"):
         table.add_column(name)
-    for name in ("value", "± s.e.", "minus base", "± s.e."):
+    shares = any(line.get("interval") for line in document["summary"])
+    for name in ("value", "± s.e.", *(["95 %"] * shares), "minus base", "± s.e.", *(["95 %"] * shares)):
         table.add_column(name, justify="right")
     rows = dict.fromkeys((line["task"], line["metric"]) for line in document["summary"])
     for task, metric in rows:
         for line in document["summary"]:
             if (line["task"], line["metric"]) == (task, metric):
-                numbers = (line[name] for name in ("value", "stderr", "difference", "difference_stderr"))
-                table.add_row(task, metric, line["variant"], *map(_format, numbers))
+                cells = []
+                for value, error, interval in (
+                    ("value", "stderr", "interval"),
+                    ("difference", "difference_stderr", "difference_interval"),
+                ):
+                    cells += [_format(line[value]), _format(line[error])]
+                    cells += [_format_interval(line.get(interval))] if shares else []
+                table.add_row(task, metric, line["variant"], *cells)
     return _add_title(title, table)
+
+
+def _format_interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def tabulate_tradeoff(panels: Sequence[Panel]) -> RenderableType:

@@ -8,14 +8,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import is_result
 from lexi_adapter.model.variants import Variant
-from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, combine, compare
+from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, combine, compare, find_interval
 
 FORMAT, VERSION = "lexi-eval", 1
 WORDS = {"files_sha256": "state of its files", "source_sha256": "source"}  # keys of a document, for messages
@@ -102,7 +101,10 @@ def make_document(
 
 
 def _make_piece(variant: str, task: str, outcome: Outcome) -> dict[str, Any]:
-    scores = [{"metric": metric, **asdict(score)} for metric, score in outcome.scores.items()]
+    scores = [
+        {"metric": metric, "value": score.value, "stderr": score.stderr, "values": list(score.values)}
+        for metric, score in outcome.scores.items()
+    ]
     piece = {"variant": variant, "task": task, "scores": scores, "details": dict(outcome.details)}
     return {**piece, "sha256": _hash_piece(json.loads(json.dumps(piece)))}  # as it is read again: keys are strings
 
@@ -153,7 +155,10 @@ def _list_differences(earlier: Mapping[str, Any], current: Mapping[str, Any]) ->
 
 def _read_outcome(piece: Mapping[str, Any]) -> Outcome:
     """The outcome in a piece of a document."""
-    scores = {s["metric"]: Score(s["value"], s["stderr"], tuple(s["values"])) for s in piece["scores"]}
+    scores = {}
+    for stored in piece["scores"]:
+        values = tuple(stored["values"])
+        scores[stored["metric"]] = Score(stored["value"], stored["stderr"], values, find_interval(values))
     return Outcome(scores, piece["details"])
 
 
@@ -187,16 +192,22 @@ def summarise(variants: Sequence[str], tasks: Sequence[Task], pieces: Pieces) ->
                 "metric": metric,
                 "value": score.value,
                 "stderr": score.stderr,
+                "interval": _to_list(score.interval),
                 "difference": difference.value if difference else None,
                 "difference_stderr": difference.stderr if difference else None,
+                "difference_interval": _to_list(difference.interval) if difference else None,
             }
+
+
+def _to_list(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)
 
 
 def _combine_lines(lines: Sequence[_Line]) -> _Line:
     """The means over tasks of scores and differences; None for a difference that a task lacks."""
     differences = [difference for _, difference in lines if difference]
     complete = len(differences) == len(lines)
-    return combine([score for score, _ in lines]), combine(differences) if complete else None
+    return combine([score for score, _ in lines]), combine(differences, paired=True) if complete else None
 
 
 def _read_scores(pieces: Pieces, variant: str, task: str) -> Mapping[str, Score]:

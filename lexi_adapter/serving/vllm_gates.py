@@ -70,6 +70,7 @@ def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
         _, kept = route(hidden_states, router_logits, indices_type, **kwargs)
         return pick(weights, ids, kept, exponent), kept
 
+    compensating.gate_exponent = exponent
     router._compute_routing = compensating
 
 
@@ -82,7 +83,14 @@ def _compensate_block(block: Any, top_k: int, own_top_k: int, exponent: float) -
         logits, _ = block.gate(hidden_states)
         return forward(hidden_states) * rescale(logits.float(), top_k, own_top_k, exponent).to(hidden_states.dtype)
 
+    compensating.gate_exponent = exponent
     block.forward = compensating
+
+
+def read_gate_exponent(layer: Any) -> float | None:
+    """The gate exponent that a built MoE layer applies; None: it routes as the engine does."""
+    routing = vars(layer.router).get("_compute_routing") if hasattr(layer, "router") else vars(layer).get("forward")
+    return getattr(routing, "gate_exponent", None)
 
 
 def _find_order(router: Any) -> str | None:

@@ -20,6 +20,9 @@ HOOKED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.fused_moe.routed_experts": ("RoutedExperts.forward_monolithic",),
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base": ("FusedMoEMethodBase.is_monolithic",),
     "vllm.model_executor.models.minicpm": ("MiniCPMMoE.__init__", "MiniCPMMoE.forward"),
+    "vllm.v1.worker.worker_base": ("WorkerBase", "WorkerWrapperBase.__getattr__"),
+    "vllm.engine.protocol": ("EngineClient.collective_rpc",),
+    "vllm.entrypoints.openai.models.serving": ("OpenAIServingModels.show_available_models",),
 }
 
 # The names of the function that builds a MoE layer: in 0.32 and 0.33, then in 0.26.

@@ -27,6 +27,7 @@ from lexi_adapter.model.folder import (
 )
 from lexi_adapter.serving.vllm_build import hook, hook_build, is_folder
 from lexi_adapter.serving.vllm_names import NEVER_TIED, check_version, describe_supported
+from lexi_adapter.serving.vllm_status import hook_server, hook_worker
 
 ADDITIONAL, CONFIG = "--additional-config", "config.json or --hf-overrides"  # the two places, for messages
 LIKENESS = 0.85  # of two keys that are at most two edits apart, of the length of ours; other keys of configs are below
@@ -47,6 +48,7 @@ class Document(dict):
 
 def _receive(document: dict[str, Any]) -> Document:
     hook_build()
+    hook_worker()
     return Document(document)
 
 
@@ -148,6 +150,8 @@ def prepare(vllm_config: Any) -> None:
     check_settings(vllm_config)
     check_model(allocation, vllm_config)
     hook_build()
+    hook_worker()
+    hook_server()
     vllm_config.additional_config = vllm_config.additional_config | {KEY: Document(to_document(allocation))}
 
 
@@ -173,6 +177,8 @@ def _check_understood(values: Mapping[str, Any], place: str) -> None:
     if KEY in values and values[KEY] is None:
         raise AllocationError(f"{KEY} in {place} is null; {form}, or leave it out")
     others = {key: value for key, value in values.items() if key != KEY}
+    if unknown := next((key for key in others if place == ADDITIONAL and str(key).lower().startswith("lexi")), None):
+        raise AllocationError(f"{place} has {unknown}, which this plugin does not know; {form}, or leave it out")
     if stray := next(_find_strays(others, ()), None):
         raise AllocationError(f"{place} has {'.'.join(stray)}, which looks like an allocation and is not read; {form}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.tasks.scores import Outcome, Score, Task
+from lexi_adapter.tasks.scores import Outcome, Score, Task, find_interval
 
 PREFIX = "lm-eval:"
 # Names after `lm-eval:` that stand for several tasks. LExI (section 3 and figure 4) averages accuracy over
@@ -153,7 +153,8 @@ def read_scores(results: Mapping[str, Any], task: str) -> Iterator[tuple[str, Sc
             has_stderr = isinstance(stderr, int | float) and math.isfinite(stderr)
             full_name = metric if has_metrics else f"{name} {metric}"
             full_name = full_name if label == "none" else f"{full_name},{label}"
-            yield full_name, Score(float(value), float(stderr) if has_stderr else None, values if is_mean else ())
+            items = values if is_mean else ()
+            yield full_name, Score(float(value), float(stderr) if has_stderr else None, items, find_interval(items))
 
 
 def _list_metrics(results: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]:

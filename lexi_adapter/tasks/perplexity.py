@@ -9,10 +9,11 @@ import hashlib
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, average
+from lexi_adapter.tasks.scores import Model, Outcome, Task, average
 from lexi_adapter.tasks.texts import check_length, check_tokens, encode, find_bos, read_text
 
 DEFAULT_WINDOW = 2048
@@ -75,6 +76,7 @@ def measure(model: Model, windows: Sequence[Sequence[int]]) -> Outcome:
     if not loss.value < OVERFLOW:
         raise AdapterError(f"the loss is {loss.value} nats per token; try another --dtype")
     perplexity = math.exp(loss.value)
-    # The standard error of an exponential, to first order.
-    stderr = None if loss.stderr is None else perplexity * loss.stderr
-    return Outcome({"perplexity": Score(perplexity, stderr), "loss": loss})
+    # To first order in the windows' losses the perplexity is the mean of these: so it has a standard error, and so has
+    # its difference from another model's on the same windows.
+    linear = [perplexity * (1 + value - loss.value) for value in loss.values]
+    return Outcome({"perplexity": replace(average(linear), value=perplexity, interval=None), "loss": loss})

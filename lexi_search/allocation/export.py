@@ -153,17 +153,19 @@ def check_weights(model: ModelIdentity, source: str, folder: Path) -> str | None
     return None
 
 
-def write_folder(folder: str, model: str, overrides: Mapping[str, Any], *, force: bool = False) -> None:
+def write_folder(
+    folder: str, model: str, overrides: Mapping[str, Any], *, force: bool = False, copy: bool = False
+) -> None:
     """Write to `folder` the model folder `model` with `overrides` in its config.json: complete or not at all.
 
-    All other entries become absolute links to those of `model`, which may be links themselves, except hidden ones. With
-    `force` an earlier export is replaced, if its record says that nothing else is in it; any other folder that is not
-    empty is never touched.
+    All other entries, except hidden ones, become links to those of `model`, which may be links themselves; or with
+    `copy` copies. With `force` an earlier export is replaced, if its record says that nothing else is in it; any other
+    folder that is not empty is never touched.
 
-    Raises InputError where `folder` cannot be written or holds something else.
+    Raises InputError where `folder` cannot be written, has no room for copies, or holds something else.
     """
     changed = merge(read_json_object(require_folder(model) / "config.json", finite=False), overrides)
-    with build_folder(folder, model, force=force) as building:
+    with build_folder(folder, model, force=force, copy=copy) as building:
         (building / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
         if "lexi_allocation" in changed:
             write_record(building)

@@ -42,6 +42,7 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
 RECORD = "lexi-export.json"
 # Files without a link in a new folder. vLLM would read params.json, of Mistral's own format, rather than config.json.
 UNLINKED = frozenset({"config.json", "params.json", RECORD})
+LARGE = 2**26  # bytes of a file that is not read for the record
 LOCK, BUILDING, EARLIER = "lock", "new", "old"  # entries of the folder in which a new one is built
 
 
@@ -58,18 +59,22 @@ def write_record(folder: Path) -> None:
     (folder / RECORD).write_bytes(json_bytes({"format": "lexi-export", "version": 1, "entries": _list_entries(folder)}))
 
 
-def _list_entries(folder: Path) -> dict[str, str]:
-    """What each entry of a folder is, but the record: the target of a link, the hash of a file."""
+def _list_entries(folder: Path, prefix: str = "") -> dict[str, str]:
+    """What each entry of a folder is, but the record: the target of a link, the hash of a file, by its relative path.
+
+    Of a large file, which only an export with copies has, size and time: a hash would read all of the weights.
+    """
     entries = {}
     for entry in sorted(folder.iterdir()):
+        name = prefix + entry.name
         if entry.is_symlink():
-            entries[entry.name] = f"link to {os.readlink(entry)}"
+            entries[name] = f"link to {os.readlink(entry)}"
         elif entry.is_dir():
-            entries[entry.name] = "folder"
-        elif entry.name != RECORD:
-            # Only config.json is no link; a large file is not of an export, and not read for it.
-            small = entry.is_file() and entry.stat().st_size < 2**26
-            entries[entry.name] = hashlib.sha256(entry.read_bytes()).hexdigest() if small else "other"
+            entries |= {name: "folder", **_list_entries(entry, f"{name}/")}
+        elif name != RECORD and entry.is_file() and (status := entry.stat()).st_size < LARGE:
+            entries[name] = hashlib.sha256(entry.read_bytes()).hexdigest()
+        elif name != RECORD:
+            entries[name] = f"{status.st_size} bytes of {status.st_mtime_ns}" if entry.is_file() else "other"
     return entries
 
 
@@ -178,18 +183,36 @@ def _take_place(folder: str, target: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def _copy(entries: Sequence[Path], building: Path) -> None:
+    """Copy files and folders, what links lead to included. InputError, before anything, where the disk lacks room."""
+    files = [path for entry in entries for path in (entry.rglob("*") if entry.is_dir() else [entry])]
+    needed, free = sum(path.stat().st_size for path in files if path.is_file()), shutil.disk_usage(building).free
+    if needed > free:
+        raise InputError(
+            f"copies need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {building.parents[1]}; make room, or "
+            "export links"
+        )
+    for entry in entries:
+        if entry.is_dir():
+            shutil.copytree(entry, building / entry.name)
+        else:
+            shutil.copy2(entry, building / entry.name)
+
+
 @contextmanager
 def build_folder(
-    folder: str, model: str, *, unlinked: Collection[str] = UNLINKED, force: bool = False
+    folder: str, model: str, *, unlinked: Collection[str] = UNLINKED, force: bool = False, copy: bool = False
 ) -> Iterator[Path]:
     """A temporary folder with links to the entries of `model`, but hidden ones and those matching `unlinked`.
 
-    It becomes `folder` when the `with` block ends, and is removed if the block raises. `force` replaces an earlier
+    The links are relative where both folders have one parent, which can then be moved or mounted elsewhere; else
+    absolute. With `copy` there are copies in place of links, if the disk has room for them. The temporary folder
+    becomes `folder` when the `with` block ends, and is removed if the block raises. `force` replaces an earlier
     export, in one step where the file system can, and only if nothing else is in it and nothing has changed.
 
     Raises:
         InputError: no folder `model`; `folder` overlaps it, holds other things (also if they came while the block ran),
-            or cannot be written; another run is writing it.
+            or cannot be written; no room for copies; another run is writing it.
     """
     source, target, original = require_folder(model), Path(os.path.realpath(folder)), Path(os.path.realpath(model))
     _check_target(target, original, force)
@@ -198,10 +221,15 @@ def build_folder(
             _check_target(target, original, force)  # again: an earlier export may have been moved back
             building = place / BUILDING
             building.mkdir()
-            for entry in sorted(source.iterdir()):
-                if not any(fnmatch(entry.name, pattern) for pattern in (*unlinked, ".*")):
-                    (building / entry.name).symlink_to(entry)
+            names = (*unlinked, ".*")
+            entries = [e for e in sorted(source.iterdir()) if not any(fnmatch(e.name, pattern) for pattern in names)]
+            if copy:
+                _copy(entries, building)
+            else:
+                beside = target.parent == Path(os.path.realpath(source.parent))
+                for entry in entries:
+                    (building / entry.name).symlink_to(Path("..", source.name, entry.name) if beside else entry)
             yield building
             _move_into_place(building, target, place / EARLIER, force)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror} ({target.parent})") from error
+        raise InputError(f"cannot write {folder}: {error.strerror or error} ({target.parent})") from error

@@ -97,13 +97,14 @@ def make_overrides(served, **changes):
     return make_vllm_overrides(served.allocation, json.loads((served.folder / "config.json").read_text())) | changes
 
 
-def make_job(model, family="olmoe", *, substitute=None, max_tokens=8, **options):
-    """One engine to start and the prompts to run on it; see engine_worker."""
+def make_job(model, family="olmoe", *, substitute=None, max_tokens=8, status=False, **options):
+    """One engine to start and the prompts to run on it, with what it states of its layers if `status`."""
     return {
         "model": str(model),
         "options": OPTIONS.get(family, {}) | options,
         "prompts": PROMPTS,
         "max_tokens": max_tokens,
+        "status": status,
         "substitute": substitute or (family if family in SUBSTITUTED else None),
     }
 

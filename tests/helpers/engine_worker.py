@@ -150,6 +150,7 @@ SUBSTITUTES = {
 def run(job):
     from vllm import LLM, SamplingParams
 
+    from lexi_adapter.serving import vllm_status
     from lexi_adapter.serving.vllm_build import read_top_k
 
     llm = LLM(job["model"], **DEFAULTS | job["options"])
@@ -158,7 +159,8 @@ def run(job):
     sampling = SamplingParams(max_tokens=job["max_tokens"], temperature=0, detokenize=False, prompt_logprobs=0)
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    return {
+    status = {"status": vllm_status.merge(llm.collective_rpc(vllm_status.METHOD))} if job["status"] else {}
+    return status | {
         "top_k": top_k,
         "logprobs": [[next(iter(place.values())).logprob for place in o.prompt_logprobs[1:]] for o in outputs],
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],

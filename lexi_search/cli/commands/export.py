@@ -14,7 +14,8 @@ from lexi_search.errors import InputError
 @click.option("--model", help="The model's original folder; for vllm without -o a hub id will do.")
 @click.option("-o", "--output", help="Model folder to make (vllm, transformers with --model), or file to write.")
 @click.option("--force", is_flag=True, help="Replace a model folder that was exported before.")
-def export(allocation: str, form: str, model: str | None, output: str | None, force: bool) -> None:
+@click.option("--copy", is_flag=True, help="Copy the weights into the model folder, in place of links to them.")
+def export(allocation: str, form: str, model: str | None, output: str | None, force: bool, copy: bool) -> None:
     """Export an ALLOCATION for a serving engine.
 
     \b
@@ -30,6 +31,8 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     config = exporters.read_config(str(folder)) if folder else {}
     writes_folder = form == "vllm" or (form == "transformers" and bool(model))
     inputs = [allocation, folder]
+    if copy and not (output and writes_folder):
+        raise InputError("--copy is for a model folder; name one by -o, with --model")
     if output and not writes_folder:
         check_writable(output, apart_from=inputs)
     if folder:
@@ -41,12 +44,13 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     if form == "vllm":
         overrides = exporters.make_vllm_overrides(exported, config)
         if output:
-            exporters.write_folder(output, model, overrides, force=force)
+            exporters.write_folder(output, model, overrides, force=force, copy=copy)
             click.echo(exporters.format_vllm_command(output, exported.model.model_type))
         else:
             click.echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
     elif writes_folder and output:
-        exporters.write_folder(output, model, exporters.make_transformers_overrides(exported), force=force)
+        overrides = exporters.make_transformers_overrides(exported)
+        exporters.write_folder(output, model, overrides, force=force, copy=copy)
         click.echo(exporters.format_transformers_call(output, allocation))
     elif output:
         write_atomically(output, exporters.format_text(exported, form).encode(), apart_from=inputs)

@@ -105,6 +105,7 @@ def test_perplexity_is_that_of_a_direct_loop(folder, tokenizer):
             differences = [one - other for one, other in zip(losses, expected["base"], strict=True)]
             assert loss["difference"] == pytest.approx(statistics.fmean(differences), abs=1e-4)
             assert loss["difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(3), abs=1e-4)
+            assert 0 < ppl["difference_stderr"] < ppl["difference"]
             assert loss["difference"] > 0.05  # all of these lose something that can be seen
     assert {piece["variant"] for piece in document["pieces"]} == set(expected)
     assert "uniform k = 2" in result.stdout and document["made_by"]["lexi_adapter"]
@@ -121,6 +122,10 @@ def test_a_model_that_copies_finds_every_passkey(folder):
         ("passkey 300", 1),
         ("passkey", 1),
     }
+    assert all(line["stderr"] is None and line["interval"][1] == 1 for line in summary)
+    low = {line["task"]: line["interval"][0] for line in summary}
+    assert low["passkey 150"] == low["passkey 300"] == pytest.approx(0.722, abs=1e-3) and low["passkey"] > 0.8
+    assert "0.722 to 1.000" in result.stdout and "± s.e." in result.stdout
 
 
 def test_a_run_that_was_cut_short_goes_on(folder):

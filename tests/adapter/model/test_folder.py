@@ -1,5 +1,6 @@
 """Whether an allocation fits a model folder: every way in which it may not, and `lexi-adapter check`, which says so."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -154,11 +155,16 @@ def test_check_command_says_what_fits(checkpoints, tmp_path, family):
     listed = " ".join(f"{layer}:{k}" for layer, k in sorted(allocation.top_k.items()))
     expected = (
         f"fits: {allocation.model.model_type}, {allocation.budget} of {4 * layers} active experts per token "
-        f"over {layers} MoE layers; top-k of each: {listed}\n"
+        f"over {layers} MoE layers, sha256 {hashlib.sha256((tmp_path / 'a.json').read_bytes()).hexdigest()[:12]}; "
+        f"top-k of each: {listed}\n"
     )
-    assert check(tmp_path / "a.json", "--model", checkpoints[family]) == expected
+    first = check(tmp_path / "a.json", "--model", checkpoints[family])
+    export_it = f"lexi-search export {tmp_path}/a.json --to vllm --model {checkpoints[family]} -o served/"
+    assert first == f"{expected}next: {export_it}\n"
     exported = export(allocation, checkpoints[family], tmp_path / "exported")
-    assert check(tmp_path / "a.json", "--model", exported) == expected
+    assert check(tmp_path / "a.json", "--model", exported) == f"{expected}next: vllm serve {exported}\n"
+    then = f"next: vllm serve {exported}; then lexi-adapter check {exported} --url URL\n"
+    assert check(exported) == expected + then
 
 
 def test_check_command_refuses_in_one_line(olmoe, tmp_path, monkeypatch):
@@ -188,9 +194,26 @@ def test_check_command_says_what_it_could_not_check(olmoe, tmp_path, monkeypatch
     write_allocation(tmp_path / "a.json", allocation)
     (folder / "model.safetensors").unlink()
     monkeypatch.setattr(checking, "find_vllm_version", lambda: None)
-    first, *notes = check(tmp_path / "a.json", "--model", folder).splitlines()
+    first, *notes, _ = check(tmp_path / "a.json", "--model", folder).splitlines()
     assert first.startswith("fits: olmoe")
     assert notes == [
         "note: no safetensors files there, so the weights were not compared",
         "note: vLLM is not installed here, so its version was not checked",
     ]
+
+
+def test_check_command_takes_an_exported_folder_itself_and_says_what_is_wrong_with_it(olmoe, tmp_path):
+    folder, allocation = olmoe
+    assert f"{folder}/config.json has no lexi_allocation: vLLM would serve the model's own k" in check(folder)
+    write_allocation(tmp_path / "a.json", allocation)
+    assert "name the model's folder by --model" in check(tmp_path / "a.json")
+    assert "name an exported folder" in check() and "name an exported folder" in check("--model", folder)
+    exported = export(allocation, folder, tmp_path / "exported")
+    assert check(exported).startswith("fits: olmoe")
+    whole = json.loads((exported / "config.json").read_text())
+    rewrite_config(exported, per_layer_config=whole["per_layer_config"] | {"1": {"num_experts_per_tok": 4}})
+    assert f"{exported}/config.json: per_layer_config and lexi_allocation differ in layer 1" in check(exported)
+    rewrite_config(exported, per_layer_config=whole["per_layer_config"], architectures=["OlmoeForCausalLM"])
+    assert "note: exported for transformers" in check(exported)
+    rewrite_config(exported, num_experts_per_tok=2)
+    assert "num_experts_per_tok is 2" in check(exported)

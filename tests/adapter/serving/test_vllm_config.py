@@ -98,7 +98,7 @@ def test_a_key_that_is_almost_ours_stops_the_start(name, nested):
     values = {"a": {"b": {name: "a.json"}}} if nested else {name: "a.json"}
     found = f"a.b.{name}" if nested else name
     for place, arguments in (("--additional-config", {"additional": values}), ("--hf-overrides", values)):
-        with pytest.raises(AllocationError, match=f"{place} has {found}, which looks like an allocation"):
+        with pytest.raises(AllocationError, match=f"{place} has {found}, which (looks like|this plugin)"):
             ask(**arguments)
 
 
@@ -109,7 +109,7 @@ def test_an_allocation_under_no_key_of_ours_stops_the_start(allocation):
             ask(**arguments)
     for values in ({"lexi": document}, {"text": {"lexi_allocation": document}}, {"text": {"lexi_allocation": None}}):
         for arguments in ({"additional": values}, values):
-            with pytest.raises(AllocationError, match="looks like an allocation and is not read"):
+            with pytest.raises(AllocationError, match="looks like an allocation and is not read|plugin does not know"):
                 ask(**arguments)
 
 
@@ -127,9 +127,15 @@ def test_a_key_inside_the_language_model_s_config_stops_the_start():
         ask(text_config=make_config(lexi_allocation="a.json"))
 
 
+@pytest.mark.parametrize("name", ["lexi_alocation", "lexi_anything", "lexi", "LEXI_k", "lexi-budget"])
+def test_an_additional_key_of_ours_that_is_not_known_stops_the_start(name):
+    with pytest.raises(AllocationError, match=f"--additional-config has {name}, which this plugin does not know"):
+        ask({name: "a.json"})
+
+
 def test_other_keys_do_not():
-    others = {"allocation": 1, "lexi": 2, "format": "pt", "local_allocation": 3, "": 4}
-    assert ask(others, **others).additional_config == others
+    others = {"allocation": 1, "format": "pt", "local_allocation": 3, "": 4, "inner": {"lexi": 1}}
+    assert ask(others, **others, lexi=2).additional_config == others
     assert ask().additional_config == {}
 
 

@@ -6,10 +6,14 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from engine import make_served, start
+from click.testing import CliRunner
+from engine import allocate, make_served, start
 from tiny import make_checkpoint
 
 import lexi_adapter
+from lexi_adapter.allocation import hash_allocation, read_allocation
+from lexi_adapter.cli.main import main
+from lexi_search.artifacts.serialisation import to_document, write_allocation
 
 DEMO = Path(lexi_adapter.__file__).parent.parent / "examples" / "serve_demo.py"
 ARGUMENTS = ["--prompt", "t3 t4 t5", "--tokens", "4"]
@@ -24,10 +28,14 @@ def load_demo():
 
 def test_server_lists_its_model_completes_shows_the_top_k_of_every_layer_and_stops(tmp_path, monkeypatch, capsys):
     served, demo, seen = make_served(tmp_path), load_demo(), {}
+    other = tmp_path / "other.json"
+    write_allocation(other, allocate(served.folder, (1, 2, 3)))
 
     def list_models_and_complete(url, *arguments, complete=demo.complete):
         with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as response:
             seen["models"] = [model["id"] for model in json.load(response)["data"]]
+        for words in (["--url", url], [str(served.exported), "--url", f"{url}/v1"], [str(other), "--url", url]):
+            seen.setdefault("checks", []).append(CliRunner().invoke(main, ["check", *words]))
         return complete(url, *arguments)
 
     def stop(server, stop=demo.stop):
@@ -38,9 +46,18 @@ def test_server_lists_its_model_completes_shows_the_top_k_of_every_layer_and_sto
     monkeypatch.setattr(demo, "stop", stop)
     monkeypatch.setattr(sys, "argv", [str(DEMO), str(served.exported), *ARGUMENTS])
     demo.main()
+    bare, same, differing = seen.pop("checks")
     assert seen == {"models": ["lexi"], "running": False}
+    sha256 = hash_allocation(read_allocation(to_document(served.allocation)))
+    for stated in (bare, same):
+        assert stated.exit_code == 0, stated.output
+        assert "runs lexi: 6 of 12 active experts per token over 3 MoE layers" in stated.output
+        assert f"sha256 {sha256}, read from 1 worker; top-k of each: 0:1 1:3 2:2\n" in stated.output
+    assert same.output.splitlines()[-1] == f"that is {served.exported}, sha256 {sha256}"
+    assert differing.exit_code == 2
+    assert differing.output == f"Error: layer 1 runs k = 3 there, {other} says 2; serve {other}\n"
     title, head, *rows, blank, text = capsys.readouterr().out.splitlines()
-    assert title == f"served {served.exported}: 6 of 12 active experts per token over 3 MoE layers"
+    assert title == f"served {served.exported}: 6 of 12 active experts per token over 3 MoE layers, sha256 {sha256}"
     assert head.split() == ["layer", "top-k"]
     assert {int(layer): int(k) for layer, k in map(str.split, rows)} == served.allocation.top_k
     assert text.startswith("t3 t4 t5") and len(text.split()) > 3

@@ -1,5 +1,6 @@
 """The ways of an allocation into vLLM, its workers and its compile cache, and vLLM without one; with real engines."""
 
+import hashlib
 import pickle
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from engine import allocate, export, job_with, make_job, make_overrides, make_se
 from tiny import FAMILIES, make_checkpoint
 
 import lexi_adapter
+from lexi_adapter.allocation import hash_allocation, read_allocation
 from lexi_adapter.serving.vllm_plugin import Document
 from lexi_search.artifacts.serialisation import to_document, write_allocation
 
@@ -76,13 +78,15 @@ def test_other_ways_to_run_it_come_to_the_same(ways, name):
     assert measure_distance(other, native) < 1e-3
 
 
-def test_log_states_the_allocation_once_an_engine(ways):
+def test_log_states_the_allocation_once_an_engine(served, ways):
     results, log = ways
     lines = [line for line in log.splitlines() if "LExI" in line]
     assert len(lines) == sum(name != "none" for name in results)
-    expected = "LExI allocation applied: 6 of 12 active experts per token over 3 MoE layers; top-k of each: 0:1 1:3 2:2"
-    assert lines[0].endswith(expected)
-    assert sum("over 3 MoE layers, gate exponent 0; top-k of each: 0:1 1:3 2:2" in line for line in lines) == 1
+    path = served.root / "allocation.json"
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    expected = "LExI allocation applied: 6 of 12 active experts per token over 3 MoE layers"
+    assert lines[0].endswith(f"{expected}, sha256 {sha256}; top-k of each: 0:1 1:3 2:2")
+    assert sum("over 3 MoE layers, gate exponent 0, sha256 " in line for line in lines) == 1
 
 
 def test_a_gate_exponent_of_nought_is_what_a_family_that_does_not_renormalise_runs(ways):
@@ -129,13 +133,20 @@ def test_workers_of_their_own_run_the_same_or_stop_with_the_reason(served, ways)
     environment, options = two_workers()
     path = served.root / "vanishing.json"  # the configuration carries its content to the workers
     write_allocation(path, served.allocation)
-    vanishing = job_with(served, str(path), substitute="vanishing_file", **options)
+    vanishing = job_with(served, str(path), substitute="vanishing_file", status=True, **options)
     broken = make_job(served.exported, load_format="dummy", hf_overrides={"num_experts": 8})
     run = run_engines(vanishing, broken, **environment)
     assert not path.exists()
     (parallel, failed), alone = run.results, ways[0]["exported folder"]
     assert (parallel.get("top_k"), parallel.get("tokens")) == (alone["top_k"], alone["tokens"]), parallel
     assert measure_distance(parallel, alone) < 1e-3
+    assert parallel["status"] == {
+        "sha256": hash_allocation(read_allocation(to_document(served.allocation))),
+        "own_top_k": 4,
+        "top_k": {"0": 1, "1": 3, "2": 2},
+        "gate_exponents": {},
+        "workers": 2,
+    }
     assert run.log.count("LExI allocation applied") == 1
     assert "error" in failed
     reason = "vLLM builds model.layers.0.mlp.experts with num_experts = 8, but the allocation was made for 16"

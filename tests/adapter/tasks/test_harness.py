@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lexi_adapter
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.tasks import harness
-from lexi_adapter.tasks.scores import Score
+from lexi_adapter.tasks.scores import Score, find_interval
 
 MODEL = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 CHOICES = ["self", "None", "zebra"]  # lm-eval puts a space before each
@@ -45,8 +45,10 @@ def test_scores_come_with_the_values_of_the_documents():
         "group_subtasks": {"group": ["one", "two"]},
         "samples": {"one": make_samples([1.0, 0.0]), "two": make_samples([1.0, 1.0, 0.0])},
     }
-    assert dict(harness.read_scores(results, "group")) == {"acc": Score(0.6, 0.1, (1.0, 0.0, 1.0, 1.0, 0.0))}
-    assert dict(harness.read_scores(results, "one")) == {"acc": Score(0.5, 0.2, (1.0, 0.0)), "f1": Score(0.9)}
+    five, two = (1.0, 0.0, 1.0, 1.0, 0.0), (1.0, 0.0)
+    assert dict(harness.read_scores(results, "group")) == {"acc": Score(0.6, 0.1, five, find_interval(five))}
+    one = {"acc": Score(0.5, 0.2, two, find_interval(two)), "f1": Score(0.9)}
+    assert dict(harness.read_scores(results, "one")) == one
     # A group with another mean than that of its documents has no values of its own, a tag no metric of its own.
     results["results"]["group"]["acc,none"] = 7 / 12
     assert dict(harness.read_scores(results, "group")) == {"acc": Score(7 / 12, 0.1)}

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -162,17 +163,74 @@ def test_what_is_cut_keeps_both_ends(tokens, room):
     assert cut[: (room + 1) // 2] == tokens[: (room + 1) // 2] and cut[-(room // 2) :] == tokens[-(room // 2) :]
 
 
-values = st.lists(st.floats(-10, 10), min_size=2, max_size=9)
+numbers = st.floats(-10, 10).filter(lambda value: value not in (0, 1))  # shares of right answers are another matter
+values = st.lists(numbers, min_size=2, max_size=9)
 
 
 @given(values, st.data())
 def test_differences_are_paired_where_there_are_items(one, data):
-    other = data.draw(st.lists(st.floats(-10, 10), min_size=len(one), max_size=len(one)))
+    other = data.draw(st.lists(numbers, min_size=len(one), max_size=len(one)))
     difference = scores.compare(scores.average(one), scores.average(other))
     assert difference.value == pytest.approx(statistics.fmean(one) - statistics.fmean(other), abs=1e-9)
     paired = [a - b for a, b in zip(one, other, strict=True)]
     assert difference.stderr == pytest.approx(statistics.stdev(paired) / math.sqrt(len(one)))
     assert scores.compare(Score(3.0, 1.0), Score(1.0, 1.0)) == Score(2.0)
+
+
+def test_a_share_of_none_or_all_is_not_known_without_error():
+    for right in range(7):
+        found = scores.average([1.0] * right + [0.0] * (6 - right))
+        expected = scipy.stats.binomtest(right, 6).proportion_ci(0.95, method="wilson")
+        assert found.interval == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert (found.stderr is None) == (right in (0, 6))
+    assert scores.average([0.0] * 6).interval[1] == pytest.approx(0.39, abs=0.01)
+    assert scores.average([0.0, 0.5]).interval is None and scores.average([1.0]).interval is not None
+
+
+def test_the_interval_of_a_paired_difference_of_shares_holds_the_truth_as_often_as_it_says():
+    generator, held, trials = random.Random(0), 0, 2000
+    for _ in range(trials):
+        base = [float(generator.random() < 0.3) for _ in range(20)]
+        other = [right if generator.random() < 0.8 else 1 - right for right in base]  # worth 0.2 * 0.4 in the mean
+        low, high = scores.compare(scores.average(other), scores.average(base)).interval
+        held += low <= 0.2 * (1 - 2 * 0.3) <= high
+    assert 0.93 < held / trials < 0.985
+    same = scores.compare(scores.average([0.0] * 6), scores.average([0.0] * 6))
+    assert same.stderr is None and same.interval == pytest.approx((-0.245, 0.245), abs=1e-3)
+
+
+def test_a_group_of_tasks_without_a_right_answer_has_the_interval_of_all_items():
+    none, some = scores.average([0.0] * 6), scores.average([0.0, 1.0])
+    assert scores.combine([none, none]).interval == scores.average([0.0] * 12).interval
+    assert scores.combine([none, none]).stderr is None
+    assert scores.combine([none, some]).interval is None  # of as many items each, or it is another mean
+    difference = scores.compare(none, none)
+    assert scores.combine([difference, difference], paired=True).interval == scores.find_difference_interval([0.0] * 12)
+
+
+def test_a_difference_of_perplexities_has_the_error_that_drawing_the_windows_again_gives():
+    generator = random.Random(0)
+    hard = [generator.gauss(2.0, 0.5) for _ in range(60)]
+    losses = [[loss + generator.gauss(shift, 0.05) for loss in hard] for shift in (0.0, 0.1)]
+
+    class Model:
+        def __init__(self, losses):
+            self.losses = losses
+
+        def score(self, windows):
+            return [[-loss] for loss in self.losses]
+
+    one, other = (perplexity.measure(Model(values), []).scores["perplexity"] for values in losses)
+    difference = scores.compare(other, one)
+    assert difference.value == pytest.approx(other.value - one.value)
+    assert one.value == pytest.approx(math.exp(statistics.fmean(losses[0])))
+    again = []
+    for _ in range(2000):
+        drawn = [generator.randrange(60) for _ in hard]
+        means = [statistics.fmean(values[index] for index in drawn) for values in losses]
+        again.append(math.exp(means[1]) - math.exp(means[0]))
+    assert difference.stderr == pytest.approx(statistics.stdev(again), rel=0.1)
+    assert difference.stderr < one.stderr / 3  # the windows' difficulty cancels
 
 
 def test_groups_are_averaged_with_errors_in_squares():

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,10 +158,57 @@ def test_folder_links_all_but_the_config(folder, tmp_path):
     assert not (out / "config.json").is_symlink()
     assert (out / "model.safetensors").read_bytes() == b"weights"
     assert (out / "original" / "notes.txt").read_text() == "notes"
-    assert all(os.readlink(out / name) == str(folder / name) for name in ("model.safetensors", "original"))
+    assert all(os.readlink(out / name) == f"../model/{name}" for name in ("model.safetensors", "original"))
     assert snapshot(folder) == before
     out.rename(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_folders_of_one_parent_move_together_and_others_alone(folder, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    folder = folder.rename(models / "weights")
+    (models / "alias").symlink_to("weights")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    for source, name in (("weights", "beside"), ("alias", "by-alias")):
+        export.write_folder(str(models / name), str(models / source), {"lexi_allocation": {"n": 1}})
+    export.write_folder(str(tmp_path / "far"), str(folder), {})
+    assert os.readlink(tmp_path / "far" / "tokenizer.json") == str(folder / "tokenizer.json")
+    moved = models.rename(tmp_path / "moved")
+    for name in ("beside", "by-alias"):
+        assert (moved / name / "model.safetensors").read_bytes() == b"weights"
+        export.write_folder(str(moved / name), str(moved / "weights"), {"lexi_allocation": {"n": 2}}, force=True)
+
+
+def test_copies_need_no_model_and_are_replaced_only_as_they_were_left(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "LARGE", 8)  # as if the weights were larger than what is hashed
+    (tmp_path / "blobs" / "abc").write_bytes(b"the weights")
+    out, first, second = tmp_path / "out", {"lexi_allocation": {"n": 1}}, {"lexi_allocation": {"n": 2}}
+    export.write_folder(str(out), str(folder), first, copy=True)
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    export.write_folder(str(out), str(folder), second, copy=True, force=True)
+    for name in ("model.safetensors", "original/notes.txt"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(b"other bytes")
+        with pytest.raises(InputError, match=f"{name} there is not as the earlier export left it"):
+            export.write_folder(str(out), str(folder), first, copy=True, force=True)
+        os.truncate(out / name, 0)
+        shutil.copy2(folder / name, out / name)
+        assert (out / name).read_bytes() == whole
+    (out / "original" / "added.txt").write_text("mine")
+    with pytest.raises(InputError, match="original/added.txt there is not as the earlier export left it"):
+        export.write_folder(str(out), str(folder), first, copy=True, force=True)
+    shutil.rmtree(folder)
+    assert (out / "model.safetensors").read_bytes() == b"the weights"
+
+
+def test_copies_that_have_no_room_are_refused_before_any_is_made(folder, tmp_path, monkeypatch):
+    before, usage = snapshot(tmp_path), shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"copies need 0.0 GB, 0.0 GB are free in .*; make room, or export links"):
+        export.write_folder(str(tmp_path / "out"), str(folder), {}, copy=True)
+    assert snapshot(tmp_path) == before
 
 
 def test_folder_from_a_relative_path(folder, tmp_path, monkeypatch):

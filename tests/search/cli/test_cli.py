@@ -310,6 +310,9 @@ def test_export_to_vllm(allocation, checkpoint):
     exported = json.loads(Path("out/config.json").read_text())
     assert exported["architectures"] == ["LexiOlmoeForCausalLM"]
     assert sorted(os.listdir("out")) == sorted([*os.listdir(checkpoint), "lexi-export.json"])
+    succeed("export", "allocation.json", "--to", "vllm", "--model", checkpoint, "-o", "whole", "--copy")
+    assert not any(path.is_symlink() for path in Path("whole").iterdir())
+    assert json.loads(Path("whole/config.json").read_text()) == exported
     command = succeed("export", "allocation.json", "--to", "vllm", "--model", checkpoint)
     words = subprocess.run(
         ["sh", "-c", f'vllm() {{ printf "%s\\0" "$@"; }}; {command}'], capture_output=True, text=True
@@ -330,6 +333,8 @@ def test_export_refuses(allocation, checkpoint, tmp_path):
     for form in ("vllm", "transformers", "json", "csv"):
         message = refuse("export", "allocation.json", "--to", form, "--model", "other", "-o", "out")
         assert "the allocation is for num_experts_per_tok 4, the config has 1" in message
+    for words in (["--to", "json", "-o", "a.json"], ["--to", "vllm", "--model", checkpoint]):
+        assert "--copy is for a model folder" in refuse("export", "allocation.json", *words, "--copy")
     to_vllm = ["export", "allocation.json", "--to", "vllm", "--model"]
     succeed(*to_vllm, checkpoint, "-o", "out")
     assert "--force replaces it" in refuse(*to_vllm, checkpoint, "-o", "out")
