@@ -20,7 +20,7 @@ HOUSE = {
         "checkpoint": "folder config dequantise quantisation_config quantisation_formats tensors reader writer",
         "models": "moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
         "profiling": "moments gaussian forward sampling divergence profile distributed resume session",
-        "allocation": "costs allocate tradeoff comparison export",
+        "allocation": "costs speed_estimate allocate tradeoff comparison export",
         "pruning": "importance slicing sizes prune",
         "cli": "console options tables plots commands main entry",
     },
