@@ -6,10 +6,11 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from lexi_search.artifacts.files import json_bytes, lock_file, read_json_object
 from lexi_search.errors import InputError
@@ -178,6 +179,31 @@ def _take_place(folder: str, target: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def _list_linked(source: Path, unlinked: Collection[str]) -> list[Path]:
+    """The entries of a model folder that a new folder links to."""
+    return [
+        entry
+        for entry in sorted(source.iterdir())
+        if not any(fnmatch(entry.name, pattern) for pattern in (*unlinked, ".*"))
+    ]
+
+
+def is_export(folder: str, model: str, config: Mapping[str, Any]) -> bool:
+    """Whether `folder` is the folder `model` with this config.json, and nothing else, as `build_folder` makes it."""
+    if not os.path.isdir(folder):
+        return False
+    links = {entry.name: f"link to {entry}" for entry in _list_linked(require_folder(model), UNLINKED)}
+    entries = _list_entries(Path(folder))
+    kind = entries.pop("config.json", "link")
+    same = entries == links and not kind.startswith("link")
+    return same and read_json_object(Path(folder) / "config.json", finite=False) == config
+
+
+def check_place(folder: str, model: str, *, force: bool = False) -> None:
+    """Raise the InputError that `build_folder` would raise now because of what `folder` is or holds."""
+    _check_target(Path(os.path.realpath(folder)), Path(os.path.realpath(model)), force)
+
+
 @contextmanager
 def build_folder(
     folder: str, model: str, *, unlinked: Collection[str] = UNLINKED, force: bool = False
@@ -198,9 +224,8 @@ def build_folder(
             _check_target(target, original, force)  # again: an earlier export may have been moved back
             building = place / BUILDING
             building.mkdir()
-            for entry in sorted(source.iterdir()):
-                if not any(fnmatch(entry.name, pattern) for pattern in (*unlinked, ".*")):
-                    (building / entry.name).symlink_to(entry)
+            for entry in _list_linked(source, unlinked):
+                (building / entry.name).symlink_to(entry)
             yield building
             _move_into_place(building, target, place / EARLIER, force)
     except OSError as error:
