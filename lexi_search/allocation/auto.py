@@ -54,7 +54,7 @@ class Target(NamedTuple):
     """The one thing that is asked for: `kind` is "budget", "speedup" or "max_loss".
 
     A budget is in experts, a speed-up over the model's own k. A largest loss is in the loss's own unit or, if
-    `relative`, a share of the loss with the fewest experts in every layer.
+    `relative`, a share of what the layers lose in sum with one expert each.
     """
 
     kind: str
@@ -257,6 +257,16 @@ def _profile_as_paper(job: Job, profile: Profile, *, restart: bool) -> Profile:
         )
 
 
+def sum_largest(profile: Profile) -> float:
+    """The sum of what the layers lose with one expert each: the loss that shares are of."""
+    return sum(row[0] for row in profile.losses(profile.default_loss))
+
+
+def find_limit(profile: Profile, target: Target) -> float:
+    """The largest loss that a target of kind "max_loss" allows."""
+    return target.value * sum_largest(profile) if target.relative else target.value
+
+
 def _search(profile: Profile, target: Target, cost: Cost) -> tuple[AllocationResult, Front]:
     """The exact optimum within the target, and the front of loss over the sum of k."""
     front = find_front(profile)
@@ -267,12 +277,11 @@ def _search(profile: Profile, target: Target, cost: Cost) -> tuple[AllocationRes
     if target.kind == "speedup":
         [result] = search([cost.base_ms / target.value], cost=cost)
         return result, front
-    timed = find_front(profile, cost=cost)
-    limit = target.value * timed.points[0].loss if target.relative else target.value
+    timed, limit = find_front(profile, cost=cost), find_limit(profile, target)
     point = find_fastest_within(timed, limit)
     if all(k == profile.model.top_k for k in point.top_k):
         least = min((other.loss for other in timed.points if other != point), default=0.0)
-        share = 100 * least / timed.points[0].loss if least else 0
+        share = 100 * least / sum_largest(profile) if least else 0
         raise InputError(
             f"--max-loss {limit:g} is out of reach: the least that a faster allocation loses is {least:.4g}, "
             f"{share:.3g}% of the largest"

@@ -150,9 +150,20 @@ def read_cost(profile: Profile, cost_file: str | None, mix: str | None) -> "Cost
 
     table = read_cost_table(cost_file)
     try:
-        return weigh(table, profile.model, mix=_parse_mix(mix) if mix else None)
+        return weigh(table, profile.model, mix=parse_mix(mix) if mix else None)
     except InputError as error:
         raise InputError(f"{cost_file}: {error}") from error
+
+
+def parse_loss(text: str, option: str = "--max-loss") -> tuple[float, bool]:
+    """A loss, and whether it is a share of another one: 12.5 is (12.5, False), and 20% is (0.2, True)."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InputError(f"{option} {text!r} is not understood; write a loss such as 12.5, or a share such as 20%")
+    return (value / 100, True) if text.endswith("%") else (value, False)
 
 
 def _parse_values(text: str) -> tuple[int, ...]:
@@ -163,7 +174,7 @@ def _parse_values(text: str) -> tuple[int, ...]:
         raise InputError(f"--allowed-k {text!r} is not understood; write 1,2,4,8") from None
 
 
-def _parse_mix(text: str) -> dict[int, float]:
+def parse_mix(text: str) -> dict[int, float]:
     """The mix {16: 1024.0, 16384: 1.0} from 16:1024,16384:1; a missing count is 1."""
     mix: dict[int, Any] = {}
     try:

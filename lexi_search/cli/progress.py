@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 class Reporter:
     """The observer of a run that shows it on stderr; `kept` is what a run that is interrupted leaves behind."""
 
-    def __init__(self, progress: "Progress", *, from_text: bool) -> None:
+    def __init__(self, progress: "Progress", *, from_text: bool, step: str = "") -> None:
         self.progress = progress
-        self.passes = progress.add_task("decoder layers, in passes", total=None, visible=from_text)
-        self.bar = progress.add_task("layers", total=None, visible=False)
+        self.passes = progress.add_task(f"{step}decoder layers, in passes", total=None, visible=from_text)
+        self.bar = progress.add_task(f"{step}layers", total=None, visible=False)
         self.kept: Partials | None = None
         self.layers: Sequence[int] = ()
 

@@ -17,6 +17,8 @@ from lexi_search.allocation.auto import (
     PROFILE,
     RESAMPLES,
     Outcome,
+    find_limit,
+    sum_largest,
 )
 from lexi_search.allocation.baselines import PAPER as PAPER_NAME
 from lexi_search.artifacts.serialisation import sha256
@@ -130,14 +132,11 @@ def explain(outcome: Outcome) -> Iterator[str]:
     )
     target = outcome.job.target
     if target.kind == "max_loss":
-        largest = sum(row[0] for row in outcome.profile.losses(kind))
-        share = (
-            f"{100 * target.value:.4g} % of {largest:.4g}, what k = 1 in every layer loses"
-            if target.relative
-            else "given"
+        limit, largest = find_limit(outcome.profile, target), sum_largest(outcome.profile)
+        yield (
+            f"The target is a sum over layers of at most {limit:.4g} {find_unit(outcome)}, "
+            f"{100 * limit / largest:.3g} % of the {largest:.4g} that one expert in every layer loses."
         )
-        limit = target.value * largest if target.relative else target.value
-        yield f"The target is a sum over layers of at most {limit:.4g} {find_unit(outcome)} ({share})."
     if any(one.name == PAPER_NAME for one in outcome.contenders):
         yield (
             f"The paper's method: the same budget, spent by the norms of LExI's Algorithm 1 (random input, "
