@@ -43,6 +43,8 @@ _MODULE_OF = {
     "solve": "solvers.exact",
     "weigh": "allocation.costs",
     "allocate": "allocation.allocate",
+    "prepare_checkpoint": "allocation.auto",
+    "Target": "allocation.auto",
     "find_front": "allocation.tradeoff",
     "find_best_within": "allocation.tradeoff",
     "find_fastest_within": "allocation.tradeoff",

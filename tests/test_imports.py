@@ -21,9 +21,9 @@ HOUSE = {
         "checkpoint": "folder config dequantise quantisation_config quantisation_formats tensors reader writer",
         "models": "moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
         "profiling": "moments gaussian forward sampling divergence profile distributed resume session",
-        "allocation": "costs allocate tradeoff comparison export",
+        "allocation": "costs speed_estimate allocate tradeoff comparison baselines export auto",
         "pruning": "importance slicing sizes prune",
-        "cli": "console options tables plots commands main entry",
+        "cli": "console options tables plots progress report commands main entry",
     },
     "lexi_adapter": {
         "errors": "",
@@ -42,7 +42,10 @@ HOUSE = {
     },
 }
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
-FOLDERS = {"lexi_search/layers/kernels": "blocks hopper grouped"}
+FOLDERS = {
+    "lexi_search/layers/kernels": "blocks hopper grouped",
+    "lexi_search/cli/report": "statements facts drawings pages",
+}
 MOST_ROOMS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 330, 60
 STANDARD = set(sys.stdlib_module_names) | {"lexi_search"}
 MAY_IMPORT = {

@@ -20,13 +20,15 @@ from lexi_search.solvers.problem import sum_over_layers
 class Cost(NamedTuple):
     """Milliseconds of a mix of engine steps: of each MoE layer at k = 1, 2, ..., and of everything else.
 
-    `mix` maps tokens in a step to the number of such steps; `table_sha256` identifies the cost table.
+    `mix` maps tokens in a step to the number of such steps; `table_sha256` identifies the cost table, and `estimated`
+    says that its times are not measured (`speed_estimate`).
     """
 
     ms: Float64[np.ndarray, "layers ks"]
     other_ms: float
     mix: Mapping[int, float]
     table_sha256: str
+    estimated: bool = False
 
     @property
     def base_ms(self) -> float:
@@ -39,7 +41,8 @@ class Cost(NamedTuple):
 
     def describe(self) -> dict[str, Any]:
         """The description of this cost for files that depend on it."""
-        return {"table_sha256": self.table_sha256, "mix": {str(tokens): count for tokens, count in self.mix.items()}}
+        mix = {str(tokens): count for tokens, count in self.mix.items()}
+        return {"table_sha256": self.table_sha256, "mix": mix} | ({"estimated": True} if self.estimated else {})
 
 
 def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | None = None) -> Cost:
@@ -66,4 +69,10 @@ def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | 
         for tokens, count in sorted(mix.items())
     )
     other = sum(count * table.steps[tokens].other_ms for tokens, count in sorted(mix.items()))
-    return Cost(ms=ms, other_ms=float(other), mix=dict(sorted(mix.items())), table_sha256=sha256(table))
+    return Cost(
+        ms=ms,
+        other_ms=float(other),
+        mix=dict(sorted(mix.items())),
+        table_sha256=sha256(table),
+        estimated="estimate" in table.made_by,
+    )

@@ -18,7 +18,7 @@ from lexi_search.artifacts.codec import short
 from lexi_search.artifacts.files import json_bytes, read_json_object
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.serialisation import to_document
-from lexi_search.checkpoint.folder import build_folder, find_folder, require_folder, write_record
+from lexi_search.checkpoint.folder import build_folder, find_folder, is_export, require_folder, write_record
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.model import hash_routers
@@ -164,11 +164,20 @@ def write_folder(
 
     Raises InputError where `folder` cannot be written, has no room for copies, or holds something else.
     """
-    changed = merge(read_json_object(require_folder(model) / "config.json", finite=False), overrides)
+    changed = _change_config(model, overrides)
     with build_folder(folder, model, force=force, copy=copy) as building:
         (building / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
         if "lexi_allocation" in changed:
             write_record(building)
+
+
+def holds_folder(folder: str, model: str, overrides: Mapping[str, Any]) -> bool:
+    """Whether `folder` is what `write_folder` would make of it, and nothing else."""
+    return is_export(folder, model, _change_config(model, overrides))
+
+
+def _change_config(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return merge(read_json_object(require_folder(model) / "config.json", finite=False), overrides)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from lexi_search.artifacts.files import json_bytes, lock_file, read_json_object
 from lexi_search.errors import InputError
@@ -199,6 +200,39 @@ def _copy(entries: Sequence[Path], building: Path) -> None:
             shutil.copy2(entry, building / entry.name)
 
 
+def _list_linked(source: Path, unlinked: Collection[str]) -> list[Path]:
+    """The entries of a model folder that a new folder links to."""
+    return [
+        entry
+        for entry in sorted(source.iterdir())
+        if not any(fnmatch(entry.name, pattern) for pattern in (*unlinked, ".*"))
+    ]
+
+
+def _find_link(entry: Path, target: Path) -> Path:
+    """What a link in the folder `target` to an entry of a model folder says: relative where both lie side by side."""
+    source = entry.parent
+    return Path("..", source.name, entry.name) if target.parent == Path(os.path.realpath(source.parent)) else entry
+
+
+def is_export(folder: str, model: str, config: Mapping[str, Any]) -> bool:
+    """Whether `folder` is the folder `model` with this config.json, and nothing else, as `build_folder` makes it."""
+    if not os.path.isdir(folder):
+        return False
+    target = Path(os.path.realpath(folder))
+    linked = _list_linked(require_folder(model), UNLINKED)
+    links = {entry.name: f"link to {_find_link(entry, target)}" for entry in linked}
+    entries = _list_entries(Path(folder))
+    kind = entries.pop("config.json", "link")
+    same = entries == links and not kind.startswith("link")
+    return same and read_json_object(Path(folder) / "config.json", finite=False) == config
+
+
+def check_place(folder: str, model: str, *, force: bool = False) -> None:
+    """Raise the InputError that `build_folder` would raise now because of what `folder` is or holds."""
+    _check_target(Path(os.path.realpath(folder)), Path(os.path.realpath(model)), force)
+
+
 @contextmanager
 def build_folder(
     folder: str, model: str, *, unlinked: Collection[str] = UNLINKED, force: bool = False, copy: bool = False
@@ -221,14 +255,12 @@ def build_folder(
             _check_target(target, original, force)  # again: an earlier export may have been moved back
             building = place / BUILDING
             building.mkdir()
-            names = (*unlinked, ".*")
-            entries = [e for e in sorted(source.iterdir()) if not any(fnmatch(e.name, pattern) for pattern in names)]
+            entries = _list_linked(source, unlinked)
             if copy:
                 _copy(entries, building)
             else:
-                beside = target.parent == Path(os.path.realpath(source.parent))
                 for entry in entries:
-                    (building / entry.name).symlink_to(Path("..", source.name, entry.name) if beside else entry)
+                    (building / entry.name).symlink_to(_find_link(entry, target))
             yield building
             _move_into_place(building, target, place / EARLIER, force)
     except OSError as error:

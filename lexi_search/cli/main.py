@@ -3,6 +3,7 @@
 import click
 
 from lexi_search import __version__
+from lexi_search.cli.commands.auto import auto
 from lexi_search.cli.commands.compare import compare
 from lexi_search.cli.commands.export import export
 from lexi_search.cli.commands.front import front
@@ -21,6 +22,7 @@ def main() -> None:
     """A top-k for every layer of a mixture-of-experts model, from its weights alone (LExI).
 
     \b
+    lexi-search auto WEIGHTS --budget 50% -o DIR  all of the below, and a report
     lexi-search profile WEIGHTS                   how much each layer loses at each k
     lexi-search search profile.json --budget 80   the best k per layer, 80 in sum
     lexi-search front profile.json --knee         every trade of cost against loss, and one of them
@@ -28,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (profile, merge_profiles, search, front, show, plot, compare, judge, export, prune):
+for command in (auto, profile, merge_profiles, search, front, show, plot, compare, judge, export, prune):
     main.add_command(command)

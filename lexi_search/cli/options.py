@@ -1,6 +1,8 @@
 """Options shared by commands: constraints on an allocation, its cost, and the element type of tokens."""
 
+import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -103,6 +105,30 @@ def make_constraints(
     )
 
 
+def parse_budget(text: str, *, layers: int, top_k: int, option: str = "--budget") -> int:
+    """The budget in experts that `text` stands for: a sum (80), a share (50%) or an average over layers (k=4.5).
+
+    A share is of `layers` x `top_k`, the budget at the model's own k. What is no whole number is rounded to the nearest
+    one, as in `lexi-adapter bench --budget-share`. Whether layers can spend the budget is not checked here.
+
+    Raises InputError for another text, for a share outside 0 to 100 %, and for an average outside 0 to `top_k`.
+    """
+    match = re.fullmatch(r"(\d{1,9})|(\d{1,9}(?:\.\d{1,9})?)%|k=(\d{1,9}(?:\.\d{1,9})?)", text, re.ASCII)
+    if match is None:
+        raise InputError(
+            f"{option} {text!r} is not understood; write a sum over layers such as 80, a share such as 50%, or an "
+            "average such as k=4"
+        )
+    total, share, average = match.groups()
+    if total:
+        return int(total)
+    if share and Fraction(share) > 100:
+        raise InputError(f"{option} {text}: a share is of the model's own budget, {layers * top_k}, and at most 100%")
+    if average and Fraction(average) > top_k:
+        raise InputError(f"{option} {text}: an average is at most {top_k}, the k that every layer has")
+    return round(Fraction(share) * layers * top_k / 100 if share else Fraction(average) * layers)
+
+
 def _find_rows(text: str, layers: Sequence[int], option: str) -> tuple[int, ...]:
     """The rows of the table for the decoder layers that `text` names; a range stands for the MoE layers in it."""
     named = set(parse_layers(text, option))
@@ -124,9 +150,20 @@ def read_cost(profile: Profile, cost_file: str | None, mix: str | None) -> "Cost
 
     table = read_cost_table(cost_file)
     try:
-        return weigh(table, profile.model, mix=_parse_mix(mix) if mix else None)
+        return weigh(table, profile.model, mix=parse_mix(mix) if mix else None)
     except InputError as error:
         raise InputError(f"{cost_file}: {error}") from error
+
+
+def parse_loss(text: str, option: str = "--max-loss") -> tuple[float, bool]:
+    """A loss, and whether it is a share of another one: 12.5 is (12.5, False), and 20% is (0.2, True)."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InputError(f"{option} {text!r} is not understood; write a loss such as 12.5, or a share such as 20%")
+    return (value / 100, True) if text.endswith("%") else (value, False)
 
 
 def _parse_values(text: str) -> tuple[int, ...]:
@@ -137,7 +174,7 @@ def _parse_values(text: str) -> tuple[int, ...]:
         raise InputError(f"--allowed-k {text!r} is not understood; write 1,2,4,8") from None
 
 
-def _parse_mix(text: str) -> dict[int, float]:
+def parse_mix(text: str) -> dict[int, float]:
     """The mix {16: 1024.0, 16384: 1.0} from 16:1024,16384:1; a missing count is 1."""
     mix: dict[int, Any] = {}
     try:

@@ -188,6 +188,16 @@ def list_judgements(variants: Mapping[str, "Variant"], judged: Mapping[str, "Jud
     ]
 
 
+def tabulate_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> RenderableType:
+    """Cells that are text already, the first of each row a name."""
+    table = _table()
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return _entitle(title, table)
+
+
 def list_losses(profile: Profile, *, loss: str, normalised: bool) -> dict[str, Any]:
     """Decoder-layer index -> losses for k = 1, 2, ..."""
     rows = profile.losses(loss, normalised=normalised)

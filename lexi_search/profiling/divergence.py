@@ -67,8 +67,20 @@ def judge_variants(
     run: Run, settings: ProfileSettings, variants: Sequence[Variant], *, report: Report = lambda layer: None
 ) -> list[Judgement]:
     """The divergence of each variant from the unreduced model, on text sampled as `settings` say."""
+    return average(measure_variants(run, settings, variants, report=report))
+
+
+def measure_variants(
+    run: Run, settings: ProfileSettings, variants: Sequence[Variant], *, report: Report = lambda layer: None
+) -> Float64[np.ndarray, "variants sequences"]:
+    """What `judge_variants` averages: the divergence on each sequence, to compare variants on the same text."""
     tokens = draw_samples(run, settings, report=report)
-    means, errors = _estimate(measure_losses(run, tokens, variants, report=report).divergence.T)
+    return measure_losses(run, tokens, variants, report=report).divergence
+
+
+def average(divergence: Float64[np.ndarray, "variants sequences"]) -> list[Judgement]:
+    """The mean over sequences, and its standard error, of each variant's divergence, or of differences of them."""
+    means, errors = _estimate(divergence.T)
     return [Judgement(*pair) for pair in zip(means.tolist(), errors.tolist(), strict=True)]
 
 

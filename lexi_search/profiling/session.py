@@ -16,9 +16,9 @@ from jaxtyping import Int32
 from lexi_search import __version__
 from lexi_search.artifacts.codec import require_gate_exponent
 from lexi_search.artifacts.files import check_writable, refuse_inputs
-from lexi_search.artifacts.merging import Header
+from lexi_search.artifacts.merging import Header, find_difference, find_missing, read_header
 from lexi_search.artifacts.profile import Profile, ProfileSettings
-from lexi_search.artifacts.serialisation import write_profile
+from lexi_search.artifacts.serialisation import read_profile, write_profile
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
 from lexi_search.models.model import Model, describe, find_dtype
@@ -88,6 +88,7 @@ def profile_checkpoint(
     max_k: int | None = None,
     gate_exponent: float | str | None = None,
     restart: bool = False,
+    reuse: bool = False,
     group: Group = Group(),  # noqa: B008  (a tuple)
     observer: Observer | None = None,
 ) -> Profile | None:
@@ -98,11 +99,13 @@ def profile_checkpoint(
         input: `weights`, text sampled from the model, or `paper`, N(0, 1). Settings are those of `ProfileSettings`.
         gate_exponent: a number, or "auto" for the one with the least divergence.
         restart: throw away what a run that was cut short left in `<output>.partial/`, instead of going on from there.
+        reuse: return the profile in `output` where this very run has written it before; without several processes.
         group: this process among others, from `distributed.join`; process 0 writes `output`, others return None.
 
     Raises:
         InputError: bad settings, a checkpoint that cannot be read or is not known, an `output` that cannot be written,
-            results of another run in `<output>.partial/`, another process that has stopped.
+            results of another run in `<output>.partial/` or, with `reuse`, in `output`, another process that has
+            stopped.
     """
     _check_settings(input, relative_error=relative_error, control_variate=control_variate, max_k=max_k)
     exponent = _check_exponent(gate_exponent, input)
@@ -120,6 +123,8 @@ def profile_checkpoint(
         "max_k": max_k,
     }
     session = _open(source, layers, dtype, exponent, group, observer or _Silent(), **settings)
+    if reuse and (finished := _find_finished(output, session, but_exponent=exponent == AUTO)):
+        return finished
     agree(group, session.header)
     with ExitStack() as stack:
         if group.index == 0:
@@ -127,6 +132,24 @@ def profile_checkpoint(
             session = session._replace(partials=stack.enter_context(kept))
             session.observer.open(session.partials, session.layers)
         return _measure(session, output, find_exponent=exponent == AUTO)
+
+
+def _find_finished(output: str | os.PathLike[str], session: _Session, *, but_exponent: bool) -> Profile | None:
+    """The profile in `output`, all of whose layers the session's run has measured; None where nothing is there.
+
+    InputError for a profile of another run. With `but_exponent` the session's gate exponent is not known yet.
+    """
+    if not os.path.lexists(output):
+        return None
+    profile = read_profile(output)
+    theirs, ours = read_header(profile).to_document(), session.header.to_document()
+    if but_exponent:
+        ours["settings"]["gate_exponent"] = theirs["settings"]["gate_exponent"]
+    if difference := find_difference(theirs, ours):
+        raise InputError(f"{output} is the profile of another run, whose {difference} now; choose another place")
+    if missing := find_missing(profile):
+        raise InputError(f"{output} lacks layers, the first is {missing[0]}; choose another place")
+    return profile
 
 
 def _open(

@@ -11,7 +11,7 @@ from lexi_search.artifacts.files import check_writable, write_atomically
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.serialisation import read_profile, sha256, write_allocation
 from lexi_search.cli.console import loss_option, prepare_environment, print_table
-from lexi_search.cli.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
+from lexi_search.cli.options import CONSTRAINTS, COSTS, add_options, make_constraints, parse_loss, read_cost
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def front(
     if knee:
         chosen = tradeoff.find_knee(pareto)
     elif max_loss is not None:
-        chosen = tradeoff.find_fastest_within(pareto, _parse_loss(max_loss, pareto))
+        limit, relative = parse_loss(max_loss)
+        chosen = tradeoff.find_fastest_within(pareto, limit * pareto.points[0].loss if relative else limit)
     elif any(wishes):
         chosen = tradeoff.find_best_within(pareto, ms=target_ms, speedup=target_speedup)
     shown = tradeoff.thin(pareto.points, points) if points else pareto.points
@@ -103,17 +104,6 @@ def front(
 def _find_form(name: str) -> str:
     """The format of an output file, by its suffix."""
     return Path(name).suffix.lstrip(".").lower()
-
-
-def _parse_loss(text: str, front: "Front") -> float:
-    """A loss; with %, a share of the largest loss on the front."""
-    try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise InputError(f"--max-loss {text!r} is not understood; write a loss such as 12.5, or a share such as 20%")
-    return value / 100 * front.points[0].loss if text.endswith("%") else value
 
 
 def _format_front(

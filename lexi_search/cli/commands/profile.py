@@ -1,17 +1,13 @@
 """`lexi-search profile`."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from lexi_search.cli.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
 from lexi_search.cli.options import dtype_option
-from lexi_search.profiling.resume import Partials
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from lexi_search.cli.progress import Reporter
 
 INPUTS = ("weights", "paper")
 
@@ -94,7 +90,7 @@ def profile(
 
     with join(*address) if together else nullcontext(Group()) as group:
         with make_progress(quiet=group.index > 0) as progress:
-            observer = _Reporter(progress, from_text=settings["input"] != "paper")
+            observer = Reporter(progress, from_text=settings["input"] != "paper")
             try:
                 made = profile_checkpoint(weights, output, layers=wanted, group=group, observer=observer, **settings)
             except KeyboardInterrupt:
@@ -107,37 +103,3 @@ def profile(
         if rest := len(observer.kept.layers):
             click.echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
     click.echo(output)
-
-
-class _Reporter:
-    """The observer of a run that shows it on stderr; `kept` is what a run that is interrupted leaves behind."""
-
-    def __init__(self, progress: "Progress", *, from_text: bool) -> None:
-        self.progress = progress
-        self.passes = progress.add_task("decoder layers, in passes", total=None, visible=from_text)
-        self.bar = progress.add_task("layers", total=None, visible=False)
-        self.kept: Partials | None = None
-        self.layers: Sequence[int] = ()
-
-    def open(self, partials: Partials, layers: Sequence[int]) -> None:
-        self.kept, self.layers = partials, layers
-        if partials.layers or partials.findings or partials.damaged:
-            damaged = f"; files that are damaged there, and made again: {partials.damaged}" if partials.damaged else ""
-            click.echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
-        self.progress.update(self.bar, total=len(layers), completed=self.count_finished(), visible=True)
-
-    def choose_exponent(self, exponent: float) -> None:
-        click.echo(f"gate exponent {exponent:g}", err=True)
-
-    def advance_pass(self, layer: int) -> None:
-        self.progress.advance(self.passes)
-
-    def finish_layer(self, layer: int) -> None:
-        self.progress.update(self.bar, completed=self.count_finished())
-
-    def count_finished(self) -> int:
-        return sum(layer in self.kept.layers for layer in self.layers) if self.kept else 0
-
-    def describe_kept(self, verb: str) -> str:
-        text = "the text and " if "text" in self.kept.findings else ""
-        return f"{text}{self.count_finished()} of {len(self.layers)} layers {verb}"

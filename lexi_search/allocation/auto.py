@@ -1,0 +1,325 @@
+"""From a checkpoint to a folder that can be served, in one run: profile, search, judge, export.
+
+`OUTPUT` is the folder that vLLM serves; `OUTPUT.lexi` beside it keeps what led there: `profile.json`, the paper's
+`profile-paper.json`, `estimate.json` (of speed, where no cost table is given), `allocation.json` and `judged.json`.
+Every step takes what an earlier run has left, so the same run again goes on or is over at once. What is there with
+other content is replaced only with `force`, and never if it is another model's.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lexi_search.allocation import export
+from lexi_search.allocation.allocate import AllocationResult, allocate
+from lexi_search.allocation.baselines import (
+    Contender,
+    describe_judging,
+    judge_contenders,
+    list_contenders,
+    list_variants,
+    read_divergence,
+)
+from lexi_search.allocation.costs import Cost, weigh
+from lexi_search.allocation.speed_estimate import CARDS, estimate, measure_size
+from lexi_search.allocation.tradeoff import Front, find_fastest_within, find_front
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.cost_table import CostTable
+from lexi_search.artifacts.files import check_writable_folder, json_bytes, lock_file, write_atomically
+from lexi_search.artifacts.profile import Profile, ProfileSettings
+from lexi_search.artifacts.serialisation import read_artifact, to_bytes
+from lexi_search.checkpoint.folder import check_place, require_folder
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.errors import InputError
+from lexi_search.models.model import Model, describe
+from lexi_search.profiling.divergence import measure_variants, open_run
+from lexi_search.profiling.session import Observer, profile_checkpoint
+from lexi_search.solvers.problem import CAP_TOLERANCE
+
+PROFILE, PAPER, ESTIMATE = "profile.json", "profile-paper.json", "estimate.json"
+ALLOCATION, JUDGED = "allocation.json", "judged.json"
+PAPER_ITERATIONS = 10  # N_iter of the paper's Algorithm 1
+RESAMPLES = 200
+LOCK = "lock"
+
+Listen = Callable[[str], AbstractContextManager[Observer | None]]
+
+
+class Target(NamedTuple):
+    """The one thing that is asked for: `kind` is "budget", "speedup" or "max_loss".
+
+    A budget is in experts, a speed-up over the model's own k. A largest loss is in the loss's own unit or, if
+    `relative`, a share of what the layers lose in sum with one expert each.
+    """
+
+    kind: str
+    value: float
+    relative: bool = False
+
+
+class Job(NamedTuple):
+    """What is to be done, where: `folder` is for the files beside `output`, and `table` is what `cost` is from."""
+
+    source: str
+    output: str
+    folder: Path
+    force: bool
+    model: Model
+    target: Target
+    table: CostTable
+    cost: Cost
+    listen: Listen
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Write a file of the folder; InputError where other content is there, unless it may be replaced."""
+        path = self.folder / name
+        if not path.is_file() or path.read_bytes() != data:
+            self.refuse_other(path)
+            write_atomically(path, data, apart_from=[self.source])
+
+    def refuse_other(self, path: Path) -> None:
+        """Raise InputError if something is at `path` and may not be replaced."""
+        if os.path.lexists(path) and not self.force:
+            raise InputError(f"{path} is there with other content; --force replaces it, or choose another -o")
+
+
+class Outcome(NamedTuple):
+    """All that a run found: the facts of a report.
+
+    `contenders` are the allocation; the k of the same budget that are as equal as can be; the paper's allocation of the
+    same budget, if it was measured; and the model's own k. `settings` are those of the text that they were judged on,
+    None where nothing was judged; `command` serves the output.
+    """
+
+    job: Job
+    profile: Profile
+    result: AllocationResult
+    front: Front
+    contenders: tuple[Contender, ...]
+    settings: ProfileSettings | None
+    command: str
+
+
+def find_folder(output: str | os.PathLike[str]) -> Path:
+    """The folder beside `output` for the files that lead there."""
+    path = Path(output) if Path(output).name else Path(os.path.abspath(output))
+    return path.with_name(f"{path.name}.lexi")
+
+
+def prepare_checkpoint(
+    source: str,
+    output: str,
+    target: Target,
+    *,
+    table: CostTable | None = None,
+    mix: Mapping[int, float] | None = None,
+    card: str = "h100",
+    concurrency: int = 16,
+    context: int = 1024,
+    paper: bool = True,
+    judge: bool = True,
+    force: bool = False,
+    listen: Listen = lambda step: nullcontext(),
+    **settings: Any,
+) -> Outcome:
+    """Make `output` of the checkpoint in the folder `source`: a folder for vLLM, with the allocation of least loss.
+
+    Args:
+        table: measured costs, weighted by `mix`; without, an estimate for a step of `concurrency` sequences with
+            `context` tokens each on `card`, one of `speed_estimate.CARDS`.
+        paper: profile by the paper's method as well, for comparison.
+        judge: measure the whole model under the allocation and its like, on text that it writes.
+        force: replace what an earlier run left for another target, and its export.
+        listen: the context manager, with an observer or None, of each step "profile", "paper" and "judge".
+        settings: those of `profile_checkpoint`.
+
+    Raises:
+        InputError: a target out of reach, with the nearest one within; where files go, another model's or, without
+            `force`, other content; as the steps.
+    """
+    checkpoint = open_checkpoint(require_folder(source))
+    model = describe(checkpoint)
+    if table is None:
+        size = measure_size(checkpoint, model)
+        table = estimate(size, model.identity, CARDS[card], batch=concurrency, context=context)
+    job = Job(
+        source=source,
+        output=output,
+        folder=find_folder(output),
+        force=force,
+        model=model,
+        target=target,
+        table=table,
+        cost=weigh(table, model.identity, mix=mix),
+        listen=listen,
+    )
+    _check_target(job)
+    _check_files(job)
+    with _claim(job):
+        return _run(job, paper=paper, judge=judge, **settings)
+
+
+def _run(job: Job, *, paper: bool, judge: bool, **settings: Any) -> Outcome:
+    if job.cost.estimated:
+        job.keep(ESTIMATE, to_bytes(job.table))
+    with job.listen("profile") as observer:
+        profile = profile_checkpoint(job.source, job.folder / PROFILE, reuse=True, observer=observer, **settings)
+    by_paper = None
+    if paper and profile.settings.input != "paper":
+        by_paper = _profile_as_paper(job, profile, restart=settings.get("restart", False))
+    result, front = _search(profile, job.target, job.cost)
+    job.keep(ALLOCATION, to_bytes(result.allocation))
+    contenders = list_contenders(profile, result.allocation, job.cost, by_paper=by_paper)
+    judged = None
+    if judge and profile.settings.input == "weights":
+        judged = replace(profile.settings, seed=(profile.settings.seed + 1) % 2**32)  # another text of the same size
+        contenders = _judge(job, profile, contenders, judged)
+    return Outcome(job, profile, result, front, contenders, judged, _export(job, result.allocation))
+
+
+def _check_target(job: Job) -> None:
+    """Raise InputError for a target that no profile can make reachable."""
+    kind, value, _ = job.target
+    model, cost = job.model, job.cost
+    full = len(model.layers) * model.top_k
+    if kind == "budget" and not len(model.layers) <= value < full:
+        raise InputError(
+            f"--budget {value} is outside {len(model.layers)} to {full - 1}, what allocations smaller than the model's "
+            f"own, {full}, have"
+        )
+    if kind == "speedup":
+        most = cost.base_ms / (cost.other_ms + float(cost.ms.min(axis=1).sum()))
+        shown = math.floor(1e4 * most) / 1e4  # a target of what is shown is within reach
+        if not 1 < value <= most * (1 + CAP_TOLERANCE):
+            what = f"by the {job.table.device}" if cost.estimated else f"on {job.table.device}"
+            raise InputError(
+                f"--target-speedup {value:g} is not above 1 and at most {shown:g}, what the fastest k in every "
+                f"layer reaches {what}"
+            )
+
+
+def _check_files(job: Job) -> None:
+    """Raise InputError where the run would end because of what is at its places now; nothing is written."""
+    check_place(job.output, job.source, force=True)
+    source, folder = (Path(os.path.realpath(path)) for path in (job.source, job.folder))
+    if source == folder or folder in source.parents or source in folder.parents:
+        raise InputError(f"cannot write {job.folder}: it overlaps the model folder {job.source}; choose another -o")
+    check_writable_folder(job.folder)
+    found = {}
+    for name in (PROFILE, PAPER, ALLOCATION):
+        if os.path.lexists(job.folder / name):
+            found[name] = read_artifact(job.folder / name)
+            if found[name].model != job.model.identity:
+                raise InputError(f"{job.folder / name} is of another model than {job.source}; choose another -o")
+    if not job.force and os.path.isdir(job.output) and os.listdir(job.output):
+        ours = found.get(ALLOCATION)
+        if ours is None or not export.holds_folder(job.output, job.source, _override(job, ours)):
+            raise InputError(f"cannot write {job.output}: an earlier export is there; --force replaces it")
+
+
+@contextmanager
+def _claim(job: Job) -> Iterator[None]:
+    """The folder of the files, made if need be, and locked against other runs; it goes if nothing came into it."""
+    job.folder.mkdir(exist_ok=True)
+    lock = lock_file(job.folder / LOCK)
+    if lock is None:
+        raise InputError(f"another run is writing {job.folder}; wait for it to end, or choose another -o")
+    try:
+        yield
+    finally:
+        (job.folder / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+        with suppress(OSError):
+            job.folder.rmdir()
+
+
+def _profile_as_paper(job: Job, profile: Profile, *, restart: bool) -> Profile:
+    """The profile by the paper's method: Gaussian input, `PAPER_ITERATIONS` iterations."""
+    batch, length = profile.settings.batch, profile.settings.length
+    with job.listen("paper") as observer:
+        return profile_checkpoint(
+            job.source,
+            job.folder / PAPER,
+            input="paper",
+            batch=batch,
+            length=length,
+            seed=profile.settings.seed,
+            samples=PAPER_ITERATIONS * batch * length,
+            relative_error=0.0,
+            restart=restart,
+            reuse=True,
+            observer=observer,
+        )
+
+
+def sum_largest(profile: Profile) -> float:
+    """The sum of what the layers lose with one expert each: the loss that shares are of."""
+    return sum(row[0] for row in profile.losses(profile.default_loss))
+
+
+def find_limit(profile: Profile, target: Target) -> float:
+    """The largest loss that a target of kind "max_loss" allows."""
+    return target.value * sum_largest(profile) if target.relative else target.value
+
+
+def _search(profile: Profile, target: Target, cost: Cost) -> tuple[AllocationResult, Front]:
+    """The exact optimum within the target, and the front of loss over the sum of k."""
+    front = find_front(profile)
+    search = partial(allocate, profile, method="exact", resamples=RESAMPLES, seed=profile.settings.seed)
+    if target.kind == "budget":
+        [result] = search([int(target.value)])
+        return result, front
+    if target.kind == "speedup":
+        [result] = search([cost.base_ms / target.value], cost=cost)
+        return result, front
+    timed, limit = find_front(profile, cost=cost), find_limit(profile, target)
+    point = find_fastest_within(timed, limit)
+    if all(k == profile.model.top_k for k in point.top_k):
+        least = min((other.loss for other in timed.points if other != point), default=0.0)
+        share = 100 * least / sum_largest(profile) if least else 0
+        raise InputError(
+            f"--max-loss {limit:g} is out of reach: the least that a faster allocation loses is {least:.4g}, "
+            f"{share:.3g}% of the largest"
+        )
+    [result] = search([point.ms], cost=cost)
+    return result, front
+
+
+def _judge(
+    job: Job, profile: Profile, contenders: tuple[Contender, ...], settings: ProfileSettings
+) -> tuple[Contender, ...]:
+    """The contenders judged on a text by `settings`, now or by an earlier run."""
+    tried = list_variants(contenders, settings.gate_exponent)
+    header = describe_judging(profile, settings, tried)
+    path = job.folder / JUDGED
+    divergence = read_divergence(path, header) if path.exists() else None
+    if divergence is None:
+        job.refuse_other(path)
+        with job.listen("judge") as observer:
+            report = observer.advance_pass if observer else lambda layer: None
+            run = open_run(open_checkpoint(job.source), job.model, settings.dtype)
+            divergence = measure_variants(run, settings, tried, report=report)
+    judged = judge_contenders(contenders, divergence)
+    means = [{"name": one.name, **one.judged._asdict()} for one in judged]
+    job.keep(JUDGED, json_bytes(header | {"divergence": divergence.tolist(), "judged": means}))
+    return judged
+
+
+def _override(job: Job, allocation: Allocation) -> dict[str, Any]:
+    """The changes to the model's config.json for vLLM; InputError for a config that does not fit."""
+    config = export.read_config(job.source)
+    export.check_config(allocation.model, config)
+    return export.make_vllm_overrides(allocation, config)
+
+
+def _export(job: Job, allocation: Allocation) -> str:
+    """Write the folder that is served, unless it is there already, and return the command that serves it."""
+    overrides = _override(job, allocation)
+    if not export.holds_folder(job.output, job.source, overrides):
+        export.write_folder(job.output, job.source, overrides, force=job.force)
+    return export.format_vllm_command(job.output, allocation.model.model_type)
