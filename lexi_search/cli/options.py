@@ -1,6 +1,8 @@
 """Options shared by commands: constraints on an allocation, its cost, and the element type of tokens."""
 
+import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -101,6 +103,30 @@ def make_constraints(
         allowed_k=_parse_values(",".join(allowed_k)) if allowed_k else None,
         groups=tuple(together),
     )
+
+
+def parse_budget(text: str, *, layers: int, top_k: int, option: str = "--budget") -> int:
+    """The budget in experts that `text` stands for: a sum (80), a share (50%) or an average over layers (k=4.5).
+
+    A share is of `layers` x `top_k`, the budget at the model's own k. What is no whole number is rounded to the nearest
+    one, as in `lexi-adapter bench --budget-share`. Whether layers can spend the budget is not checked here.
+
+    Raises InputError for another text, for a share outside 0 to 100 %, and for an average outside 0 to `top_k`.
+    """
+    match = re.fullmatch(r"(\d{1,9})|(\d{1,9}(?:\.\d{1,9})?)%|k=(\d{1,9}(?:\.\d{1,9})?)", text, re.ASCII)
+    if match is None:
+        raise InputError(
+            f"{option} {text!r} is not understood; write a sum over layers such as 80, a share such as 50%, or an "
+            "average such as k=4"
+        )
+    total, share, average = match.groups()
+    if total:
+        return int(total)
+    if share and Fraction(share) > 100:
+        raise InputError(f"{option} {text}: a share is of the model's own budget, {layers * top_k}, and at most 100%")
+    if average and Fraction(average) > top_k:
+        raise InputError(f"{option} {text}: an average is at most {top_k}, the k that every layer has")
+    return round(Fraction(share) * layers * top_k / 100 if share else Fraction(average) * layers)
 
 
 def _find_rows(text: str, layers: Sequence[int], option: str) -> tuple[int, ...]:
