@@ -1,22 +1,26 @@
 """`lexi-search profile`."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from lexi_search.cli.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
-from lexi_search.cli.options import dtype_option
-from lexi_search.profiling.resume import Partials
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from lexi_search.artifacts.merging import find_missing, format_layers
+from lexi_search.artifacts.profile import Profile
+from lexi_search.cli.console import Interruption, conclude, explain_lost_process, make_progress, prepare_environment
+from lexi_search.cli.options import dtype_option, force_option, parse_layers
+from lexi_search.cli.progress import Reporter
 
 INPUTS = ("weights", "paper")
+EXAMPLES = """\b
+Examples:
+  lexi-search profile weights/
+  lexi-search profile weights/ --samples 2048 --seed 1 -o other.json
+  lexi-search profile weights/ --input paper --iterations 10 -o paper.json
+"""
 
 
-@click.command()
+@click.command(epilog=EXAMPLES)
 @click.argument("weights")
 @click.option("-o", "--output", default="profile.json", help="File to write.")
 @click.option("--layers", help="Only these decoder layers: 0:15 (both ends included), 3, or 0,2,5.  [default: all]")
@@ -24,10 +28,16 @@ INPUTS = ("weights", "paper")
     "--input",
     type=click.Choice(INPUTS),
     default="weights",
-    help="weights: text sampled from the model, through the whole model. paper: N(0, 1) to each layer by itself.",
+    help="weights: text sampled from the model, through the whole model. paper: X ~ N(0, 1) to each layer by itself.",
 )
-@click.option("--batch", default=4, help="Sequences per iteration.")
-@click.option("--length", default=512, help="Tokens per sequence.")
+@click.option("--batch", default=4, help="Sequences per iteration, the paper's B of Algorithm 1.")
+@click.option("--length", default=512, help="Tokens per sequence, the paper's L.")
+@click.option(
+    "--iterations",
+    type=int,
+    help="The paper's N_iter: exactly so many iterations of BATCH x LENGTH tokens; with --input paper.  [default: as "
+    "--relative-error and --samples say]",
+)
 @click.option(
     "--relative-error",
     type=float,
@@ -48,7 +58,9 @@ INPUTS = ("weights", "paper")
 )
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the random input.")
 @dtype_option
-@click.option("--max-k", type=int, help="Look at more experts per token than the model's own k; with --input paper.")
+@click.option(
+    "--max-k", type=int, help="Look at more experts per token than the model's own k_base; with --input paper."
+)
 @click.option(
     "--gate-exponent",
     metavar="NUMBER|auto",
@@ -56,6 +68,7 @@ INPUTS = ("weights", "paper")
     "[default: as the model does]",
 )
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
+@force_option
 @click.option("--distributed", is_flag=True, help="One of several processes of Slurm, MPI or Kubernetes.")
 @click.option("--coordinator", help="HOST:PORT where process 0 listens, for several processes started by hand.")
 @click.option("--num-processes", type=click.IntRange(1), help="How many processes there are.")
@@ -94,7 +107,7 @@ def profile(
 
     with join(*address) if together else nullcontext(Group()) as group:
         with make_progress(quiet=group.index > 0) as progress:
-            observer = _Reporter(progress, from_text=settings["input"] != "paper")
+            observer = Reporter(progress, from_text=settings["input"] != "paper")
             try:
                 made = profile_checkpoint(weights, output, layers=wanted, group=group, observer=observer, **settings)
             except KeyboardInterrupt:
@@ -107,37 +120,18 @@ def profile(
         if rest := len(observer.kept.layers):
             click.echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
     click.echo(output)
+    _conclude(output, made)
 
 
-class _Reporter:
-    """The observer of a run that shows it on stderr; `kept` is what a run that is interrupted leaves behind."""
+def _conclude(output: str, profile: Profile) -> None:
+    """Say what was measured, and how to go on."""
+    from lexi_search.cli.tables import describe_profile
 
-    def __init__(self, progress: "Progress", *, from_text: bool) -> None:
-        self.progress = progress
-        self.passes = progress.add_task("decoder layers, in passes", total=None, visible=from_text)
-        self.bar = progress.add_task("layers", total=None, visible=False)
-        self.kept: Partials | None = None
-        self.layers: Sequence[int] = ()
-
-    def open(self, partials: Partials, layers: Sequence[int]) -> None:
-        self.kept, self.layers = partials, layers
-        if partials.layers or partials.findings or partials.damaged:
-            damaged = f"; files that are damaged there, and made again: {partials.damaged}" if partials.damaged else ""
-            click.echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
-        self.progress.update(self.bar, total=len(layers), completed=self.count_finished(), visible=True)
-
-    def choose_exponent(self, exponent: float) -> None:
-        click.echo(f"gate exponent {exponent:g}", err=True)
-
-    def advance_pass(self, layer: int) -> None:
-        self.progress.advance(self.passes)
-
-    def finish_layer(self, layer: int) -> None:
-        self.progress.update(self.bar, completed=self.count_finished())
-
-    def count_finished(self) -> int:
-        return sum(layer in self.kept.layers for layer in self.layers) if self.kept else 0
-
-    def describe_kept(self, verb: str) -> str:
-        text = "the text and " if "text" in self.kept.findings else ""
-        return f"{text}{self.count_finished()} of {len(self.layers)} layers {verb}"
+    said = describe_profile(profile, profile.default_loss)
+    if missing := find_missing(profile):
+        rest = format_layers(missing)
+        merge = ["lexi-search", "merge", output, "rest.json", "-o", "whole.json"]
+        conclude(said, ["lexi-search", "profile", "WEIGHTS", "--layers", rest, "-o", "rest.json"], merge)
+    else:
+        plot = ["lexi-search", "plot", output, "-o", "heatmap.png"]
+        conclude(said, plot, ["lexi-search", "search", output, "--budget", "50%"])

@@ -1,0 +1,63 @@
+"""The observer of a profile's run that shows it on stderr."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from lexi_search.cli.console import PlainProgress, format_size
+from lexi_search.profiling.resume import Partials
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from lexi_search.profiling.session import Plan
+
+
+class Reporter:
+    """The observer of a run that shows it on stderr; `kept` is what a run that is interrupted leaves behind."""
+
+    def __init__(self, progress: "Progress | PlainProgress", *, from_text: bool) -> None:
+        self.progress = progress
+        self.passes = progress.add_task("decoder layers, in passes", total=None, visible=False) if from_text else None
+        # On a text all layers are done together, at the end of the passes.
+        self.bar = None if from_text else progress.add_task("layers", total=None, visible=False)
+        self.kept: Partials | None = None
+        self.layers: Sequence[int] = ()
+
+    def open(self, partials: Partials, layers: Sequence[int]) -> None:
+        self.kept, self.layers = partials, layers
+        if partials.layers or partials.findings or partials.damaged:
+            damaged = f"; files that are damaged there, and made again: {partials.damaged}" if partials.damaged else ""
+            click.echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
+
+    def plan(self, plan: "Plan") -> None:
+        passes = f" in {plan.passes} passes over {plan.decoder_layers} decoder layers" if plan.passes else ""
+        memory, layers = format_size(plan.memory_bytes), format_size(plan.weights_bytes)
+        click.echo(
+            f"plan: read {format_size(plan.read_bytes)} of weights{passes}; memory for {memory}, of which {layers} are "
+            "two layers as stored",
+            err=True,
+        )
+        if self.passes is not None:
+            self.progress.update(self.passes, total=plan.passes * plan.decoder_layers, visible=True)
+        if self.bar is not None:
+            self.progress.update(self.bar, total=len(self.layers), completed=self.count_finished(), visible=True)
+
+    def choose_exponent(self, exponent: float) -> None:
+        click.echo(f"gate exponent {exponent:g}", err=True)
+
+    def advance_pass(self, layer: int) -> None:
+        if self.passes is not None:
+            self.progress.advance(self.passes)
+
+    def finish_layer(self, layer: int) -> None:
+        if self.bar is not None:
+            self.progress.update(self.bar, completed=self.count_finished())
+
+    def count_finished(self) -> int:
+        return sum(layer in self.kept.layers for layer in self.layers) if self.kept else 0
+
+    def describe_kept(self, verb: str) -> str:
+        text = "the text and " if "text" in self.kept.findings else ""
+        return f"{text}{self.count_finished()} of {len(self.layers)} layers {verb}"
