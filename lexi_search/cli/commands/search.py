@@ -150,12 +150,9 @@ def search(
     for file, result in zip(files, results, strict=True):
         write_allocation(file, result.allocation, apart_from=inputs, force=force)
     if history:
-        data = _format_history(measured, named)
-        write_atomically(history, data, apart_from=[*inputs, *files], force=force)
+        write_atomically(history, _format_history(measured, named), apart_from=[*inputs, *files], force=force)
     _print_results(named, files, destination, timed=bool(targets), as_json=as_json)
-    _warn_of_noise(named, measured.settings.input)
-    if not as_json:
-        _conclude(profile, named, files, history)
+    _conclude(profile, named, files, history, quiet=as_json, source=measured.settings.input)
 
 
 def _find_budgets(profile: Profile, single: Sequence[str], ranges: Sequence[str]) -> list[int]:
@@ -280,9 +277,18 @@ def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None
 
 
 def _conclude(
-    profile: str, named: Mapping[str, "AllocationResult"], files: Sequence[Path], history: str | None
+    profile: str,
+    named: Mapping[str, "AllocationResult"],
+    files: Sequence[Path],
+    history: str | None,
+    *,
+    quiet: bool,
+    source: str,
 ) -> None:
-    """Say what was found, and how to go on."""
+    """Warn where the profile, of the input `source`, is too noisy; unless `quiet` say what was found and how to go on."""
+    _warn_of_noise(named, source)
+    if quiet:
+        return
     from lexi_search.cli.tables import describe_result
 
     steps = [["lexi-search", "plot", history, "-o", "history.png"]] if history else []
