@@ -10,7 +10,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from lexi_search.errors import InputError
 
@@ -19,6 +19,14 @@ MOST_BYTES = 2**25
 MOST_LEVELS = 100  # of nested JSON: far below what Python's recursion allows
 # Formats of records that belong to the folder in which they lie.
 RECORDS = ("lexi-pruning", "lexi-export")
+FIGURES = (b"\x89PNG", b"<?xml", b"%PDF")  # how files of figures begin
+
+
+class Nature(NamedTuple):
+    """What a result is: its kind, and the model that it is of as a JSON object; None where it does not say."""
+
+    kind: str
+    model: Any = None
 
 
 def json_bytes(document: Any) -> bytes:
@@ -94,12 +102,16 @@ def _parse_finite(literal: str) -> float:
 
 
 def write_atomically(
-    path: str | os.PathLike[str], data: bytes, *, apart_from: Sequence[str | os.PathLike[str] | None] = ()
+    path: str | os.PathLike[str],
+    data: bytes,
+    *,
+    apart_from: Sequence[str | os.PathLike[str] | None] = (),
+    force: bool = True,
 ) -> None:
     """Write `data` to a temporary file beside `path`, then rename it: no reader ever sees half of it.
 
     A link is followed; a path that is no regular file (a folder, a device), or that `refuse_inputs` refuses at the time
-    of the rename, stays as it is.
+    of the rename, stays as it is. So does, without `force`, a file that `require_replaceable` refuses.
     """
     target, temporary, file = _open_temporary(path)
     try:
@@ -108,6 +120,8 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
             refuse_inputs(path, apart_from)
+            if not force:
+                require_replaceable(path, find_nature(data))
             os.replace(temporary, target)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
@@ -115,9 +129,19 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = ()) -> None:
-    """Raise the InputError that `write_atomically` would raise now; leave nothing behind."""
+def check_writable(
+    path: str | os.PathLike[str],
+    *,
+    apart_from: Sequence[str | os.PathLike[str] | None] = (),
+    nature: Nature | None = None,
+) -> None:
+    """Raise the InputError that `write_atomically` would raise now for a result of this nature; leave nothing behind.
+
+    Without a nature any file may be replaced.
+    """
     refuse_inputs(path, apart_from)
+    if nature is not None:
+        require_replaceable(path, nature)
     _, temporary, file = _open_temporary(path)
     temporary.unlink()
     file.close()
@@ -139,6 +163,44 @@ def refuse_inputs(path: str | os.PathLike[str], others: Sequence[str | os.PathLi
         same = (Path(os.path.realpath(file)) for file in _list_files(other) if _is_same(state, file)) if state else ()
         if not all(map(is_result, same)):
             raise InputError(f"cannot write {path}: it is a file of {other}, which the same command reads")
+
+
+def find_nature(data: bytes) -> Nature:
+    """What the bytes of a file are. The kind is the "format" of JSON, or its keys; of CSV its first column."""
+    if data.startswith(FIGURES):
+        return Nature("figure")
+    try:
+        document = json.loads(data) if data.lstrip().startswith(b"{") else None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        first, comma, _ = data.partition(b"\n")[0].partition(b",")
+        return Nature(
+            f"table by {first.decode(errors='replace')}" if comma and len(first) < 20 else "file of no known kind"
+        )
+    kind = document.get("format")
+    model = document.get("model")
+    if not isinstance(kind, str):
+        return Nature(f"JSON object with the keys {', '.join(sorted(document))}")
+    return Nature(kind, model if isinstance(model, dict) else None)
+
+
+def require_replaceable(path: str | os.PathLike[str], new: Nature) -> None:
+    """Raise InputError where `path` is a file of another kind, or of another model, than a result of the nature `new`.
+
+    An empty file may be replaced, and what is no regular file is not looked at.
+    """
+    try:
+        old = find_nature(read_bytes(path)) if os.path.isfile(path) and os.path.getsize(path) else new
+    except OSError:
+        old = Nature("file that cannot be read")
+    if old.kind != new.kind:
+        found = old.kind[:80]
+    elif None not in (old.model, new.model) and old.model != new.model:
+        found = f"{old.kind} of another model"
+    else:
+        return
+    raise InputError(f"cannot write {path}: there is a {found}; choose another name, or replace it with --force")
 
 
 def is_result(path: Path) -> bool:

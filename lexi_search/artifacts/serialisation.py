@@ -14,7 +14,8 @@ from lexi_search import __version__
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.codec import decode, encode, require, short
 from lexi_search.artifacts.cost_table import CostTable
-from lexi_search.artifacts.files import json_bytes, read_json_object, write_atomically
+from lexi_search.artifacts.files import Nature, json_bytes, read_json_object, write_atomically
+from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.profile import Profile
 from lexi_search.errors import InputError
 
@@ -34,6 +35,11 @@ def to_document(artifact: Artifact) -> dict[str, Any]:
 def to_bytes(artifact: Artifact) -> bytes:
     """The exact bytes of the artifact's file."""
     return json_bytes(to_document(artifact))
+
+
+def describe_nature(cls: type, model: ModelIdentity | None = None) -> Nature:
+    """The nature of the files of a class of artifacts, of `model` where it is known."""
+    return Nature(_FORMAT_OF[cls], None if model is None else encode(model))
 
 
 def sha256(artifact: Artifact) -> str:
@@ -62,17 +68,25 @@ def read_artifact(path: str | os.PathLike[str]) -> Profile | Allocation:
 
 
 def write_profile(
-    path: str | os.PathLike[str], profile: Profile, *, apart_from: Sequence[str | os.PathLike[str] | None] = ()
+    path: str | os.PathLike[str],
+    profile: Profile,
+    *,
+    apart_from: Sequence[str | os.PathLike[str] | None] = (),
+    force: bool = True,
 ) -> None:
     """Write a profile file, whole or not at all; InputError as from `write_atomically`."""
-    write_atomically(path, to_bytes(profile), apart_from=apart_from)
+    write_atomically(path, to_bytes(profile), apart_from=apart_from, force=force)
 
 
 def write_allocation(
-    path: str | os.PathLike[str], allocation: Allocation, *, apart_from: Sequence[str | os.PathLike[str] | None] = ()
+    path: str | os.PathLike[str],
+    allocation: Allocation,
+    *,
+    apart_from: Sequence[str | os.PathLike[str] | None] = (),
+    force: bool = True,
 ) -> None:
     """Write an allocation file, whole or not at all; InputError as from `write_atomically`."""
-    write_atomically(path, to_bytes(allocation), apart_from=apart_from)
+    write_atomically(path, to_bytes(allocation), apart_from=apart_from, force=force)
 
 
 def _read(path: str | os.PathLike[str], *formats: str) -> Any:

@@ -1,11 +1,13 @@
-"""Shared by the commands: refusal of bad input, printing, progress, parsing of ranges, and the environment."""
+"""Shared by the commands: refusal of bad input, printing, progress, and the environment."""
 
 import _thread
 import errno
 import os
+import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,30 +138,25 @@ _NUMBERS = {
     "JAX_THREEFRY_PARTITIONABLE": "1",
     "JAX_RANDOM_SEED_OFFSET": "0",
 }
-_LIMIT = 10**6  # no model has as many layers or active experts
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
-    """Ascending layer indices from `0:15` (both ends included), `3`, `0,2,5` or a mix of them."""
-    try:
-        ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
-    except ValueError:
-        ends = []
-    if not ends or any(len(part) > 2 or not 0 <= part[0] <= part[-1] < _LIMIT for part in ends):
-        raise InputError(f"{option} {text!r} is not understood; write 0:15 (both ends included), 3, or 0,2,5")
-    return tuple(sorted({layer for part in ends for layer in range(part[0], part[-1] + 1)}))
+def conclude(decided: str, *commands: Sequence[str | os.PathLike[str]]) -> None:
+    """Say on stderr what was decided, and the commands to type next, each as its words."""
+    click.echo(f"done: {decided}", err=True)
+    for words in commands:
+        click.echo(f"next: {shlex.join(map(os.fspath, words))}", err=True)
 
 
-def parse_budgets(text: str) -> range:
-    """The budgets of START:STOP:STEP, with STOP where the steps reach it."""
-    try:
-        start, stop, step = map(int, text.split(":"))
-    except ValueError:
-        start, stop, step = 0, 0, 0
-    if step < 1 or stop < start or max(abs(start), stop) >= _LIMIT:
-        raise InputError(f"--budgets {text!r} is not understood; write START:STOP:STEP, such as 64:128:8")
-    return range(start, stop + 1, step)
+def format_share(share: float) -> str:
+    """A share as all output has it, in percent with at most three digits: 62.5 %, 0.7 %."""
+    return f"{100 * share:.2g} %" if abs(share) < 0.0995 else f"{100 * share:.3g} %"
+
+
+def format_size(size: float) -> str:
+    """Bytes in the largest decimal unit of which there is one."""
+    power = next((power for power in (4, 3, 2, 1) if size >= 1000**power), 0)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def print_json(document: Any) -> None:
@@ -196,8 +193,60 @@ def _can_show(text: str, encoding: str) -> bool:
         return False
 
 
-def make_progress(*, quiet: bool = False) -> "Progress":
-    """A progress bar with the time left, on stderr; nothing if `quiet`, or if stderr is not a terminal."""
+class PlainProgress:
+    """Progress as lines on stderr, for logs: the methods of rich's `Progress` that the commands use.
+
+    A task says its total first. Then it has a line at most every ten seconds, less often the longer it runs, and a last
+    one.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "PlainProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_task(self, description: str, *, total: int | None = None, visible: bool = True) -> int:
+        self.tasks.append({"description": description, "total": None, "completed": 0, "begun": None})
+        self.update(len(self.tasks) - 1, total=total if visible else None)
+        return len(self.tasks) - 1
+
+    def advance(self, task: int) -> None:
+        self.update(task, completed=self.tasks[task]["completed"] + 1)
+
+    def update(
+        self, task: int, *, total: int | None = None, completed: int | None = None, visible: bool = True
+    ) -> None:
+        state, now = self.tasks[task], time.monotonic()
+        before = state["completed"]
+        state["completed"] = before if completed is None else completed
+        if total is not None and visible:
+            state |= {"total": total, "begun": now, "first": state["completed"], "told": now}
+        elif state["total"] is None or state["completed"] == before:
+            return
+        elif state["completed"] < state["total"] and now - state["told"] < max(10, (now - state["begun"]) / 10):
+            return
+        state["told"] = now
+        click.echo(self._describe(state, now - state["begun"]), err=True)
+
+    def _describe(self, state: dict[str, Any], elapsed: float) -> str:
+        done, total, first = state["completed"], state["total"], state["first"]
+        left = f", left {_clock(elapsed / (done - first) * (total - done))}" if done > first else ""
+        return f"{state['description']}: {done} of {total}, elapsed {_clock(elapsed)}{left}"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def make_progress(*, quiet: bool = False) -> "Progress | PlainProgress":
+    """Progress with the times elapsed and left on stderr: a bar on a terminal, else lines; nothing if `quiet`."""
+    if not quiet and not sys.stderr.isatty():
+        return PlainProgress()
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -212,11 +261,12 @@ def make_progress(*, quiet: bool = False) -> "Progress":
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
 
 
 def prepare_environment() -> None:

@@ -1,4 +1,4 @@
-"""Options shared by commands: constraints on an allocation, its cost, and the element type of tokens."""
+"""Options shared by commands: constraints on an allocation, its cost, budgets, layers, and what may be replaced."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,19 +9,22 @@ import click
 
 from lexi_search.artifacts.profile import DTYPES, Profile
 from lexi_search.artifacts.serialisation import read_cost_table
-from lexi_search.cli.console import parse_layers
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
     from lexi_search.allocation.costs import Cost
     from lexi_search.solvers.problem import Constraints
 
+_LIMIT = 10**6  # no model has as many layers or active experts
+_NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
 CONSTRAINTS = (
-    click.option("--min-k", default=1, help="Smallest k of a layer."),
-    click.option("--max-k", type=int, help="Largest k of a layer.  [default: the profile's, mostly the model's own]"),
+    click.option("--min-k", default=1, help="Smallest k of a layer, the paper's k_min."),
+    click.option(
+        "--max-k", type=int, help="Largest k of a layer, the paper's k_max.  [default: the profile's, mostly k_base]"
+    ),
     click.option("--allowed-k", multiple=True, help="Only these values of k, such as 1,2,4,8; repeatable."),
     click.option("--bounds", multiple=True, help="LAYERS=LOW:HIGH, such as 0:3=4:8: for some layers; repeatable."),
-    click.option("--protect", multiple=True, help="LAYERS that keep the model's own k, such as 0,31; repeatable."),
+    click.option("--protect", multiple=True, help="LAYERS that keep the model's k_base, such as 0,31; repeatable."),
     click.option("--group", "groups", multiple=True, help="LAYERS that must have equal k, such as 0:7; repeatable."),
     click.option("--group-size", type=click.IntRange(1), help="Equal k in every run of this many MoE layers."),
 )
@@ -34,6 +37,7 @@ COSTS = (
     ),
 )
 
+force_option = click.option("--force", is_flag=True, help="Replace files of another model or of another kind, too.")
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(("auto", *DTYPES)),
@@ -105,6 +109,25 @@ def make_constraints(
     )
 
 
+def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
+    """Ascending layer indices from `0:15` (both ends included), `3`, `0,2,5` or a mix of them."""
+    try:
+        ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
+    except ValueError:
+        ends = []
+    if not ends or any(len(part) > 2 or not 0 <= part[0] <= part[-1] < _LIMIT for part in ends):
+        raise InputError(f"{option} {text!r} is not understood; write 0:15 (both ends included), 3, or 0,2,5")
+    return tuple(sorted({layer for part in ends for layer in range(part[0], part[-1] + 1)}))
+
+
+def parse_share(text: str, option: str) -> Fraction:
+    """The fraction that a percentage such as 12.5% stands for."""
+    match = re.fullmatch(rf"{_NUMBER}%", text, re.ASCII)
+    if match is None:
+        raise InputError(f"{option} {text!r} is not understood; write a share such as 25%")
+    return Fraction(match[1]) / 100
+
+
 def parse_budget(text: str, *, layers: int, top_k: int, option: str = "--budget") -> int:
     """The budget in experts that `text` stands for: a sum (80), a share (50%) or an average over layers (k=4.5).
 
@@ -113,7 +136,25 @@ def parse_budget(text: str, *, layers: int, top_k: int, option: str = "--budget"
 
     Raises InputError for another text, for a share outside 0 to 100 %, and for an average outside 0 to `top_k`.
     """
-    match = re.fullmatch(r"(\d{1,9})|(\d{1,9}(?:\.\d{1,9})?)%|k=(\d{1,9}(?:\.\d{1,9})?)", text, re.ASCII)
+    return round(_parse_amount(text, layers, top_k, option))
+
+
+def parse_budgets(text: str, *, layers: int, top_k: int) -> tuple[int, ...]:
+    """The ascending budgets of START:STOP:STEP, each written as for `parse_budget`: 64:128:8, 25%:75%:12.5%.
+
+    STOP is one of them where the steps reach it. Steps are added before rounding.
+    """
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise InputError(f"--budgets {text!r} is not understood; write START:STOP:STEP, such as 64:128:8 or 25%:75%:5%")
+    start, stop, step = (_parse_amount(part, layers, top_k, f"--budgets {text}:") for part in parts)
+    if step <= 0 or stop < start or (stop - start) / step > _LIMIT:
+        raise InputError(f"--budgets {text!r} does not rise; write START:STOP:STEP, such as 64:128:8 or 25%:75%:5%")
+    return tuple(sorted({round(start + number * step) for number in range(int((stop - start) / step) + 1)}))
+
+
+def _parse_amount(text: str, layers: int, top_k: int, option: str) -> Fraction:
+    match = re.fullmatch(rf"(\d{{1,9}})|{_NUMBER}%|k={_NUMBER}", text, re.ASCII)
     if match is None:
         raise InputError(
             f"{option} {text!r} is not understood; write a sum over layers such as 80, a share such as 50%, or an "
@@ -121,12 +162,12 @@ def parse_budget(text: str, *, layers: int, top_k: int, option: str = "--budget"
         )
     total, share, average = match.groups()
     if total:
-        return int(total)
+        return Fraction(total)
     if share and Fraction(share) > 100:
         raise InputError(f"{option} {text}: a share is of the model's own budget, {layers * top_k}, and at most 100%")
     if average and Fraction(average) > top_k:
         raise InputError(f"{option} {text}: an average is at most {top_k}, the k that every layer has")
-    return round(Fraction(share) * layers * top_k / 100 if share else Fraction(average) * layers)
+    return Fraction(share) * layers * top_k / 100 if share else Fraction(average) * layers
 
 
 def _find_rows(text: str, layers: Sequence[int], option: str) -> tuple[int, ...]:

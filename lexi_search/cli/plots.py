@@ -1,4 +1,4 @@
-"""Figures: the heatmap of losses (LExI's figure 3) with allocations drawn over it as steps, and the Pareto front."""
+"""Figures: the heatmap of losses (LExI's figure 3), allocations over it as steps; the front; a search's history."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -16,7 +17,10 @@ from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import Profile
 from lexi_search.errors import InputError
 
-FORMATS = ("png", "svg")
+FORMATS = ("png", "svg", "pdf")
+# Losses that grow with the square of what a layer changes: on a linear scale all but a few cells would look alike.
+LOGARITHMIC = ("squared", "relative", "divergence", "increase")
+DECADES = 3  # that a logarithmic scale covers at most; smaller losses have the colour of its lower end
 _STEP_COLOURS = ("#ffffff", "#ff7f11", "#ff4d9d", "#7fd8ff", "#ff2c2c", "#d0b3ff")
 
 
@@ -28,6 +32,8 @@ def draw_heatmap(
     normalised: bool = True,
 ) -> Figure:
     """The heatmap of a profile: layers on x, k on y, losses as colours; `allocations`, by name, as steps of their k.
+
+    The colours of `LOGARITHMIC` losses are on a logarithmic scale.
 
     Several profiles of one model, by name, are drawn side by side, each with its own colour scale; without `loss` each
     shows its `default_loss`.
@@ -47,9 +53,11 @@ def draw_heatmap(
     panels = figure.subplots(1, len(profiles), squeeze=False)[0]
     for axes, (name, each) in zip(panels, profiles.items(), strict=True):
         _draw_panel(axes, each, loss or each.default_loss, normalised)
-        title = _spell(name) or f"{each.model.model_type}: loss of each layer at each k"
-        axes.set_title(title, loc="left", parse_math=False)
+        kind = loss or each.default_loss
+        title = f"{kind} loss, input {each.settings.input}" + (f" ({_spell(name)})" if name else "")
+        axes.set_title(title, loc="left", parse_math=False, fontsize="medium")
         _draw_steps(axes, allocations, sorted(each.layers))
+    figure.suptitle(f"{describe_model(first)}: loss of each layer at each k", x=0.01, ha="left", parse_math=False)
     if allocations:
         columns = max(1, len(profiles) * width // 7)
         handles, labels = panels[0].get_legend_handles_labels()
@@ -64,8 +72,15 @@ def _draw_panel(axes: Axes, profile: Profile, loss: str, normalised: bool) -> No
     rows = profile.losses(loss, normalised=normalised)
     layers, top_k = sorted(profile.layers), profile.max_k
     extent = (-0.5, len(layers) - 0.5, 0.5, top_k + 0.5)
+    largest = max(map(max, rows))
+    if loss in LOGARITHMIC and largest:
+        smallest = min(value for row in rows for value in row if value)
+        # A loss of zero is below the scale, too. Where all are equal, a scale still needs two ends.
+        scale = {"norm": LogNorm(min(max(smallest, largest / 10**DECADES), largest / 2), largest, clip=True)}
+    else:
+        scale = {"vmin": 0}
     image = axes.imshow(
-        list(zip(*rows, strict=True)), origin="lower", aspect="auto", extent=extent, cmap="viridis", vmin=0
+        list(zip(*rows, strict=True)), origin="lower", aspect="auto", extent=extent, cmap="viridis", **scale
     )
     axes.figure.colorbar(image, ax=axes, label=_label(loss, normalised), pad=0.01)
     axes.set_xlabel("decoder layer")
@@ -78,8 +93,11 @@ def _draw_panel(axes: Axes, profile: Profile, loss: str, normalised: bool) -> No
         spine.set_visible(False)
 
 
-def draw_front(front: Front, chosen: Point | None = None, *, title: str) -> Figure:
-    """The plot of loss over cost (time, or the sum of k): a front's points, every uniform k, and the chosen point."""
+def draw_front(front: Front, chosen: Point | None = None, *, title: str, loss: str = "loss") -> Figure:
+    """The plot of loss over cost (time, or the sum of k): a front's points, every uniform k, and the chosen point.
+
+    `loss` names the loss and its unit.
+    """
     timed = front.points[0].ms is not None
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -91,9 +109,9 @@ def draw_front(front: Front, chosen: Point | None = None, *, title: str) -> Figu
     axes.plot(*list_coordinates(front.uniform), "o", color="#5ec962", label="the same k in every layer")
     if chosen is not None:
         axes.plot(*list_coordinates([chosen]), "*", color="#ff7f11", markersize=13, label="chosen")
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", parse_math=False)
     axes.set_xlabel("milliseconds" if timed else "active experts per token, summed over layers")
-    axes.set_ylabel("loss")
+    axes.set_ylabel(loss)
     axes.set_ylim(bottom=0)
     if timed:
         base = front.points[0].ms * front.points[0].speedup
@@ -106,18 +124,55 @@ def draw_front(front: Front, chosen: Point | None = None, *, title: str) -> Figu
     return figure
 
 
+def draw_history(budgets: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, loss: str) -> Figure:
+    """The best fitness (lines) and the mean (dashed) of a search's population after each generation, by budget."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(budgets)))
+    for colour, (budget, values) in zip(colours, sorted(budgets.items(), key=_order), strict=True):
+        generations = range(1, len(values["best"]) + 1)
+        axes.plot(generations, values["best"], color=colour, linewidth=1.4, label=f"B = {budget}")
+        axes.plot(generations, values["mean"], color=colour, linewidth=0.9, linestyle="--")
+    axes.set_title(f"{title}: best loss (lines) and mean loss (dashed) of the population", loc="left", parse_math=False)
+    axes.set_xlabel("generation")
+    axes.set_ylabel(f"{loss} loss")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    for side in ("right", "top"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, ncols=1 + len(budgets) // 8)
+    return figure
+
+
+def _order(item: tuple[str, object]) -> tuple[float, str]:
+    """Budgets by their number: 8 before 64, 1.2x before 1.3x."""
+    number = item[0].rstrip("msx")
+    return (float(number) if number.replace(".", "", 1).isdigit() else 0.0, item[0])
+
+
+def describe_model(profile: Profile) -> str:
+    """The model of a profile as a title names it: its type and shape, which is all that a profile knows."""
+    model = profile.model
+    return f"{model.model_type}, {len(model.moe_layers)} MoE layers of {model.num_experts} experts, k = {model.top_k}"
+
+
 def _invert(base: float, values: np.ndarray) -> np.ndarray:
     return base / np.maximum(values, 1e-9)
 
 
 def render(figure: Figure, file_format: str) -> bytes:
-    """The bytes of the figure as a PNG or SVG file, always the same with the same version of matplotlib.
+    """The bytes of the figure as a PNG, SVG or PDF file, always the same with the same version of matplotlib.
 
     Raises InputError for another format.
     """
     if file_format not in FORMATS:
-        raise InputError(f"cannot draw {file_format or 'a file without a suffix'!r}; name a file in .png or .svg")
-    metadata = {"Date": None, "Creator": None} if file_format == "svg" else {"Software": None}
+        raise InputError(f"cannot draw {file_format or 'a file without a suffix'!r}; name a file in .png, .svg or .pdf")
+    metadata = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }[file_format]
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "lexi"}):
         figure.savefig(buffer, format=file_format, dpi=160, metadata=metadata)

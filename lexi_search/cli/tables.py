@@ -14,18 +14,29 @@ from lexi_search.allocation.comparison import Comparison
 from lexi_search.allocation.tradeoff import Front, Point, thin
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import Profile
+from lexi_search.cli.console import format_share
 
 if TYPE_CHECKING:
+    from lexi_search.artifacts.records import Record
     from lexi_search.profiling.divergence import Judgement
     from lexi_search.profiling.forward import Variant
 
+# The unit of each loss; the sums over layers that allocations have are in the same.
+UNITS = {
+    "frobenius": "in units of the layer's output",
+    "rms": "in units of the layer's output",
+    "squared": "in squared units of the layer's output",
+    "relative": "as a share of the hidden state's square",
+    "divergence": "in nats per token",
+    "increase": "in nats per token",
+}
 _MIN_WIDTH = 16  # of a list of k that is folded, in characters, however narrow the terminal
 
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
     """One row per profiled layer: its loss at every k, the number of tokens, the largest relative error."""
-    scale = ", relative to the largest" if normalised else ""
-    title = f"{profile.model.model_type}: {loss} loss of each layer at each k{scale}"
+    scale = "relative to the largest" if normalised else UNITS[loss]
+    title = f"{profile.model.model_type}: {loss} loss of each layer at each k, {scale}"
     table = _table()
     for name in ("layer", *(f"k={k}" for k in range(1, profile.max_k + 1)), "samples", "error %"):
         table.add_column(name, justify="right")
@@ -42,8 +53,8 @@ def tabulate_allocation(allocation: Allocation) -> RenderableType:
     """One row per MoE layer: its k, as a number and as a bar out of the model's own k or `max_k`."""
     full = allocation.max_k or allocation.model.top_k
     title = (
-        f"{allocation.model.model_type}: budget {allocation.budget}, {_average(allocation)} experts per layer, "
-        f"loss {allocation.loss:.6g}, optimum {allocation.optimal_loss:.6g}"
+        f"{allocation.model.model_type}: {describe_budget(allocation)}, loss {allocation.loss:.6g}, optimum "
+        f"{allocation.optimal_loss:.6g}{_name_unit(allocation)}"
     )
     table = _table()
     table.add_column("layer", justify="right")
@@ -57,9 +68,10 @@ def tabulate_allocation(allocation: Allocation) -> RenderableType:
 def tabulate_search(results: Sequence[AllocationResult], targets: Sequence[str] = ()) -> RenderableType:
     """One row per budget, or per target of time by its name in `targets`; empty columns are left out."""
     first = results[0].allocation
-    title = f"{first.model.model_type}: {len(first.top_k)} MoE layers"
+    title = f"{first.model.model_type}: {len(first.top_k)} MoE layers, loss{_name_unit(first)}"
     columns = {
         "budget": lambda r: str(r.allocation.budget),
+        "share %": lambda r: f"{100 * find_share(r.allocation):.4g}",
         "average k": lambda r: _average(r.allocation),
         "ms": lambda r: "" if r.ms is None else f"{r.ms:.6g}",
         "speed-up": lambda r: "" if r.speedup is None else f"{r.speedup:.3f}",
@@ -81,7 +93,7 @@ def tabulate_search(results: Sequence[AllocationResult], targets: Sequence[str] 
     return _entitle(title, table)
 
 
-def tabulate_front(front: Front, chosen: Point | None = None, *, rows: int = 24) -> RenderableType:
+def tabulate_front(front: Front, chosen: Point | None = None, *, title: str, rows: int = 24) -> RenderableType:
     """Some of the front's points, evenly spaced, and the chosen one, in bold."""
     shown = sorted({*thin(front.points, rows), *([chosen] if chosen else [])}, key=front.points.index)
     timed = front.points[0].ms is not None
@@ -96,7 +108,7 @@ def tabulate_front(front: Front, chosen: Point | None = None, *, rows: int = 24)
         table.add_row(str(point.budget), *times, f"{point.loss:.6g}", top_k, style=style)
     within = f", losses within {100 * front.error:.2g} % of the least" if front.error else ""
     choice = f"; chosen: budget {chosen.budget}, loss {chosen.loss:.6g}" if chosen else ""
-    return _entitle(f"{len(front.points)} Pareto points, {len(shown)} of them{within}{choice}", table)
+    return _entitle(f"{title}: {len(front.points)} Pareto points, {len(shown)} of them{within}{choice}", table)
 
 
 def summarise_result(result: AllocationResult) -> dict[str, Any]:
@@ -202,6 +214,64 @@ def list_losses(profile: Profile, *, loss: str, normalised: bool) -> dict[str, A
     """Decoder-layer index -> losses for k = 1, 2, ..."""
     rows = profile.losses(loss, normalised=normalised)
     return {str(layer): list(row) for layer, row in zip(sorted(profile.layers), rows, strict=True)}
+
+
+def describe_budget(allocation: Allocation) -> str:
+    """The budget as a sum, a share of the model's own, and an average."""
+    own = len(allocation.top_k) * allocation.model.top_k
+    share = format_share(find_share(allocation))
+    return f"budget {allocation.budget} of {own} ({share}, {_average(allocation)} experts per layer on average)"
+
+
+def describe_profile(profile: Profile, loss: str) -> str:
+    """What a profile holds, and how well it is known, in one line."""
+    pairs = zip(sum(profile.losses(loss), ()), sum(profile.errors(loss), ()), strict=True)
+    errors = sorted(error / value for value, error in pairs if value)
+    known = f", known to {format_share(errors[len(errors) // 2])} in the median (standard error)" if errors else ""
+    count = f"{len(profile.layers)} of {len(profile.model.moe_layers)} MoE layers"
+    return f"{profile.model.model_type}: {loss} loss of {count} at k from 1 to {profile.max_k}{known}"
+
+
+def tabulate_record(record: "Record") -> RenderableType:
+    """The rows of a record as they are."""
+    table = _table()
+    for index, name in enumerate(record.columns):
+        numeric = all(_is_number(row[index]) for row in record.rows)
+        last = index == len(record.columns) - 1 and not numeric
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold" if last else "ellipsis")
+    for row in record.rows:
+        table.add_row(*map(str, row))
+    return _entitle(record.title, table)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return value == "" or float(value) is not None
+    except ValueError:
+        return False
+
+
+def describe_result(result: AllocationResult) -> str:
+    """What a search found, in one line."""
+    allocation = result.allocation
+    least, most = min(allocation.top_k.values()), max(allocation.top_k.values())
+    spread = f"k = {least} in every layer" if least == most else f"k from {least} to {most}"
+    times = "" if result.ms is None else f", {result.ms:.4g} ms, {result.speedup:.3f} times as fast"
+    against, uniform = "", result.uniform
+    if uniform is not None and uniform.loss > allocation.loss:
+        against = f", {format_share(1 - allocation.loss / uniform.loss)} less than k = {uniform.k} in every layer"
+    loss = f"loss {allocation.loss:.4g}{_name_unit(allocation)}{against}"
+    return f"{describe_budget(allocation)}{times}: {spread}, {loss}"
+
+
+def find_share(allocation: Allocation) -> float:
+    """The budget as a share of that with the model's own k."""
+    return allocation.budget / (len(allocation.top_k) * allocation.model.top_k)
+
+
+def _name_unit(allocation: Allocation) -> str:
+    unit = UNITS.get(str(allocation.made_by.get("loss")))
+    return f" {unit}" if unit else ""
 
 
 def _average(allocation: Allocation) -> str:

@@ -18,7 +18,7 @@ from lexi_search.artifacts.codec import require_gate_exponent
 from lexi_search.artifacts.files import check_writable, refuse_inputs
 from lexi_search.artifacts.merging import Header, find_difference, find_missing, read_header
 from lexi_search.artifacts.profile import Profile, ProfileSettings
-from lexi_search.artifacts.serialisation import read_profile, write_profile
+from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_profile
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
 from lexi_search.models.model import Model, describe, find_dtype
@@ -27,15 +27,33 @@ from lexi_search.profiling.divergence import choose_exponent, draw_samples, open
 from lexi_search.profiling.forward import Run
 from lexi_search.profiling.profile import check_layers, choose_dtype, profile_layers
 from lexi_search.profiling.resume import Partials, find_partials, keep_partials
+from lexi_search.profiling.sampling import PASSES
 
 AUTO = "auto"
 RELATIVE_ERROR = {"weights": 0.0, "paper": 0.01}  # by input
 SAMPLES = {"weights": 2**12, "paper": 2**20}
 
 
+class Plan(NamedTuple):
+    """What a run will take, known before it begins.
+
+    `passes` over the `decoder_layers` of the model, 0 on the paper's input; `read_bytes` of weights in all of them;
+    `memory_bytes` for hidden states or expert outputs, and for `weights_bytes` of the two largest layers as stored.
+    """
+
+    passes: int
+    decoder_layers: int
+    read_bytes: int
+    memory_bytes: int
+    weights_bytes: int
+
+
 @runtime_checkable
 class Observer(Protocol):
     """A listener to the events of a run, a method for each; all of them are called from the caller's thread."""
+
+    def plan(self, plan: Plan) -> None:
+        """What the run will take; after `open`, in process 0 only."""
 
     def open(self, partials: Partials, layers: Sequence[int]) -> None:
         """Results of an earlier run are loaded; `layers` are those of the profile. In process 0 only."""
@@ -82,6 +100,7 @@ def profile_checkpoint(
     length: int = 512,
     relative_error: float | None = None,
     samples: int | None = None,
+    iterations: int | None = None,
     control_variate: int | None = None,
     seed: int = 0,
     dtype: str = AUTO,
@@ -89,6 +108,7 @@ def profile_checkpoint(
     gate_exponent: float | str | None = None,
     restart: bool = False,
     reuse: bool = False,
+    force: bool = False,
     group: Group = Group(),  # noqa: B008  (a tuple)
     observer: Observer | None = None,
 ) -> Profile | None:
@@ -97,9 +117,11 @@ def profile_checkpoint(
     Args:
         layers: decoder-layer indices; by default all MoE layers.
         input: `weights`, text sampled from the model, or `paper`, N(0, 1). Settings are those of `ProfileSettings`.
+        iterations: exactly so many on the paper's input, its N_iter, in place of `relative_error` and `samples`.
         gate_exponent: a number, or "auto" for the one with the least divergence.
         restart: throw away what a run that was cut short left in `<output>.partial/`, instead of going on from there.
         reuse: return the profile in `output` where this very run has written it before; without several processes.
+        force: replace a file of another model or kind in `output`, too.
         group: this process among others, from `distributed.join`; process 0 writes `output`, others return None.
 
     Raises:
@@ -107,31 +129,27 @@ def profile_checkpoint(
             results of another run in `<output>.partial/` or, with `reuse`, in `output`, another process that has
             stopped.
     """
-    _check_settings(input, relative_error=relative_error, control_variate=control_variate, max_k=max_k)
+    paper = {"relative_error": relative_error, "control_variate": control_variate, "max_k": max_k}
+    _check_settings(input, iterations=iterations, **paper)
     exponent = _check_exponent(gate_exponent, input)
     if group.index == 0:
-        check_writable(output, apart_from=[source])
+        check_writable(output, apart_from=[source], nature=None if force else describe_nature(Profile))
         refuse_inputs(find_partials(output), [source])
-    settings = {
-        "input": input,
-        "seed": seed,
-        "batch": batch,
-        "length": length,
-        "relative_error": RELATIVE_ERROR[input] if relative_error is None else relative_error,
-        "max_samples": SAMPLES[input] if samples is None else samples,
-        "control_variate": control_variate,
-        "max_k": max_k,
-    }
+    settings = {"input": input, "seed": seed, "batch": batch, "length": length} | paper
+    settings |= _find_end(input, relative_error, samples, iterations, batch * length)
     session = _open(source, layers, dtype, exponent, group, observer or _Silent(), **settings)
     if reuse and (finished := _find_finished(output, session, but_exponent=exponent == AUTO)):
         return finished
     agree(group, session.header)
+    if group.index == 0 and not force:
+        check_writable(output, nature=describe_nature(Profile, session.model.identity))
     with ExitStack() as stack:
         if group.index == 0:
             kept = keep_partials(output, session.header, restart=restart, but_exponent=exponent == AUTO)
             session = session._replace(partials=stack.enter_context(kept))
             session.observer.open(session.partials, session.layers)
-        return _measure(session, output, find_exponent=exponent == AUTO)
+            session.observer.plan(_plan(session, find_exponent=exponent == AUTO))
+        return _measure(session, output, find_exponent=exponent == AUTO, force=force)
 
 
 def _find_finished(output: str | os.PathLike[str], session: _Session, *, but_exponent: bool) -> Profile | None:
@@ -172,7 +190,25 @@ def _open(
     return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by)
 
 
-def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent: bool) -> Profile | None:
+def _plan(session: _Session, *, find_exponent: bool) -> Plan:
+    """What is left of the run to do in this process, if no other shares it."""
+    checkpoint, model, settings, partials = session.checkpoint, session.model, session.settings, session.partials
+    missing = [layer for layer in session.layers if layer not in partials.layers]
+    largest = sum(sorted(estimate_costs(checkpoint, model, model.layers, "paper").values())[-2:])
+    row = model.hidden_size * np.dtype("float32" if settings.dtype == "float32" else "float16").itemsize
+    if session.run is None:
+        read = sum(estimate_costs(checkpoint, model, missing, "paper").values())
+        tokens = settings.batch * settings.length * (1 + model.top_k)
+        return Plan(0, len(model.layers), read, tokens * row + largest, largest)
+    passes = bool(missing) + (PASSES if missing and "text" not in partials.findings else 0)
+    passes += find_exponent and "exponent" not in partials.findings
+    whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
+    states = whole * (1 + len(missing) * (model.top_k - 1)) * row
+    read = passes * sum(entry.size for entry in checkpoint.entries.values())
+    return Plan(passes, len(session.run.decoder.blocks), read, states + largest, largest)
+
+
+def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent: bool, force: bool) -> Profile | None:
     group, layers, partials = session.group, session.layers, session.partials
     get_text = cache(lambda: _get_text(session))
     if find_exponent:
@@ -199,7 +235,7 @@ def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent
     header = session.header
     losses = {layer: partials.layers[layer] for layer in layers}
     profile = Profile(header.model, header.settings, losses, header.made_by)
-    write_profile(output, profile, apart_from=[session.checkpoint.folder])
+    write_profile(output, profile, apart_from=[session.checkpoint.folder], force=force)
     partials.drop(layers)
     return profile
 
@@ -236,6 +272,21 @@ def _check_settings(input: str, **settings: object) -> None:
     given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
     if input != "paper" and given:
         raise InputError(f"{given[0]} is for --input paper; add that, or leave {given[0]} out")
+
+
+def _find_end(
+    input: str, relative_error: float | None, samples: int | None, iterations: int | None, size: int
+) -> dict[str, Any]:
+    """The settings that say when to stop; `iterations` of `size` tokens stand for both of them."""
+    if iterations is None:
+        error = RELATIVE_ERROR[input] if relative_error is None else relative_error
+        return {"relative_error": error, "max_samples": SAMPLES[input] if samples is None else samples}
+    if (relative_error, samples) != (None, None):
+        other = "--samples" if relative_error is None else "--relative-error"
+        raise InputError(f"--iterations and {other} both say when to stop; give one of them")
+    if not 1 <= iterations < 2**31:
+        raise InputError(f"--iterations is {iterations}, at least 1 expected")
+    return {"relative_error": 0.0, "max_samples": iterations * size}
 
 
 def _check_exponent(value: float | str | None, input: str) -> float | str | None:

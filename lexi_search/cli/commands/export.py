@@ -2,18 +2,27 @@
 
 import click
 
-from lexi_search.artifacts.files import check_writable, write_atomically
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.files import check_writable, find_nature, write_atomically
 from lexi_search.artifacts.serialisation import read_allocation
 from lexi_search.checkpoint.folder import find_folder
+from lexi_search.cli.console import conclude
 from lexi_search.errors import InputError
 
+EXAMPLES = """\b
+Examples:
+  lexi-search export allocation.json --to vllm --model weights/ -o served
+  lexi-search export allocation.json --to vllm --model weights/
+  lexi-search export allocation.json --to csv -o k.csv
+"""
 
-@click.command()
+
+@click.command(epilog=EXAMPLES)
 @click.argument("allocation")
 @click.option("--to", "form", required=True, type=click.Choice(("vllm", "transformers", "json", "csv")), help="Format.")
 @click.option("--model", help="The model's original folder; for vllm without -o a hub id will do.")
 @click.option("-o", "--output", help="Model folder to make (vllm, transformers with --model), or file to write.")
-@click.option("--force", is_flag=True, help="Replace a model folder that was exported before.")
+@click.option("--force", is_flag=True, help="Replace an earlier export, or any file.")
 @click.option("--copy", is_flag=True, help="Copy the weights into the model folder, in place of links to them.")
 def export(allocation: str, form: str, model: str | None, output: str | None, force: bool, copy: bool) -> None:
     """Export an ALLOCATION for a serving engine.
@@ -48,12 +57,26 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
             click.echo(exporters.format_vllm_command(output, exported.model.model_type))
         else:
             click.echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
+        _conclude(exported, allocation, model, output)
     elif writes_folder and output:
         overrides = exporters.make_transformers_overrides(exported)
         exporters.write_folder(output, model, overrides, force=force, copy=copy)
         click.echo(exporters.format_transformers_call(output, allocation))
+        _conclude(exported, allocation, model, output)
     elif output:
-        write_atomically(output, exporters.format_text(exported, form).encode(), apart_from=inputs)
+        data = exporters.format_text(exported, form).encode()
+        check_writable(output, nature=None if force else find_nature(data))
+        write_atomically(output, data, apart_from=inputs, force=force)
         click.echo(output)
+        _conclude(exported, allocation, None, output)
     else:
         click.echo(exporters.format_text(exported, form), nl=False)
+
+
+def _conclude(exported: Allocation, allocation: str, model: str | None, output: str | None) -> None:
+    """Say what was exported, and how to go on beside the command that is printed."""
+    from lexi_search.cli.tables import describe_budget
+
+    place = f"{output} has " if output else "the printed command serves "
+    check = ["lexi-adapter", "check", allocation, "--model", model or "WEIGHTS"]
+    conclude(f"{place}{describe_budget(exported)}; without it the model serves as before", check)

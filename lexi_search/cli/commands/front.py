@@ -7,19 +7,43 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search.artifacts.files import check_writable, write_atomically
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.codec import encode
+from lexi_search.artifacts.files import Nature, check_writable, write_atomically
 from lexi_search.artifacts.profile import Profile
-from lexi_search.artifacts.serialisation import read_profile, sha256, write_allocation
-from lexi_search.cli.console import loss_option, prepare_environment, print_table
-from lexi_search.cli.options import CONSTRAINTS, COSTS, add_options, make_constraints, parse_loss, read_cost
+from lexi_search.artifacts.serialisation import describe_nature, read_profile, sha256, write_allocation
+from lexi_search.cli.console import conclude, loss_option, prepare_environment, print_table
+from lexi_search.cli.options import (
+    CONSTRAINTS,
+    COSTS,
+    add_options,
+    force_option,
+    make_constraints,
+    parse_loss,
+    read_cost,
+)
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
+    from lexi_search.allocation.allocate import AllocationResult
     from lexi_search.allocation.costs import Cost
     from lexi_search.allocation.tradeoff import Front, Point
+    from lexi_search.solvers.problem import Constraints
 
 
-@click.command()
+FORMAT = "lexi-front"
+FIGURES = ("png", "svg", "pdf")
+# What a file is that this command writes, by its suffix; of JSON also the model.
+NATURES = {"json": Nature(FORMAT), "csv": Nature("table by budget")} | dict.fromkeys(FIGURES, Nature("figure"))
+EXAMPLES = """\b
+Examples:
+  lexi-search front profile.json -o front.json -o front.png --knee
+  lexi-search front profile.json --max-loss 20% --allocation gentle.json
+  lexi-search front profile.json --cost cost.json --mix 16 -o faster.pdf --target-speedup 1.2 --allocation faster.json
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.argument("profile")
 @click.option(
     "-o",
@@ -27,7 +51,7 @@ if TYPE_CHECKING:
     "outputs",
     multiple=True,
     default=("front.json",),
-    help="File to write, .json, .csv, .png or .svg; repeatable.",
+    help="File to write, .json, .csv, .png, .svg or .pdf; repeatable.",
 )
 @loss_option
 @add_options(COSTS)
@@ -38,8 +62,9 @@ if TYPE_CHECKING:
     "--max-loss", help="Choose the cheapest with at most this loss, or this share of the front's largest: 20%."
 )
 @click.option("--knee", is_flag=True, help="Choose the knee of the front, where its curve bends most.")
-@click.option("--allocation", default="allocation.json", help="File for the chosen allocation.")
+@click.option("--allocation", default="front-allocation.json", help="File for the chosen allocation.")
 @click.option("--points", type=click.IntRange(2), help="Write at most this many points, evenly spread.  [default: all]")
+@force_option
 def front(
     profile: str,
     outputs: tuple[str, ...],
@@ -52,6 +77,7 @@ def front(
     knee: bool,
     allocation: str,
     points: int | None,
+    force: bool,
     **options: Any,
 ) -> None:
     """Write the Pareto front of cost and loss that PROFILE offers, computed exactly.
@@ -65,13 +91,15 @@ def front(
     kept_apart = {name: [profile, cost_file, *names[:index]] for index, name in enumerate(names)}
     for name, others in kept_apart.items():
         check_writable(name, apart_from=others)
-    if unknown := [name for name in outputs if _find_form(name) not in ("json", "csv", "png", "svg")]:
-        raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png or .svg")
+    if unknown := [name for name in outputs if _find_form(name) not in NATURES]:
+        raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png, .svg or .pdf")
     measured = read_profile(profile)
+    if not force:
+        _check_replaceable(outputs, allocation if any(wishes) else None, measured)
     loss = loss or measured.default_loss
     prepare_environment()
     from lexi_search.allocation import tradeoff
-    from lexi_search.cli.tables import tabulate_front
+    from lexi_search.cli.tables import UNITS, describe_result, tabulate_front
 
     cost, constraints = read_cost(measured, cost_file, mix), make_constraints(measured, **options)
     pareto = tradeoff.find_front(measured, cost=cost, constraints=constraints, loss=loss)
@@ -86,19 +114,54 @@ def front(
     shown = tradeoff.thin(pareto.points, points) if points else pareto.points
     for name in outputs:
         data = _format_front(name, measured, pareto, points=shown, chosen=chosen, loss=loss, cost=cost)
-        write_atomically(name, data, apart_from=kept_apart[name])
-    print_table(tabulate_front(pareto, chosen))
+        write_atomically(name, data, apart_from=kept_apart[name], force=force)
+    print_table(tabulate_front(pareto, chosen, title=f"{measured.model.model_type}, {loss} loss {UNITS[loss]}"))
     for name in outputs:
         click.echo(name)
-    if chosen is not None:
-        from lexi_search.allocation.allocate import describe_origin, describe_spending, make_allocation
+    if chosen is None:
+        _conclude(profile, pareto, loss)
+        return
+    result = _make_result(chosen, pareto.error, measured, constraints, cost, loss)
+    write_allocation(allocation, result.allocation, apart_from=kept_apart[allocation], force=force)
+    click.echo(allocation)
+    export = ["lexi-search", "export", allocation, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
+    conclude(describe_result(result), ["lexi-search", "plot", profile, allocation], export)
 
-        made_by = describe_origin(measured, constraints, loss=loss, method="exact")
-        made_by |= describe_spending(cost, chosen.ms, chosen.speedup)
-        optimal = chosen.loss / (1 + pareto.error)
-        point = make_allocation(measured, chosen.top_k, loss=chosen.loss, optimal_loss=optimal, made_by=made_by)
-        write_allocation(allocation, point, apart_from=kept_apart[allocation])
-        click.echo(allocation)
+
+def _make_result(
+    chosen: "Point", error: float, profile: Profile, constraints: "Constraints", cost: "Cost | None", loss: str
+) -> "AllocationResult":
+    """The allocation of a point of a front that may be off by the relative `error`."""
+    from lexi_search.allocation.allocate import AllocationResult, describe_origin, describe_spending, make_allocation
+
+    made_by = describe_origin(profile, constraints, loss=loss, method="exact")
+    made_by |= describe_spending(cost, chosen.ms, chosen.speedup)
+    optimal = chosen.loss / (1 + error)
+    point = make_allocation(profile, chosen.top_k, loss=chosen.loss, optimal_loss=optimal, made_by=made_by)
+    return AllocationResult(point, None, chosen.ms, chosen.speedup)
+
+
+def _check_replaceable(outputs: Sequence[str], allocation: str | None, profile: Profile) -> None:
+    """Raise InputError where an output would replace a file of another model or another kind."""
+    result = describe_nature(Allocation, profile.model)
+    for name in outputs:
+        nature = NATURES[_find_form(name)]
+        check_writable(name, nature=nature._replace(model=result.model) if nature.kind == FORMAT else nature)
+    if allocation is not None:
+        check_writable(allocation, nature=result)
+
+
+def _conclude(profile: str, front: "Front", loss: str) -> None:
+    """Say what was found where no point was asked for, and how to choose one."""
+    from lexi_search.cli.tables import UNITS
+
+    first, last = front.points[0], front.points[-1]
+    ends = f"from budget {first.budget} with loss {first.loss:.4g} to {last.budget} with {last.loss:.4g}"
+    conclude(
+        f"{len(front.points)} allocations that none beats, {ends} {UNITS[loss]}; no point was chosen",
+        ["lexi-search", "front", profile, "--loss", loss, "--knee"],
+        ["lexi-search", "front", profile, "--loss", loss, "--max-loss", "20%"],
+    )
 
 
 def _find_form(name: str) -> str:
@@ -120,16 +183,19 @@ def _format_front(
     from lexi_search.cli.tables import list_points
 
     form, layers = _find_form(name), profile.model.moe_layers
-    if form in ("png", "svg"):
+    if form in FIGURES:
         from lexi_search.cli.plots import draw_front, render
+        from lexi_search.cli.tables import UNITS
 
-        return render(draw_front(front, chosen, title=f"{profile.model.model_type}: {loss} loss"), form)
+        title = f"{profile.model.model_type}, {len(layers)} MoE layers: every best trade of cost and loss"
+        return render(draw_front(front, chosen, title=title, loss=f"{loss} loss, {UNITS[loss]}"), form)
     rows = list_points(points, layers)
     if form == "csv":
         head = [key for key in rows[0] if key != "top_k"] + [f"top_k_{layer}" for layer in layers]
         lines = [[*(value for key, value in row.items() if key != "top_k"), *row["top_k"].values()] for row in rows]
         return "".join(",".join(map(str, line)) + "\n" for line in [head, *lines]).encode()
-    origin = {"format": "lexi-front", "version": 1, "profile_sha256": sha256(profile), "loss": loss}
+    origin = {"format": FORMAT, "version": 1, "profile_sha256": sha256(profile), "loss": loss}
+    origin["model"] = encode(profile.model)
     if cost is not None:
         origin["cost"] = cost.describe() | {"base_ms": cost.base_ms}
     # One point per line: a front may have ten thousand of them.

@@ -1,15 +1,37 @@
 """`lexi-search judge`."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import click
 
+from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.artifacts.serialisation import read_allocation
-from lexi_search.cli.console import json_option, make_progress, prepare_environment, print_json, print_table
+from lexi_search.cli.console import (
+    conclude,
+    format_share,
+    json_option,
+    make_progress,
+    prepare_environment,
+    print_json,
+    print_table,
+)
 from lexi_search.cli.options import dtype_option
 from lexi_search.errors import InputError
 
+if TYPE_CHECKING:
+    from lexi_search.profiling.divergence import Judgement
 
-@click.command()
+
+EXAMPLES = """\b
+Examples:
+  lexi-search judge weights/ allocation.json
+  lexi-search judge weights/ allocation.json front-allocation.json --samples 1024 --length 256
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.argument("weights")
 @click.argument("allocations", nargs=-1, required=True)
 @click.option("--batch", default=4, type=click.IntRange(1), help="Sequences per iteration.")
@@ -43,6 +65,7 @@ def judge(
     from lexi_search.profiling.divergence import judge_variants, open_run
     from lexi_search.profiling.forward import Variant
     from lexi_search.profiling.profile import choose_dtype
+    from lexi_search.profiling.sampling import PASSES
 
     checkpoint = open_checkpoint(weights)
     model = describe(checkpoint)
@@ -68,11 +91,28 @@ def judge(
     uniform = {k for one in by_path.values() for k in (one.budget // layers, -(-one.budget // layers))}
     variants |= {f"k = {k} in every layer": Variant((k,) * layers) for k in sorted(uniform - {model.top_k})}
     with make_progress() as progress:
-        task = progress.add_task("decoder layers, in passes", total=None)
         run = open_run(checkpoint, model, settings.dtype)
+        passes = PASSES + 1  # to sample the text, and to measure on it
+        task = progress.add_task("decoder layers, in passes", total=passes * len(run.decoder.blocks))
         judgements = judge_variants(run, settings, list(variants.values()), report=lambda layer: progress.advance(task))
     judged = dict(zip(variants, judgements, strict=True))
     if as_json:
         print_json(list_judgements(variants, judged))
     else:
         print_table(tabulate_judgements(variants, judged))
+        _conclude(judged, by_path)
+
+
+def _conclude(judged: Mapping[str, "Judgement"], by_path: Mapping[str, Allocation]) -> None:
+    """Say which is best, and whether its lead over the next is more than noise."""
+    best, *others = sorted(judged, key=lambda name: judged[name].divergence)
+    said = f"the least divergence has {best}, {judged[best].divergence:.4f} nats per token"
+    if others:
+        lead, error = judged[others[0]].divergence - judged[best].divergence, judged[others[0]].stderr
+        error = (error**2 + judged[best].stderr ** 2) ** 0.5
+        if lead < 2 * error:
+            said += f"; that is within the noise of {others[0]}: more --samples would tell them apart"
+        else:
+            said += f", {format_share(lead / judged[others[0]].divergence)} less than {others[0]}"
+    chosen = best if best in by_path else next(iter(by_path))
+    conclude(said, ["lexi-search", "export", chosen, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"])

@@ -5,14 +5,22 @@ from typing import Any
 
 import click
 
-from lexi_search.cli.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
-from lexi_search.cli.options import dtype_option
+from lexi_search.artifacts.merging import find_missing, format_layers
+from lexi_search.artifacts.profile import Profile
+from lexi_search.cli.console import Interruption, conclude, explain_lost_process, make_progress, prepare_environment
+from lexi_search.cli.options import dtype_option, force_option, parse_layers
 from lexi_search.cli.progress import Reporter
 
 INPUTS = ("weights", "paper")
+EXAMPLES = """\b
+Examples:
+  lexi-search profile weights/
+  lexi-search profile weights/ --samples 2048 --seed 1 -o other.json
+  lexi-search profile weights/ --input paper --iterations 10 -o paper.json
+"""
 
 
-@click.command()
+@click.command(epilog=EXAMPLES)
 @click.argument("weights")
 @click.option("-o", "--output", default="profile.json", help="File to write.")
 @click.option("--layers", help="Only these decoder layers: 0:15 (both ends included), 3, or 0,2,5.  [default: all]")
@@ -20,10 +28,16 @@ INPUTS = ("weights", "paper")
     "--input",
     type=click.Choice(INPUTS),
     default="weights",
-    help="weights: text sampled from the model, through the whole model. paper: N(0, 1) to each layer by itself.",
+    help="weights: text sampled from the model, through the whole model. paper: X ~ N(0, 1) to each layer by itself.",
 )
-@click.option("--batch", default=4, help="Sequences per iteration.")
-@click.option("--length", default=512, help="Tokens per sequence.")
+@click.option("--batch", default=4, help="Sequences per iteration, the paper's B of Algorithm 1.")
+@click.option("--length", default=512, help="Tokens per sequence, the paper's L.")
+@click.option(
+    "--iterations",
+    type=int,
+    help="The paper's N_iter: exactly so many iterations of BATCH x LENGTH tokens; with --input paper.  [default: as "
+    "--relative-error and --samples say]",
+)
 @click.option(
     "--relative-error",
     type=float,
@@ -44,7 +58,9 @@ INPUTS = ("weights", "paper")
 )
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the random input.")
 @dtype_option
-@click.option("--max-k", type=int, help="Look at more experts per token than the model's own k; with --input paper.")
+@click.option(
+    "--max-k", type=int, help="Look at more experts per token than the model's own k_base; with --input paper."
+)
 @click.option(
     "--gate-exponent",
     metavar="NUMBER|auto",
@@ -52,6 +68,7 @@ INPUTS = ("weights", "paper")
     "[default: as the model does]",
 )
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
+@force_option
 @click.option("--distributed", is_flag=True, help="One of several processes of Slurm, MPI or Kubernetes.")
 @click.option("--coordinator", help="HOST:PORT where process 0 listens, for several processes started by hand.")
 @click.option("--num-processes", type=click.IntRange(1), help="How many processes there are.")
@@ -96,10 +113,24 @@ def profile(
             except KeyboardInterrupt:
                 if observer.kept is None or not (observer.kept.layers or observer.kept.findings):
                     raise
-                told = f"{observer.describe_kept('are kept')} in {observer.kept.folder}"
-                raise Interruption(f"interrupted; {told}, and the same command goes on from there") from None
+                raise Interruption(f"interrupted; {observer.describe_end()}") from None
         if made is None:
             return
         if rest := len(observer.kept.layers):
             click.echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
     click.echo(output)
+    _conclude(output, made)
+
+
+def _conclude(output: str, profile: Profile) -> None:
+    """Say what was measured, and how to go on."""
+    from lexi_search.cli.tables import describe_profile
+
+    said = describe_profile(profile, profile.default_loss)
+    if missing := find_missing(profile):
+        rest = format_layers(missing)
+        merge = ["lexi-search", "merge", output, "rest.json", "-o", "whole.json"]
+        conclude(said, ["lexi-search", "profile", "WEIGHTS", "--layers", rest, "-o", "rest.json"], merge)
+    else:
+        plot = ["lexi-search", "plot", output, "-o", "heatmap.png"]
+        conclude(said, plot, ["lexi-search", "search", output, "--budget", "50%"])

@@ -1,19 +1,26 @@
 """`lexi-search prune`."""
 
-import re
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import click
 
-from lexi_search.cli.console import make_progress, prepare_environment
+from lexi_search.cli.console import conclude, format_share, format_size, make_progress, prepare_environment
+from lexi_search.cli.options import parse_share
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
     from lexi_search.pruning.prune import Pruning
 
 
-@click.command()
+EXAMPLES = """\b
+Examples:
+  lexi-search prune weights/ --experts 25% -o smaller
+  lexi-search prune weights/ --experts 25% --width 50% --samples 1024 -o smallest
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.argument("weights")
 @click.option("--experts", metavar="PERCENT", help="Leave out this share of every layer's experts, such as 25%.")
 @click.option("--width", metavar="PERCENT", help="Leave out this share of every expert's channels, such as 25%.")
@@ -42,7 +49,7 @@ def prune(
     from lexi_search.pruning.prune import prune as write_pruned
 
     with make_progress() as progress:
-        task = progress.add_task("pruning", total=100)
+        task = progress.add_task("pruning, percent", total=100)
         pruning = write_pruned(
             weights,
             output,
@@ -55,15 +62,21 @@ def prune(
     for line in _describe(pruning):
         click.echo(line)
     click.echo(output)
+    before, after = pruning.size
+    conclude(
+        f"{format_size(after)} of weights instead of {format_size(before)}",
+        ["lexi-search", "profile", output, "-o", "pruned.json"],
+        ["vllm", "serve", output],
+    )
 
 
 def _parse_share(text: str | None, option: str) -> Fraction:
     """The fraction that a percentage stands for: 1/4 for 25%, 0 for None."""
     if text is None:
         return Fraction(0)
-    if not re.fullmatch(r"\d{1,2}(\.\d{1,9})?%", text):
-        raise InputError(f"{option} {text!r} is not understood; write a share from 0% to below 100%, such as 25%")
-    return Fraction(text.removesuffix("%")) / 100
+    if (share := parse_share(text, option)) >= 1:
+        raise InputError(f"{option} {text} leaves nothing; write a share below 100%, such as 25%")
+    return share
 
 
 def _describe(pruning: "Pruning") -> list[str]:
@@ -79,4 +92,4 @@ def _describe(pruning: "Pruning") -> list[str]:
 
 
 def _share(before: int, after: int) -> str:
-    return "" if after >= before else f" (-{100 * (before - after) / before:.3g} %)"
+    return "" if after >= before else f" (-{format_share((before - after) / before)})"

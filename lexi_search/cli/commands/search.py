@@ -6,32 +6,67 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search.artifacts.files import check_writable, check_writable_folder, json_bytes, write_atomically
-from lexi_search.artifacts.serialisation import read_profile, write_allocation
+from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.codec import encode
+from lexi_search.artifacts.files import Nature, check_writable, check_writable_folder, json_bytes, write_atomically
+from lexi_search.artifacts.profile import Profile
+from lexi_search.artifacts.records import HISTORY
+from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_allocation
 from lexi_search.cli.console import (
+    conclude,
+    format_share,
     json_option,
     loss_option,
-    parse_budgets,
     prepare_environment,
     print_json,
     print_table,
 )
-from lexi_search.cli.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
+from lexi_search.cli.options import (
+    CONSTRAINTS,
+    COSTS,
+    add_options,
+    force_option,
+    make_constraints,
+    parse_budget,
+    parse_budgets,
+    read_cost,
+)
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
     from lexi_search.allocation.allocate import AllocationResult
     from lexi_search.allocation.costs import Cost
 
+EVOLUTION = ("population", "generations", "mutation_rate", "restarts")  # options of this method alone
 # Remedies for a noisy profile, by its input; profiles of other inputs come from `lexi-adapter sensitivity`.
 _REMEDIES = {"paper": "a smaller --relative-error", "weights": "more text (--samples)"}
 _Target = tuple[float | None, float | None]  # milliseconds or a speed-up, the other is None
 
 
-@click.command()
+EXAMPLES = """\b
+Examples:
+  lexi-search search profile.json --budget 50%
+  lexi-search search profile.json --budgets 25%:75%:12.5% -o allocations
+  lexi-search search profile.json --cost cost.json --mix 16 --target-speedup 1.2 -o faster.json
+  lexi-search search profile.json --budget k=5 --history history.json -o five.json
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.argument("profile")
-@click.option("--budget", "single", type=int, multiple=True, help="Experts per token, summed over layers; repeatable.")
-@click.option("--budgets", "ranges", multiple=True, help="START:STOP:STEP, STOP included where the steps hit it.")
+@click.option(
+    "--budget",
+    "single",
+    multiple=True,
+    help="The paper's B, active experts per token: summed over layers (80), as a share of the model's own (50%), or on "
+    "average (k=4.5); repeatable.",
+)
+@click.option(
+    "--budgets",
+    "ranges",
+    multiple=True,
+    help="START:STOP:STEP, each as for --budget: 64:128:8 or 25%:75%:12.5%; STOP included where the steps hit it.",
+)
 @click.option("--target-speedup", "speedups", type=float, multiple=True, help="With --cost: times as fast; repeatable.")
 @click.option("--target-ms", "times", type=float, multiple=True, help="With --cost: at most this time; repeatable.")
 @click.option("-o", "--output", help="File for one budget, else a folder.  [default: allocation.json, allocations]")
@@ -44,9 +79,9 @@ _Target = tuple[float | None, float | None]  # milliseconds or a speed-up, the o
     default="evolution",
     help="The paper's evolutionary search, or the exact optimum.",
 )
-@click.option("--population", default=512, help="Allocations per generation.")
-@click.option("--generations", default=400, help="Generations.")
-@click.option("--mutation-rate", default=0.25, help="Share of the children that mutate.")
+@click.option("--population", default=512, help="The paper's P: allocations per generation.")
+@click.option("--generations", default=400, help="The paper's G: generations.")
+@click.option("--mutation-rate", default=0.25, help="Share of the children that mutate, from 0 to 1.")
 @click.option("--restarts", default=1, help="Populations per budget.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the search and of the resampling.")
 @click.option(
@@ -55,11 +90,12 @@ _Target = tuple[float | None, float | None]  # milliseconds or a speed-up, the o
     type=click.IntRange(0),
     help="Resampled profiles from which the certainty of each k is estimated.",
 )
-@click.option("--history", help="JSON file for the best and mean fitness after each generation.")
+@click.option("--history", help="JSON file for the best and mean fitness after each generation, for `plot`.")
+@force_option
 @json_option
 def search(
     profile: str,
-    single: tuple[int, ...],
+    single: tuple[str, ...],
     ranges: tuple[str, ...],
     speedups: tuple[float, ...],
     times: tuple[float, ...],
@@ -71,31 +107,31 @@ def search(
     seed: int,
     resamples: int,
     history: str | None,
+    force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Find the k per layer that loses least at each budget.
 
     Every result is shown beside the exact optimum and, where there is one, the uniform k of the same budget. "sure" is
-    how often a layer's k would be the same with another sample of the profile, averaged over layers.
+    how often a layer's k would be the same with another sample of the profile (and of a cost table that says how well
+    it is known), averaged over layers.
 
     With --cost a budget is a time (--target-ms) or a speed-up over the model's own k (--target-speedup).
     """
-    budgets = sorted({*single, *(budget for text in ranges for budget in parse_budgets(text))})
     targets = [(time, None) for time in sorted(set(times))] + [(None, speedup) for speedup in sorted(set(speedups))]
-    _check_goals(budgets, targets, cost_file)
-    if history and method == "exact":
-        raise InputError("--history is of generations, which the exact method has none of")
+    _check_goals([*single, *ranges], targets, cost_file, history if method == "exact" else None)
     measured = read_profile(profile)
-    several = bool(ranges) or len(budgets) + len(targets) > 1
-    destination = Path(output or ("allocations" if several else "allocation.json"))
+    budgets = _find_budgets(measured, single, ranges)
     names = _name_goals(budgets, targets)
-    inputs = [profile, cost_file]
-    files = _check_outputs(destination, names if several else None, history, inputs)
+    several = bool(ranges) or len(names) > 1
+    destination = Path(output or ("allocations" if several else "allocation.json"))
+    inputs, own = [profile, cost_file], None if force else measured
+    files = _check_outputs(destination, names if several else None, history, inputs, own)
     prepare_environment()
     from lexi_search.allocation.allocate import allocate
 
-    evolution = {name: options.pop(name) for name in ("population", "generations", "mutation_rate", "restarts")}
+    evolution = {name: options.pop(name) for name in EVOLUTION}
     cost = read_cost(measured, cost_file, mix)
     results = allocate(
         measured,
@@ -112,15 +148,29 @@ def search(
     if several:
         destination.mkdir(exist_ok=True)
     for file, result in zip(files, results, strict=True):
-        write_allocation(file, result.allocation, apart_from=inputs)
+        write_allocation(file, result.allocation, apart_from=inputs, force=force)
     if history:
-        write_atomically(history, json_bytes(_list_histories(named)), apart_from=[*inputs, *files])
+        write_atomically(history, _format_history(measured, named), apart_from=[*inputs, *files], force=force)
     _print_results(named, files, destination, timed=bool(targets), as_json=as_json)
-    _warn_of_noise(named, measured.settings.input)
+    _conclude(profile, named, files, history, quiet=as_json, source=measured.settings.input)
 
 
-def _check_goals(budgets: Sequence[int], targets: Sequence[_Target], cost_file: str | None) -> None:
-    """Raise InputError unless there are either budgets in experts, or targets of time and their cost table."""
+def _find_budgets(profile: Profile, single: Sequence[str], ranges: Sequence[str]) -> list[int]:
+    """The budgets that --budget and --budgets name, ascending."""
+    size = {"layers": len(profile.model.moe_layers), "top_k": profile.model.top_k}
+    found = {parse_budget(text, **size) for text in single}
+    return sorted(found.union(*(parse_budgets(text, **size) for text in ranges)))
+
+
+def _check_goals(
+    budgets: Sequence[str], targets: Sequence[_Target], cost_file: str | None, history: str | None
+) -> None:
+    """Raise InputError unless there are either budgets in experts, or targets of time and their cost table.
+
+    Also for a `history` of the exact method.
+    """
+    if history:
+        raise InputError("--history is of generations, which the exact method has none of")
     if bool(budgets) == bool(targets):
         raise InputError(
             "give budgets in experts or targets of time, not both"
@@ -134,18 +184,27 @@ def _check_goals(budgets: Sequence[int], targets: Sequence[_Target], cost_file: 
 
 
 def _check_outputs(
-    destination: Path, names: Sequence[str] | None, history: str | None, inputs: Sequence[str | None]
+    destination: Path,
+    names: Sequence[str] | None,
+    history: str | None,
+    inputs: Sequence[str | None],
+    profile: Profile | None,
 ) -> list[Path]:
-    """The files to write: for `names` in the folder `destination`, without them that alone."""
+    """The files to write: for `names` in the folder `destination`, without them that alone.
+
+    With a `profile`, files that are no results of its model are not replaced.
+    """
+    result = describe_nature(Allocation, profile.model) if profile else None
     files = [destination]
     if names is not None:
         check_writable_folder(destination)
         files = [destination / f"allocation-{name}.json" for name in names]
     for file in files if names is None or destination.exists() else ():
-        check_writable(file, apart_from=inputs)
+        check_writable(file, apart_from=inputs, nature=result)
     if history:
         taken = files if destination.is_dir() else [destination, *files]
-        check_writable(history, apart_from=[*inputs, *taken])
+        nature = result and Nature(HISTORY, result.model)
+        check_writable(history, apart_from=[*inputs, *taken], nature=nature)
     return files
 
 
@@ -184,11 +243,14 @@ def _find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
     return limit
 
 
-def _list_histories(named: Mapping[str, "AllocationResult"]) -> dict[str, Any]:
-    """Name of a budget -> best and mean fitness after each generation."""
-    return {
+def _format_history(profile: Profile, named: Mapping[str, "AllocationResult"]) -> bytes:
+    """The bytes of --history: name of a budget -> best and mean fitness after each generation."""
+    histories = {
         name: {"best": result.history[0].tolist(), "mean": result.history[1].tolist()} for name, result in named.items()
     }
+    loss = next(iter(named.values())).allocation.made_by["loss"]
+    origin = {"format": HISTORY, "version": 1, "model": encode(profile.model), "loss": loss}
+    return json_bytes(origin | {"budgets": histories})
 
 
 def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None:
@@ -206,8 +268,39 @@ def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None
     if noisy:
         worst = max(noisy, key=noisy.get)
         remedy = _REMEDIES.get(source, "more text (--sequences)")
+        # An excess over the least loss, as a share of the loss: never more than all of it.
         click.echo(
             f"the profile is too noisy for budget {', '.join(noisy)}: another sample of it would have led to losses "
-            f"{100 * noisy[worst]:.2g} % smaller (budget {worst}); profile again with {remedy}",
+            f"{format_share(noisy[worst] / (1 + noisy[worst]))} smaller (budget {worst}); profile again with {remedy}",
             err=True,
         )
+
+
+def _conclude(
+    profile: str,
+    named: Mapping[str, "AllocationResult"],
+    files: Sequence[Path],
+    history: str | None,
+    *,
+    quiet: bool,
+    source: str,
+) -> None:
+    """Warn where the profile, of the input `source`, is noisy; unless `quiet` say what was found and how to go on."""
+    _warn_of_noise(named, source)
+    if quiet:
+        return
+    from lexi_search.cli.tables import describe_result
+
+    steps = [["lexi-search", "plot", history, "-o", "history.png"]] if history else []
+    if len(files) == 1:
+        (result,) = named.values()
+        export = ["lexi-search", "export", files[0], "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
+        conclude(describe_result(result), *steps, ["lexi-search", "plot", profile, files[0]], export)
+        return
+    some = [files[0], files[len(files) // 2], files[-1]] if len(files) > 3 else files
+    conclude(
+        f"{len(files)} allocations, one for each of {', '.join(named)}",
+        *steps,
+        ["lexi-search", "plot", profile, *some],
+        ["lexi-search", "judge", "WEIGHTS", *some],
+    )

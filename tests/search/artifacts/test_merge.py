@@ -12,8 +12,8 @@ from synthetic import make_profile
 
 from lexi_search.artifacts import serialisation
 from lexi_search.artifacts.merging import format_layers, merge
-from lexi_search.cli.console import parse_layers
 from lexi_search.cli.main import main
+from lexi_search.cli.options import parse_layers
 from lexi_search.errors import InputError
 
 WHOLE = make_profile(12)
@@ -75,9 +75,14 @@ def test_command(tmp_path, monkeypatch):
 
     done = run("a", "b", "-o", "ab")
     assert (done.exit_code, done.stdout) == (0, "ab\n")
-    assert done.stderr == "5 of 12 layers are still missing: --layers 4:5,9:11\n"
+    assert done.stderr.splitlines() == [
+        "done: 7 of 12 MoE layers, from 2 parts; still missing: --layers 4:5,9:11",
+        "next: lexi-search profile WEIGHTS --layers 4:5,9:11 -o rest.json",
+        "next: lexi-search merge ab rest.json -o whole.json",
+    ]
     done = run("c", "ab")
-    assert (done.exit_code, done.stdout, done.stderr) == (0, "profile.json\n", "")
+    assert (done.exit_code, done.stdout) == (0, "profile.json\n")
+    assert done.stderr.splitlines()[0] == "done: 12 of 12 MoE layers, from 2 parts"
     assert Path("profile.json").read_bytes() == serialisation.to_bytes(WHOLE)
     before = sorted(os.listdir())
     for arguments, words in (

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import pytest
 import tiny
-from command_line import refuse, run, succeed, write
+from command_line import list_warnings, refuse, run, succeed, write
 from safetensors.numpy import load_file, save_file
 from synthetic import make_allocation, make_profile
 
 import lexi_search
 from lexi_search.artifacts import serialisation
 from lexi_search.artifacts.profile import ProfileSettings
-from lexi_search.cli.console import parse_budgets, parse_layers, print_table
+from lexi_search.cli.console import print_table
 from lexi_search.cli.main import main
+from lexi_search.cli.options import parse_budgets, parse_layers
 from lexi_search.cli.tables import tabulate_judgements
 from lexi_search.errors import InputError
 from lexi_search.profiling.divergence import Judgement
@@ -71,7 +72,7 @@ def test_a_closed_stdout_loses_nothing(folder):
     write(folder / "p", make_profile())
     program = " ".join(map(shlex.quote, [*CALL, "search", "p", "--budget", "9"]))
     done = subprocess.run(f"{program} >&-", shell=True, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, list_warnings(done.stderr)) == (0, [])
     assert serialisation.read_allocation("allocation.json").budget == 9
 
 
@@ -218,7 +219,7 @@ def test_show_a_profile(folder):
     profile = make_profile(3, 3)
     write(folder / "p", profile)
     title, header, *rows = succeed("show", "p", "--absolute", "--loss", "rms").splitlines()
-    assert title == "olmoe: rms loss of each layer at each k"
+    assert title == "olmoe: rms loss of each layer at each k, in units of the layer's output"
     assert header.split() == ["layer", "k=1", "k=2", "k=3", "samples", "error", "%"]
     for layer, row in enumerate(rows):
         values = [f"{value:.4g}" for value in profile.layers[layer].rms]
@@ -237,7 +238,7 @@ def test_show_a_profile(folder):
 def test_show_an_allocation(folder):
     write(folder / "a", make_allocation(3, 3))
     lines = succeed("show", "a").splitlines()
-    assert lines[0] == "olmoe: budget 6, 2.00 experts per layer, loss 1.5, optimum 1.25"
+    assert lines[0] == "olmoe: budget 6 of 9 (66.7 %, 2.00 experts per layer on average), loss 1.5, optimum 1.25"
     assert [line.split() for line in lines[2:]] == [["0", "1", "#.."], ["1", "2", "##."], ["2", "3", "###"]]
     assert json.loads(succeed("show", "a", "--json")) == {
         "budget": 6,
@@ -252,12 +253,12 @@ def test_show_an_allocation(folder):
 def test_wide_tables_are_not_folded_in_a_pipe(folder):
     write(folder / "p", make_profile(61, 8))
     row = succeed("search", "p", "--budget", "300").splitlines()[2]
-    assert len(row.split()) == 6 + 61
+    assert len(row.split()) == 7 + 61
 
 
 def test_show_refuses(folder):
     (folder / "x").write_text("{}")
-    assert refuse("show", "x") == "x: its format is None, expected 'lexi-profile' or 'lexi-allocation'"
+    assert refuse("show", "x").startswith("x: its format is None, expected one of lexi-profile, lexi-allocation, ")
     assert refuse("show", "absent") == "cannot read absent: No such file or directory"
 
 
@@ -268,7 +269,9 @@ def test_plot_writes_the_format_of_its_suffix(folder):
     assert Path("heatmap.png").read_bytes().startswith(b"\x89PNG")
     assert succeed("plot", "p", "a", "a", "-o", "map.SVG", "--absolute") == "map.SVG\n"
     assert Path("map.SVG").read_bytes().startswith(b"<?xml")
-    assert refuse("plot", "p", "-o", "map.pdf") == "cannot draw 'pdf'; name a file in .png or .svg"
+    assert succeed("plot", "p", "-o", "map.pdf") == "map.pdf\n"
+    assert Path("map.pdf").read_bytes().startswith(b"%PDF")
+    assert refuse("plot", "p", "-o", "map.eps") == "cannot draw 'eps'; name a file in .png, .svg or .pdf"
     assert "cannot write absent/map.png" in refuse("plot", "p", "-o", "absent/map.png")
     assert "expected 'lexi-profile'" in refuse("plot", "a")
 
@@ -412,24 +415,45 @@ def test_layers_that_are_not_understood(text):
         parse_layers(text)
 
 
-@pytest.mark.parametrize("text, budgets", [("64:128:8", list(range(64, 129, 8))), ("4:9:2", [4, 6, 8]), ("5:5:1", [5])])
+@pytest.mark.parametrize(
+    "text, budgets",
+    [
+        ("64:128:8", list(range(64, 129, 8))),
+        ("4:9:2", [4, 6, 8]),
+        ("5:5:1", [5]),
+        ("25%:75%:12.5%", [32, 48, 64, 80, 96]),
+        ("k=2:k=4:k=0.5", [32, 40, 48, 56, 64]),
+        ("64:75%:16", [64, 80, 96]),
+        ("1%:3%:1%", [1, 3, 4]),  # 1.28, 2.56 and 3.84: rounded after the steps are added
+        ("64:64:0.1%", [64]),
+    ],
+)
 def test_budgets(text, budgets):
-    assert list(parse_budgets(text)) == budgets
+    assert list(parse_budgets(text, layers=16, top_k=8)) == budgets
 
 
-@pytest.mark.parametrize("text", ["", "64", "1:2", "1:2:3:4", "a:b:c", "8:4:1", "4:8:0", "4:8:-1"])
-def test_budgets_that_are_not_understood(text):
-    with pytest.raises(InputError, match="is not understood; write START:STOP:STEP"):
-        parse_budgets(text)
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        *((text, "is not understood; write START:STOP:STEP") for text in ("", "64", "1:2", "1:2:3:4")),
+        *((text, "is not understood; write a sum over layers") for text in ("a:b:c", "4:8:-1", "25%:75%:0.1")),
+        *((text, "does not rise; write START:STOP:STEP") for text in ("8:4:1", "4:8:0", "50%:25%:5%", "1:9:k=0.0")),
+        ("50%:101%:5%", "at most 100%"),
+        ("0:999999999:0.000001%", "does not rise"),
+    ],
+)
+def test_budgets_that_are_not_understood(text, words):
+    with pytest.raises(InputError, match=words):
+        parse_budgets(text, layers=16, top_k=8)
 
 
-def test_bugs_stay_tracebacks(monkeypatch):
+def test_bugs_stay_tracebacks(folder, monkeypatch):
     def fail(*_):
         raise ValueError("a bug")
 
     monkeypatch.setattr("lexi_search.cli.commands.show.read_artifact", fail)
     with pytest.raises(ValueError, match="a bug"):
-        run("show", "x")
+        run("show", write(folder / "x", make_profile()))
 
 
 def make_environment(**changes):
@@ -448,17 +472,17 @@ def test_processes(folder, checkpoint):
     assert start("--help").stdout.startswith("Usage: ")
     caches = folder / "caches"
     done = start("profile", checkpoint, *FAST, XDG_CACHE_HOME=str(caches))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "profile.json\n", "")
+    assert (done.returncode, done.stdout, list_warnings(done.stderr)) == (0, "profile.json\n", [])
     assert os.listdir(caches / "lexi-search" / "jax")
     done = start("search", "profile.json", "--budget", "7", XDG_CACHE_HOME=str(caches))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, list_warnings(done.stderr)) == (0, [])
     done = start("search", "profile.json", "--budget", "99", XDG_CACHE_HOME=str(caches))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     done = start("profile", checkpoint, *FAST, "-o", "again", XDG_CACHE_HOME="/proc/absent")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, list_warnings(done.stderr)) == (0, [])
     own = folder / "own"
     done = start("profile", checkpoint, *FAST, XDG_CACHE_HOME="/proc/absent", JAX_COMPILATION_CACHE_DIR=str(own))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, list_warnings(done.stderr)) == (0, [])
     assert Path("again").read_bytes() == Path("profile.json").read_bytes()
     assert sorted(os.listdir()) == ["again", "allocation.json", "caches", "own", "profile.json"]
 
@@ -482,7 +506,7 @@ def test_a_profile_cut_short_in_its_first_layer_leaves_nothing_to_read(folder, c
         process.kill()
         process.communicate()
     assert process.returncode == (130 if number == signal.SIGINT else -number)
-    assert errors.strip() == (b"Error: interrupted" if number == signal.SIGINT else b"")
+    assert list_warnings(errors.decode()) == (["Error: interrupted"] if number == signal.SIGINT else [])
     left = [path for path in folder.rglob("*") if caches.parent not in path.parents and path != caches.parent]
     store = folder / "profile.json.partial"
     assert sorted(left) == ([] if number == signal.SIGINT else [store, store / "lock"])

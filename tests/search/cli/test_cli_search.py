@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import refuse, run, succeed, write
+from command_line import list_warnings, refuse, run, succeed, write
 from synthetic import make_allocation, make_cost_table, make_profile
 
 from lexi_search.artifacts import serialisation
@@ -31,10 +31,10 @@ def test_search_one_budget_writes_a_file(folder):
         sum(profile.losses("frobenius")[i][allocation.top_k[i] - 1] for i in range(4))
     )
     header, row, last = output.splitlines()[1:]
-    assert header.split() == "budget average k loss optimum gap % sure % k per layer".split()
+    assert header.split() == "budget share % average k loss optimum gap % sure % k per layer".split()
     figures = [f"{allocation.loss:.6g}", f"{allocation.optimal_loss:.6g}", "0"]
-    *cells, sure = row.split()[:6]
-    assert [*cells, *row.split()[6:]] == ["9", "2.25", *figures, *map(str, allocation.top_k.values())]
+    *cells, sure = row.split()[:7]
+    assert [*cells, *row.split()[7:]] == ["9", "56.25", "2.25", *figures, *map(str, allocation.top_k.values())]
     assert 0 < int(sure) <= 100
     assert last == "allocation.json"
 
@@ -92,11 +92,14 @@ def test_search_keeps_to_bounds_and_losses(folder):
         (["--budget", "14", "--max-k", "3"], "budget 14 is outside 4..12"),
         (["--budget", "8", "--max-k", "5"], "max_k=5 must be an integer in 1..4"),
         (["--budget", "8", "--min-k", "0"], "min_k=0 must be an integer in 1..4"),
-        (["--budgets", "8:4:1"], "--budgets '8:4:1' is not understood; write START:STOP:STEP, such as 64:128:8"),
+        (
+            ["--budgets", "8:4:1"],
+            "--budgets '8:4:1' does not rise; write START:STOP:STEP, such as 64:128:8 or 25%:75%:5%",
+        ),
         (["--budgets", "8"], "--budgets '8' is not understood"),
-        (["--budgets", "8:99999999999:1"], "--budgets '8:99999999999:1' is not understood"),
+        (["--budgets", "8:99999999999:1"], "--budgets 8:99999999999:1: '99999999999' is not understood"),
         (["--budget", "8", "--protect", "0:99999999999"], "--protect '0:99999999999' is not understood"),
-        (["--budgets", "4:8:0"], "--budgets '4:8:0' is not understood"),
+        (["--budgets", "4:8:0"], "--budgets '4:8:0' does not rise"),
         (["--budget", "8", "-o", "absent/a.json"], "cannot write absent/a.json: No such file or directory"),
         (["--budget", "8", "-o", "."], "cannot write .: not a regular file"),
         (["--budgets", "8:9:1", "-o", "absent/out"], "cannot write absent/out: No such file or directory"),
@@ -182,8 +185,13 @@ def test_history(folder):
     write(folder / "p", make_profile(6, 4))
     succeed("search", "p", "--budgets", "8:20:4", "--generations", "30", "--history", "h.json")
     history = json.loads(Path("h.json").read_text())
-    assert list(history) == ["12", "16", "20", "8"]
-    for budget, values in history.items():
+    assert (history["format"], history["loss"], history["model"]["model_type"]) == (
+        "lexi-history",
+        "frobenius",
+        "olmoe",
+    )
+    assert list(history["budgets"]) == ["12", "16", "20", "8"]
+    for budget, values in history["budgets"].items():
         assert len(values["best"]) == len(values["mean"]) == 30
         assert all(a >= b for a, b in zip(values["best"], values["best"][1:], strict=False))
         loss = serialisation.read_allocation(f"allocations/allocation-{budget}.json").loss
@@ -341,7 +349,7 @@ def test_front_chooses(folder):
 
     def choose(*options):
         succeed("front", "p", *options)
-        allocation = serialisation.read_allocation("allocation.json")
+        allocation = serialisation.read_allocation("front-allocation.json")
         assert allocation.gap == 0 and allocation.made_by["method"] == "exact"
         return allocation
 
@@ -372,7 +380,7 @@ def test_front_chooses(folder):
         (["--max-loss", "-1"], "--max-loss '-1' is not understood"),
         (["--max-loss", "1", "--max-k", "1"], "every allocation loses more than 1; the least is "),
         (["--cost", "cost", "--mix", "16", "--target-speedup", "9"], "no allocation is that fast; the fastest takes"),
-        (["-o", "front.txt"], "--output front.txt: name a file in .json, .csv, .png or .svg"),
+        (["-o", "front.txt"], "--output front.txt: name a file in .json, .csv, .png, .svg or .pdf"),
         (["-o", "absent/f.json"], "cannot write absent/f.json: No such file or directory"),
         (["--knee", "--allocation", "absent/a"], "cannot write absent/a: No such file or directory"),
     ],
@@ -423,11 +431,11 @@ def test_a_search_that_stops_short_is_not_blamed_on_the_profile(folder):
     profile = make_profile(8, 8)
     write(folder / "p", profile)
     result = run("search", "p", "--budget", 32, "--population", 2, "--generations", 1)
-    assert serialisation.read_allocation("allocation.json").gap > 0.01 and result.stderr == ""
+    assert serialisation.read_allocation("allocation.json").gap > 0.01 and list_warnings(result.stderr) == []
 
 
 def test_a_front_says_which_point_was_chosen_where_nothing_is_bold(folder):
     write(folder / "p", make_profile())
     title = succeed("front", "p", "--knee").splitlines()[0]
-    chosen = serialisation.read_allocation("allocation.json")
+    chosen = serialisation.read_allocation("front-allocation.json")
     assert title.endswith(f"chosen: budget {chosen.budget}, loss {chosen.loss:.6g}")
