@@ -103,14 +103,7 @@ def front(
 
     cost, constraints = read_cost(measured, cost_file, mix), make_constraints(measured, **options)
     pareto = tradeoff.find_front(measured, cost=cost, constraints=constraints, loss=loss)
-    chosen = None
-    if knee:
-        chosen = tradeoff.find_knee(pareto)
-    elif max_loss is not None:
-        limit, relative = parse_loss(max_loss)
-        chosen = tradeoff.find_fastest_within(pareto, limit * pareto.points[0].loss if relative else limit)
-    elif any(wishes):
-        chosen = tradeoff.find_best_within(pareto, ms=target_ms, speedup=target_speedup)
+    chosen = _choose(pareto, knee=knee, max_loss=max_loss, ms=target_ms, speedup=target_speedup)
     shown = tradeoff.thin(pareto.points, points) if points else pareto.points
     for name in outputs:
         data = _format_front(name, measured, pareto, points=shown, chosen=chosen, loss=loss, cost=cost)
@@ -162,6 +155,22 @@ def _conclude(profile: str, front: "Front", loss: str) -> None:
         ["lexi-search", "front", profile, "--loss", loss, "--knee"],
         ["lexi-search", "front", profile, "--loss", loss, "--max-loss", "20%"],
     )
+
+
+def _choose(
+    front: "Front", *, knee: bool, max_loss: str | None, ms: float | None, speedup: float | None
+) -> "Point | None":
+    """The point that the one option given asks for; None without one."""
+    from lexi_search.allocation import tradeoff
+
+    if knee:
+        return tradeoff.find_knee(front)
+    if max_loss is not None:
+        limit, relative = parse_loss(max_loss)
+        return tradeoff.find_fastest_within(front, limit * front.points[0].loss if relative else limit)
+    if ms is None and speedup is None:
+        return None
+    return tradeoff.find_best_within(front, ms=ms, speedup=speedup)
 
 
 def _find_form(name: str) -> str:

@@ -23,6 +23,9 @@ class Recorder:
     def open(self, partials, layers):
         self.events.append(("open", sorted(partials.layers), tuple(layers)))
 
+    def plan(self, plan):
+        self.planned = plan
+
     def choose_exponent(self, exponent):
         self.events.append(("exponent", exponent))
 
