@@ -73,8 +73,8 @@ th:first-child, td:first-child { padding-left: 0; }
 .step { border-top: 1px solid var(--line); padding: .8rem 0; display: grid; grid-template-columns: 8.5rem minmax(0,
   1fr); gap: .2rem 1rem; }
 pre { margin: 0 0 .35rem; padding: .55rem .75rem; background: var(--code); border-radius: .45rem; white-space:
-  pre-wrap; overflow-wrap: anywhere; font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation
-  Mono", monospace; }
+  pre-wrap; overflow-wrap: anywhere; font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, 
+  "Liberation Mono", monospace; }
 .step p { margin: 0; }
 ul.plain { margin: .3rem 0; padding-left: 1.1rem; max-width: 44rem; }
 ul.plain li { margin: .3rem 0; }
