@@ -24,6 +24,7 @@ from lexi_search.allocation.targets import Target
 from lexi_search.artifacts.files import read_json_object
 from lexi_search.artifacts.serialisation import read_allocation, read_profile, sha256
 from lexi_search.cli.commands.auto import CARDS
+from lexi_search.cli.report.facts import state
 from lexi_search.errors import InputError
 
 SETTINGS = {"batch": 2, "length": 16, "samples": 64}
@@ -125,10 +126,10 @@ def test_figures_of_the_report_are_those_of_the_files(finished):
         mean, error = divergence[row].mean(), divergence[row].std(ddof=1) / divergence.shape[1] ** 0.5
         assert judged["judged"][row]["divergence"] == pytest.approx(mean)
         paired = divergence[0] - divergence[row]
-        stated = [f"{loss:.4g}", f"{mean:.4f} ± {error:.4f}"]
+        stated = [f"{loss:.4g}", state(mean, error)]
         if row:
             more = "more" if paired.mean() > 0 else "less"
-            stated.append(f"{abs(paired.mean()):.4f} ± {paired.std(ddof=1) / len(paired) ** 0.5:.4f} {more}")
+            stated.append(f"{state(abs(paired.mean()), paired.std(ddof=1) / len(paired) ** 0.5)} {more}")
         for figure in stated:
             assert f"<td>{figure}</td>" in page
             assert f"| {figure} |" in text
@@ -187,10 +188,10 @@ def test_an_estimate_is_called_one_everywhere(again, weights):
     allocation = read_allocation("served.lexi/allocation.json")
     assert allocation.made_by["cost"]["estimated"] is True
     assert allocation.made_by["cost"]["speedup"] >= 1.0001
-    assert "an estimated 1.0" in output and "speed-up, estimate" in output
+    assert "an estimated 1.0" in output and "times as fast (estimate)" in output
     for name in REPORTS:
         text = Path("served.lexi", name).read_text()
-        assert "an estimated 1.0" in text and "speed-up, estimate" in text
+        assert "an estimated 1.0" in text and "times as fast (estimate)" in text
         assert "not measured" in text if name == "report.html" else "nothing was timed" in text
 
 
@@ -410,6 +411,20 @@ def test_the_page_is_whole_and_loads_nothing_whatever_the_model_is_called(finish
     text = Path("served.lexi/report.md").read_text()
     assert text.startswith("# \\<b\\>m\\&\"\\|\\`\\*' x: k of each layer\n")
     assert json.loads(Path("served.lexi/judged.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "text"),
+    [
+        (0.18866, 0.00411, "0.1887 ± 0.0041"),
+        (1.2067, 0.00469, "1.2067 ± 0.0047"),
+        (12.3, 3.21, "12.3 ± 3.2"),
+        (1234.5, 321.0, "1234 ± 321"),
+        (0.0, 0.0, "0.0000 ± 0.0000"),
+    ],
+)
+def test_a_number_has_the_digits_of_its_error(value, stderr, text):
+    assert state(value, stderr) == text
 
 
 @pytest.mark.parametrize(("budget", "layers"), [(7, 3), (40, 8), (39, 8), (100, 61), (16, 16)])
