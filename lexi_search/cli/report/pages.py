@@ -83,7 +83,8 @@ dt { color: var(--soft); }
 dd { margin: 0; }
 pre span { white-space: nowrap; }
 @media (max-width: 40rem) { svg { min-width: 0; } svg .tick { font-size: 20px; } svg .label { font-size: 21px; }
-  svg .cell { font-size: 18px; } figure { padding: .6rem .5rem; } main { padding: 1.5rem 1rem 2rem; } h1 { font-size: 1.6rem; } .step {
+  svg .cell { font-size: 18px; } figure { padding: .6rem .5rem; } main {
+  padding: 1.5rem 1rem 2rem; } h1 { font-size: 1.6rem; } .step {
   grid-template-columns: 1fr; } .tiles { grid-template-columns: 1fr 1fr; gap: .5rem; } .tile { padding: .65rem
   .75rem; } .tile b { font-size: 1.15rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
 @media print { :root { --ground: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --code: #f4f4f4;
