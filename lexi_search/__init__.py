@@ -44,7 +44,7 @@ _MODULE_OF = {
     "weigh": "allocation.costs",
     "allocate": "allocation.allocate",
     "prepare_checkpoint": "allocation.auto",
-    "Target": "allocation.auto",
+    "Target": "allocation.targets",
     "find_front": "allocation.tradeoff",
     "find_best_within": "allocation.tradeoff",
     "find_fastest_within": "allocation.tradeoff",

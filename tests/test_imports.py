@@ -21,7 +21,7 @@ HOUSE = {
         "checkpoint": "folder config dequantise quantisation_config quantisation_formats tensors reader writer",
         "models": "moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
         "profiling": "moments gaussian forward sampling divergence profile distributed resume session",
-        "allocation": "costs speed_estimate allocate tradeoff comparison baselines export auto",
+        "allocation": "costs speed_estimate allocate tradeoff targets comparison baselines export auto",
         "pruning": "importance slicing sizes prune",
         "cli": "console options tables plots progress report commands main entry",
     },

@@ -6,17 +6,15 @@ Every step takes what an earlier run has left, so the same run again goes on or 
 other content is replaced only with `force`, and never if it is another model's.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lexi_search.allocation import export
-from lexi_search.allocation.allocate import AllocationResult, allocate
+from lexi_search.allocation.allocate import AllocationResult
 from lexi_search.allocation.baselines import (
     Contender,
     describe_judging,
@@ -27,7 +25,8 @@ from lexi_search.allocation.baselines import (
 )
 from lexi_search.allocation.costs import Cost, weigh
 from lexi_search.allocation.speed_estimate import CARDS, estimate, measure_size
-from lexi_search.allocation.tradeoff import Front, find_fastest_within, find_front
+from lexi_search.allocation.targets import Target, check_target, search_target
+from lexi_search.allocation.tradeoff import Front
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.cost_table import CostTable
 from lexi_search.artifacts.files import check_writable_folder, json_bytes, lock_file, write_atomically
@@ -39,27 +38,13 @@ from lexi_search.errors import InputError
 from lexi_search.models.model import Model, describe
 from lexi_search.profiling.divergence import measure_variants, open_run
 from lexi_search.profiling.session import Observer, profile_checkpoint
-from lexi_search.solvers.problem import CAP_TOLERANCE
 
 PROFILE, PAPER, ESTIMATE = "profile.json", "profile-paper.json", "estimate.json"
 ALLOCATION, JUDGED = "allocation.json", "judged.json"
 PAPER_ITERATIONS = 10  # N_iter of the paper's Algorithm 1
-RESAMPLES = 200
 LOCK = "lock"
 
 Listen = Callable[[str], AbstractContextManager[Observer | None]]
-
-
-class Target(NamedTuple):
-    """The one thing that is asked for: `kind` is "budget", "speedup" or "max_loss".
-
-    A budget is in experts, a speed-up over the model's own k. A largest loss is in the loss's own unit or, if
-    `relative`, a share of what the layers lose in sum with one expert each.
-    """
-
-    kind: str
-    value: float
-    relative: bool = False
 
 
 class Job(NamedTuple):
@@ -158,7 +143,7 @@ def prepare_checkpoint(
         cost=weigh(table, model.identity, mix=mix),
         listen=listen,
     )
-    _check_target(job)
+    check_target(target, model.identity, job.cost, table.device)
     _check_files(job)
     with _claim(job):
         return _run(job, paper=paper, judge=judge, **settings)
@@ -172,7 +157,7 @@ def _run(job: Job, *, paper: bool, judge: bool, **settings: Any) -> Outcome:
     by_paper = None
     if paper and profile.settings.input != "paper":
         by_paper = _profile_as_paper(job, profile, restart=settings.get("restart", False))
-    result, front = _search(profile, job.target, job.cost)
+    result, front = search_target(profile, job.target, job.cost)
     job.keep(ALLOCATION, to_bytes(result.allocation))
     contenders = list_contenders(profile, result.allocation, job.cost, by_paper=by_paper)
     judged = None
@@ -180,27 +165,6 @@ def _run(job: Job, *, paper: bool, judge: bool, **settings: Any) -> Outcome:
         judged = replace(profile.settings, seed=(profile.settings.seed + 1) % 2**32)  # another text of the same size
         contenders = _judge(job, profile, contenders, judged)
     return Outcome(job, profile, result, front, contenders, judged, _export(job, result.allocation))
-
-
-def _check_target(job: Job) -> None:
-    """Raise InputError for a target that no profile can make reachable."""
-    kind, value, _ = job.target
-    model, cost = job.model, job.cost
-    full = len(model.layers) * model.top_k
-    if kind == "budget" and not len(model.layers) <= value < full:
-        raise InputError(
-            f"--budget {value} is outside {len(model.layers)} to {full - 1}, what allocations smaller than the model's "
-            f"own, {full}, have"
-        )
-    if kind == "speedup":
-        most = cost.base_ms / (cost.other_ms + float(cost.ms.min(axis=1).sum()))
-        shown = math.floor(1e4 * most) / 1e4  # a target of what is shown is within reach
-        if not 1 < value <= most * (1 + CAP_TOLERANCE):
-            what = f"by the {job.table.device}" if cost.estimated else f"on {job.table.device}"
-            raise InputError(
-                f"--target-speedup {value:g} is not above 1 and at most {shown:g}, what the fastest k in every "
-                f"layer reaches {what}"
-            )
 
 
 def _check_files(job: Job) -> None:
@@ -255,39 +219,6 @@ def _profile_as_paper(job: Job, profile: Profile, *, restart: bool) -> Profile:
             reuse=True,
             observer=observer,
         )
-
-
-def sum_largest(profile: Profile) -> float:
-    """The sum of what the layers lose with one expert each: the loss that shares are of."""
-    return sum(row[0] for row in profile.losses(profile.default_loss))
-
-
-def find_limit(profile: Profile, target: Target) -> float:
-    """The largest loss that a target of kind "max_loss" allows."""
-    return target.value * sum_largest(profile) if target.relative else target.value
-
-
-def _search(profile: Profile, target: Target, cost: Cost) -> tuple[AllocationResult, Front]:
-    """The exact optimum within the target, and the front of loss over the sum of k."""
-    front = find_front(profile)
-    search = partial(allocate, profile, method="exact", resamples=RESAMPLES, seed=profile.settings.seed)
-    if target.kind == "budget":
-        [result] = search([int(target.value)])
-        return result, front
-    if target.kind == "speedup":
-        [result] = search([cost.base_ms / target.value], cost=cost)
-        return result, front
-    timed, limit = find_front(profile, cost=cost), find_limit(profile, target)
-    point = find_fastest_within(timed, limit)
-    if all(k == profile.model.top_k for k in point.top_k):
-        least = min((other.loss for other in timed.points if other != point), default=0.0)
-        share = 100 * least / sum_largest(profile) if least else 0
-        raise InputError(
-            f"--max-loss {limit:g} is out of reach: the least that a faster allocation loses is {least:.4g}, "
-            f"{share:.3g}% of the largest"
-        )
-    [result] = search([point.ms], cost=cost)
-    return result, front
 
 
 def _judge(

@@ -54,7 +54,7 @@ def list_contenders(
     layers, full = profile.model.moe_layers, profile.model.top_k
     even = spread_evenly(allocation.budget, len(layers))
     spread = (
-        f"k = {even[0]} in every layer" if len(set(even)) == 1 else f"k = {min(even)} and {max(even)}, evenly spread"
+        f"k = {even[0]} in every layer" if len(set(even)) == 1 else f"k = {min(even)} and {max(even)} spread evenly"
     )
     rows = {OURS: tuple(allocation.top_k[layer] for layer in layers), spread: even}
     if by_paper is not None:

@@ -61,9 +61,9 @@ def auto(
     """Make a folder that vLLM serves, of the model in the folder WEIGHTS: profile, search, judge, export.
 
     \b
-    lexi-search auto weights/ --target-speedup 1.3 -o served/   at least 1.3 times as fast
-    lexi-search auto weights/ --budget 50% -o served/           half of the experts
-    lexi-search auto weights/ --max-loss 2% -o served/          the fastest that loses little
+    lexi-search auto examples/tiny-olmoe --budget 62% -o served/   62 % of the experts
+    lexi-search auto weights/ --target-speedup 1.3 -o served/      at least 1.3 times as fast
+    lexi-search auto weights/ --max-loss 2% -o served/             the fastest that loses little
 
     OUTPUT.lexi beside OUTPUT keeps profile.json, allocation.json and what else led there, and report.html and
     report.md: one page that says what was chosen, what it loses, how sure that is, and how to serve, check and roll
@@ -87,7 +87,8 @@ def auto(
     table = None if cost_file is None else read_cost_table(cost_file)
     steps = parse_mix(mix) if mix else None
     prepare_environment()
-    from lexi_search.allocation.auto import Target, prepare_checkpoint
+    from lexi_search.allocation.auto import prepare_checkpoint
+    from lexi_search.allocation.targets import Target
 
     if budget is not None:
         target = Target("budget", _count_experts(budget, weights))

@@ -39,7 +39,7 @@ def draw_heatmap(outcome: Outcome) -> str:
                     "</text>"
                 )
         if column % -(-len(layers) // 16) == 0:
-            parts.append(f'<text x="{x + width / 2:.2f}" y="{bottom + 17}" class="tick middle">{layer}</text>')
+            parts.append(f'<text x="{x + width / 2:.2f}" y="{bottom + 19}" class="tick middle">{layer}</text>')
     for k in range(1, ks + 1):
         if ks <= 12 or k % 2 == 0:
             parts.append(
@@ -50,10 +50,10 @@ def draw_heatmap(outcome: Outcome) -> str:
         path += f"V{bottom - k * height}H{left + (column + 1) * width:.2f}"
     parts += [f'<path d="{path}" class="halo"/>', f'<path d="{path}" class="chosen"/>']
     parts.append(
-        f'<text x="{left + (_WIDTH - left) / 2:g}" y="{bottom + 36}" class="label middle">decoder layer</text>'
+        f'<text x="{left + (_WIDTH - left) / 2:g}" y="{bottom + 42}" class="label middle">decoder layer</text>'
     )
     parts.append(f'<text class="label middle" transform="translate(10 {top + ks * height / 2:g}) rotate(-90)">k</text>')
-    return _wrap(parts, bottom + 42, f"Loss of each layer at each k, from {low:.2g} to {high:.2g}, with the chosen k")
+    return _wrap(parts, bottom + 50, f"Loss of each layer at each k, from {low:.2g} to {high:.2g}, with the chosen k")
 
 
 def draw_scale(outcome: Outcome) -> tuple[str, str, str]:
@@ -83,7 +83,7 @@ def draw_front(outcome: Outcome) -> str:
         parts.append(f'<text x="{left - 8}" y="{y + 4:.2f}" class="tick end">{index * step:g}</text>')
     for k in range(1, last_k + 1):
         if last_k <= 16 or k % 2 == 0:
-            parts.append(f'<text x="{place(k * layers, 0)[0]:.2f}" y="{bottom + 18}" class="tick middle">{k}</text>')
+            parts.append(f'<text x="{place(k * layers, 0)[0]:.2f}" y="{bottom + 20}" class="tick middle">{k}</text>')
     line = " ".join("{:.2f},{:.2f}".format(*place(point.budget, point.loss)) for point in front.points)
     parts.append(f'<polyline points="{line}" class="front"/>')
     for point in front.uniform:
@@ -104,13 +104,13 @@ def draw_front(outcome: Outcome) -> str:
     parts.append(f'<path d="{_star(x, y, 11)}" class="ours"><title>this allocation: {ours.loss:.3g}</title></path>')
     middle = (left + right) / 2
     parts.append(
-        f'<text x="{middle:g}" y="{bottom + 38}" class="label middle">experts a token, layers\' average k</text>'
+        f'<text x="{middle:g}" y="{bottom + 44}" class="label middle">experts a token, layers\' average k</text>'
     )
     parts.append(
         f'<text class="label middle" transform="translate(14 {(top + bottom) / 2:g}) rotate(-90)">loss, '
         f"{find_unit(outcome)}</text>"
     )
-    return _wrap(parts, bottom + 46, "Loss over budget: the front, every uniform k, and this allocation")
+    return _wrap(parts, bottom + 52, "Loss over budget: the front, every uniform k, and this allocation")
 
 
 def _wrap(parts: Sequence[str], height: float, title: str) -> str:

@@ -1,5 +1,6 @@
 """The statements of the report, in words and figures: the same for every form of it."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def gather(outcome: Outcome) -> Facts:
         title=find_name(outcome),
         decision=(
             f"{budget} of {layers * full} experts a token, {budget / layers:.2f} instead of {full} a layer: {speed}; "
-            f"it loses {loss:.3g} {find_unit(outcome)}, {even.name} loses {other:.3g}."
+            f"it loses {loss:.3g} {find_unit(outcome)}, {even.name} would lose {other:.3g}."
         ),
         verdict=_judge(outcome),
         tiles=_list_tiles(outcome),
@@ -83,6 +84,12 @@ def gather(outcome: Outcome) -> Facts:
         meaning=tuple(explain(outcome)),
         origin=tuple(list_origin(outcome)),
     )
+
+
+def state(value: float, stderr: float) -> str:
+    """A number with its standard error, to two digits of the error."""
+    digits = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 4
+    return f"{value:.{max(digits, 0)}f} ± {stderr:.{max(digits, 0)}f}"
 
 
 def _lose(contender: Contender) -> float:
@@ -99,7 +106,7 @@ def _put_beside(ours: float, theirs: float) -> str:
 
 
 def _name_speed(outcome: Outcome) -> str:
-    return "speed-up, estimate" if outcome.job.cost.estimated else "speed-up"
+    return f"times as fast{' (estimate)' if outcome.job.cost.estimated else ''}"
 
 
 def _judge(outcome: Outcome) -> str:
@@ -146,18 +153,17 @@ def _list_tiles(outcome: Outcome) -> tuple[Tile, ...]:
 def _compare(outcome: Outcome) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """The columns and rows that set the allocation beside others."""
     judged = outcome.contenders[0].judged is not None
-    columns = ("", "experts", "average k", _name_speed(outcome), "loss, layers summed")
+    columns = ("", "experts", _name_speed(outcome), "loss, layers summed")
     if judged:
         columns += ("loss, whole model", "this allocation loses")
     rows = []
     for index, one in enumerate(outcome.contenders):
-        budget = sum(one.top_k)
-        row = (one.name, str(budget), f"{budget / len(one.top_k):.2f}", f"{one.speedup:.3f}", f"{one.loss:.4g}")
+        row = (one.name, str(sum(one.top_k)), f"{one.speedup:.3f}", f"{one.loss:.4g}")
         if judged:
             more, stderr = one.excess
             row += (
-                f"{one.judged.divergence:.4f} ± {one.judged.stderr:.4f}",
-                f"{abs(more):.4f} ± {stderr:.4f} {'more' if more > 0 else 'less'}" if index else "",
+                state(*one.judged) if one.judged.stderr else "0",
+                f"{state(abs(more), stderr)} {'more' if more > 0 else 'less'}" if index else "",
             )
         rows.append(row)
     return columns, tuple(rows)

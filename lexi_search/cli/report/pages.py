@@ -65,7 +65,7 @@ svg .ours { fill: var(--warm); stroke: var(--card); stroke-width: 1.5; }
   .4rem; }
 .table { overflow-x: auto; margin-top: .6rem; }
 table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; font-size: .8rem; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; }
 .named th:first-child, .named td:first-child { text-align: left; }
@@ -73,21 +73,26 @@ th:first-child, td:first-child { padding-left: 0; }
 .step { border-top: 1px solid var(--line); padding: .8rem 0; display: grid; grid-template-columns: 8.5rem minmax(0,
   1fr); gap: .2rem 1rem; }
 pre { margin: 0 0 .35rem; padding: .55rem .75rem; background: var(--code); border-radius: .45rem; white-space:
-  pre-wrap; overflow-wrap: anywhere; font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation
-  Mono", monospace; }
+  pre-wrap; overflow-x: auto; font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, 
+  "Liberation Mono", monospace; }
 .step p { margin: 0; }
 ul.plain { margin: .3rem 0; padding-left: 1.1rem; max-width: 44rem; }
 ul.plain li { margin: .3rem 0; }
 dl { display: grid; grid-template-columns: 6rem minmax(0, 1fr); gap: .25rem 1rem; font-size: .85rem; margin: 0; }
 dt { color: var(--soft); }
 dd { margin: 0; }
-@media (max-width: 40rem) { main { padding: 1.5rem 1rem 2rem; } h1 { font-size: 1.6rem; } .step {
+pre span { white-space: nowrap; }
+@media (max-width: 40rem) { svg { min-width: 0; } svg .tick { font-size: 20px; } svg .label { font-size: 21px; }
+  svg .cell { font-size: 18px; } figure { padding: .6rem .5rem; } main {
+  padding: 1.5rem 1rem 2rem; } h1 { font-size: 1.6rem; } .step {
   grid-template-columns: 1fr; } .tiles { grid-template-columns: 1fr 1fr; gap: .5rem; } .tile { padding: .65rem
   .75rem; } .tile b { font-size: 1.15rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
 @media print { :root { --ground: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --code: #f4f4f4;
   --accent: #3350c4; --good: #1f7a55; --warm: #d1580c; } body { font-size: 10.5pt; } main { max-width: none;
-  padding: 0; } figure, .tile, .step, .layers li, tr { break-inside: avoid; } h2 { break-after: avoid; } svg {
-  min-width: 0; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
+  padding: 0; } h2 { margin-top: 1.6rem; break-after: avoid; } figure, .tile, .step, .layers li, tr {
+  break-inside: avoid; } figure div, .table, pre { overflow: visible; } svg { min-width: 0; } table {
+  font-size: 8.5pt; } th, td { padding: .25rem .4rem; } .layers { grid-template-columns: repeat(16, 1fr); }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
 
@@ -159,7 +164,8 @@ def _list(texts: Sequence[str]) -> str:
 
 
 def _step(step: Step) -> str:
-    commands = escape("\n".join(step.commands))
+    words = (" ".join(f"<span>{escape(word)}</span>" for word in line.split(" ")) for line in step.commands)
+    commands = "\n".join(words)
     return (
         f'<div class="step"><h3>{escape(step.title)}</h3><div><pre>{commands}</pre>'
         f'<p class="soft">{escape(step.note)}</p></div></div>'

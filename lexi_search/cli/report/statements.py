@@ -15,12 +15,10 @@ from lexi_search.allocation.auto import (
     PAPER,
     PAPER_ITERATIONS,
     PROFILE,
-    RESAMPLES,
     Outcome,
-    find_limit,
-    sum_largest,
 )
 from lexi_search.allocation.baselines import PAPER as PAPER_NAME
+from lexi_search.allocation.targets import RESAMPLES, find_limit, sum_largest
 from lexi_search.artifacts.serialisation import sha256
 from lexi_search.solvers.uncertainty import NOISY
 
