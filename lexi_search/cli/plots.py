@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lexi_search.allocation.tradeoff import Front, Point
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import Profile
+from lexi_search.cli.console import spell
 from lexi_search.errors import InputError
 
 FORMATS = ("png", "svg")
@@ -47,7 +48,7 @@ def draw_heatmap(
     panels = figure.subplots(1, len(profiles), squeeze=False)[0]
     for axes, (name, each) in zip(panels, profiles.items(), strict=True):
         _draw_panel(axes, each, loss or each.default_loss, normalised)
-        title = _spell(name) or f"{each.model.model_type}: loss of each layer at each k"
+        title = spell(name or f"{each.model.model_type}: loss of each layer at each k")
         axes.set_title(title, loc="left", parse_math=False)
         _draw_steps(axes, allocations, sorted(each.layers))
     if allocations:
@@ -91,7 +92,7 @@ def draw_front(front: Front, chosen: Point | None = None, *, title: str) -> Figu
     axes.plot(*list_coordinates(front.uniform), "o", color="#5ec962", label="the same k in every layer")
     if chosen is not None:
         axes.plot(*list_coordinates([chosen]), "*", color="#ff7f11", markersize=13, label="chosen")
-    axes.set_title(title, loc="left")
+    axes.set_title(spell(title), loc="left", parse_math=False)
     axes.set_xlabel("milliseconds" if timed else "active experts per token, summed over layers")
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
@@ -124,11 +125,6 @@ def render(figure: Figure, file_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def _spell(name: str) -> str:
-    """A file name as printable text, whatever its bytes."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def _label(loss: str, normalised: bool) -> str:
     name = {
         "frobenius": r"mean $\|Y_k - Y_\mathrm{base}\|_F$",
@@ -152,6 +148,6 @@ def _draw_steps(axes: Axes, allocations: Mapping[str, Allocation], layers: Seque
             color=_STEP_COLOURS[index % len(_STEP_COLOURS)],
             linewidth=1.8,
             # Without "./" before it, matplotlib leaves out a name that starts with _.
-            label=f"{'./' * name.startswith('_')}{_spell(name)}, B = {allocation.budget}",
+            label=f"{'./' * name.startswith('_')}{spell(name)}, B = {allocation.budget}",
             path_effects=[patheffects.withStroke(linewidth=3.2, foreground="#00000099")],
         )

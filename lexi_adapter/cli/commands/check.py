@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from lexi_adapter.allocation import KEY, Allocation, check_reducible, describe_run, read_allocation
+from lexi_adapter.cli.console import echo
 from lexi_adapter.environment import find_vllm_version
 from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import check_folder, has_weights, read_config
@@ -30,9 +31,9 @@ def check(allocation: str, folder: str) -> None:
         check_version(version)
     unchecked = [] if has_weights(Path(folder)) else ["no safetensors files there, so the weights were not compared"]
     unchecked += [] if version is not None else ["vLLM is not installed here, so its version was not checked"]
-    click.echo(f"fits: {wanted.model.model_type}, {describe_run(wanted, wanted.top_k)}")
+    echo(f"fits: {wanted.model.model_type}, {describe_run(wanted, wanted.top_k)}")
     for note in unchecked:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _check_export(allocation: Allocation, folder: Path) -> None:

@@ -5,6 +5,7 @@ import click
 from lexi_search.artifacts.files import check_writable, write_atomically
 from lexi_search.artifacts.serialisation import read_allocation
 from lexi_search.checkpoint.folder import find_folder
+from lexi_search.cli.console import echo
 from lexi_search.errors import InputError
 
 
@@ -35,21 +36,21 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     if folder:
         exporters.check_config(exported.model, config)
         if reason := exporters.check_weights(exported.model, model, folder):
-            click.echo(f"note: the router weights of {model} were not compared ({reason})", err=True)
+            echo(f"note: the router weights of {model} were not compared ({reason})", err=True)
     elif form == "vllm":
         raise InputError("--to vllm needs --model, the model's folder or hub id")
     if form == "vllm":
         overrides = exporters.make_vllm_overrides(exported, config)
         if output:
             exporters.write_folder(output, model, overrides, force=force)
-            click.echo(exporters.format_vllm_command(output, exported.model.model_type))
+            echo(exporters.format_vllm_command(output, exported.model.model_type))
         else:
-            click.echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
+            echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
     elif writes_folder and output:
         exporters.write_folder(output, model, exporters.make_transformers_overrides(exported), force=force)
-        click.echo(exporters.format_transformers_call(output, allocation))
+        echo(exporters.format_transformers_call(output, allocation))
     elif output:
         write_atomically(output, exporters.format_text(exported, form).encode(), apart_from=inputs)
-        click.echo(output)
+        echo(output)
     else:
-        click.echo(exporters.format_text(exported, form), nl=False)
+        echo(*exporters.format_text(exported, form).splitlines())

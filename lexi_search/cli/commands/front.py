@@ -10,7 +10,7 @@ import click
 from lexi_search.artifacts.files import check_writable, write_atomically
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.serialisation import read_profile, sha256, write_allocation
-from lexi_search.cli.console import loss_option, prepare_environment, print_table
+from lexi_search.cli.console import echo, loss_option, prepare_environment, print_table
 from lexi_search.cli.options import CONSTRAINTS, COSTS, add_options, make_constraints, read_cost
 from lexi_search.errors import InputError
 
@@ -88,7 +88,7 @@ def front(
         write_atomically(name, data, apart_from=kept_apart[name])
     print_table(tabulate_front(pareto, chosen))
     for name in outputs:
-        click.echo(name)
+        echo(name)
     if chosen is not None:
         from lexi_search.allocation.allocate import describe_origin, describe_spending, make_allocation
 
@@ -97,7 +97,7 @@ def front(
         optimal = chosen.loss / (1 + pareto.error)
         point = make_allocation(measured, chosen.top_k, loss=chosen.loss, optimal_loss=optimal, made_by=made_by)
         write_allocation(allocation, point, apart_from=kept_apart[allocation])
-        click.echo(allocation)
+        echo(allocation)
 
 
 def _find_form(name: str) -> str:

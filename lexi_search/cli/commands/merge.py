@@ -5,6 +5,7 @@ import click
 from lexi_search.artifacts.files import check_writable
 from lexi_search.artifacts.merging import find_missing, format_layers, merge
 from lexi_search.artifacts.serialisation import read_profile, write_profile
+from lexi_search.cli.console import echo
 
 
 @click.command("merge")
@@ -18,7 +19,7 @@ def merge_profiles(profiles: tuple[str, ...], output: str) -> None:
     check_writable(output, apart_from=profiles)
     merged = merge({path: read_profile(path) for path in profiles})
     write_profile(output, merged, apart_from=profiles)
-    click.echo(output)
+    echo(output)
     if missing := find_missing(merged):
         count = f"{len(missing)} of {len(merged.model.moe_layers)} layers"
-        click.echo(f"{count} are still missing: --layers {format_layers(missing)}", err=True)
+        echo(f"{count} are still missing: --layers {format_layers(missing)}", err=True)

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lexi_search.cli.console import Interruption, explain_lost_process, make_progress, parse_layers, prepare_environment
+from lexi_search.cli.console import (
+    Interruption,
+    echo,
+    explain_lost_process,
+    make_progress,
+    parse_layers,
+    prepare_environment,
+)
 from lexi_search.cli.options import dtype_option
 from lexi_search.profiling.resume import Partials
 
@@ -105,8 +112,8 @@ def profile(
         if made is None:
             return
         if rest := len(observer.kept.layers):
-            click.echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
-    click.echo(output)
+            echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
+    echo(output)
 
 
 class _Reporter:
@@ -123,11 +130,11 @@ class _Reporter:
         self.kept, self.layers = partials, layers
         if partials.layers or partials.findings or partials.damaged:
             damaged = f"; files that are damaged there, and made again: {partials.damaged}" if partials.damaged else ""
-            click.echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
+            echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
         self.progress.update(self.bar, total=len(layers), completed=self.count_finished(), visible=True)
 
     def choose_exponent(self, exponent: float) -> None:
-        click.echo(f"gate exponent {exponent:g}", err=True)
+        echo(f"gate exponent {exponent:g}", err=True)
 
     def advance_pass(self, layer: int) -> None:
         self.progress.advance(self.passes)

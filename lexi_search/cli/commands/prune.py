@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lexi_search.cli.console import make_progress, prepare_environment
+from lexi_search.cli.console import echo, make_progress, prepare_environment
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def prune(
             report=lambda share: progress.update(task, completed=int(100 * share)),
         )
     for line in _describe(pruning):
-        click.echo(line)
-    click.echo(output)
+        echo(line)
+    echo(output)
 
 
 def _parse_share(text: str | None, option: str) -> Fraction:

@@ -9,6 +9,7 @@ import click
 from lexi_search.artifacts.files import check_writable, check_writable_folder, json_bytes, write_atomically
 from lexi_search.artifacts.serialisation import read_profile, write_allocation
 from lexi_search.cli.console import (
+    echo,
     json_option,
     loss_option,
     parse_budgets,
@@ -165,7 +166,7 @@ def _print_results(
         print_json([summarise_result(row) | {"file": str(file)} for file, row in zip(files, results, strict=True)])
     else:
         print_table(tabulate_search(results, list(named) if timed else ()))
-        click.echo(destination)
+        echo(destination)
 
 
 def _find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
@@ -206,7 +207,7 @@ def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None
     if noisy:
         worst = max(noisy, key=noisy.get)
         remedy = _REMEDIES.get(source, "more text (--sequences)")
-        click.echo(
+        echo(
             f"the profile is too noisy for budget {', '.join(noisy)}: another sample of it would have led to losses "
             f"{100 * noisy[worst]:.2g} % smaller (budget {worst}); profile again with {remedy}",
             err=True,

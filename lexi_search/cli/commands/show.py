@@ -7,7 +7,7 @@ import click
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.files import check_writable, write_atomically
 from lexi_search.artifacts.serialisation import read_artifact, read_profile
-from lexi_search.cli.console import json_option, loss_option, normalised_option, print_json, print_table
+from lexi_search.cli.console import echo, json_option, loss_option, normalised_option, print_json, print_table
 
 
 @click.command()
@@ -50,4 +50,4 @@ def plot(profile: str, others: tuple[str, ...], output: str, loss: str | None, n
     figure = draw_heatmap(shown, allocations, loss=loss, normalised=normalised)
     drawn = render(figure, Path(output).suffix.lstrip(".").lower())
     write_atomically(output, drawn, apart_from=[profile, *others])
-    click.echo(output)
+    echo(output)
