@@ -1,14 +1,14 @@
 """Refusals in one line and tables on the terminal, for every command of `lexi-adapter`."""
 
 import _thread
-import errno
+import io
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -17,6 +17,7 @@ from lexi_adapter.errors import AdapterError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 
 class Refusal(click.ClickException):
@@ -32,45 +33,59 @@ class Interruption(click.ClickException):
 
 
 class Commands(click.Group):
-    """A group of commands in which an `AdapterError`, a missing package and a full disk are refusals."""
+    """The group of all commands: bad input, a missing package, failed I/O and Ctrl-C end in one line on stderr."""
 
-    _interrupts: Sequence[int] = ()
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        with _heed_interrupts() as interrupts:
+            end = self._run(interrupts, *args, **options)
+            if interrupts:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: nothing follows but its line
+                end = end if isinstance(end, Interruption) else Interruption("interrupted")
+            if isinstance(end, click.ClickException):
+                _show(end)
+        sys.exit(end.exit_code if isinstance(end, click.ClickException) else end)
 
-    def main(self, *args: Any, **options: Any) -> Any:
-        with _heed_interrupts() as self._interrupts:
-            try:
-                return super().main(*args, **options)
-            except SystemExit as end:
-                if not self._interrupts or end.code not in (0, None, 1):
-                    raise
-                if end.code != 1:  # click's own line for 1 is out
-                    click.echo("Error: interrupted", err=True)
-                sys.exit(Interruption.exit_code)
-
-    def invoke(self, ctx: click.Context) -> Any:
+    def _run(self, interrupts: Sequence[int], *args: Any, **options: Any) -> click.ClickException | int:
+        """The exit code of a command, or what it ends with; what is raised besides is a defect of ours."""
         try:
-            return self._invoke(ctx)
-        except KeyboardInterrupt:
-            raise Interruption("interrupted") from None
-        except Exception as error:
-            if not self._interrupts or isinstance(error, click.exceptions.Exit | Interruption):
-                raise
-            raise Interruption("interrupted") from error  # a library made another exception of it
-
-    def _invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
+            return super().main(*args, **options | {"standalone_mode": False}) or 0
+        except click.ClickException as error:
+            return error
         except AdapterError as error:
-            raise Refusal(str(error)) from error
+            return Refusal(str(error))
         except ImportError as error:
             if (explained := explain_import(error)) is None:
                 raise
-            raise Refusal(explained) from error
-        except OSError as error:  # click handles a pipe that is closed by its reader
-            if error.errno == errno.EPIPE:
-                raise
+            return Refusal(explained)
+        except UnicodeEncodeError as error:
+            return Refusal(f"cannot go on: {error.object[:200]!r} is no text in {error.encoding}; name it otherwise")
+        except OSError as error:  # click itself handles a pipe that nobody reads any more
             where = f" ({error.filename})" if error.filename else "; make room where the output goes"
-            raise Refusal(f"cannot go on: {error.strerror or error}{where}") from error
+            return Refusal(f"cannot go on: {error.strerror or error}{where}")
+        except (click.Abort, KeyboardInterrupt):
+            return Interruption("interrupted")
+        except (Exception, SystemExit):
+            if not interrupts:
+                raise
+            return Interruption("interrupted")  # a library made another exception of it
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would print an empty line
+            raise Interruption("interrupted") from None
+
+
+def _show(error: click.ClickException) -> None:
+    """Print what ended a command: a line, or for a wrong call how it is called, too."""
+    if not isinstance(error, click.UsageError):
+        echo(f"Error: {error.message}", err=True)
+        return
+    if not isinstance(error, click.exceptions.NoArgsIsHelpError):  # its message is the help, in lines
+        error.message = spell(error.message)
+    error.show(text := io.StringIO())
+    with suppress(OSError):
+        _write(text.getvalue(), err=True)
 
 
 @contextmanager
@@ -120,27 +135,28 @@ def _is_importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def print_table(table: "RenderableType") -> None:
-    """Print a table, without folding or cutting cells.
+def spell(text: str) -> str:
+    """The text with all that is not printable escaped: terminals obey control characters, and SVG cannot hold them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-    In a pipe lines are as long as they need to be, because the reader is a program; a terminal that is too narrow
-    breaks them itself. Names are shown as they are, and escaped in ASCII where stdout's encoding lacks a letter.
+
+def echo(*lines: object, err: bool = False) -> None:
+    """Print lines, spelt; all that is printed passes here, or as cells of a table through `print_table`.
+
+    A note on stderr that finds no room is dropped: the result is as good without it.
     """
-    from rich.console import Console
+    with suppress(*[OSError] if err else []):
+        _write("".join(f"{spell(str(line))}\n" for line in lines), err=err)
 
-    def make_console(width: int) -> Console:
-        return Console(width=width, markup=False, emoji=False)
 
-    console = make_console(10_000)
-    if sys.stdout is not None and sys.stdout.isatty():
-        console = make_console(max(Console().width, console.measure(table).minimum))
-    with console.capture() as capture:
-        console.print(table)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = capture.get()
+def _write(text: str, *, err: bool = False) -> None:
+    """Print text; characters that the stream's encoding lacks are escaped in ASCII."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     if not _can_encode("±", encoding):
         text = text.replace("±", "+-")
-    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), nl=False)
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err, nl=False)
 
 
 def _can_encode(text: str, encoding: str) -> bool:
@@ -148,3 +164,25 @@ def _can_encode(text: str, encoding: str) -> bool:
         return bool(text.encode(encoding))
     except UnicodeEncodeError:
         return False
+
+
+def print_table(table: "RenderableType") -> None:
+    """Print a table without cutting any cell; cells and titles that are strings are spelt.
+
+    In a pipe nothing is folded, since the reader is a program; a terminal that is too narrow wraps the lines itself.
+    """
+    from rich.console import Console
+
+    class Speller(Console):
+        def render_str(self, text: str, **options: Any) -> "Text":
+            return super().render_str(spell(text), **options)
+
+    def make_console(width: int) -> Console:
+        return Speller(width=width, markup=False, emoji=False)
+
+    console = make_console(10_000)
+    if sys.stdout is not None and sys.stdout.isatty():
+        console = make_console(max(Console().width, console.measure(table).minimum))
+    with console.capture() as capture:
+        console.print(table)
+    _write(capture.get())

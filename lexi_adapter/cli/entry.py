@@ -11,6 +11,7 @@ from typing import NoReturn
 
 def run() -> NoReturn:
     """Run the command line and leave; 130 and one line after Ctrl-C."""
+    _open_streams()
     try:
         from lexi_adapter.cli.main import main
 
@@ -24,3 +25,15 @@ def run() -> NoReturn:
             os._exit(130)
         raise
     sys.exit()
+
+
+def _open_streams() -> None:
+    """Open what the caller has closed of the standard streams, on the null device.
+
+    Else the next file that is opened, such as the output, would be one of them, and libraries would print into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)

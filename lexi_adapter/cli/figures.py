@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lexi_adapter.cli.console import spell
 from lexi_adapter.cli.tables import find_line
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.evaluation.tradeoff import Panel
@@ -35,11 +36,6 @@ def _draw_plain_text() -> Iterator[None]:
         yield
 
 
-def _escape(name: str) -> str:
-    """The name of a file as text that can be drawn: bytes that are not UTF-8 are escaped."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def save_figure(figure: Any, file_format: str) -> bytes:
     """The bytes of a figure's file; an SVG's are the same for the same figure."""
     from matplotlib import rc_context
@@ -67,13 +63,13 @@ def draw_bench(document: Mapping[str, Any], file_format: str) -> bytes:
         above = [line["highest"] - line["median"] for line in lines]
         rows = range(len(names))
         axes.barh(rows, medians, xerr=[below, above], color="#4c72b0", error_kw={"elinewidth": 1, "capsize": 2})
-        axes.set_yticks(rows, [_escape(name) for name in names])
+        axes.set_yticks(rows, [spell(name) for name in names])
         axes.axvline(medians[0], color="#333333", linewidth=0.8, linestyle=":")
-        axes.set_title(_escape(workload), loc="left")
+        axes.set_title(spell(workload), loc="left")
         axes.set_xlabel("tokens/s")
         axes.invert_yaxis() if axes is figure.axes[0] else None
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_escape(document["model"]), x=0.01, ha="left")
+    figure.suptitle(spell(document["model"]), x=0.01, ha="left")
     return save_figure(figure, file_format)
 
 
@@ -114,11 +110,11 @@ def draw_tradeoff(title: str, panels: Sequence[Panel], file_format: str) -> byte
                 capsize=2,
             )
             position = (point.throughput, point.value)
-            axes.annotate(_escape(point.variant), position, xytext=(5, 5), textcoords="offset points", fontsize=7)
-        axes.set_title(_escape(f"{panel.task}, {panel.workload}"), loc="left", fontsize=9)
+            axes.annotate(spell(point.variant), position, xytext=(5, 5), textcoords="offset points", fontsize=7)
+        axes.set_title(spell(f"{panel.task}, {panel.workload}"), loc="left", fontsize=9)
         axes.set_xlabel("tokens/s")
-        axes.set_ylabel(_escape(panel.metric))
+        axes.set_ylabel(spell(panel.metric))
         axes.margins(0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_escape(title), x=0.01, ha="left")
+    figure.suptitle(spell(title), x=0.01, ha="left")
     return save_figure(figure, file_format)

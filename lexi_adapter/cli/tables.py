@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
+from rich.styled import Styled
 from rich.table import Table
-from rich.text import Text
 
+from lexi_adapter.cli.console import spell
 from lexi_adapter.evaluation.tradeoff import Panel
 from lexi_adapter.speed.expert_load import Load
 from lexi_adapter.speed.latency import Check, Step
@@ -35,8 +36,8 @@ def _add_title(title: str, table: Table) -> Group:
     """
     for column in table.columns:
         column.no_wrap = True
-        column.min_width = max(map(cell_len, (str(column.header), *map(str, column.cells))))
-    return Group(Text(title, style="bold"), table)
+        column.min_width = max(cell_len(spell(str(cell))) for cell in (column.header, *column.cells))
+    return Group(Styled(title, "bold"), table)
 
 
 def tabulate_bench(document: Mapping[str, Any]) -> RenderableType:

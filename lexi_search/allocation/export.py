@@ -92,7 +92,15 @@ def format_vllm_command(model: str, model_type: str, overrides: Mapping[str, Any
         words.append("--trust-remote-code")
     if overrides is not None:
         words += ["--hf-overrides", json.dumps(overrides, sort_keys=True, separators=(",", ":"))]
-    return shlex.join(words)
+    return " ".join(map(_quote, words))
+
+
+def _quote(word: str) -> str:
+    """A word for a shell; bytes that a terminal would obey, or that are no text, as bash, ksh and zsh spell them."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{''.join(plain)}'"
 
 
 def format_transformers_call(folder: str, allocation: str) -> str:

@@ -1,7 +1,7 @@
 """Shared by the commands: refusal of bad input, printing, progress, and the environment."""
 
 import _thread
-import errno
+import io
 import os
 import shlex
 import signal
@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -23,6 +23,7 @@ from lexi_search.errors import InputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
+    from rich.text import Text
 
 
 class Refusal(click.ClickException):
@@ -38,41 +39,55 @@ class Interruption(click.ClickException):
 
 
 class Commands(click.Group):
-    """The group of all commands, which turns bad input and failed I/O into one line on stderr."""
+    """The group of all commands: bad input, failed I/O and Ctrl-C end in one line on stderr."""
 
-    _interrupts: Sequence[int] = ()
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        with _heed_interrupts() as interrupts:
+            end = self._run(interrupts, *args, **options)
+            if interrupts:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: nothing follows but its line
+                end = end if isinstance(end, Interruption) else Interruption("interrupted")
+            if isinstance(end, click.ClickException):
+                _show(end)
+        sys.exit(end.exit_code if isinstance(end, click.ClickException) else end)
 
-    def main(self, *args: Any, **options: Any) -> Any:
-        with _heed_interrupts() as self._interrupts:
-            try:
-                return super().main(*args, **options)
-            except SystemExit as end:
-                if not self._interrupts or end.code not in (0, None, 1):
-                    raise
-                if end.code != 1:  # click's own line for 1 is out
-                    click.echo("Error: interrupted", err=True)
-                sys.exit(Interruption.exit_code)
+    def _run(self, interrupts: Sequence[int], *args: Any, **options: Any) -> click.ClickException | int:
+        """The exit code of a command, or what it ends with; what is raised besides is a defect of ours."""
+        try:
+            return super().main(*args, **options | {"standalone_mode": False}) or 0
+        except click.ClickException as error:
+            return error
+        except InputError as error:
+            return Refusal(str(error))
+        except UnicodeEncodeError as error:
+            return Refusal(f"cannot go on: {error.object[:200]!r} is no text in {error.encoding}; name it otherwise")
+        except OSError as error:  # click itself handles a pipe that nobody reads any more
+            where = f" ({error.filename})" if error.filename else "; make room where the output goes"
+            return Refusal(f"cannot go on: {error.strerror or error}{where}")
+        except (click.Abort, KeyboardInterrupt):
+            return Interruption("interrupted")
+        except (Exception, SystemExit):
+            if not interrupts:
+                raise
+            return Interruption("interrupted")  # a library made another exception of it
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return self._invoke(ctx)
-        except KeyboardInterrupt:
-            raise Interruption("interrupted") from None
-        except Exception as error:
-            if not self._interrupts or isinstance(error, click.exceptions.Exit | Interruption):
-                raise
-            raise Interruption("interrupted") from error  # a library made another exception of it
-
-    def _invoke(self, ctx: click.Context) -> Any:
-        try:
             return super().invoke(ctx)
-        except InputError as error:
-            raise Refusal(str(error)) from error
-        except OSError as error:  # click itself handles a pipe that nobody reads any more
-            if error.errno == errno.EPIPE:
-                raise
-            where = f" ({error.filename})" if error.filename else "; make room where the output goes"
-            raise Refusal(f"cannot go on: {error.strerror or error}{where}") from error
+        except KeyboardInterrupt:  # click would print an empty line
+            raise Interruption("interrupted") from None
+
+
+def _show(error: click.ClickException) -> None:
+    """Print what ended a command: a line, or for a wrong call how it is called, too."""
+    if not isinstance(error, click.UsageError):
+        echo(f"Error: {error.message}", err=True)
+        return
+    if not isinstance(error, click.exceptions.NoArgsIsHelpError):  # its message is the help, in lines
+        error.message = spell(error.message)
+    error.show(text := io.StringIO())
+    with suppress(OSError):
+        _write(text.getvalue(), err=True)
 
 
 @contextmanager
@@ -143,9 +158,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 def conclude(decided: str, *commands: Sequence[str | os.PathLike[str]]) -> None:
     """Say on stderr what was decided, and the commands to type next, each as its words."""
-    click.echo(f"done: {decided}", err=True)
+    echo(f"done: {decided}", err=True)
     for words in commands:
-        click.echo(f"next: {shlex.join(map(os.fspath, words))}", err=True)
+        echo(f"next: {shlex.join(map(os.fspath, words))}", err=True)
 
 
 def format_share(share: float) -> str:
@@ -159,38 +174,61 @@ def format_size(size: float) -> str:
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def spell(text: str) -> str:
+    """The text with all that is not printable escaped: terminals obey control characters, and SVG cannot hold them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def echo(*lines: object, err: bool = False) -> None:
+    """Print lines, spelt; all that is printed passes here, or as cells of a table through `print_table`.
+
+    A note on stderr that finds no room is dropped: the result is as good without it.
+    """
+    with suppress(*[OSError] if err else []):
+        _write("".join(f"{spell(str(line))}\n" for line in lines), err=err)
+
+
+def _write(text: str, *, err: bool = False) -> None:
+    """Print text; characters that the stream's encoding lacks are escaped in ASCII."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    if not _can_encode("±", encoding):
+        text = text.replace("±", "+-")
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err, nl=False)
+
+
+def _can_encode(text: str, encoding: str) -> bool:
+    try:
+        return bool(text.encode(encoding))
+    except UnicodeEncodeError:
+        return False
+
+
 def print_json(document: Any) -> None:
-    click.echo(json_bytes(document).decode(), nl=False)
+    echo(*json_bytes(document).decode().splitlines())
 
 
 def print_table(table: "RenderableType") -> None:
-    """Print a table without cutting any number.
+    """Print a table without cutting any cell; cells and titles that are strings are spelt.
 
     In a pipe nothing is folded, since the reader is a program; a terminal that is too narrow wraps the lines itself.
-    Characters that stdout's encoding lacks are escaped in ASCII.
     """
     from rich.console import Console
 
+    class Speller(Console):
+        def render_str(self, text: str, **options: Any) -> "Text":
+            return super().render_str(spell(text), **options)
+
     def make_console(width: int) -> Console:
-        return Console(width=width, markup=False, emoji=False)
+        return Speller(width=width, markup=False, emoji=False)
 
     console = make_console(10_000)
     if sys.stdout is not None and sys.stdout.isatty():
         console = make_console(max(Console().width, console.measure(table).minimum))
     with console.capture() as capture:
         console.print(table)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = capture.get()
-    if not _can_show("±", encoding):
-        text = text.replace("±", "+-")
-    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), nl=False)
-
-
-def _can_show(text: str, encoding: str) -> bool:
-    try:
-        return bool(text.encode(encoding))
-    except UnicodeEncodeError:
-        return False
+    _write(capture.get())
 
 
 class PlainProgress:
@@ -230,7 +268,7 @@ class PlainProgress:
         elif state["completed"] < state["total"] and now - state["told"] < max(10, (now - state["begun"]) / 10):
             return
         state["told"] = now
-        click.echo(self._describe(state, now - state["begun"]), err=True)
+        echo(self._describe(state, now - state["begun"]), err=True)
 
     def _describe(self, state: dict[str, Any], elapsed: float) -> str:
         done, total, first = state["completed"], state["total"], state["first"]
@@ -281,7 +319,9 @@ def prepare_environment() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(caches):  # nobody knows a home
+        return
     folder = Path(caches) / "lexi-search" / "jax"
     try:
         folder.mkdir(parents=True, exist_ok=True)

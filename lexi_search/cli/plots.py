@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from lexi_search.allocation.tradeoff import Front, Point
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import Profile
+from lexi_search.cli.console import spell
 from lexi_search.errors import InputError
 
 FORMATS = ("png", "svg", "pdf")
@@ -54,7 +55,7 @@ def draw_heatmap(
     for axes, (name, each) in zip(panels, profiles.items(), strict=True):
         _draw_panel(axes, each, loss or each.default_loss, normalised)
         kind = loss or each.default_loss
-        title = f"{kind} loss, input {each.settings.input}" + (f" ({_spell(name)})" if name else "")
+        title = f"{kind} loss, input {each.settings.input}" + (f" ({spell(name)})" if name else "")
         axes.set_title(title, loc="left", parse_math=False, fontsize="medium")
         _draw_steps(axes, allocations, sorted(each.layers))
     figure.suptitle(f"{describe_model(first)}: loss of each layer at each k", x=0.01, ha="left", parse_math=False)
@@ -109,7 +110,7 @@ def draw_front(front: Front, chosen: Point | None = None, *, title: str, loss: s
     axes.plot(*list_coordinates(front.uniform), "o", color="#5ec962", label="the same k in every layer")
     if chosen is not None:
         axes.plot(*list_coordinates([chosen]), "*", color="#ff7f11", markersize=13, label="chosen")
-    axes.set_title(title, loc="left", parse_math=False)
+    axes.set_title(spell(title), loc="left", parse_math=False)
     axes.set_xlabel("milliseconds" if timed else "active experts per token, summed over layers")
     axes.set_ylabel(loss)
     axes.set_ylim(bottom=0)
@@ -179,11 +180,6 @@ def render(figure: Figure, file_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def _spell(name: str) -> str:
-    """A file name as printable text, whatever its bytes."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def _label(loss: str, normalised: bool) -> str:
     name = {
         "frobenius": r"mean $\|Y_k - Y_\mathrm{base}\|_F$",
@@ -207,6 +203,6 @@ def _draw_steps(axes: Axes, allocations: Mapping[str, Allocation], layers: Seque
             color=_STEP_COLOURS[index % len(_STEP_COLOURS)],
             linewidth=1.8,
             # Without "./" before it, matplotlib leaves out a name that starts with _.
-            label=f"{'./' * name.startswith('_')}{_spell(name)}, B = {allocation.budget}",
+            label=f"{'./' * name.startswith('_')}{spell(name)}, B = {allocation.budget}",
             path_effects=[patheffects.withStroke(linewidth=3.2, foreground="#00000099")],
         )

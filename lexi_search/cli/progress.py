@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import click
-
-from lexi_search.cli.console import PlainProgress, format_size
+from lexi_search.cli.console import PlainProgress, echo, format_size
 from lexi_search.profiling.resume import Partials
 
 if TYPE_CHECKING:
@@ -30,12 +28,12 @@ class Reporter:
         self.kept, self.layers = partials, layers
         if partials.layers or partials.findings or partials.damaged:
             damaged = f"; files that are damaged there, and made again: {partials.damaged}" if partials.damaged else ""
-            click.echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
+            echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
 
     def plan(self, plan: "Plan") -> None:
         passes = f" in {plan.passes} passes over {plan.decoder_layers} decoder layers" if plan.passes else ""
         memory, layers = format_size(plan.memory_bytes), format_size(plan.weights_bytes)
-        click.echo(
+        echo(
             f"plan: read {format_size(plan.read_bytes)} of weights{passes}; memory for {memory}, of which {layers} are "
             "two layers as stored",
             err=True,
@@ -46,7 +44,7 @@ class Reporter:
             self.progress.update(self.bar, total=len(self.layers), completed=self.count_finished(), visible=True)
 
     def choose_exponent(self, exponent: float) -> None:
-        click.echo(f"gate exponent {exponent:g}", err=True)
+        echo(f"gate exponent {exponent:g}", err=True)
 
     def advance_pass(self, layer: int) -> None:
         if self.passes is not None:

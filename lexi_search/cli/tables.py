@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
+from rich.styled import Styled
 from rich.table import Table
-from rich.text import Text
 
 from lexi_search.allocation.allocate import AllocationResult
 from lexi_search.allocation.comparison import Comparison
 from lexi_search.allocation.tradeoff import Front, Point, thin
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import Profile
-from lexi_search.cli.console import format_share
+from lexi_search.cli.console import format_share, spell
 
 if TYPE_CHECKING:
     from lexi_search.artifacts.records import Record
@@ -289,5 +289,5 @@ def _entitle(title: str, table: Table) -> Group:
             column.min_width = _MIN_WIDTH
         else:
             column.no_wrap = True
-            column.min_width = max(map(cell_len, (str(column.header), *map(str, column.cells))))
-    return Group(Text(title, style="bold"), table)
+            column.min_width = max(cell_len(spell(str(cell))) for cell in (column.header, *column.cells))
+    return Group(Styled(title, "bold"), table)

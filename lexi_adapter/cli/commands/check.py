@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import KEY, Allocation, check_reducible, describe_run, hash_allocation, read_allocation
+from lexi_adapter.cli.console import echo
 from lexi_adapter.environment import find_vllm_version
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.folder import check_folder, has_weights, read_config
@@ -61,15 +62,15 @@ def _check_files(place: str, folder: str | None, *, alone: bool) -> Allocation:
         check_version(version)
     if not folders:
         return wanted
-    click.echo(f"fits: {wanted.model.model_type}, {describe_run(wanted, wanted.top_k)}")
+    echo(f"fits: {wanted.model.model_type}, {describe_run(wanted, wanted.top_k)}")
     if not all(map(has_weights, folders)):
-        click.echo("note: no safetensors files there, so the weights were not compared")
+        echo("note: no safetensors files there, so the weights were not compared")
     if version is None:
-        click.echo("note: vLLM is not installed here, so its version was not checked")
+        echo("note: vLLM is not installed here, so its version was not checked")
     if exported and not _is_for_vllm(read_config(Path(place))):
-        click.echo("note: exported for transformers: a vLLM without lexi_adapter would serve the model's own k")
+        echo("note: exported for transformers: a vLLM without lexi_adapter would serve the model's own k")
     if alone:
-        click.echo(f"next: {_find_next(place, exported, folders[-1])}")
+        echo(f"next: {_find_next(place, exported, folders[-1])}")
     return wanted
 
 
@@ -127,14 +128,14 @@ def _check_server(status: Status, url: str, wanted: Allocation | None, place: st
     shift = "".join(f", gate exponent {b:g}" for b in sorted(set(status.gate_exponents.values())))
     workers = f"{status.workers} worker{'s' * (status.workers > 1)}"
     workers += f" of engine 1 of {status.engines}" if status.engines > 1 else ""
-    click.echo(
+    echo(
         f"{url} runs {', '.join(status.models)}: {sum(status.top_k.values())} of "
         f"{len(status.top_k) * status.own_top_k} active experts per token over {len(status.top_k)} MoE layers{shift}, "
         f"sha256 {status.sha256}, read from {workers}; top-k of each: {each}"
     )
     if wanted is None:
-        click.echo(f"next: lexi-adapter check FOLDER_OR_ALLOCATION --url {url}, which compares")
+        echo(f"next: lexi-adapter check FOLDER_OR_ALLOCATION --url {url}, which compares")
     elif hash_allocation(wanted) == status.sha256:
-        click.echo(f"that is {place}, sha256 {status.sha256}")
+        echo(f"that is {place}, sha256 {status.sha256}")
     else:
-        click.echo(f"the same k as {place}, whose sha256 is {hash_allocation(wanted)}: found in another run")
+        echo(f"the same k as {place}, whose sha256 is {hash_allocation(wanted)}: found in another run")

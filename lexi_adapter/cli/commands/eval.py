@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import click
 
 from lexi_adapter.allocation import read_allocation
-from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.console import echo, print_table
 from lexi_adapter.cli.options import read_engine_options
 from lexi_adapter.environment import describe_call
 from lexi_adapter.errors import AdapterError
@@ -250,5 +250,5 @@ def _read_finished(output: str, expected: Mapping[str, Any]) -> dict[tuple[str, 
     finished = find_finished(document, output, expected)
     count = len(expected["variants"]) * len(expected["tasks"])
     rest = "; the rest follows" if len(finished) < count else ""
-    click.echo(f"{output} has {len(finished)} of {count} results{rest}", err=True)
+    echo(f"{output} has {len(finished)} of {count} results{rest}", err=True)
     return finished

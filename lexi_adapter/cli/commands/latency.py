@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.console import echo, print_table
 from lexi_adapter.cli.options import read_engine_options, takes_engine_options, takes_locks
 from lexi_adapter.environment import describe_call
 from lexi_adapter.files import check_writable, write_json
@@ -50,7 +50,7 @@ def latency(
         rounds=rounds,
         checks=checks,
         engine=options,
-        progress=lambda text: click.echo(text, err=True),
+        progress=lambda text: echo(text, err=True),
         locks=locks,
     )
     write_json(

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import MAX_GATE_EXPONENT
+from lexi_adapter.cli.console import echo
 from lexi_adapter.cli.options import FiniteRange
 from lexi_adapter.errors import AdapterError
 
@@ -52,5 +53,5 @@ def sensitivity(output: str, restart: bool, **options: Any) -> None:
         raise AdapterError("give one of --text, --tokens and --generate")
     from lexi_adapter.sensitivity.profile import ProfileOptions, write_profile
 
-    write_profile(ProfileOptions(**options), output, restart=restart, report=lambda line: click.echo(line, err=True))
-    click.echo(output)
+    write_profile(ProfileOptions(**options), output, restart=restart, report=lambda line: echo(line, err=True))
+    echo(output)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import click
 
-from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.console import echo, print_table
 from lexi_adapter.files import check_writable, write_atomically
 
 
@@ -34,5 +34,5 @@ def tradeoff(evaluation: str, benchmark: str, tasks: Sequence[str], workloads: S
     write_atomically(output, drawn, apart_from=[evaluation, benchmark])
     left_out = [v["name"] for v in quality["variants"] if v["name"] not in match(quality, speed)]
     if left_out:
-        click.echo(f"without throughput, and so left out: {', '.join(left_out)}", err=True)
+        echo(f"without throughput, and so left out: {', '.join(left_out)}", err=True)
     print_table(tabulate_tradeoff(panels))

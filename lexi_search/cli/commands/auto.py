@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lexi_search.artifacts.serialisation import read_cost_table
-from lexi_search.cli.console import Interruption, make_progress, prepare_environment, print_table
+from lexi_search.cli.console import Interruption, echo, make_progress, prepare_environment, print_table
 from lexi_search.cli.options import dtype_option, parse_budget, parse_loss, parse_mix
 from lexi_search.cli.progress import Reporter
 from lexi_search.errors import InputError
@@ -130,7 +130,7 @@ def _report(outcome: "Outcome") -> None:
         outcome.job.keep(name, text.encode())
     facts = gather(outcome)
     print_table(tabulate_rows(facts.columns, facts.rows, title=facts.title))
-    click.echo(f"decided: {facts.decision}")
-    click.echo(facts.verdict)
-    click.echo(f"report: {outcome.job.folder / REPORTS[0]} and {REPORTS[1]}")
-    click.echo(f"next: {outcome.command}")
+    echo(f"decided: {facts.decision}")
+    echo(facts.verdict)
+    echo(f"report: {outcome.job.folder / REPORTS[0]} and {REPORTS[1]}")
+    echo(f"next: {outcome.command}")

@@ -6,7 +6,7 @@ from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.files import check_writable, find_nature, write_atomically
 from lexi_search.artifacts.serialisation import read_allocation
 from lexi_search.checkpoint.folder import find_folder
-from lexi_search.cli.console import conclude
+from lexi_search.cli.console import conclude, echo
 from lexi_search.errors import InputError
 
 EXAMPLES = """\b
@@ -47,30 +47,30 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     if folder:
         exporters.check_config(exported.model, config)
         if reason := exporters.check_weights(exported.model, model, folder):
-            click.echo(f"note: the router weights of {model} were not compared ({reason})", err=True)
+            echo(f"note: the router weights of {model} were not compared ({reason})", err=True)
     elif form == "vllm":
         raise InputError("--to vllm needs --model, the model's folder or hub id")
     if form == "vllm":
         overrides = exporters.make_vllm_overrides(exported, config)
         if output:
             exporters.write_folder(output, model, overrides, force=force, copy=copy)
-            click.echo(exporters.format_vllm_command(output, exported.model.model_type))
+            echo(exporters.format_vllm_command(output, exported.model.model_type))
         else:
-            click.echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
+            echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
         _conclude(exported, allocation, model, output)
     elif writes_folder and output:
         overrides = exporters.make_transformers_overrides(exported)
         exporters.write_folder(output, model, overrides, force=force, copy=copy)
-        click.echo(exporters.format_transformers_call(output, allocation))
+        echo(exporters.format_transformers_call(output, allocation))
         _conclude(exported, allocation, model, output)
     elif output:
         data = exporters.format_text(exported, form).encode()
         check_writable(output, nature=None if force else find_nature(data))
         write_atomically(output, data, apart_from=inputs, force=force)
-        click.echo(output)
+        echo(output)
         _conclude(exported, allocation, None, output)
     else:
-        click.echo(exporters.format_text(exported, form), nl=False)
+        echo(*exporters.format_text(exported, form).splitlines())
 
 
 def _conclude(exported: Allocation, allocation: str, model: str | None, output: str | None) -> None:

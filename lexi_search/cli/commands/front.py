@@ -12,7 +12,7 @@ from lexi_search.artifacts.codec import encode
 from lexi_search.artifacts.files import Nature, check_writable, write_atomically
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.serialisation import describe_nature, read_profile, sha256, write_allocation
-from lexi_search.cli.console import conclude, loss_option, prepare_environment, print_table
+from lexi_search.cli.console import conclude, echo, loss_option, prepare_environment, print_table
 from lexi_search.cli.options import (
     CONSTRAINTS,
     COSTS,
@@ -110,13 +110,13 @@ def front(
         write_atomically(name, data, apart_from=kept_apart[name], force=force)
     print_table(tabulate_front(pareto, chosen, title=f"{measured.model.model_type}, {loss} loss {UNITS[loss]}"))
     for name in outputs:
-        click.echo(name)
+        echo(name)
     if chosen is None:
         _conclude(profile, pareto, loss)
         return
     result = _make_result(chosen, pareto.error, measured, constraints, cost, loss)
     write_allocation(allocation, result.allocation, apart_from=kept_apart[allocation], force=force)
-    click.echo(allocation)
+    echo(allocation)
     export = ["lexi-search", "export", allocation, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
     conclude(describe_result(result), ["lexi-search", "plot", profile, allocation], export)
 

@@ -8,7 +8,7 @@ from lexi_search.artifacts.files import check_writable
 from lexi_search.artifacts.merging import find_missing, format_layers, merge
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_profile
-from lexi_search.cli.console import conclude
+from lexi_search.cli.console import conclude, echo
 from lexi_search.cli.options import force_option
 from lexi_search.errors import InputError
 
@@ -34,7 +34,7 @@ def merge_profiles(profiles: tuple[str, ...], output: str, force: bool) -> None:
     merged = merge(_read_parts(profiles))
     check_writable(output, nature=None if force else describe_nature(Profile, merged.model))
     write_profile(output, merged, apart_from=profiles, force=force)
-    click.echo(output)
+    echo(output)
     count = f"{len(merged.layers)} of {len(merged.model.moe_layers)} MoE layers, from {len(profiles)} parts"
     if missing := find_missing(merged):
         rest = format_layers(missing)

@@ -7,7 +7,14 @@ import click
 
 from lexi_search.artifacts.merging import find_missing, format_layers
 from lexi_search.artifacts.profile import Profile
-from lexi_search.cli.console import Interruption, conclude, explain_lost_process, make_progress, prepare_environment
+from lexi_search.cli.console import (
+    Interruption,
+    conclude,
+    echo,
+    explain_lost_process,
+    make_progress,
+    prepare_environment,
+)
 from lexi_search.cli.options import dtype_option, force_option, parse_layers
 from lexi_search.cli.progress import Reporter
 
@@ -117,8 +124,8 @@ def profile(
         if made is None:
             return
         if rest := len(observer.kept.layers):
-            click.echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
-    click.echo(output)
+            echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
+    echo(output)
     _conclude(output, made)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lexi_search.cli.console import conclude, format_share, format_size, make_progress, prepare_environment
+from lexi_search.cli.console import conclude, echo, format_share, format_size, make_progress, prepare_environment
 from lexi_search.cli.options import parse_share
 from lexi_search.errors import InputError
 
@@ -60,8 +60,8 @@ def prune(
             report=lambda share: progress.update(task, completed=int(100 * share)),
         )
     for line in _describe(pruning):
-        click.echo(line)
-    click.echo(output)
+        echo(line)
+    echo(output)
     before, after = pruning.size
     conclude(
         f"{format_size(after)} of weights instead of {format_size(before)}",

@@ -14,6 +14,7 @@ from lexi_search.artifacts.records import HISTORY
 from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_allocation
 from lexi_search.cli.console import (
     conclude,
+    echo,
     format_share,
     json_option,
     loss_option,
@@ -224,7 +225,7 @@ def _print_results(
         print_json([summarise_result(row) | {"file": str(file)} for file, row in zip(files, results, strict=True)])
     else:
         print_table(tabulate_search(results, list(named) if timed else ()))
-        click.echo(destination)
+        echo(destination)
 
 
 def _find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
@@ -269,7 +270,7 @@ def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None
         worst = max(noisy, key=noisy.get)
         remedy = _REMEDIES.get(source, "more text (--sequences)")
         # An excess over the least loss, as a share of the loss: never more than all of it.
-        click.echo(
+        echo(
             f"the profile is too noisy for budget {', '.join(noisy)}: another sample of it would have led to losses "
             f"{format_share(noisy[worst] / (1 + noisy[worst]))} smaller (budget {worst}); profile again with {remedy}",
             err=True,

@@ -18,7 +18,7 @@ from lexi_search.artifacts.files import (
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.records import HISTORY, read_record
 from lexi_search.artifacts.serialisation import read_artifact, read_profile
-from lexi_search.cli.console import conclude, json_option, loss_option, normalised_option, print_json, print_table
+from lexi_search.cli.console import conclude, echo, json_option, loss_option, normalised_option, print_json, print_table
 from lexi_search.cli.options import force_option
 from lexi_search.errors import InputError
 
@@ -140,7 +140,7 @@ def plot(
         figure, said, words = _draw_heatmap(profile, others, loss=loss, normalised=normalised)
     drawn = plots.render(figure, Path(output).suffix.lstrip(".").lower())
     write_atomically(output, drawn, apart_from=[profile, *others], force=force)
-    click.echo(output)
+    echo(output)
     conclude(said, words)
 
 
