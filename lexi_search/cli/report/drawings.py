@@ -52,7 +52,7 @@ def draw_heatmap(outcome: Outcome) -> str:
     parts.append(
         f'<text x="{left + (_WIDTH - left) / 2:g}" y="{bottom + 42}" class="label middle">decoder layer</text>'
     )
-    parts.append(f'<text class="label middle" transform="translate(10 {top + ks * height / 2:g}) rotate(-90)">k</text>')
+    parts.append(f'<text x="{left - 8}" y="{bottom + 19}" class="label end">k</text>')
     return _wrap(parts, bottom + 50, f"Loss of each layer at each k, from {low:.2g} to {high:.2g}, with the chosen k")
 
 

@@ -246,6 +246,18 @@ def test_a_run_that_was_cut_short_goes_on(finished, folder, weights, stage, monk
     assert read_json_object("served/config.json") == read_json_object(finished / "served/config.json")
 
 
+def test_an_interruption_is_one_line_that_says_how_to_go_on(again, weights, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    os.remove("served.lexi/judged.json")
+    monkeypatch.setattr(auto, "measure_variants", stop)
+    result = run("auto", weights, "--budget", 7, "-o", "served/", *OPTIONS)
+    assert result.exit_code == 130
+    assert result.stderr == ("Error: interrupted; what is finished is kept, and the same command goes on from there\n")
+    assert result.stdout == ""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,5 +1,6 @@
 """The estimate of step times, against arithmetic by hand and against a cost table that was measured."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -73,6 +74,43 @@ def test_it_is_near_what_was_measured_of_olmoe():
         uniform = np.full(16, k)
         speedups = [cost.base_ms / cost.time(uniform) for cost in (ours, truth)]
         assert speedups[0] == pytest.approx(speedups[1], rel=0.06), k
+
+
+# Layers, of them dense, hidden size, experts, their width, k; numbers in a layer's attention, width of its shared
+# experts, numbers in its cache and products with it for a token; vocabulary; width of dense layers.
+SHAPES = {
+    "olmoe-1b-7b": (16, 0, 2048, 64, 1024, 8, 4 * 2048**2, 0, 4096, 4096, 50304, 0),
+    "qwen1.5-moe-a2.7b": (24, 0, 2048, 60, 1408, 4, 4 * 2048**2, 5632, 4096, 4096, 151936, 0),
+    "deepseek-v2-lite": (27, 1, 2048, 64, 1408, 6, 13762560, 2816, 576, 17408, 102400, 10944),
+    "mixtral-8x7b": (32, 0, 4096, 8, 14336, 2, 41943040, 0, 2048, 8192, 32000, 0),
+    "minicpm-moe-8x2b": (40, 0, 2304, 8, 5760, 2, 4 * 2304**2, 0, 4608, 4608, 122753, 0),
+}
+
+
+def size_up(layers, dense, hidden, experts, width, top_k, attention, shared, cache, products, words, wide):
+    one = 3 * hidden * width
+    rest = layers * attention + (layers - dense) * hidden * (3 * shared + experts) + hidden * (words + 3 * dense * wide)
+    routed = {layer: Experts(experts, 2 * one, one) for layer in range(dense, layers)}
+    return ModelSize(routed, 2 * rest, rest, layers * cache * 2, layers * products * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "measured"),
+    [  # 16 prompts of 512 tokens and 128 new ones with half of the active experts: examples/benchmarks/RESULTS.md
+        ("olmoe-1b-7b", "h100", 1.22),
+        ("qwen1.5-moe-a2.7b", "h100", 1.26),
+        ("deepseek-v2-lite", "h100", 1.24),
+        ("mixtral-8x7b", "h200", 1.15),
+        ("minicpm-moe-8x2b", "h200", 1.11),
+    ],
+)
+def test_it_is_within_5_percent_of_measured_throughput(name, card, measured):
+    assert f"| {name} | 16x512x128 |" in (ROOT / "examples/benchmarks/RESULTS.md").read_text()
+    layers, dense, _, experts, _, top_k, *_ = SHAPES[name]
+    identity = dataclasses.replace(make_identity(layers, experts, top_k), moe_layers=tuple(range(dense, layers)))
+    cost = weigh(estimate(size_up(*SHAPES[name]), identity, CARDS[card], batch=16, context=576), identity)
+    half = cost.time(np.full(layers - dense, top_k // 2))
+    assert cost.base_ms / half == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "mixtral", "qwen2_moe", "deepseek_v2", "qwen3_vl_moe", "kimi_vl"])

@@ -56,6 +56,22 @@ def test_it_is_the_profile_of_the_command_also_after_a_run_that_was_cut_short(fo
     assert sorted(os.listdir()) == ["command.json", "python.json"]
 
 
+def test_a_finished_profile_of_the_same_run_is_taken_and_no_other(folder, checkpoint):
+    made = lexi_search.profile_checkpoint(checkpoint, "profile.json", **SETTINGS)
+    recorder = Recorder()
+    assert lexi_search.profile_checkpoint(checkpoint, "profile.json", reuse=True, observer=recorder, **SETTINGS) == made
+    assert recorder.events == []
+    before = Path("profile.json").read_bytes()
+    with pytest.raises(
+        InputError, match=r"profile.json is the profile of another run, whose settings.seed is 0, not 3"
+    ):
+        lexi_search.profile_checkpoint(checkpoint, "profile.json", reuse=True, seed=3, **SETTINGS)
+    lexi_search.profile_checkpoint(checkpoint, "part.json", layers=[0, 2], **SETTINGS)
+    with pytest.raises(InputError, match="part.json lacks layers, the first is 1; choose another place"):
+        lexi_search.profile_checkpoint(checkpoint, "part.json", reuse=True, **SETTINGS)
+    assert Path("profile.json").read_bytes() == before
+
+
 def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint):
     recorder = Recorder()
     settings = {"batch": 2, "length": 16, "samples": 64, "gate_exponent": "auto", "layers": [1]}
