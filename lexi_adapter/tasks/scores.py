@@ -10,6 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lexi_adapter.errors import AdapterError
+
+LARGEST = 1e100  # of scores: squares of larger ones overflow
+
 
 @dataclass(frozen=True)
 class Score:
@@ -64,7 +68,13 @@ class Task:
 
 
 def average(values: Sequence[float]) -> Score:
-    """The mean of one or more values with its standard error, from their sample standard deviation."""
+    """The mean of one or more values with its standard error, from their sample standard deviation.
+
+    AdapterError for a value that is not finite, or too large to be added up.
+    """
+    strange = [place for place, value in enumerate(values) if not abs(value) <= LARGEST]
+    if strange:
+        raise AdapterError(f"value {strange[0]} of {len(values)} is {values[strange[0]]}: not finite, or too large")
     stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Score(statistics.fmean(values), stderr, tuple(values))
 
