@@ -1,6 +1,7 @@
-# make quickstart    profile, search, plot and export the checkpoint in examples/ (installs only what lexi_search needs)
-# make serve-demo    serve the exported folder with vLLM
-# make test          every test, with a real vLLM engine
+# make quickstart       profile, search, plot and export the checkpoint in examples/ (installs only what lexi_search needs)
+# make serve-demo       serve the exported folder with vLLM
+# make test             every test, with a real vLLM engine
+# make test-newest-jax  profiles by the newest JAX on the Pythons in JAX_PYTHONS, which are to be installed
 #
 # Each target makes its own environment. DEVICE is cpu or cuda; by default cuda where an NVIDIA driver answers.
 
@@ -10,12 +11,13 @@ SEARCH := .venv
 SERVE := .venv-serve
 OUT := quickstart
 JOBS ?= 2
+JAX_PYTHONS ?= python3.12 python3.13
 CHECKPOINT := examples/tiny-olmoe
 
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: quickstart serve-demo test lint clean
+.PHONY: quickstart serve-demo test test-newest-jax lint clean
 
 quickstart: $(SEARCH)/installed
 	mkdir -p $(OUT)
@@ -31,6 +33,13 @@ serve-demo: quickstart $(SERVE)/installed
 
 test: $(SERVE)/installed
 	$(SERVE)/bin/python -m pytest -n $(JOBS) --dist loadfile
+
+test-newest-jax: $(SERVE)/installed
+	for python in $(JAX_PYTHONS); do $$python -m venv .venv-jax-$$(basename $$python) \
+		&& .venv-jax-$$(basename $$python)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e . \
+		|| exit 1; done
+	LEXI_JAX_PYTHONS="$(foreach python,$(JAX_PYTHONS),$(CURDIR)/.venv-jax-$(notdir $(python))/bin/python)" \
+		$(SERVE)/bin/python -m pytest tests/search/profiling/test_newest_jax.py
 
 lint: $(SERVE)/installed
 	$(SERVE)/bin/ruff check .

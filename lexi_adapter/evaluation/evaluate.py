@@ -14,7 +14,7 @@ from typing import Any
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import is_result
 from lexi_adapter.model.variants import Variant
-from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, combine, compare, find_interval
+from lexi_adapter.tasks.scores import LARGEST, Model, Outcome, Score, Task, combine, compare, find_interval
 
 FORMAT, VERSION = "lexi-eval", 1
 WORDS = {"files_sha256": "state of its files", "source_sha256": "source"}  # keys of a document, for messages
@@ -78,10 +78,18 @@ def evaluate(
             continue
         with open_model(variant) as model:
             for task in missing:
-                pieces[variant.name, task.name] = task.evaluate(model)
+                pieces[variant.name, task.name] = _require_finite(task.evaluate(model), variant.name, task.name)
                 document = make_document(variants, tasks, setting, pieces)
                 report(document)
     return document
+
+
+def _require_finite(outcome: Outcome, variant: str, task: str) -> Outcome:
+    """The outcome; AdapterError for a score that is not finite, which no JSON file can hold."""
+    for metric, score in outcome.scores.items():
+        if not max(abs(score.value), score.stderr or 0.0) <= LARGEST:
+            raise AdapterError(f"task {task}: {metric} of {variant!r} is {score.value}, not finite; leave the task out")
+    return outcome
 
 
 def make_document(

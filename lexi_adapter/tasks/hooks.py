@@ -18,7 +18,6 @@ are not detected; `--restart` throws the results away.
 
 import hashlib
 import importlib
-import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.tasks.scores import Model, Outcome, Score, Task, average
+from lexi_adapter.tasks.scores import LARGEST, Model, Outcome, Score, Task, average
 
 
 def make_task(name: str, *, max_length: int) -> Task:
@@ -127,6 +126,8 @@ def _read(value: Any, place: str) -> Score:
         score = average(values) if values is not None else Score(float(value))
     except (TypeError, ValueError, OverflowError) as error:
         raise AdapterError(f"{place}: neither a number nor a list of numbers ({error})") from error
-    if not all(map(math.isfinite, score.values or (score.value,))):
-        raise AdapterError(f"{place}: not finite")
+    except AdapterError as error:
+        raise AdapterError(f"{place}: {error}") from error
+    if not abs(score.value) <= LARGEST:
+        raise AdapterError(f"{place}: {score.value} is not finite, or too large")
     return score

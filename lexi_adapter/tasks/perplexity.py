@@ -72,9 +72,10 @@ def cut_windows(tokens: Sequence[int], length: int, bos: int | None) -> list[lis
 
 def measure(model: Model, windows: Sequence[Sequence[int]]) -> Outcome:
     """The "loss", nats per predicted token, one value a window, and the "perplexity", its exponential."""
-    loss = average([-statistics.fmean(window) for window in model.score(windows)])
-    if not loss.value < OVERFLOW:
-        raise AdapterError(f"the loss is {loss.value} nats per token; try another --dtype")
+    losses = [-statistics.fmean(window) for window in model.score(windows)]
+    if not (mean := statistics.fmean(losses)) < OVERFLOW:
+        raise AdapterError(f"the loss is {mean} nats per token; try another --dtype")
+    loss = average(losses)
     perplexity = math.exp(loss.value)
     # To first order in the windows' losses the perplexity is the mean of these: so it has a standard error, and so has
     # its difference from another model's on the same windows.

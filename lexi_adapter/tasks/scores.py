@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lexi_adapter.errors import AdapterError
+
+LARGEST = 1e100  # of scores: squares of larger ones overflow
 Z = statistics.NormalDist().inv_cdf(0.975)  # of 95 % confidence
 
 
@@ -69,7 +72,13 @@ class Task:
 
 
 def average(values: Sequence[float]) -> Score:
-    """The mean of one or more values with its standard error, from their sample standard deviation."""
+    """The mean of one or more values with its standard error, from their sample standard deviation.
+
+    AdapterError for a value that is not finite, or too large to be added up.
+    """
+    strange = [place for place, value in enumerate(values) if not abs(value) <= LARGEST]
+    if strange:
+        raise AdapterError(f"value {strange[0]} of {len(values)} is {values[strange[0]]}: not finite, or too large")
     interval = find_interval(values)
     stderr = None if interval and len(set(values)) == 1 else _find_stderr(values)
     return Score(statistics.fmean(values), stderr, tuple(values), interval)

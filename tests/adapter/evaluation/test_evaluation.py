@@ -6,6 +6,7 @@ import os
 import shutil
 import statistics
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from lexi_adapter.errors import AdapterError
 from lexi_adapter.evaluation import evaluate, transformers_backend
 from lexi_adapter.files import read_json, write_json
 from lexi_adapter.model.variants import Variant, make_variants
-from lexi_adapter.tasks import hooks
+from lexi_adapter.tasks import hooks, perplexity
 from lexi_adapter.tasks.scores import Outcome, Score, Task
 from lexi_search.artifacts.serialisation import to_document
 
@@ -246,9 +247,31 @@ def test_a_task_of_the_users_own(folder, monkeypatch):
     assert "returned int" in refuse(MODEL, "--task", "mine:wrong", "-o", "b.json")
     assert "needs --backend vllm" in refuse(MODEL, "--task", "mine:image", "-o", "b.json")
     assert "no task mine:nothing" in refuse(MODEL, "--task", "mine:nothing", "-o", "b.json")
-    for value in (float("nan"), "x", [], ["x"], None, 10**400):
+    large = (10**400, [1e308] * 3, [1e308, -1e308])
+    for value in (float("nan"), "x", [], ["x"], None, [1.0, float("nan")], [float("inf"), 1.0], *large):
         with pytest.raises(AdapterError, match="task t, metric m"):
             hooks.measure(None, lambda generate, value=value: {"m": value}, "t", 99)
+
+
+def test_a_score_that_is_no_number_is_one_line():
+    """Of a model whose losses overflowed, or of another program: JSON cannot hold it."""
+
+    class Broken:
+        def score(self, windows):
+            return [[float("nan")] for _ in windows]
+
+    with pytest.raises(AdapterError, match="the loss is nan nats per token; try another --dtype"):
+        perplexity.measure(Broken(), [[1, 2]] * 3)
+    task = Task("t", {}, 1, lambda model: Outcome({"m": Score(float("nan"))}))
+    with pytest.raises(AdapterError, match="task t: m of 'base' is nan, not finite"):
+        evaluate.evaluate(
+            make_variants(str(MODEL), load_format="auto", allocations={}),
+            [task],
+            setting={},
+            finished={},
+            open_model=lambda variant: nullcontext(),
+            report=lambda document: None,
+        )
 
 
 def test_results_may_lie_in_the_models_folder(folder):

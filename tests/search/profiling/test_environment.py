@@ -27,7 +27,7 @@ def run(code, *arguments, **changes):
     for name in CHANGED.keys() - changes.keys():
         environment.pop(name, None)
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
     return done.stdout.decode()
 
 
@@ -39,6 +39,17 @@ def test_a_profile_has_the_same_bytes_whatever_the_environment_says(settings, tm
         run(code, "profile", checkpoint, *settings, "-o", tmp_path / str(number), **changes)
         made.append((tmp_path / str(number)).read_bytes())
     assert made[0] == made[1]
+
+
+def test_cached_kernels_are_loaded_without_a_word(tmp_path):
+    """JAX 0.10.0 wrote screens of warnings about the machine's features."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    checkpoint = tiny.make_checkpoint("qwen3_moe", tmp_path / "model", num_hidden_layers=1)
+    for name in ("first", "second"):
+        code = "from lexi_search.cli.main import main; main()"
+        run(code, "profile", checkpoint, *PAPER, "-o", tmp_path / name, **cache)
+    assert any((tmp_path / "cache").iterdir())
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
 def test_one_process_imports_no_private_module_of_jax():
