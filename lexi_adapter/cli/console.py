@@ -2,6 +2,7 @@
 
 import _thread
 import errno
+import shlex
 import signal
 import sys
 import threading
@@ -118,6 +119,13 @@ def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
     return frame is not None
+
+
+def conclude(decided: str, *commands: str | Sequence[str]) -> None:
+    """Say on stderr what was decided, and what to type next: a command's words, or a line."""
+    click.echo(f"done: {decided}", err=True)
+    for command in commands:
+        click.echo(f"next: {command if isinstance(command, str) else shlex.join(command)}", err=True)
 
 
 def print_table(table: "RenderableType") -> None:
