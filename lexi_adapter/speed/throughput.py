@@ -121,6 +121,8 @@ def measure(
             for current in running:
                 results.facts[current.variant.name] = current.activate()
                 results.answers[current.variant.name] = _warm_up(current.engine, workloads, answers)
+            if first == 0:
+                progress(0, total, "engines are up")
             for number in range(rounds):
                 for workload, current in itertools.product(workloads, running):
                     results.runs += _take_turn(current, workload, number, rounds, seconds)

@@ -1,6 +1,7 @@
 """`lexi-adapter bench`."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from lexi_adapter.engines.options import check_switchable
 from lexi_adapter.engines.workload import BALANCED, DECODE_HEAVY, PREFILL_HEAVY, Workload, parse_workload
 from lexi_adapter.environment import describe_call
 from lexi_adapter.files import check_writable, write_atomically, write_json
+from lexi_adapter.model.folder import has_weights
 
 
 @click.command()
@@ -148,7 +150,8 @@ def _show(document: Mapping[str, Any], output: str, model: str, files: Sequence[
     found = f"; fastest: {best['variant']}, {best['speedup']:.2f} times the base at {best['workload']}" if best else ""
     allocations = [word for file in files for word in ("--allocation", file)]
     evaluate = ["lexi-adapter", "eval", model, "--task", "passkey", *allocations]
-    conclude(f"{output}{found}", evaluate, ["lexi-adapter", "tradeoff", "eval.json", output])
+    real = [evaluate, ["lexi-adapter", "tradeoff", "eval.json", output]] if has_weights(Path(model)) else []
+    conclude(f"{output}{found}", *real)
 
 
 def _check_outputs(output: str, plot: str | None, read: Sequence[str]) -> str | None:

@@ -97,6 +97,19 @@ def test_progress_in_a_pipe_has_the_total_first_and_a_line_every_ten_seconds(cap
     ]
 
 
+def test_the_time_left_does_not_count_the_start_of_an_engine(capsys):
+    times = iter((0, 100, 120))
+    progress = Progress("turns", clock=lambda: float(next(times)))
+    progress(0, 5, "engines start")
+    progress(0, 5, "engines are up")
+    progress(1, 5)
+    assert capsys.readouterr().err.splitlines() == [
+        "turns: 0 of 5, elapsed 0:00:00 (engines start)",
+        "turns: 0 of 5, elapsed 0:01:40 (engines are up)",
+        "turns: 1 of 5, elapsed 0:02:00, left 0:01:20",
+    ]
+
+
 def test_progress_on_a_terminal_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     ticks = itertools.count(0, 3600)
