@@ -28,6 +28,11 @@ def find_vllm_version() -> str | None:
     return metadata.version(distributions[0]) if distributions else None
 
 
+def has_cpu_vllm() -> bool:
+    """Whether the vLLM that is installed is the build for CPUs, by its distribution; vLLM is not imported."""
+    return "cpu" in "".join(metadata.packages_distributions().get("vllm", [])) or "cpu" in (find_vllm_version() or "")
+
+
 def explain_import(error: ImportError) -> str | None:
     """One line that names the package and the remedy; None for any other package, whose absence is a defect here."""
     name = (error.name or "").partition(".")[0]

@@ -38,7 +38,7 @@ HOUSE = {
         "tasks": "scores texts perplexity passkey qasper harness hooks registry",
         "evaluation": "transformers_backend vllm_backend evaluate results tradeoff",
         "sensitivity": "windows divergence replay ablation journal profile",
-        "cli": "console options tables figures commands main entry",
+        "cli": "console progress options tables placement figures commands main entry",
     },
 }
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.

@@ -41,9 +41,9 @@ COLUMNS = (
 def make_command(name, output, *, workloads, rounds, together, pruned, cards, locks, others):
     options = ["--load-format", "dummy", "--rounds", str(rounds), "-o", str(output), *others]
     options += [word for workload in workloads for word in ("--workload", workload)]
-    options += [word for share in SHARES for word in ("--budget-share", str(share))]
+    options += [word for share in SHARES for word in ("--budget-share", f"{100 * share:g}%")]
     kinds = ("--drop-experts", "--narrow-experts")
-    options += [word for share in filter(None, pruned) for kind in kinds for word in (kind, str(share))]
+    options += [word for share in filter(None, pruned) for kind in kinds for word in (kind, f"{100 * share:g}%")]
     options += ["--together", str(together)] if name in COMPILED_K else ["--in-place"]
     options += ["--engine", json.dumps({"trust_remote_code": True})] if name in OWN_CODE else []
     options += ["--tensor-parallel-size", str(len(cards))] if len(cards) > 1 else []

@@ -1,5 +1,6 @@
 """The command `lexi-adapter`; this wing alone prints.
 
-Read `console` (refusals and printing) and `options` (options of several commands), `tables` and `figures` (of results),
-`commands`, one module a command, `main`, and `entry`, the program itself.
+Read `console` (refusals and printing), `progress` (of long commands), `options` (of several commands), `tables` and
+`figures` (of results), `placement` (where a figure's labels go), `commands`, one module a command, `main`, and `entry`,
+the program itself.
 """

@@ -2,6 +2,7 @@
 
 import _thread
 import io
+import shlex
 import signal
 import sys
 import threading
@@ -140,6 +141,13 @@ def spell(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def conclude(decided: str, *commands: str | Sequence[str]) -> None:
+    """Say on stderr what was decided, and what to type next: a command's words, or a line."""
+    echo(f"done: {decided}", err=True)
+    for command in commands:
+        echo(f"next: {command if isinstance(command, str) else shlex.join(command)}", err=True)
 
 
 def echo(*lines: object, err: bool = False) -> None:

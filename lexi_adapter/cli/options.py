@@ -1,14 +1,18 @@
 """Options that several commands take."""
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import click
 
-from lexi_adapter.allocation import KEY
+from lexi_adapter.allocation import KEY, read_allocation
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import parse_json
+from lexi_adapter.model.variants import Variant, is_one_of, make_variants
 
 # Names that --engine may not set: arguments of `make_options` that the commands set, and the model.
 RESERVED = ("model", "parallel", "variant", "workloads")
@@ -25,8 +29,100 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-SHARE = FiniteRange(0, 1, min_open=True)  # of the budget that remains
-PRUNED_SHARE = FiniteRange(0, 1, max_open=True)  # of experts or width that is dropped
+class Share(click.ParamType):
+    """A share as both tools write one, 12.5%, as a number from 0 to 1; of both ends only `allowed` is one."""
+
+    name = "share"
+
+    def __init__(self, allowed: float) -> None:
+        self.allowed = allowed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        written = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", value, re.ASCII)
+        share = float(Fraction(written[1]) / 100) if written else -1.0
+        if not (0 < share < 1 or share == self.allowed):
+            limits = "above 0% to 100%" if self.allowed else "from 0% to below 100%"
+            self.fail(f"{value!r} is not a share {limits}, such as 50%.", param, ctx)
+        return share
+
+
+SHARE = Share(1.0)  # of the budget that remains
+PRUNED_SHARE = Share(0.0)  # of experts or width that is dropped
+
+VARIANTS = (
+    click.option("--allocation", "files", multiple=True, metavar="FILE", help="An allocation to compare; repeat it."),
+    click.option(
+        "--uniform-k", "uniform", multiple=True, type=click.IntRange(1), help="This k in every layer; repeat it."
+    ),
+    click.option(
+        "--budget-share",
+        "shares",
+        multiple=True,
+        type=SHARE,
+        help="A random mixed k and the uniform k, at this share of the model's own budget, such as 50%; repeat it.",
+    ),
+    click.option(
+        "--drop-experts",
+        "dropped",
+        multiple=True,
+        type=PRUNED_SHARE,
+        help="Inter-pruning by config, of random weights: drop this share of the experts, such as 25%; repeat it.",
+    ),
+    click.option(
+        "--narrow-experts",
+        "narrowed",
+        multiple=True,
+        type=PRUNED_SHARE,
+        help="Intra-pruning by config, of random weights: drop this share of their width, such as 25%; repeat it.",
+    ),
+    click.option(
+        "--folder", "folders", multiple=True, help="Another folder to compare, such as a pruned checkpoint; repeat it."
+    ),
+)
+
+
+class Chosen(NamedTuple):
+    """The values of `VARIANTS`."""
+
+    files: Sequence[str]
+    uniform: Sequence[int]
+    shares: Sequence[float]
+    dropped: Sequence[float]
+    narrowed: Sequence[float]
+    folders: Sequence[str]
+
+    def make(self, model: str, **others: Any) -> tuple[Variant, ...]:
+        """`make_variants` of these."""
+        return make_variants(model, **self._spell({file: read_allocation(file) for file in self.files}), **others)
+
+    def names(self, variant: str) -> bool:
+        """Whether these name the variant of this name; if there are none, they name all."""
+        return not any(self) or is_one_of(variant, **self._spell(self.files))
+
+    def _spell(self, allocations: Any) -> dict[str, Any]:
+        return {
+            "allocations": allocations,
+            "uniform": list(dict.fromkeys(self.uniform)),
+            "shares": self.shares,
+            "dropped": self.dropped,
+            "narrowed": self.narrowed,
+            "folders": list(dict.fromkeys(self.folders)),
+        }
+
+
+def takes_variants(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every command about variants of a model; it gets their values as `chosen`."""
+
+    @functools.wraps(command)
+    def gather(**options: Any) -> None:
+        return command(chosen=Chosen(**{name: options.pop(name) for name in Chosen._fields}), **options)
+
+    for option in reversed(VARIANTS):
+        gather = option(gather)
+    return gather
+
 
 ENGINE_OPTIONS = (
     click.option("--load-format", default="auto", help="dummy for random weights: config.json alone is enough."),

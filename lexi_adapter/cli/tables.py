@@ -19,7 +19,7 @@ def _format(number: float | None) -> str:
     return "" if number is None else f"{number:.4f}" if abs(number) < 1000 else f"{number:.4g}"
 
 
-def _name(model: str) -> str:
+def name_model(model: str) -> str:
     """The name of the model in a folder, for titles: its last part, resolved where that is only dots."""
     return Path(model).name if Path(model).name.strip(".") else Path(model).resolve().name
 
@@ -42,7 +42,7 @@ def _add_title(title: str, table: Table) -> Group:
 
 def tabulate_bench(document: Mapping[str, Any]) -> RenderableType:
     """One row a variant; for every workload tokens per second, their spread over the rounds, speedup over the base."""
-    title, table = f"{document['model']}: tokens/s, batch x input x output", _make_table()
+    title, table = f"{name_model(document['model'])}: tokens/s, batch x input x output", _make_table()
     table.add_column("variant")
     table.add_column("experts", justify="right")
     for workload in document["workloads"]:
@@ -64,12 +64,19 @@ def find_line(document: Mapping[str, Any], variant: str, workload: str) -> Mappi
 
 
 def tabulate_latency(steps: Sequence[Step]) -> RenderableType:
-    """One row a step: milliseconds outside the MoE layers, and of one layer at each k."""
-    title, table = "milliseconds of an engine step", _make_table()
+    """One row a step: milliseconds outside the MoE layers, and of one layer at each k, with half the rounds' range."""
+    title = "milliseconds of an engine step: outside the MoE layers (other), and of one MoE layer at each k"
+    table = _make_table()
     for name in ("tokens", "other", *(f"k={k + 1}" for k in range(len(steps[0].layer_ms)))):
         table.add_column(name, justify="right")
     for step in sorted(steps, key=lambda step: step.tokens):
-        table.add_row(str(step.tokens), f"{step.other_ms:.3f}", *(f"{value:.4f}" for value in step.layer_ms))
+        other = f"{step.other_ms:.3f}" + ("" if step.other_spread is None else f" ± {step.other_spread:.3f}")
+        spreads = step.layer_spread or [None] * len(step.layer_ms)
+        layers = (
+            f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+            for value, spread in zip(step.layer_ms, spreads, strict=True)
+        )
+        table.add_row(str(step.tokens), other, *layers)
     return _add_title(title, table)
 
 
@@ -127,7 +134,7 @@ def tabulate_eval(document: Mapping[str, Any]) -> RenderableType:
 
     Shares of right answers have 95 % intervals beside them, in columns that are there only for such.
     """
-    title, table = f"{_name(document['model'])}, {document['setting']['backend']}", _make_table()
+    title, table = f"{name_model(document['model'])}, {document['setting']['backend']}", _make_table()
     for name in ("task", "metric", "variant"):
         table.add_column(name)
     shares = any(line.get("interval") for line in document["summary"])
@@ -157,10 +164,13 @@ def tabulate_tradeoff(panels: Sequence[Panel]) -> RenderableType:
     title, table = "quality over throughput", _make_table()
     for name in ("task", "metric", "workload", "variant"):
         table.add_column(name)
-    for name in ("tokens/s", "value", "± s.e."):
+    shares = any(point.interval for panel in panels for point in panel.points)
+    for name in ("active", "tokens/s", "value", "± s.e.", *(["95 %"] * shares)):
         table.add_column(name, justify="right")
     for panel in panels:
         for point in panel.points:
-            numbers = (f"{point.throughput:,.0f}", _format(point.value), _format(point.stderr))
+            active = "" if point.kind == "folder" else "100 %" if point.kind == "base" else point.label
+            numbers = (active, f"{point.throughput:,.0f}", _format(point.value), _format(point.stderr))
+            numbers += (_format_interval(point.interval),) * shares
             table.add_row(panel.task, panel.metric, panel.workload, point.variant, *numbers)
     return _add_title(title, table)

@@ -7,6 +7,7 @@ from typing import Any
 from lexi_adapter.allocation import KEY, to_document
 from lexi_adapter.engines.process import EngineError
 from lexi_adapter.engines.workload import Workload
+from lexi_adapter.environment import has_cpu_vllm
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.model.variants import Variant
 
@@ -27,6 +28,21 @@ def check_plugin(variants: Iterable[Variant]) -> None:
                 f"VLLM_PLUGINS is {chosen!r} and leaves out {PLUGIN!r}, without which vLLM runs {variant.name!r} with "
                 f"the model's own k; set VLLM_PLUGINS={PLUGIN} or unset it"
             )
+
+
+def check_switchable(engine: Mapping[str, Any]) -> None:
+    """Refuse, before an engine starts, one whose k cannot change while it runs: compiled, on a CPU.
+
+    What this does not know of (another platform, a compilation of one's own) the worker finds out once it runs.
+
+    Raises:
+        AdapterError: naming the option that helps.
+    """
+    if has_cpu_vllm() and not engine.get("enforce_eager") and not engine.get("compilation_config"):
+        raise AdapterError(
+            "vLLM's build for CPUs compiles k into the model, so one engine cannot change it; compile nothing with "
+            "--engine '{\"enforce_eager\": true}', or measure on a GPU"
+        )
 
 
 def check_top_k(variant: Variant, running: Mapping[int, int]) -> None:

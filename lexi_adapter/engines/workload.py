@@ -2,7 +2,7 @@
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lexi_adapter.errors import AdapterError
 
@@ -27,6 +27,18 @@ class Workload:
 BALANCED = Workload(16, 512, 512)
 PREFILL_HEAVY = Workload(16, 1024, 16)
 DECODE_HEAVY = Workload(16, 32, 512)
+STEPS = Workload(16, 1024, 128)  # steps of 16 and of 16,384 tokens
+
+
+def fit(workload: Workload, positions: int | None) -> Workload:
+    """The workload with as many input tokens, halved as often as it takes, as a model of so many positions reads."""
+    while positions is not None and workload.input_length > 2 and _count_positions(workload) > positions:
+        workload = replace(workload, input_length=workload.input_length // 2)
+    return workload
+
+
+def _count_positions(workload: Workload) -> int:
+    return workload.input_length + workload.output_length + 1
 
 
 def parse_workload(text: str) -> Workload:

@@ -56,12 +56,14 @@ def evaluate(
     finished: Pieces,
     open_model: Callable[[Variant], AbstractContextManager[Model]],
     report: Callable[[Mapping[str, Any]], None],
+    progress: Callable[[int, int, str], None] = lambda done, total, part: None,
 ) -> dict[str, Any]:
     """Run every task on every variant, call `report` with the document after each, and return the last document.
 
     Args:
         setting: JSON with everything that all outcomes depend on: the backend, its dtype and options.
         finished: the pieces of an earlier run; a variant that lacks none is not loaded.
+        progress: gets the number of results, their total, and words for the last: at the start, and after each.
 
     Raises:
         AdapterError: two tasks of one name.
@@ -71,7 +73,8 @@ def evaluate(
     if double:
         raise AdapterError(f"task {double[0]} is asked for twice; name it once")
     pieces = dict(finished)
-    document = make_document(variants, tasks, setting, pieces)
+    document, total = make_document(variants, tasks, setting, pieces), len(variants) * len(tasks)
+    progress(len(pieces), total, "")
     for variant in variants:
         missing = [task for task in tasks if (variant.name, task.name) not in pieces]
         if not missing:
@@ -81,6 +84,7 @@ def evaluate(
                 pieces[variant.name, task.name] = _require_finite(task.evaluate(model), variant.name, task.name)
                 document = make_document(variants, tasks, setting, pieces)
                 report(document)
+                progress(len(pieces), total, f"{task.name}, {variant.name}")
     return document
 
 

@@ -36,6 +36,10 @@ def _is_error(value: Any) -> bool:
     return value is None or (_is_number(value) and value >= 0)
 
 
+def _is_interval(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)))
+
+
 def _is_top_k(value: Any) -> bool:
     return isinstance(value, dict) and all(type(k) is int for k in value.values())
 
@@ -53,7 +57,14 @@ SHAPES: Mapping[str, Any] = {
         "model": _is_text,
         "variants": [{"name": _is_text, "top_k": lambda value: value is None or _is_top_k(value)}],
         "summary": [
-            {"variant": _is_text, "task": _is_text, "metric": _is_text, "value": _is_number, "stderr": _is_error}
+            {
+                "variant": _is_text,
+                "task": _is_text,
+                "metric": _is_text,
+                "value": _is_number,
+                "stderr": _is_error,
+                "interval": _is_interval,
+            }
         ],
     },
     "lexi-bench": {

@@ -1,15 +1,24 @@
 """Quality over throughput: the results of `eval` and `bench` for the same variants, joined (LExI's figures 4 to 8)."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lexi_adapter.errors import AdapterError
 
+BASE = "base"  # the name of the first variant, which is also a kind of its own
+NUMBER = r"\d+(?:\.\d+)?"
+
 
 @dataclass(frozen=True)
 class Point:
-    """One variant: tokens per second at one workload (the median, lowest and highest of the rounds), and a score."""
+    """One variant: tokens per second at one workload (the median, lowest and highest of the rounds), and a score.
+
+    `method` is the same for variants that differ in their budget alone, and `label` says the budget, as a share of the
+    base's active experts. `interval` is the 95 % interval of a share of right answers.
+    """
 
     variant: str
     kind: str
@@ -18,6 +27,9 @@ class Point:
     highest: float
     value: float
     stderr: float | None
+    method: str
+    label: str
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,19 +86,28 @@ def _check_same(evaluated: Mapping[str, Any], benchmarked: Mapping[str, Any]) ->
 
 
 def join(
-    quality: Mapping[str, Any], speed: Mapping[str, Any], *, tasks: Sequence[str] = (), workloads: Sequence[str] = ()
+    quality: Mapping[str, Any],
+    speed: Mapping[str, Any],
+    *,
+    tasks: Sequence[str] = (),
+    workloads: Sequence[str] = (),
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> tuple[Panel, ...]:
     """A panel for every task and workload; `tasks` and `workloads` choose some of them, or all where they are empty.
 
+    Of the variants the base is in every panel, and those whose name in one of the files is `wanted`.
     Of a task with several metrics, only the first in `eval`'s table is used.
 
     Raises:
         AdapterError: a task or workload that the documents lack, or fewer than two variants in both.
     """
-    pairs = match(quality, speed)
+    both = match(quality, speed)
+    pairs = {name: other for name, other in both.items() if name == BASE or wanted(name) or wanted(other)}
     if len(pairs) < 2:
         measured = ", ".join(repr(variant["name"]) for variant in speed["variants"])
-        raise AdapterError(f"fewer than two variants are in both files; bench has {measured}: measure the same there")
+        which = "are in both files" if len(both) < 2 else "of those named are in both files"
+        raise AdapterError(f"fewer than two variants {which}; bench has {measured}: measure the same there")
+    titles = {name: describe(name, other, quality, speed) for name, other in pairs.items()}
     evaluated = list(dict.fromkeys(line["task"] for line in quality["summary"]))
     panels = []
     for task in _choose("task", tasks, evaluated):
@@ -104,6 +125,9 @@ def join(
                     highest=rates[other]["highest"],
                     value=scores[name]["value"],
                     stderr=scores[name]["stderr"],
+                    method=titles[name][0],
+                    label=titles[name][1],
+                    interval=_read_interval(scores[name].get("interval")),
                 )
                 for name, other in pairs.items()
                 if name in scores and other in rates
@@ -114,11 +138,31 @@ def join(
     return tuple(panels)
 
 
+def _read_interval(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval[0], interval[1])
+
+
+def describe(name: str, other: str, quality: Mapping[str, Any], speed: Mapping[str, Any]) -> tuple[str, str]:
+    """The method and the label of a `Point`; `other` is the variant's name in `bench`'s document.
+
+    Files and folders whose names differ in numbers alone, as those of one search over budgets do, are one method.
+    """
+    kind = find_kind(name, quality)
+    if kind == BASE:
+        return BASE, BASE
+    if kind == "folder":
+        return re.sub(NUMBER, "*", name), Path(name).name
+    running = {variant["name"]: variant["engine"]["top_k"] for variant in speed["variants"]}
+    share = sum(running[other].values()) / sum(running[speed["variants"][0]["name"]].values())
+    method = "uniform k" if kind == "uniform" else re.sub(NUMBER, "*", name.partition(", ")[0])
+    return method, f"{100 * share:.3g} %"
+
+
 def find_kind(name: str, quality: Mapping[str, Any]) -> str:
     """The kind of a variant: "base", "uniform", "allocation" or "folder"."""
     variant = next(variant for variant in quality["variants"] if variant["name"] == name)
-    if name == "base":
-        return "base"
+    if name == BASE:
+        return BASE
     if "top_k" not in variant:
         return "folder"
     return "uniform" if len(set(variant["top_k"].values())) == 1 else "allocation"

@@ -7,8 +7,9 @@ pruned checkpoint and name its folder.
 
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def make_variants(
     narrowed: Sequence[float] = (),
     folders: Sequence[str] = (),
     seed: int = 0,
+    each_k: bool = False,
 ) -> tuple[Variant, ...]:
     """The base first; then allocations, uniform k, a mixed and a uniform k for every share, pruned models, folders.
 
@@ -126,6 +128,7 @@ def make_variants(
         narrowed: shares of every expert's width to drop.
         folders: other models, named by their folders.
         seed: of mixed k.
+        each_k: pruned models at every k of `uniform` as well.
 
     Raises:
         AllocationError: an allocation for another model.
@@ -136,20 +139,65 @@ def make_variants(
     for allocation in allocations.values():
         check_allocation(allocation, folder, load_format)
     if (dropped or narrowed) and load_format != RANDOM:
-        raise AdapterError(f"a config alone prunes random weights only: add --load-format {RANDOM}, or name a folder")
+        raise AdapterError(
+            f"a config alone prunes random weights only: add --load-format {RANDOM} where there is such an option, or "
+            f"write pruned weights by lexi-search prune {folder} -o pruned/ and name them by --folder pruned/"
+        )
     variants = [Variant("base", folder)]
     variants += [Variant(name, folder, allocation=allocation) for name, allocation in allocations.items()]
     if uniform or shares:
         # An allocation knows its model in families whose config alone does not tell.
         known = next(iter(allocations.values()), None)
         model = known.model if known else describe_folder(folder, load_format)
-        variants += [_give_uniform(f"uniform k = {k}", folder, model, k) for k in uniform]
+        variants += [_give_uniform(name_uniform(k), folder, model, k) for k in uniform]
         variants += [variant for share in shares for variant in _spend_share(folder, model, share, seed)]
-    variants += [drop_experts(f"inter-pruned {100 * share:g} %", folder, config, share) for share in dropped]
-    variants += [narrow_experts(f"intra-pruned {100 * share:g} %", folder, config, share) for share in narrowed]
+    pruned = [drop_experts(name_pruned("inter", share), folder, config, share) for share in dropped]
+    pruned += [narrow_experts(name_pruned("intra", share), folder, config, share) for share in narrowed]
+    variants += pruned
+    if each_k:
+        variants += [_give_each_k(variant, model, k) for variant in pruned for k in uniform if k != model.top_k]
     variants += [Variant(name, name) for name in folders]
     _check_names(variants)
     return tuple(variants)
+
+
+def name_uniform(k: int) -> str:
+    """The name of the variant with this k in every layer."""
+    return f"uniform k = {k}"
+
+
+def name_pruned(kind: str, share: float) -> str:
+    """The name of an "inter" or "intra"-pruned variant; that of one at another k than the model's own goes on."""
+    return f"{kind}-pruned {100 * share:g} %"
+
+
+def name_share(share: float) -> str:
+    """The end of the names of the variants at a share of the budget."""
+    return f", {100 * share:g} %"
+
+
+def is_one_of(
+    name: str,
+    *,
+    allocations: Sequence[str] = (),
+    uniform: Sequence[int] = (),
+    shares: Sequence[float] = (),
+    dropped: Sequence[float] = (),
+    narrowed: Sequence[float] = (),
+    folders: Sequence[str] = (),
+) -> bool:
+    """Whether `make_variants` gives this name to one of the variants that the arguments name, of any seed."""
+    pruned = [name_pruned("inter", share) for share in dropped] + [name_pruned("intra", share) for share in narrowed]
+    at_share = re.match(r"mixed k, |uniform k = \d+, ", name) and name.endswith(tuple(map(name_share, shares)))
+    known = {*allocations, *map(name_uniform, uniform), *pruned, *folders}
+    return bool(at_share) or name.partition(", k = ")[0] in known
+
+
+def _give_each_k(pruned: Variant, model: ModelIdentity, k: int) -> Variant:
+    """A pruned variant at another k; its allocation is for the model with the experts that are left."""
+    experts, _ = pruned.kept.get("experts", (model.num_experts, model.num_experts))
+    uniform = _give_uniform(f"{pruned.name}, k = {k}", pruned.folder, replace(model, num_experts=experts), k)
+    return replace(pruned, name=uniform.name, allocation=uniform.allocation)
 
 
 def _give_uniform(name: str, folder: str, model: ModelIdentity, k: int) -> Variant:
@@ -161,12 +209,12 @@ def _give_uniform(name: str, folder: str, model: ModelIdentity, k: int) -> Varia
 def _spend_share(folder: str, model: ModelIdentity, share: float, seed: int) -> Iterator[Variant]:
     """A mixed and a uniform k that spend a share of the model's budget, where there are such."""
     budget = share_of_budget(model, share)
-    k, percent = find_uniform(model, budget), f"{100 * share:g} %"
+    k, end = find_uniform(model, budget), name_share(share)
     if k != 1:
         mixed = draw_top_k(model, budget, seed=seed)
-        yield Variant(f"mixed k, {percent}", folder, allocation=allocate(model, mixed))
+        yield Variant(f"mixed k{end}", folder, allocation=allocate(model, mixed))
     if k is not None:
-        yield _give_uniform(f"uniform k = {k}, {percent}", folder, model, k)
+        yield _give_uniform(f"{name_uniform(k)}{end}", folder, model, k)
 
 
 def _check_names(variants: Sequence[Variant]) -> None:

@@ -47,13 +47,17 @@ class ProfileOptions(NamedTuple):
 
 
 def write_profile(
-    options: ProfileOptions, output: str | os.PathLike[str], *, restart: bool, report: Callable[[str], None]
+    options: ProfileOptions,
+    output: str | os.PathLike[str],
+    *,
+    restart: bool,
+    progress: Callable[[int, int, str], None],
 ) -> None:
     """Measure a model and write its profile to `output`, resuming from the journal of an earlier run.
 
     Args:
         restart: discard that journal.
-        report: gets a line after every finished part.
+        progress: gets the finished parts, their total, and words for the last: at the start, and after every part.
 
     Raises:
         AdapterError: a model, text or file that cannot be used, too little text, or a device that is too small.
@@ -84,8 +88,7 @@ def write_profile(
         run = {"model": asdict(identity), "settings": settings, "made_by": made_by, "losses": kinds}
         with keep_journal(output, run, restart=restart) as journal:
             total = len(identity.moe_layers) * len(windows.split(options.batch))
-            if journal.parts:
-                report(f"{len(journal.parts)} of {total} parts are finished in {journal.path}")
+            progress(len(journal.parts), total, f"finished in {journal.path}" if journal.parts else "")
             parts = measure(
                 model,
                 identity,
@@ -97,7 +100,7 @@ def write_profile(
             )
             for index, layer, losses in parts:
                 journal.add(index, layer, losses)
-                report(f"{len(journal.parts)} of {total}: sequences {index * options.batch} on, layer {layer}")
+                progress(len(journal.parts), total, f"sequences {index * options.batch} on, layer {layer}")
             document = make_document(identity, settings, journal.parts, made_by, kinds=kinds)
             write_json(output, document, apart_from=read)
 

@@ -5,7 +5,7 @@ the times in `throughput`.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.workload import Workload
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.shapes import check_allocation
-from lexi_adapter.model.variants import Variant
+from lexi_adapter.model.variants import Variant, name_pruned
 
 FORMAT, VERSION = "lexi-loads", 1
 
@@ -80,6 +80,7 @@ def measure(
     allocations: Mapping[str, Allocation],
     dropped: Sequence[float],
     engine: Mapping[str, Any],
+    progress: Callable[[int, int, str], None] = lambda done, total, part: None,
 ) -> tuple[dict[str, dict[int, Load]], dict[str, Any]]:
     """Variant -> layer -> load over `prompts`, and the facts of the engine that measured it.
 
@@ -102,6 +103,8 @@ def measure(
     options |= {"enforce_eager": True, "compilation_config": {}}  # CUDA graphs bypass the Python router
     prompts = [list(prompt) for prompt in prompts]
     loads: dict[str, dict[int, Load]] = {}
+    total = 1 + len(allocations) + len(dropped)
+    progress(0, total, "the engine starts")
     with measure_engines([("base", options, {})], load_format=engine["load_format"]) as (running,):
         facts = running.call(describe_engine)
 
@@ -113,15 +116,17 @@ def measure(
 
         base = count(facts["top_k"], {})
         loads["base"] = {layer: summarise(steps) for layer, steps in base.items()}
+        progress(len(loads), total, "base")
         for name, allocation in allocations.items():
             counts = count(allocation.top_k, {})
             loads[name] = {layer: summarise(steps) for layer, steps in counts.items()}
+            progress(len(loads), total, name)
         for share in dropped:
             least_used = find_least_used(base, share, max(facts["top_k"].values()))
             counts = count(facts["top_k"], least_used)
-            loads[f"inter-pruned {100 * share:g} %"] = {
-                layer: summarise(steps, least_used[layer]) for layer, steps in counts.items()
-            }
+            name = name_pruned("inter", share)
+            loads[name] = {layer: summarise(steps, least_used[layer]) for layer, steps in counts.items()}
+            progress(len(loads), total, name)
     return loads, facts
 
 

@@ -11,13 +11,13 @@ one of b tokens for every further output token. So its seconds under an allocati
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lexi_adapter.allocation import ModelIdentity
 from lexi_adapter.engines.measuring import describe_engine, measure_engines, switch_layers, time_run
-from lexi_adapter.engines.options import make_options
+from lexi_adapter.engines.options import check_switchable, make_options
 from lexi_adapter.engines.process import Engine
 from lexi_adapter.engines.workload import Workload
 from lexi_adapter.errors import AdapterError
@@ -29,11 +29,16 @@ FIRST_STEPS = 3  # runs of the prompts alone, which take little time and vary mo
 
 @dataclass(frozen=True)
 class Step:
-    """Milliseconds of one engine step: outside the MoE layers, and of one MoE layer at k = 1, 2, ..."""
+    """Milliseconds of one engine step: outside the MoE layers, and of one MoE layer at k = 1, 2, ...
+
+    The spreads are half the range over the rounds, in milliseconds; empty for a single round.
+    """
 
     tokens: int
     other_ms: float
     layer_ms: tuple[float, ...]
+    other_spread: float | None = None
+    layer_spread: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,18 @@ def measure(
     rounds: int,
     checks: int,
     engine: Mapping[str, Any],
-    progress: Callable[[str], None],
+    progress: Callable[[int, int, str], None],
     locks: Sequence[str] = (),
 ) -> tuple[list[Step], list[Check], dict[str, Any]]:
     """The steps of every workload, `checks` random allocations that test them, and the facts of the engine.
 
+    `progress` gets the states measured so far over all rounds, their total, and words for the last.
+
     Raises:
-        AdapterError: as `check_workloads`, before an engine starts.
+        AdapterError: as `check_workloads` and `check_switchable`, before an engine starts.
     """
     check_workloads(workloads)
+    check_switchable(engine)
     top_k = range(1, model.top_k + 1)
     states = [None, *(dict.fromkeys(model.moe_layers, k) for k in top_k)]
     budgets = range(len(model.moe_layers), len(model.moe_layers) * model.top_k + 1)
@@ -75,8 +83,15 @@ def measure(
     wanted = [("base", make_options(base, workloads, **engine), {})]
     with measure_engines(wanted, load_format=engine["load_format"], locks=locks) as (running,):
         facts = running.call(describe_engine)
-        seconds = _time(running, [*states, *drawn], workloads, rounds, progress)
-    steps = [step for workload in workloads for step in _divide(workload, seconds, len(states), len(model.moe_layers))]
+        timed = _time(running, [*states, *drawn], workloads, rounds, progress)
+    seconds = {key: (_median(pairs, 0), _median(pairs, 1)) for key, pairs in timed.items()}
+    shape = len(states), len(model.moe_layers)
+    steps = [step for workload in workloads for step in _divide(workload, seconds, *shape)]
+    check_steps(steps)
+    if rounds > 1:
+        each = [{key: pairs[turn] for key, pairs in timed.items()} for turn in range(rounds)]
+        alone = [[step for workload in workloads for step in _divide(workload, one, *shape)] for one in each]
+        steps = [_add_spread(step, others) for step, *others in zip(steps, *alone, strict=True)]
     return steps, _compare(model, workloads, steps, seconds, len(states), drawn), facts
 
 
@@ -105,9 +120,16 @@ Seconds = Mapping[tuple[int, Workload], tuple[float, float]]
 
 
 def _time(
-    engine: Engine, states: Sequence[Any], workloads: Sequence[Workload], rounds: int, progress: Callable[[str], None]
-) -> Seconds:
+    engine: Engine,
+    states: Sequence[Any],
+    workloads: Sequence[Workload],
+    rounds: int,
+    progress: Callable[[int, int, str], None],
+) -> dict[tuple[int, Workload], list[tuple[float, float]]]:
+    """(index of a state, workload) -> as in `Seconds`, of every round."""
     measured: dict[tuple[int, Workload], list[tuple[float, float]]] = {}
+    total = (rounds + 1) * len(states)
+    progress(0, total, "the engine is up")
     for turn, (index, state) in itertools.product(range(rounds + 1), enumerate(states)):
         engine.call(switch_layers, state)
         for workload in workloads:
@@ -117,11 +139,13 @@ def _time(
                 continue
             last = engine.call(time_run, workload, turn)
             measured.setdefault((index, workload), []).append((statistics.median(first), last))
-        progress(f"round {turn} of {rounds}, state {index + 1} of {len(states)}")
-    return {
-        key: (statistics.median(first for first, _ in pairs), statistics.median(last for _, last in pairs))
-        for key, pairs in measured.items()
-    }
+        which = f"round {turn} of {rounds}" if turn else "warm-up"
+        progress(turn * len(states) + index + 1, total, f"{which}, state {index + 1} of {len(states)}")
+    return measured
+
+
+def _median(pairs: Sequence[tuple[float, float]], place: int) -> float:
+    return statistics.median(pair[place] for pair in pairs)
 
 
 def _divide(workload: Workload, seconds: Seconds, states: int, layers: int) -> tuple[Step, Step]:
@@ -134,10 +158,37 @@ def _divide(workload: Workload, seconds: Seconds, states: int, layers: int) -> t
         Step(size, without, tuple((at_k - without) / layers for at_k in at_all))
         for size, (without, *at_all) in zip(sizes, (reading, writing), strict=True)
     )
+    return steps
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Raise AdapterError for a step whose time, or that of a layer, is not above 0."""
     for step in steps:
         if min(step.other_ms, *step.layer_ms) <= 0:
             raise AdapterError(f"a step of {step.tokens} tokens got no slower with MoE layers; measure more rounds")
-    return steps
+
+
+def _add_spread(step: Step, rounds: Sequence[Step]) -> Step:
+    def halve(values: Sequence[float]) -> float:
+        return (max(values) - min(values)) / 2
+
+    layer = zip(*(one.layer_ms for one in rounds), strict=True)
+    spread = halve([one.other_ms for one in rounds])
+    return replace(step, other_spread=spread, layer_spread=tuple(map(halve, layer)))
+
+
+def find_dips(steps: Sequence[Step]) -> Iterator[str]:
+    """A line for every k at which a layer takes less time than at k - 1."""
+    for step in sorted(steps, key=lambda step: step.tokens):
+        for k, (fewer, more) in enumerate(itertools.pairwise(step.layer_ms), 2):
+            if more < fewer:
+                line = f"in a step of {step.tokens} tokens a layer takes less time at k = {k} than at k = {k - 1}"
+                line += f": {more:.4f} and {fewer:.4f} ms"
+                if step.layer_spread:
+                    noisy = fewer - more <= step.layer_spread[k - 1] + step.layer_spread[k - 2]
+                    line += ", within" if noisy else ", beyond"
+                    line += " the spread of the rounds" + ("; more --rounds tell" if noisy else "")
+                yield line
 
 
 def predict(steps: Sequence[Step], workload: Workload, top_k: Mapping[int, int]) -> float:
@@ -198,6 +249,7 @@ def make_document(
         },
         "made_by": {
             **made_by,
+            **({"spread_ms": _list_spreads(steps)} if all(step.layer_spread for step in steps) else {}),
             "engine": {key: value for key, value in facts.items() if key != "top_k"},
             "checks": [
                 {
@@ -211,3 +263,8 @@ def make_document(
             ],
         },
     }
+
+
+def _list_spreads(steps: Sequence[Step]) -> dict[str, Any]:
+    """Half the range over the rounds, of what `make_document` has for every step."""
+    return {str(step.tokens): {"other_ms": step.other_spread, "layer_ms": list(step.layer_spread)} for step in steps}

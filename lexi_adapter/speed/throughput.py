@@ -89,6 +89,7 @@ def measure(
     kernels: bool = False,
     seconds: float = 0.0,
     answers: int = ANSWERS,
+    progress: Callable[[int, int, str], None] = lambda done, total, part: None,
 ) -> dict[str, Any]:
     """Measure, and give `report` the document after every round; returns the last one.
 
@@ -99,6 +100,7 @@ def measure(
         seconds: a round repeats a short workload, with other tokens, until so long has been measured.
         kernels: after the rounds, record every variant's kernels at every workload, by kind.
         answers: greedy answers to ask of every variant before the rounds.
+        progress: gets, after every variant's turn at a workload, the turns so far, their total, and words for the last.
 
     Raises:
         AdapterError: an allocation that its engine would ignore.
@@ -108,7 +110,9 @@ def measure(
     assignments = assign(variants, in_place=in_place, experts_spread=spread)
     check_plugin(variant for variant, _ in assignments)
     size = together or len(assignments)
-    results = _Results(variants, workloads)
+    results, turns = _Results(variants, workloads), itertools.count(1)
+    total = rounds * len(workloads) * len(variants)
+    progress(0, total, "engines start")
     for first in range(0, len(assignments), size):
         group = assignments[first : first + size]
         wanted = [(v.name, make_options(v, workloads, **engine), v.environment) for v, _ in group]
@@ -117,8 +121,13 @@ def measure(
             for current in running:
                 results.facts[current.variant.name] = current.activate()
                 results.answers[current.variant.name] = _warm_up(current.engine, workloads, answers)
+            if first == 0:
+                progress(0, total, "engines are up")
             for number in range(rounds):
-                results.runs += _run_round(running, workloads, number, rounds, seconds)
+                for workload, current in itertools.product(workloads, running):
+                    results.runs += _take_turn(current, workload, number, rounds, seconds)
+                    turn = f"round {number + 1} of {rounds}, {workload}, {current.variant.name}"
+                    progress(next(turns), total, turn)
                 report(results.make_document())
             if kernels:
                 results.kernels += _record(running, [_shorten(w, RECORDED_TOKENS) for w in workloads])
@@ -182,14 +191,11 @@ def _warm_up(engine: Engine, workloads: Sequence[Workload], answers: int) -> lis
     return engine.call(answer_greedily, replace(short[0], batch=answers))
 
 
-def _run_round(
-    running: Sequence[_Running], workloads: Sequence[Workload], number: int, rounds: int, seconds: float
-) -> Iterator[Run]:
-    for workload, current in itertools.product(workloads, running):
-        current.activate()
-        seeds = range(1 + number, sys.maxsize, rounds)  # of the tokens; the same for every variant
-        for taken in current.repeat(workload, seeds, seconds):
-            yield Run(current.variant.name, str(workload), number, taken)
+def _take_turn(current: _Running, workload: Workload, number: int, rounds: int, seconds: float) -> Iterator[Run]:
+    current.activate()
+    seeds = range(1 + number, sys.maxsize, rounds)  # of the tokens; the same for every variant
+    for taken in current.repeat(workload, seeds, seconds):
+        yield Run(current.variant.name, str(workload), number, taken)
 
 
 def _record(running: Sequence[_Running], workloads: Sequence[Workload]) -> Iterator[dict[str, Any]]:
@@ -239,6 +245,7 @@ def make_document(
         {
             "name": v.name,
             "overrides": dict(v.overrides),
+            "pruning": _name_pruning(v, variants[0]),
             "gate_exponent": v.allocation and v.allocation.gate_exponent,
             "engine": _to_json(facts[v.name]),
             "answers": answers[v.name],
@@ -256,6 +263,13 @@ def make_document(
         "summary": [asdict(line) for line in summarise(runs, variants[0].name)],
         **({"kernels": list(kernels)} if kernels else {}),
     }
+
+
+def _name_pruning(variant: Variant, base: Variant) -> str | None:
+    """The variants of one name here have the same weights, and differ from the base in them; None for the base's."""
+    if variant.kept:
+        return variant.name.partition(", k = ")[0]
+    return variant.name if variant.folder != base.folder else None
 
 
 def _to_json(facts: Mapping[str, Any]) -> dict[str, Any]:

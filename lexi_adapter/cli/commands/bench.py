@@ -1,51 +1,36 @@
 """`lexi-adapter bench`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from lexi_adapter.allocation import read_allocation
-from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.console import conclude, echo, print_table
 from lexi_adapter.cli.options import (
-    PRUNED_SHARE,
-    SHARE,
+    Chosen,
     FiniteRange,
     read_engine_options,
     takes_engine_options,
     takes_locks,
+    takes_variants,
 )
+from lexi_adapter.cli.progress import Progress, spell
+from lexi_adapter.engines.options import check_switchable
 from lexi_adapter.engines.workload import BALANCED, DECODE_HEAVY, PREFILL_HEAVY, Workload, parse_workload
 from lexi_adapter.environment import describe_call
 from lexi_adapter.files import check_writable, write_atomically, write_json
+from lexi_adapter.model.folder import has_weights
 
 
 @click.command()
 @click.argument("model")
-@click.option("--allocation", "files", multiple=True, metavar="FILE", help="An allocation to compare; repeat it.")
+@takes_variants
 @click.option(
-    "--budget-share",
-    "shares",
-    multiple=True,
-    type=SHARE,
-    help="A random mixed k and the uniform k, at this share of the model's own budget; repeat it.",
-)
-@click.option(
-    "--drop-experts",
-    "dropped",
-    multiple=True,
-    type=PRUNED_SHARE,
-    help="Inter-pruning by config: drop this share of the experts; repeat it.",
-)
-@click.option(
-    "--narrow-experts",
-    "narrowed",
-    multiple=True,
-    type=PRUNED_SHARE,
-    help="Intra-pruning by config: drop this share of their width; repeat it.",
-)
-@click.option(
-    "--folder", "folders", multiple=True, help="Another folder to compare, such as a pruned checkpoint; repeat it."
+    "--each-k",
+    is_flag=True,
+    show_default=False,
+    help="Also every --drop-experts and --narrow-experts at every --uniform-k: the paper's figure 2.",
 )
 @click.option(
     "--workload",
@@ -79,10 +64,16 @@ from lexi_adapter.files import check_writable, write_atomically, write_json
 @takes_engine_options
 @takes_locks
 @click.option("-o", "--output", default="bench.json", help="The results, as JSON; written after every round.")
-@click.option("--plot", help="Also a bar chart, like the paper's figure 2: a .png, .svg or .pdf.")
+@click.option("--plot", metavar="FILE", help="Also a figure: a .png, .svg or .pdf.")
+@click.option(
+    "--plot-style",
+    type=click.Choice(["bars", "lines"]),
+    default="bars",
+    help="bars: one a variant; lines: over active experts, one a pruning level, as in the paper's figure 2.",
+)
 def bench(
     model: str,
-    files: Sequence[str],
+    chosen: Chosen,
     workloads: Sequence[str],
     rounds: int,
     seconds: float,
@@ -90,10 +81,8 @@ def bench(
     together: int | None,
     output: str,
     plot: str | None,
-    shares: Sequence[float],
-    dropped: Sequence[float],
-    narrowed: Sequence[float],
-    folders: Sequence[str],
+    plot_style: str,
+    each_k: bool,
     seed: int,
     kernels: bool,
     locks: Sequence[str],
@@ -102,30 +91,27 @@ def bench(
     """Measure the throughput of MODEL, a folder, beside variants of it, in vLLM on this machine.
 
     Batches of random tokens with fixed lengths; (input + output) tokens over end-to-end seconds.
+
+    \b
+    Examples:
+      lexi-adapter bench weights/ --allocation allocation.json --budget-share 50% -o bench.json --plot bench.pdf
+      lexi-adapter bench config/ --load-format dummy --uniform-k 2 --uniform-k 4 --drop-experts 25% --each-k \\
+          --plot figure2.pdf --plot-style lines
     """
-    from lexi_adapter.cli.figures import draw_bench
-    from lexi_adapter.cli.tables import tabulate_bench, tabulate_kernels
-    from lexi_adapter.model.variants import make_variants
     from lexi_adapter.speed import throughput
 
-    read = [model, *files, *folders, *locks]
+    read = [model, *chosen.files, *chosen.folders, *locks]
     figure_format = _check_outputs(output, plot, read)
-    parsed_workloads = _parse_workloads(workloads)
+    parsed = _parse_workloads(workloads)
     options = read_engine_options(**engine)
-    variants = make_variants(
-        model,
-        load_format=options["load_format"],
-        allocations={file: read_allocation(file) for file in files},
-        shares=shares,
-        dropped=dropped,
-        narrowed=narrowed,
-        folders=folders,
-        seed=seed,
-    )
+    variants = chosen.make(model, load_format=options["load_format"], seed=seed, each_k=each_k)
+    if in_place:
+        check_switchable(options)
     made_by = describe_call()
+    echo(_estimate(len(variants), parsed, rounds, seconds), err=True)
     document = throughput.measure(
         variants,
-        parsed_workloads,
+        parsed,
         rounds=rounds,
         together=together,
         in_place=in_place,
@@ -134,12 +120,38 @@ def bench(
         locks=locks,
         seconds=seconds,
         kernels=kernels,
+        progress=Progress("turns"),
     )
-    if plot:
-        write_atomically(plot, draw_bench(document, figure_format), apart_from=[*read, output])
+    if figure_format:
+        from lexi_adapter.cli.figures import draw_bench, draw_bench_lines
+
+        draw = draw_bench if plot_style == "bars" else draw_bench_lines
+        write_atomically(plot, draw(document, figure_format), apart_from=[*read, output])
+    _show(document, output, model, chosen.files)
+
+
+def _estimate(variants: int, workloads: Sequence[Workload], rounds: int, seconds: float) -> str:
+    names = ", ".join(map(str, workloads))
+    least = spell(variants * len(workloads) * rounds * seconds)
+    return (
+        f"{variants} variants, {rounds} rounds of {names} (batch x input x output tokens), at least {seconds:g} s "
+        f"each: more than {least}, and the start of the engines"
+    )
+
+
+def _show(document: Mapping[str, Any], output: str, model: str, files: Sequence[str]) -> None:
+    from lexi_adapter.cli.tables import tabulate_bench, tabulate_kernels
+
     print_table(tabulate_bench(document))
-    if kernels:
+    if "kernels" in document:
         print_table(tabulate_kernels(document))
+    others = [line for line in document["summary"] if line["variant"] != document["variants"][0]["name"]]
+    best = max(others, key=lambda line: line["speedup"], default=None)
+    found = f"; fastest: {best['variant']}, {best['speedup']:.2f} times the base at {best['workload']}" if best else ""
+    allocations = [word for file in files for word in ("--allocation", file)]
+    evaluate = ["lexi-adapter", "eval", model, "--task", "passkey", *allocations]
+    real = [evaluate, ["lexi-adapter", "tradeoff", "eval.json", output]] if has_weights(Path(model)) else []
+    conclude(f"{output}{found}", *real)
 
 
 def _check_outputs(output: str, plot: str | None, read: Sequence[str]) -> str | None:

@@ -1,6 +1,5 @@
 """`lexi-adapter check`."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import KEY, Allocation, check_reducible, describe_run, hash_allocation, read_allocation
-from lexi_adapter.cli.console import echo
+from lexi_adapter.cli.console import conclude, echo
 from lexi_adapter.environment import find_vllm_version
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.folder import check_folder, has_weights, read_config
@@ -70,16 +69,15 @@ def _check_files(place: str, folder: str | None, *, alone: bool) -> Allocation:
     if exported and not _is_for_vllm(read_config(Path(place))):
         echo("note: exported for transformers: a vLLM without lexi_adapter would serve the model's own k")
     if alone:
-        echo(f"next: {_find_next(place, exported, folders[-1])}")
+        conclude(f"{place} fits {folders[-1]}", *_list_next(place, exported, folders[-1]))
     return wanted
 
 
-def _find_next(place: str, exported: bool, folder: Path) -> str:
-    if exported:
-        return f"{shlex.join(['vllm', 'serve', place])}; then {shlex.join(['lexi-adapter', 'check', place])} --url URL"
-    if KEY in read_config(folder):
-        return shlex.join(["vllm", "serve", str(folder)])
-    return shlex.join(["lexi-search", "export", place, "--to", "vllm", "--model", str(folder), "-o", "served/"])
+def _list_next(place: str, exported: bool, folder: Path) -> list[list[str]]:
+    if exported or KEY in read_config(folder):
+        ask_it = ["lexi-adapter", "check", place, "--url", "http://localhost:8000"]
+        return [["vllm", "serve", str(folder)], ask_it]
+    return [["lexi-search", "export", place, "--to", "vllm", "--model", str(folder), "-o", "served/"]]
 
 
 def _read_export(folder: Path) -> Allocation:
@@ -134,8 +132,8 @@ def _check_server(status: Status, url: str, wanted: Allocation | None, place: st
         f"sha256 {status.sha256}, read from {workers}; top-k of each: {each}"
     )
     if wanted is None:
-        echo(f"next: lexi-adapter check FOLDER_OR_ALLOCATION --url {url}, which compares")
+        conclude(f"{url} runs an allocation", ["lexi-adapter", "check", "served/", "--url", url])
     elif hash_allocation(wanted) == status.sha256:
-        echo(f"that is {place}, sha256 {status.sha256}")
+        conclude(f"{url} runs {place}")
     else:
-        echo(f"the same k as {place}, whose sha256 is {hash_allocation(wanted)}: found in another run")
+        conclude(f"{url} runs the k of {place}, whose sha256 is {hash_allocation(wanted)}: another run found them")

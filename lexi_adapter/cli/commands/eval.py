@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import click
 
-from lexi_adapter.allocation import read_allocation
-from lexi_adapter.cli.console import echo, print_table
-from lexi_adapter.cli.options import read_engine_options
+from lexi_adapter.cli.console import conclude, echo, print_table
+from lexi_adapter.cli.options import Chosen, read_engine_options, takes_variants
+from lexi_adapter.cli.progress import Progress
 from lexi_adapter.environment import describe_call
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import MOST_DATA_BYTES, check_writable, read_json, write_json
-from lexi_adapter.model.variants import Variant, check_comparable, make_variants
+from lexi_adapter.model.variants import Variant, check_comparable
 from lexi_adapter.tasks.harness import PREFIX
 from lexi_adapter.tasks.scores import Model, Outcome, Task
 
@@ -46,11 +46,7 @@ READERS = {
     help="perplexity, passkey, qasper, lm-eval:TASK, lm-eval:paper (those that LExI names), or your own "
     "module:function; repeat it.",
 )
-@click.option("--allocation", "files", multiple=True, metavar="FILE", help="An allocation to compare; repeat it.")
-@click.option("--uniform-k", "uniform", multiple=True, type=int, help="This k in every layer; repeat it.")
-@click.option(
-    "--folder", "folders", multiple=True, help="Another folder to compare, such as a pruned checkpoint; repeat it."
-)
+@takes_variants
 @click.option("--backend", type=click.Choice(["transformers", "vllm"]), default="transformers")
 @click.option(
     "--device",
@@ -79,7 +75,7 @@ READERS = {
 )
 @click.option("--depths", type=click.IntRange(1), default=10, help="Depths of the passkey in the text, evenly spaced.")
 @click.option("--trials", type=click.IntRange(1), default=10, help="Passkeys at each depth.")
-@click.option("--seed", default=0, help="Of the passkeys.")
+@click.option("--seed", default=0, help="Of the passkeys, and of a --budget-share's random mixed k.")
 @click.option("--qasper", "questions", metavar="FILE", help="JSON or JSON lines: context, question, answers.")
 @click.option("--include-path", "include_paths", multiple=True, metavar="FOLDER", help="Your own lm-eval task files.")
 @click.option("--num-fewshot", type=click.IntRange(0), help="For lm-eval.  [default: each task's]", show_default=False)
@@ -97,9 +93,7 @@ READERS = {
 @click.option("--restart", is_flag=True, show_default=False, help="Throw away the results in the output.")
 def eval_(
     model: str,
-    files: Sequence[str],
-    uniform: Sequence[int],
-    folders: Sequence[str],
+    chosen: Chosen,
     backend: str,
     device: str | None,
     dtype: str,
@@ -116,22 +110,22 @@ def eval_(
 
     Every number comes with its standard error, and with its difference from the base, taken item by item. A command
     that was cut short resumes when it is given again.
+
+    \b
+    Examples:
+      lexi-adapter eval weights/ --task perplexity --text wiki.txt --allocation allocation.json --uniform-k 4
+      lexi-adapter eval weights/ --task passkey --passkey-length 2048 --budget-share 50% --folder pruned/
+      lexi-adapter eval weights/ --task lm-eval:paper --backend vllm --allocation allocation.json -o tasks.json
     """
     from lexi_adapter.cli.tables import tabulate_eval
     from lexi_adapter.evaluation import evaluate
     from lexi_adapter.tasks.registry import TaskOptions, make_tasks
 
     task_options = TaskOptions(**options)
-    _check_readers(task_options.names)
-    read = [model, tokenizer, *folders, *files, *task_options.texts, task_options.questions]
+    _check_readers(task_options.names, apart_from=("seed",) if chosen.shares else ())
+    read = [model, tokenizer, *chosen.folders, *chosen.files, *task_options.texts, task_options.questions]
     check_writable(output, apart_from=read)
-    variants = make_variants(
-        model,
-        load_format="auto",
-        allocations={file: read_allocation(file) for file in files},
-        uniform=list(dict.fromkeys(uniform)),
-        folders=list(dict.fromkeys(folders)),
-    )
+    variants = chosen.make(model, load_format="auto", seed=task_options.seed)
     check_comparable(variants)
     tokenizer = tokenizer or model
     common = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
@@ -140,10 +134,10 @@ def eval_(
     check_writable(output, apart_from=read)
     common |= {"dtype": dtype}
     if backend == "vllm":
-        chosen = _choose_vllm(variants, tasks, tokenizer, device, tensor_parallel_size, engine, common)
+        backed = _choose_vllm(variants, tasks, tokenizer, device, tensor_parallel_size, engine, common)
     else:
-        chosen = _choose_transformers(tokenizer, device, tensor_parallel_size, engine, common)
-    setting = {"backend": backend, "dtype": dtype, **_describe_tokenizer(tokenizer, model), **chosen.setting}
+        backed = _choose_transformers(tokenizer, device, tensor_parallel_size, engine, common)
+    setting = {"backend": backend, "dtype": dtype, **_describe_tokenizer(tokenizer, model), **backed.setting}
     finished = {} if restart else _read_finished(output, evaluate.make_document(variants, tasks, setting, {}))
     made_by = describe_call()
     document = evaluate.evaluate(
@@ -151,20 +145,38 @@ def eval_(
         tasks,
         setting=setting,
         finished=finished,
-        open_model=chosen.open_model,
+        open_model=backed.open_model,
         report=lambda document: write_json(output, {**document, "made_by": made_by}, apart_from=read),
+        progress=Progress("results"),
     )
     print_table(tabulate_eval(document))
+    _conclude(document, output)
 
 
-def _check_readers(names: Sequence[str]) -> None:
-    """Raise AdapterError for an option that was given and that none of the tasks reads."""
+def _conclude(document: Mapping[str, Any], output: str) -> None:
+    first = document["summary"][0]
+    compared = [
+        line
+        for line in document["summary"]
+        if (line["task"], line["metric"]) == (first["task"], first["metric"]) and line["difference"] is not None
+    ]
+    nearest = min(compared, key=lambda line: abs(line["difference"]), default=None)
+    found = ""
+    if nearest is not None:
+        error = nearest["difference_stderr"]
+        spread = "" if error is None else f", standard error {error:.2g}"
+        found = f"; nearest to the base: {nearest['variant']}, {first['metric']} {nearest['difference']:+.4g}{spread}"
+    conclude(f"{output}{found}", ["lexi-adapter", "tradeoff", output, "bench.json"])
+
+
+def _check_readers(names: Sequence[str], *, apart_from: Sequence[str] = ()) -> None:
+    """Raise AdapterError for an option that was given and that none of the tasks reads, `apart_from` some."""
     kinds = {_find_kind(name) for name in names}
     context = click.get_current_context()
     for parameter in context.command.params:
         readers = READERS.get(parameter.name, ())
         given = context.get_parameter_source(parameter.name) is not click.core.ParameterSource.DEFAULT
-        if given and readers and not kinds & set(readers):
+        if given and readers and parameter.name not in apart_from and not kinds & set(readers):
             raise AdapterError(
                 f"{parameter.opts[0]} is for --task {' or '.join(readers)}; add such a task, or leave it out"
             )

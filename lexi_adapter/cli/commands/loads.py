@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import read_allocation
-from lexi_adapter.cli.console import print_table
+from lexi_adapter.cli.console import conclude, print_table
 from lexi_adapter.cli.options import PRUNED_SHARE, read_engine_options, takes_engine_options
+from lexi_adapter.cli.progress import Progress
 from lexi_adapter.environment import describe_call
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import MOST_DATA_BYTES, check_writable, read_json, write_json
@@ -36,7 +37,7 @@ from lexi_adapter.tasks.texts import check_tokens, encode, load_tokenizer, read_
     "dropped",
     multiple=True,
     type=PRUNED_SHARE,
-    help="Inter-pruning: this share of the experts, the least used, can no longer be chosen; repeat it.",
+    help="Inter-pruning: this share of the experts, the least used, can no longer be chosen, such as 25%; repeat it.",
 )
 @takes_engine_options
 @click.option("-o", "--output", default="loads.json")
@@ -51,7 +52,13 @@ def loads(
     output: str,
     **engine: Any,
 ) -> None:
-    """Count the tokens of a text that go to each expert of MODEL, with fewer active experts or fewer experts."""
+    """Count the tokens of a text that go to each expert of MODEL, with fewer active experts or fewer experts.
+
+    \b
+    Examples:
+      lexi-adapter loads weights/ --text prose.txt --allocation allocation.json
+      lexi-adapter loads weights/ --tokens prompts.json --drop-experts 25%
+    """
     from lexi_adapter.cli.tables import tabulate_loads
     from lexi_adapter.speed import expert_load
 
@@ -67,9 +74,15 @@ def loads(
         allocations={file: read_allocation(file) for file in files},
         dropped=dropped,
         engine=read_engine_options(**engine),
+        progress=Progress("variants"),
     )
     write_json(output, expert_load.make_document(measured, facts, describe_call()), apart_from=read)
     print_table(tabulate_loads(measured))
+    worst = max(load.max_over_mean for load in measured["base"].values())
+    conclude(
+        f"{output}; the busiest expert of the base gets {worst:.1f} times the mean of its layer",
+        ["lexi-adapter", "bench", model, *(word for file in files for word in ("--allocation", file))],
+    )
 
 
 def _read_prompts(path: str) -> list[list[int]]:

@@ -5,8 +5,9 @@ from typing import Any
 import click
 
 from lexi_adapter.allocation import MAX_GATE_EXPONENT
-from lexi_adapter.cli.console import echo
+from lexi_adapter.cli.console import conclude, echo
 from lexi_adapter.cli.options import FiniteRange
+from lexi_adapter.cli.progress import Progress
 from lexi_adapter.errors import AdapterError
 
 
@@ -47,11 +48,21 @@ def sensitivity(output: str, restart: bool, **options: Any) -> None:
 
     The losses are: divergence from the model's own predictions; on a text the increase of its cross-entropy; and the
     change of each layer's own output. Finished parts are kept in OUTPUT.partial: a command that was cut short resumes.
+
+    \b
+    Examples:
+      lexi-adapter sensitivity weights/ --text mine.txt -o truth.json
+      lexi-adapter sensitivity weights/ --generate --sequences 16 --device cuda:0
     """
     sources = (options["texts"], options["token_files"], options["generated"])
     if sum(map(bool, sources)) != 1:
         raise AdapterError("give one of --text, --tokens and --generate")
     from lexi_adapter.sensitivity.profile import ProfileOptions, write_profile
 
-    write_profile(ProfileOptions(**options), output, restart=restart, report=lambda line: echo(line, err=True))
+    write_profile(ProfileOptions(**options), output, restart=restart, progress=Progress("parts"))
     echo(output)
+    conclude(
+        f"{output}, the losses of {options['model']} by brute force",
+        ["lexi-search", "search", output, "--budget", "50%"],
+        ["lexi-search", "compare", output, "profile.json"],
+    )

@@ -56,8 +56,9 @@ def run(*arguments):
 def refuse(*arguments):
     result = run(*arguments)
     assert result.exit_code == 2 and result.stdout == "", result.output
-    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
+    *progress, error = result.stderr.splitlines(keepends=True)
+    assert error.startswith("Error: ") and all(line.startswith("results: ") for line in progress), result.stderr
+    return error
 
 
 def write_allocation(path, folder=MODEL, top_k=MIXED):
@@ -409,6 +410,7 @@ def test_refusals_name_what_is_wrong(folder):
         ("--task", "qasper", "--qasper", "half.jsonl"): r"half.jsonl, entry 1 holds '\ud83d', half of a surrogate pair",
         ("--task", "qasper", "--qasper", "bad.jsonl", "--max-length", "4096"): "more than the model's 1024 positions",
         ("--task", "passkey", "--uniform-k", "9"): "uniform k = 9 is not one of 1 to 8",
+        ("--task", "passkey", "--drop-experts", "25%"): "write pruned weights by lexi-search prune",
         ("--task", "passkey", "--allocation", "unfit.json"): "num_hidden_layers",
         ("--task", "passkey", "--folder", "other"): "another vocabulary",
         ("--task", "passkey", "--folder", "base"): "two variants are called 'base'",

@@ -113,8 +113,47 @@ def test_figure_and_table(folder, name, start):
     result = run("eval.json", "bench.json", "-o", name)
     assert result.exit_code == 0, result.output
     assert Path(name).read_bytes().startswith(start)
-    assert result.stderr == "without throughput, and so left out: alone\n"
+    assert result.stderr.splitlines() == [
+        "without throughput, and so left out: alone",
+        f"done: {name}; fastest at 16x8x8: pruned, perplexity 3",
+        "next: lexi-search export mine.json --to vllm --model here -o served/",
+    ]
     assert all(word in result.stdout for word in ("pruned", "16x8x8", "passkey 100"))
+
+
+def test_options_choose_variants_as_they_name_them_to_eval_and_bench(folder):
+    Path("eval.json").write_text(json.dumps(make_quality()))
+    Path("bench.json").write_text(json.dumps(make_speed()))
+    for options, shown in {
+        (): {"base", "mine.json", "uniform k = 2", "pruned"},
+        ("--allocation", "mine.json"): {"base", "mine.json"},
+        ("--allocation", "./mine.json"): {"base", "mine.json"},  # by its name in bench
+        ("--uniform-k", "2", "--folder", "pruned"): {"base", "uniform k = 2", "pruned"},
+        ("--budget-share", "50%"): {"base", "uniform k = 2"},
+    }.items():
+        result = run("eval.json", "bench.json", *options)
+        assert result.exit_code == 0, result.output
+        names = {"base", "mine.json", "uniform k = 2", "pruned"}
+        assert {name for name in names if name in result.stdout} == shown, options
+    result = run("eval.json", "bench.json", "--uniform-k", "3")
+    assert result.exit_code == 2 and "fewer than two variants of those named are in both files" in result.stderr
+
+
+def test_points_are_labelled_by_budget_and_those_of_one_search_are_one_method():
+    quality, speed = make_quality(), make_speed()
+    (panel, *_) = tradeoff.join(quality, speed)
+    assert [(point.method, point.label) for point in panel.points] == [
+        ("base", "base"),
+        ("mine.json", "50 %"),
+        ("uniform k", "50 %"),
+        ("pruned", "pruned"),
+    ]
+    for document, key in ((quality, "eval"), (speed, "bench")):
+        text = json.dumps(document).replace("./mine.json", "mine.json").replace("mine.json", "found/a-40.5.json")
+        assert key and (panel := json.loads(text))
+        document |= panel
+    (panel, *_) = tradeoff.join(quality, speed)
+    assert (panel.points[1].method, panel.points[1].label) == ("found/a-*.json", "50 %")
 
 
 def test_refusals(folder):

@@ -144,7 +144,11 @@ def check(*arguments):
     result = CliRunner().invoke(main.main, ["check", *map(str, arguments)])
     assert result.exit_code in (0, 2), result.output
     assert result.exit_code == 0 or (result.output.startswith("Error: ") and result.output.count("\n") == 1)
-    return result.output if result.exit_code == 0 else result.output.removeprefix("Error: ").strip()
+    return result.stdout if result.exit_code == 0 else result.output.removeprefix("Error: ").strip()
+
+
+def list_next(*arguments):
+    return [line for line in CliRunner().invoke(main.main, ["check", *map(str, arguments)]).stderr.splitlines()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,13 +162,17 @@ def test_check_command_says_what_fits(checkpoints, tmp_path, family):
         f"over {layers} MoE layers, sha256 {hashlib.sha256((tmp_path / 'a.json').read_bytes()).hexdigest()[:12]}; "
         f"top-k of each: {listed}\n"
     )
-    first = check(tmp_path / "a.json", "--model", checkpoints[family])
-    export_it = f"lexi-search export {tmp_path}/a.json --to vllm --model {checkpoints[family]} -o served/"
-    assert first == f"{expected}next: {export_it}\n"
     exported = export(allocation, checkpoints[family], tmp_path / "exported")
-    assert check(tmp_path / "a.json", "--model", exported) == f"{expected}next: vllm serve {exported}\n"
-    then = f"next: vllm serve {exported}; then lexi-adapter check {exported} --url URL\n"
-    assert check(exported) == expected + then
+    serve = [f"next: vllm serve {exported}", "next: lexi-adapter check {} --url http://localhost:8000"]
+    export_it = f"next: lexi-search export {tmp_path}/a.json --to vllm --model {checkpoints[family]} -o served/"
+    for words, folder, follows in (
+        ((tmp_path / "a.json", "--model", checkpoints[family]), checkpoints[family], [export_it]),
+        ((tmp_path / "a.json", "--model", exported), exported, serve),
+        ((exported,), exported, serve),
+    ):
+        assert check(*words) == expected
+        done = [f"done: {words[0]} fits {folder}", *(line.format(words[0]) for line in follows)]
+        assert list_next(*words) == done
 
 
 def test_check_command_refuses_in_one_line(olmoe, tmp_path, monkeypatch):
@@ -194,7 +202,7 @@ def test_check_command_says_what_it_could_not_check(olmoe, tmp_path, monkeypatch
     write_allocation(tmp_path / "a.json", allocation)
     (folder / "model.safetensors").unlink()
     monkeypatch.setattr(checking, "find_vllm_version", lambda: None)
-    first, *notes, _ = check(tmp_path / "a.json", "--model", folder).splitlines()
+    first, *notes = check(tmp_path / "a.json", "--model", folder).splitlines()
     assert first.startswith("fits: olmoe")
     assert notes == [
         "note: no safetensors files there, so the weights were not compared",

@@ -246,3 +246,30 @@ def test_prompts_are_random_tokens_of_the_vocabulary():
 def test_real_weights_are_not_pruned_by_a_config():
     with pytest.raises(AdapterError, match="add --load-format dummy"):
         variants.make_variants(str(SHAPES / "mixtral-8x7b"), load_format="auto", allocations={}, dropped=(0.5,))
+
+
+def test_pruned_models_at_each_k_are_the_pruned_ones_with_a_k_of_their_own():
+    folder = str(SHAPES / "olmoe-1b-7b")
+    common = {"load_format": "dummy", "allocations": {}, "uniform": [2, 4, 8], "dropped": [0.25], "narrowed": [0.5]}
+    plain = variants.make_variants(folder, **common)
+    crossed = variants.make_variants(folder, **common, each_k=True)
+    assert crossed[: len(plain)] == plain
+    names = [f"{kind} %, k = {k}" for kind in ("inter-pruned 25", "intra-pruned 50") for k in (2, 4)]  # 8 is its own k
+    assert [variant.name for variant in crossed[len(plain) :]] == names
+    by_name = {variant.name: variant for variant in crossed}
+    for name in names:
+        pruned, variant = by_name[name.partition(", k")[0]], by_name[name]
+        assert replace(variant, name=pruned.name, allocation=None) == pruned
+        assert set(variant.allocation.top_k.values()) == {int(name[-1])}
+        assert variant.allocation.model.num_experts == (48 if name.startswith("inter") else 64)
+
+
+def test_variants_are_known_by_their_names():
+    folder = str(SHAPES / "olmoe-1b-7b")
+    chosen = {"uniform": [2], "shares": [0.5], "dropped": [0.25], "narrowed": [0.5], "folders": ["other"]}
+    made = variants.make_variants(folder, load_format="dummy", allocations={}, each_k=True, **chosen)
+    for variant in made:
+        assert variants.is_one_of(variant.name, **chosen) == (variant.name != "base"), variant.name
+        owners = [key for key, value in chosen.items() if variants.is_one_of(variant.name, **{key: value})]
+        assert len(owners) == (variant.name != "base"), (variant.name, owners)
+    assert variants.is_one_of("a.json", allocations=["a.json"]) and not variants.is_one_of("b, 50 %", shares=[0.5])

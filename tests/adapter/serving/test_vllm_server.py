@@ -53,7 +53,7 @@ def test_server_lists_its_model_completes_shows_the_top_k_of_every_layer_and_sto
         assert stated.exit_code == 0, stated.output
         assert "runs lexi: 6 of 12 active experts per token over 3 MoE layers" in stated.output
         assert f"sha256 {sha256}, read from 1 worker; top-k of each: 0:1 1:3 2:2\n" in stated.output
-    assert same.output.splitlines()[-1] == f"that is {served.exported}, sha256 {sha256}"
+    assert same.stderr.startswith("done: ") and same.stderr.endswith(f" runs {served.exported}\n")
     assert differing.exit_code == 2
     assert differing.output == f"Error: layer 1 runs k = 3 there, {other} says 2; serve {other}\n"
     title, head, *rows, blank, text = capsys.readouterr().out.splitlines()

@@ -234,8 +234,8 @@ def test_the_command_says_what_runs_and_whose_it_is(searched, allocation, tmp_pa
         ]
     assert says[0][0].startswith(f"{url} runs lexi: 6 of 12 active experts per token over 3 MoE layers, sha256 ")
     assert ", read from 1 worker of engine 1 of 3; top-k of each: 0:1 1:3 2:2" in says[0][0]
-    assert says[0][1].startswith("next: lexi-adapter check ")
-    assert says[1][-1] == f"that is {tmp_path}/a.json, sha256 {hash_allocation(allocation)}"
-    assert says[2][-1].startswith(f"the same k as {tmp_path}/again.json, whose sha256 is ")
+    assert says[0][1:] == [f"done: {url} runs an allocation", f"next: lexi-adapter check served/ --url {url}"]
+    assert says[1][-1] == f"done: {url} runs {tmp_path}/a.json"
+    assert says[2][-1].startswith(f"done: {url} runs the k of {tmp_path}/again.json, whose sha256 is ")
     with answering(list_cards(allocation, gate_exponents=exponents)) as (url, _):
         assert ", gate exponent 0.5, sha256" in CliRunner().invoke(main, ["check", "--url", url]).output

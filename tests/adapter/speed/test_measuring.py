@@ -18,7 +18,7 @@ from lexi_adapter.engines import options, worker
 from lexi_adapter.engines.measuring import describe_engine, switch_layers, time_run
 from lexi_adapter.engines.options import make_options
 from lexi_adapter.engines.process import EngineError
-from lexi_adapter.engines.workload import Workload, parse_workload
+from lexi_adapter.engines.workload import STEPS, Workload, fit, parse_workload
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.evaluation import vllm_backend
 from lexi_adapter.model.variants import Variant, allocate
@@ -98,7 +98,72 @@ def test_steps_give_back_what_runs_were_made_of(other_reading, reading, other_wr
 def test_a_step_that_layers_make_faster_is_refused():
     found = {(k, WORKLOAD): (1.0, 2.0) for k in range(4)}
     with pytest.raises(AdapterError, match="a step of 40 tokens got no slower with MoE layers"):
-        latency._divide(WORKLOAD, found, 4, 3)
+        latency.check_steps(latency._divide(WORKLOAD, found, 4, 3))
+
+
+class Card:
+    """An engine in which a step takes 1 s, 0.25 s more for each of its 3 layers' k, and more in later rounds."""
+
+    def __init__(self, drift, bump=0.0):
+        self.k, self.drift, self.bump = None, drift, bump
+
+    def call(self, function, *arguments):
+        if function is switch_layers:
+            self.k = arguments[0] and arguments[0][0]
+        elif function is time_run:
+            workload, turn = arguments
+            step = 1 + 0.25 * (self.k or 0) * 3 + (self.bump if self.k == 2 else 0)
+            return (step + (self.drift * turn if self.k else 0)) * workload.output_length
+        return {"top_k": {0: 3}, "device": "a card"}
+
+
+def measure_steps(monkeypatch, card, rounds=3):
+    @contextmanager
+    def start(wanted, **_):
+        yield [card]
+
+    told = []
+    monkeypatch.setattr(latency, "measure_engines", start)
+    engine = {"load_format": "dummy", "parallel": {}, "enforce_eager": True}
+    steps, _, facts = latency.measure(
+        "here", MODEL, [WORKLOAD], rounds=rounds, checks=0, engine=engine, progress=lambda *words: told.append(words)
+    )
+    assert told[0][:2] == (0, 4 * (rounds + 1)) and told[-1][:2] == 2 * (4 * (rounds + 1),)
+    return steps, latency.make_document(MODEL, steps, [], facts, {})
+
+
+def test_the_spread_over_rounds_is_shown_and_written(monkeypatch):
+    steps, document = measure_steps(monkeypatch, Card(drift=0.3))
+    for step in steps:
+        assert step.other_spread == pytest.approx(0, abs=1e-9)
+        assert step.layer_spread == pytest.approx([100.0] * 3)  # rounds 1 to 3: 0.3 s apart, over 3 layers
+    assert document["made_by"]["spread_ms"]["4"]["layer_ms"] == pytest.approx([100.0] * 3)
+    steps, document = measure_steps(monkeypatch, Card(drift=0.3), rounds=1)
+    assert steps[0].other_spread is None and "spread_ms" not in document["made_by"]
+
+
+def test_a_k_that_costs_less_than_a_smaller_one_is_named(monkeypatch):
+    steps, _ = measure_steps(monkeypatch, Card(drift=0.0))
+    assert list(latency.find_dips(steps)) == []
+    steps, _ = measure_steps(monkeypatch, Card(drift=0.0, bump=1.5))
+    for line, tokens in zip(latency.find_dips(steps), (4, 40), strict=True):
+        words = (
+            f"in a step of {tokens} tokens a layer takes less time at k = 3 than at k = 2: 750.0000 and 1000.0000 ms"
+        )
+        assert line == f"{words}, beyond the spread of the rounds"
+    steps, _ = measure_steps(monkeypatch, Card(drift=0.9, bump=1.5))
+    assert all(
+        line.endswith("within the spread of the rounds; more --rounds tell") for line in latency.find_dips(steps)
+    )
+
+
+def test_the_default_steps_are_those_of_the_search_and_of_a_size_that_the_model_reads():
+    assert {STEPS.batch, STEPS.batch * STEPS.input_length} == {16, 16384}  # of `--mix 16:1024,16384:1`
+    assert fit(STEPS, None) == fit(STEPS, 4096) == STEPS
+    for positions in (1024, 1152, 300):
+        fitted = fit(STEPS, positions)
+        assert fitted.input_length + fitted.output_length + 1 <= positions < 2 * fitted.input_length + 129
+    latency.check_workloads([fit(STEPS, 10)])  # too small for any: the engine says so
 
 
 def test_the_cost_table_is_what_a_search_reads():
@@ -299,7 +364,7 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
     "arguments, message",
     [
         (["bench", "{}", "--workload", "4x4"], "is not BATCHxINPUTxOUTPUT"),
-        (["bench", "{}", "--drop-experts", "0.5"], "add --load-format dummy"),
+        (["bench", "{}", "--drop-experts", "50%"], "add --load-format dummy"),
         (["bench", "{}", "--engine", "[]"], "--engine is not a JSON object"),
         (["bench", "{}", "--engine", "{{"], "--engine is not JSON"),
         (["bench", "{}", "--plot", "figure.gif"], "no figure as figure.gif"),
@@ -329,7 +394,8 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
         (["bench", "{}", "--engine", '{{"hf_overrides": "x"}}'], "hf_overrides is 'x', a JSON object expected"),
         (["bench", "{}", "--engine", '{{"additional_config": {{"lexi_allocation": 1}}}}'], "give it by --allocation"),
         (["bench", "{}", "--engine", "[" * 10**5], "--engine is not JSON"),
-        (["bench", "{}", *DUMMY, *2 * ("--budget-share", "0.5")], "two variants are called 'mixed k, 50 %'"),
+        (["bench", "{}", *DUMMY, *2 * ("--budget-share", "50%")], "two variants are called 'mixed k, 50 %'"),
+        (["bench", "{}", "--uniform-k", "4"], "uniform k = 4 is not one of 1 to 3"),
         (["bench", "{}", "--folder", "base"], "two variants are called 'base'"),
         (
             ["bench", "{}", "--allocation", "{}/other.json"],
@@ -341,6 +407,8 @@ def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
         (["loads", "{}", "--tokens", "{}/t", "--allocation", "{}/other.json"], "the allocation was made for 'mixtral'"),
         (["loads", "{}", "--tokens", "{}/t", "--allocation", "{}/shifted.json"], "has a gate exponent of 0.5"),
         (["latency", "{}", "--workload", "4x1x4"], "workload 4x1x4 has 1 input token"),
+        (["latency", "{}", *DUMMY], """compile nothing with --engine '{"enforce_eager": true}', or measure on a GPU"""),
+        (["bench", "{}", *DUMMY, "--in-place"], "compiles k into the model, so one engine cannot change it"),
         (["loads", "{}", "--tokens", "{}/far"], "the model knows 0 to 6; use its own tokenizer"),
         (["loads", "{}", "--tokens", "{}/negative"], "the model knows 0 to 6; use its own tokenizer"),
         (["loads", "{}"], "give either --text or --tokens"),
@@ -384,10 +452,10 @@ def test_eval_measures_nothing_where_vllm_would_not_see_an_allocation(folder, mo
     "command, option, values",
     [
         ("bench", "--seconds", ["nan", "inf", "-1"]),
-        ("bench", "--budget-share", ["nan", "inf", "-inf", "0", "1.5"]),
-        ("bench", "--drop-experts", ["nan", "inf", "-0.5", "1"]),
-        ("bench", "--narrow-experts", ["nan", "inf", "-0.5", "1"]),
-        ("loads", "--drop-experts", ["nan", "inf", "-0.5", "1"]),
+        ("bench", "--budget-share", ["nan", "inf%", "-1%", "0%", "0.5", "150%", "1e1%"]),
+        ("bench", "--drop-experts", ["nan", "-5%", "100%", "0.5"]),
+        ("bench", "--narrow-experts", ["nan", "-5%", "100%", "0.5"]),
+        ("loads", "--drop-experts", ["nan", "-5%", "100%", "0.5"]),
     ],
 )
 def test_shares_and_seconds_are_numbers_of_their_range(command, option, values):

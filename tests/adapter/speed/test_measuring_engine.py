@@ -197,7 +197,7 @@ def test_bench_end_to_end(folder, tmp_path):
 def test_loads_end_to_end(folder, tmp_path):
     (tmp_path / "tokens.json").write_text(json.dumps(PROMPTS))
     output = tmp_path / "loads.json"
-    arguments = ("--tokens", str(tmp_path / "tokens.json"), "--drop-experts", "0.25", "-o", str(output))
+    arguments = ("--tokens", str(tmp_path / "tokens.json"), "--drop-experts", "25%", "-o", str(output))
     assert "inter-pruned 25 %" in run("loads", str(folder), *arguments)
     found = json.loads(output.read_text())["loads"]
     assert set(found) == {"base", "inter-pruned 25 %"}
