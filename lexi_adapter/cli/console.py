@@ -159,6 +159,12 @@ def echo(*lines: object, err: bool = False) -> None:
         _write("".join(f"{spell(str(line))}\n" for line in lines), err=err)
 
 
+def rewrite(line: str, *, last: bool) -> None:
+    """Write a line of a terminal's stderr anew, spelt; the `last` one is ended."""
+    with suppress(OSError):
+        _write(f"\r\x1b[K{spell(line)}" + "\n" * last, err=True)
+
+
 def _write(text: str, *, err: bool = False) -> None:
     """Print text; characters that the stream's encoding lacks are escaped in ASCII."""
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"

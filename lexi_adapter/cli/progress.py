@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from lexi_adapter.cli.console import echo
+from lexi_adapter.cli.console import echo, rewrite
 
 SECONDS = 10.0  # between lines in a pipe
 
@@ -35,7 +35,10 @@ class Progress:
         left = (now - self.begun) / (done - self.first) * (total - done) if done > self.first else None
         times = f", elapsed {spell(elapsed)}" + (f", left {spell(left)}" if left is not None else "")
         line = f"{self.what}: {done} of {total}{times}" + (f" ({part})" if part else "")
-        echo(f"\r\x1b[K{line}" if self.rewrites else line, err=True, nl=not self.rewrites or done >= total)
+        if self.rewrites:
+            rewrite(line, last=done >= total)
+        else:
+            echo(line, err=True)
 
 
 def spell(seconds: float) -> str:
