@@ -151,7 +151,7 @@ def tabulate_eval(document: Mapping[str, Any]) -> RenderableType:
                 ):
                     cells += [_format(line[value]), _format(line[error])]
                     cells += [_format_interval(line.get(interval))] if shares else []
-                table.add_row(task, metric, line["variant"], *cells)
+                table.add_row(task, f"{metric}, nats" if metric == "loss" else metric, line["variant"], *cells)
     return _add_title(title, table)
 
 

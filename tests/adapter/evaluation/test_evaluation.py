@@ -110,7 +110,7 @@ def test_perplexity_is_that_of_a_direct_loop(folder, tokenizer):
             assert 0 < ppl["difference_stderr"] < ppl["difference"]
             assert loss["difference"] > 0.05  # all of these lose something that can be seen
     assert {piece["variant"] for piece in document["pieces"]} == set(expected)
-    assert "uniform k = 2" in result.stdout and document["made_by"]["lexi_adapter"]
+    assert "loss, nats" in result.stdout and "uniform k = 2" in result.stdout and document["made_by"]["lexi_adapter"]
 
 
 def test_a_model_that_copies_finds_every_passkey(folder):
