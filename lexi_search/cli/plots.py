@@ -58,7 +58,9 @@ def draw_heatmap(
         title = f"{kind} loss, input {each.settings.input}" + (f" ({spell(name)})" if name else "")
         axes.set_title(title, loc="left", parse_math=False, fontsize="medium")
         _draw_steps(axes, allocations, sorted(each.layers))
-    figure.suptitle(f"{describe_model(first)}: loss of each layer at each k", x=0.01, ha="left", parse_math=False)
+    figure.suptitle(
+        spell(f"{describe_model(first)}: loss of each layer at each k"), x=0.01, ha="left", parse_math=False
+    )
     if allocations:
         columns = max(1, len(profiles) * width // 7)
         handles, labels = panels[0].get_legend_handles_labels()
@@ -134,7 +136,9 @@ def draw_history(budgets: Mapping[str, Mapping[str, Sequence[float]]], *, title:
         generations = range(1, len(values["best"]) + 1)
         axes.plot(generations, values["best"], color=colour, linewidth=1.4, label=f"B = {budget}")
         axes.plot(generations, values["mean"], color=colour, linewidth=0.9, linestyle="--")
-    axes.set_title(f"{title}: best loss (lines) and mean loss (dashed) of the population", loc="left", parse_math=False)
+    axes.set_title(
+        spell(f"{title}: best loss (lines) and mean loss (dashed) of the population"), loc="left", parse_math=False
+    )
     axes.set_xlabel("generation")
     axes.set_ylabel(f"{loss} loss")
     axes.set_xscale("log")

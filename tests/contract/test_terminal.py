@@ -93,13 +93,15 @@ REFUSED = (
 CALLS = [("lexi_search", call) for call in SEARCH] + [("lexi_adapter", call) for call in ADAPTER]
 
 
-def run(package, *arguments, before="", code="", **options):
-    """The finished command, its output as bytes."""
+def run(package, *arguments, before="", code="", closed=(), **options):
+    """The finished command, its output as bytes; a shell closes the streams with the numbers `closed` before it."""
     code = code or before + ENTRY.format(package=package)
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
     environment = {name: value for name, value in environment.items() if value is not None}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, timeout=300, **streams | options)
+    shell = ["sh", "-c", 'exec "$0" "$@" ' + " ".join(f"{stream}>&-" for stream in closed)] if closed else []
+    words = [*shell, sys.executable, "-c", code, *arguments]
+    return subprocess.run(words, env=environment, timeout=300, **streams | options)
 
 
 @pytest.fixture
@@ -199,7 +201,7 @@ def test_streams_that_are_full_or_closed(folder, package, arguments):
         done = run(package, *arguments, stderr=full)
         assert (done.returncode, done.stdout) == (code, whole.stdout)
     for closed in ([1], [2], [0, 1, 2]):
-        done = run(package, *arguments, preexec_fn=lambda closed=closed: [os.close(stream) for stream in closed])
+        done = run(package, *arguments, closed=closed)
         assert done.returncode == code
         assert done.stdout == (b"" if 1 in closed else whole.stdout)
         assert done.stderr == (b"" if 2 in closed else whole.stderr)
@@ -209,8 +211,7 @@ def test_streams_that_are_full_or_closed(folder, package, arguments):
 def test_no_output_is_mixed_into_what_is_written(folder, closed):
     """With stderr closed the file that is written would be file 2, and what libraries print there part of it."""
     write(Path("p"), make_profile())
-    close = {"preexec_fn": lambda: [os.close(stream) for stream in closed]}
-    done = run("lexi_search", "merge", "p", "-o", "out", before=LOGGING, **close)
+    done = run("lexi_search", "merge", "p", "-o", "out", before=LOGGING, closed=closed)
     assert done.returncode == 0
     assert Path("out").read_bytes() == Path("p").read_bytes()
 

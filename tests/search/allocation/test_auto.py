@@ -205,6 +205,9 @@ class Interrupter:
     def open(self, partials, layers):
         pass
 
+    def plan(self, plan):
+        pass
+
     def choose_exponent(self, exponent):
         pass
 
