@@ -69,7 +69,10 @@ def _check_files(place: str, folder: str | None, *, alone: bool) -> Allocation:
     if exported and not _is_for_vllm(read_config(Path(place))):
         echo("note: exported for transformers: a vLLM without lexi_adapter would serve the model's own k")
     if alone:
-        conclude(f"{place} fits {folders[-1]}", *_list_next(place, exported, folders[-1]))
+        conclude(
+            f"{place} fits" + (f" {folders[-1]}" if str(folders[-1]) != place else ""),
+            *_list_next(place, exported, folders[-1]),
+        )
     return wanted
 
 
