@@ -170,7 +170,8 @@ def _draw_heatmap(
     if isinstance(shown, dict):
         shown = dict(zip(_shorten(list(shown)), shown.values(), strict=True))
     figure = draw_heatmap(shown, named, loss=loss, normalised=normalised)
-    said = f"{len(profiles)} heatmap{'s' * (len(profiles) > 1)} with {len(allocations)} allocation{'s' * (len(allocations) != 1)} drawn over"
+    maps = f"{len(profiles)} heatmap{'s' * (len(profiles) > 1)}"
+    said = f"{maps} with {len(allocations)} allocation{'s' * (len(allocations) != 1)} drawn over"
     if allocations:
         chosen = next(iter(allocations))
         return figure, said, ["lexi-search", "export", chosen, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
