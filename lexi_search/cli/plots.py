@@ -57,7 +57,9 @@ def draw_heatmap(
         title = f"{kind} loss, input {each.settings.input}" + (f" ({_spell(name)})" if name else "")
         axes.set_title(title, loc="left", parse_math=False, fontsize="medium")
         _draw_steps(axes, allocations, sorted(each.layers))
-    figure.suptitle(f"{describe_model(first)}: loss of each layer at each k", x=0.01, ha="left", parse_math=False)
+    figure.suptitle(
+        f"{describe_model(first)}: loss of each layer at each k", x=0.01, ha="left", parse_math=False, fontsize="medium"
+    )
     if allocations:
         columns = max(1, len(profiles) * width // 7)
         handles, labels = panels[0].get_legend_handles_labels()

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 # The unit of each loss; the sums over layers that allocations have are in the same.
 UNITS = {
-    "frobenius": "in units of the layer's output",
-    "rms": "in units of the layer's output",
-    "squared": "in squared units of the layer's output",
-    "relative": "as a share of the hidden state's square",
-    "divergence": "in nats per token",
-    "increase": "in nats per token",
+    "frobenius": "units of the layer's output",
+    "rms": "units of the layer's output",
+    "squared": "squared units of the layer's output",
+    "relative": "of the hidden state's square",
+    "divergence": "nats per token",
+    "increase": "nats per token",
 }
 _MIN_WIDTH = 16  # of a list of k that is folded, in characters, however narrow the terminal
 
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
     """One row per profiled layer: its loss at every k, the number of tokens, the largest relative error."""
-    scale = "relative to the largest" if normalised else UNITS[loss]
+    scale = "relative to the largest" if normalised else f"in {UNITS[loss]}"
     title = f"{profile.model.model_type}: {loss} loss of each layer at each k, {scale}"
     table = _table()
     for name in ("layer", *(f"k={k}" for k in range(1, profile.max_k + 1)), "samples", "error %"):
@@ -68,7 +68,7 @@ def tabulate_allocation(allocation: Allocation) -> RenderableType:
 def tabulate_search(results: Sequence[AllocationResult], targets: Sequence[str] = ()) -> RenderableType:
     """One row per budget, or per target of time by its name in `targets`; empty columns are left out."""
     first = results[0].allocation
-    title = f"{first.model.model_type}: {len(first.top_k)} MoE layers, loss{_name_unit(first)}"
+    title = f"{first.model.model_type}: {len(first.top_k)} MoE layers, loss in{_name_unit(first)}"
     columns = {
         "budget": lambda r: str(r.allocation.budget),
         "share %": lambda r: f"{100 * find_share(r.allocation):.4g}",

@@ -285,7 +285,7 @@ def _conclude(
     quiet: bool,
     source: str,
 ) -> None:
-    """Warn where the profile, of the input `source`, is too noisy; unless `quiet` say what was found and how to go on."""
+    """Warn where the profile, of the input `source`, is too noisy; unless `quiet` say what was found and what next."""
     _warn_of_noise(named, source)
     if quiet:
         return
