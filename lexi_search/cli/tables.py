@@ -30,6 +30,7 @@ UNITS = {
     "divergence": "nats per token",
     "increase": "nats per token",
 }
+COMPARED = ("budgets", "uniform", "found", "optimum", "lead_error", "closed_error", "distinguishable")
 _MIN_WIDTH = 16  # of a list of k that is folded, in characters, however narrow the terminal
 
 
@@ -154,7 +155,11 @@ def tabulate_comparisons(comparisons: Mapping[tuple[str, str], Comparison], *, t
     for name in ("Spearman", *(f"B={budget}" for budget in first.budgets.tolist())):
         table.add_column(name, justify="right")
     for (path, kind), comparison in comparisons.items():
-        closed = ("" if math.isnan(share) else f"{100 * share:.0f} %" for share in comparison.closed.tolist())
+        figures = (comparison.closed.tolist(), comparison.closed_error.tolist(), comparison.distinguishable.tolist())
+        closed = (
+            "" if math.isnan(share) else f"{'' if clear else '~ '}{100 * share:.0f} ±{100 * error:.0f} %"
+            for share, error, clear in zip(*figures, strict=True)
+        )
         table.add_row(path, kind, f"{comparison.correlation:.3f}", *closed)
     pairs = zip(first.uniform.tolist(), first.optimum.tolist(), strict=True)
     gains = (f"{100 * (1 - optimum / uniform):.1f} %" if uniform else "" for uniform, optimum in pairs)
@@ -169,7 +174,10 @@ def list_comparisons(comparisons: Mapping[tuple[str, str], Comparison]) -> list[
             "profile": path,
             "loss": kind,
             "spearman": None if math.isnan(comparison.correlation) else comparison.correlation,
-            **{name: getattr(comparison, name).tolist() for name in ("budgets", "uniform", "found", "optimum")},
+            **{
+                name: getattr(comparison, name).tolist()
+                for name in ("budgets", "uniform", "found", "optimum", "lead_error", "closed_error", "distinguishable")
+            },
         }
         for (path, kind), comparison in comparisons.items()
     ]
