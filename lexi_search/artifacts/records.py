@@ -144,7 +144,7 @@ def _read_export(path: str, document: Mapping[str, Any]) -> _Table:
     rows = [
         ("k per layer", " ".join(str(k) for _, k in top_k)),
         ("gate exponent", allocation.get("gate_exponent", "none")),
-        ("made by", ", ".join(f"{name} {short(value)}" for name, value in sorted(allocation["made_by"].items()))),
+        ("made by", ", ".join(f"{name} {str(value)[:20]}" for name, value in sorted(allocation["made_by"].items()))),
         *sorted(document["entries"].items()),
     ]
     title = f"{folder}: a model folder with budget {allocation['budget']} for {allocation['model']['model_type']}"

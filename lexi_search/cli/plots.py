@@ -59,7 +59,11 @@ def draw_heatmap(
         axes.set_title(title, loc="left", parse_math=False, fontsize="medium")
         _draw_steps(axes, allocations, sorted(each.layers))
     figure.suptitle(
-        spell(f"{describe_model(first)}: loss of each layer at each k"), x=0.01, ha="left", parse_math=False
+        spell(f"{describe_model(first)}: loss of each layer at each k"),
+        x=0.01,
+        ha="left",
+        parse_math=False,
+        fontsize="medium",
     )
     if allocations:
         columns = max(1, len(profiles) * width // 7)

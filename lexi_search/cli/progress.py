@@ -17,12 +17,14 @@ class Reporter:
 
     def __init__(self, progress: "Progress | PlainProgress", *, from_text: bool, step: str = "") -> None:
         self.progress = progress
-        passes, layers = f"{step}decoder layers, in passes", f"{step}layers"
+        passes, layers = f"{step}percent of the work", f"{step}layers"
         self.passes = progress.add_task(passes, total=None, visible=False) if from_text else None
         # On a text all layers are done together, at the end of the passes.
         self.bar = None if from_text else progress.add_task(layers, total=None, visible=False)
         self.kept: Partials | None = None
         self.layers: Sequence[int] = ()
+        self.work: Sequence[int] = ()
+        self.reported = 0  # decoder layers, over all passes
 
     def open(self, partials: Partials, layers: Sequence[int]) -> None:
         self.kept, self.layers = partials, layers
@@ -31,7 +33,9 @@ class Reporter:
             echo(f"{self.describe_kept('are finished')} in {partials.folder}{damaged}", err=True)
 
     def plan(self, plan: "Plan") -> None:
-        passes = f" in {plan.passes} passes over {plan.decoder_layers} decoder layers" if plan.passes else ""
+        count = len(plan.work) // plan.decoder_layers
+        passes = f" in {count} passes over {plan.decoder_layers} decoder layers" if count else ""
+        self.work = plan.work
         memory, layers = format_size(plan.memory_bytes), format_size(plan.weights_bytes)
         echo(
             f"plan: read {format_size(plan.read_bytes)} of weights{passes}; memory for {memory}, of which {layers} are "
@@ -39,7 +43,7 @@ class Reporter:
             err=True,
         )
         if self.passes is not None:
-            self.progress.update(self.passes, total=plan.passes * plan.decoder_layers, visible=True)
+            self.progress.update(self.passes, total=100, visible=True)
         if self.bar is not None:
             self.progress.update(self.bar, total=len(self.layers), completed=self.count_finished(), visible=True)
 
@@ -48,7 +52,9 @@ class Reporter:
 
     def advance_pass(self, layer: int) -> None:
         if self.passes is not None:
-            self.progress.advance(self.passes)
+            self.reported += 1
+            done, total = sum(self.work[: self.reported]), sum(self.work)
+            self.progress.update(self.passes, completed=100 * done // max(total, 1))
 
     def finish_layer(self, layer: int) -> None:
         if self.bar is not None:

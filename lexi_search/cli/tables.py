@@ -23,19 +23,20 @@ if TYPE_CHECKING:
 
 # The unit of each loss; the sums over layers that allocations have are in the same.
 UNITS = {
-    "frobenius": "in units of the layer's output",
-    "rms": "in units of the layer's output",
-    "squared": "in squared units of the layer's output",
-    "relative": "as a share of the hidden state's square",
-    "divergence": "in nats per token",
-    "increase": "in nats per token",
+    "frobenius": "units of the layer's output",
+    "rms": "units of the layer's output",
+    "squared": "squared units of the layer's output",
+    "relative": "of the hidden state's square",
+    "divergence": "nats per token",
+    "increase": "nats per token",
 }
+COMPARED = ("budgets", "uniform", "found", "optimum", "lead_error", "closed_error", "distinguishable")
 _MIN_WIDTH = 16  # of a list of k that is folded, in characters, however narrow the terminal
 
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
     """One row per profiled layer: its loss at every k, the number of tokens, the largest relative error."""
-    scale = "relative to the largest" if normalised else UNITS[loss]
+    scale = "relative to the largest" if normalised else f"in {UNITS[loss]}"
     title = f"{profile.model.model_type}: {loss} loss of each layer at each k, {scale}"
     table = _table()
     for name in ("layer", *(f"k={k}" for k in range(1, profile.max_k + 1)), "samples", "error %"):
@@ -68,7 +69,7 @@ def tabulate_allocation(allocation: Allocation) -> RenderableType:
 def tabulate_search(results: Sequence[AllocationResult], targets: Sequence[str] = ()) -> RenderableType:
     """One row per budget, or per target of time by its name in `targets`; empty columns are left out."""
     first = results[0].allocation
-    title = f"{first.model.model_type}: {len(first.top_k)} MoE layers, loss{_name_unit(first)}"
+    title = f"{first.model.model_type}: {len(first.top_k)} MoE layers, loss in{_name_unit(first)}"
     columns = {
         "budget": lambda r: str(r.allocation.budget),
         "share %": lambda r: f"{100 * find_share(r.allocation):.4g}",
@@ -154,7 +155,11 @@ def tabulate_comparisons(comparisons: Mapping[tuple[str, str], Comparison], *, t
     for name in ("Spearman", *(f"B={budget}" for budget in first.budgets.tolist())):
         table.add_column(name, justify="right")
     for (path, kind), comparison in comparisons.items():
-        closed = ("" if math.isnan(share) else f"{100 * share:.0f} %" for share in comparison.closed.tolist())
+        figures = (comparison.closed.tolist(), comparison.closed_error.tolist(), comparison.distinguishable.tolist())
+        closed = (
+            "" if math.isnan(share) else f"{'' if clear else '~ '}{100 * share:.0f} ±{100 * error:.0f} %"
+            for share, error, clear in zip(*figures, strict=True)
+        )
         table.add_row(path, kind, f"{comparison.correlation:.3f}", *closed)
     pairs = zip(first.uniform.tolist(), first.optimum.tolist(), strict=True)
     gains = (f"{100 * (1 - optimum / uniform):.1f} %" if uniform else "" for uniform, optimum in pairs)
@@ -169,7 +174,10 @@ def list_comparisons(comparisons: Mapping[tuple[str, str], Comparison]) -> list[
             "profile": path,
             "loss": kind,
             "spearman": None if math.isnan(comparison.correlation) else comparison.correlation,
-            **{name: getattr(comparison, name).tolist() for name in ("budgets", "uniform", "found", "optimum")},
+            **{
+                name: getattr(comparison, name).tolist()
+                for name in ("budgets", "uniform", "found", "optimum", "lead_error", "closed_error", "distinguishable")
+            },
         }
         for (path, kind), comparison in comparisons.items()
     ]

@@ -23,7 +23,7 @@ from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_we
 from lexi_search.errors import InputError
 from lexi_search.models.model import Model, describe, find_dtype
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
-from lexi_search.profiling.divergence import choose_exponent, draw_samples, open_run
+from lexi_search.profiling.divergence import EXPONENTS, choose_exponent, draw_samples, open_run
 from lexi_search.profiling.forward import Run
 from lexi_search.profiling.profile import check_layers, choose_dtype, profile_layers
 from lexi_search.profiling.resume import Partials, find_partials, keep_partials
@@ -37,11 +37,12 @@ SAMPLES = {"weights": 2**12, "paper": 2**20}
 class Plan(NamedTuple):
     """What a run will take, known before it begins.
 
-    `passes` over the `decoder_layers` of the model, 0 on the paper's input; `read_bytes` of weights in all of them;
-    `memory_bytes` for hidden states or expert outputs, and for `weights_bytes` of the two largest layers as stored.
+    `work` has for every decoder layer of every pass over the model, in order, how many copies of the text go through;
+    it is empty on the paper's input. `read_bytes` of weights are read in all; `memory_bytes` are for hidden states or
+    expert outputs, and for `weights_bytes` of the two largest layers as stored.
     """
 
-    passes: int
+    work: tuple[int, ...]
     decoder_layers: int
     read_bytes: int
     memory_bytes: int
@@ -199,13 +200,17 @@ def _plan(session: _Session, *, find_exponent: bool) -> Plan:
     if session.run is None:
         read = sum(estimate_costs(checkpoint, model, missing, "paper").values())
         tokens = settings.batch * settings.length * (1 + model.top_k)
-        return Plan(0, len(model.layers), read, tokens * row + largest, largest)
-    passes = bool(missing) + (PASSES if missing and "text" not in partials.findings else 0)
-    passes += find_exponent and "exponent" not in partials.findings
+        return Plan((), len(model.layers), read, tokens * row + largest, largest)
+    layers, others = len(session.run.decoder.blocks), model.top_k - 1
+    chooses = find_exponent and "exponent" not in partials.findings
+    work = (1,) * layers * (PASSES if (missing or chooses) and "text" not in partials.findings else 0)
+    work += (1 + len(EXPONENTS) * others,) * layers if chooses else ()
+    # A variant has states of its own from the layer on in which it differs.
+    work += tuple(1 + others * sum(layer <= at for layer in missing) for at in range(layers)) if missing else ()
     whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
     states = whole * (1 + len(missing) * (model.top_k - 1)) * row
-    read = passes * sum(entry.size for entry in checkpoint.entries.values())
-    return Plan(passes, len(session.run.decoder.blocks), read, states + largest, largest)
+    read = len(work) // layers * sum(entry.size for entry in checkpoint.entries.values())
+    return Plan(work, layers, read, states + largest, largest)
 
 
 def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent: bool, force: bool) -> Profile | None:

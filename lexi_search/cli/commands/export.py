@@ -79,4 +79,5 @@ def _conclude(exported: Allocation, allocation: str, model: str | None, output: 
 
     place = f"{output} has " if output else "the printed command serves "
     check = ["lexi-adapter", "check", allocation, "--model", model or "WEIGHTS"]
-    conclude(f"{place}{describe_budget(exported)}; without it the model serves as before", check)
+    back = f"; to roll back, serve {model} as it is" if model else ""
+    conclude(f"{place}{describe_budget(exported)}{back}", check)

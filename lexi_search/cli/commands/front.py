@@ -108,7 +108,7 @@ def front(
     for name in outputs:
         data = _format_front(name, measured, pareto, points=shown, chosen=chosen, loss=loss, cost=cost)
         write_atomically(name, data, apart_from=kept_apart[name], force=force)
-    print_table(tabulate_front(pareto, chosen, title=f"{measured.model.model_type}, {loss} loss {UNITS[loss]}"))
+    print_table(tabulate_front(pareto, chosen, title=f"{measured.model.model_type}, {loss} loss in {UNITS[loss]}"))
     for name in outputs:
         echo(name)
     if chosen is None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   lexi-search judge weights/ allocation.json
-  lexi-search judge weights/ allocation.json front-allocation.json --samples 1024 --length 256
+  lexi-search judge weights/ allocation.json front-allocation.json --seed 2
 """
 
 

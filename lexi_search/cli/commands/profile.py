@@ -22,7 +22,7 @@ INPUTS = ("weights", "paper")
 EXAMPLES = """\b
 Examples:
   lexi-search profile weights/
-  lexi-search profile weights/ --samples 2048 --seed 1 -o other.json
+  lexi-search profile weights/ --seed 1 -o other.json
   lexi-search profile weights/ --input paper --iterations 10 -o paper.json
 """
 

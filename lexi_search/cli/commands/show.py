@@ -88,7 +88,7 @@ def _show_record(file: str, as_json: bool) -> None:
         print_json({"title": record.title, "rows": rows})
     else:
         print_table(tables.tabulate_record(record))
-        conclude(f"{file} has {len(record.rows)} rows", *_find_next(record.kind, file))
+        conclude(f"read {file}, {record.kind}", *_find_next(record.kind, file))
 
 
 def _find_next(kind: str, file: str) -> list[list[str]]:

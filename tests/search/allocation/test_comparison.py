@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pytest
-from command_line import refuse, succeed, write
+from command_line import refuse, run, succeed, write
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
@@ -66,6 +67,54 @@ def test_a_profile_judges_itself_perfect():
     assert [share for share in found.closed if not np.isnan(share)] == pytest.approx([1] * len(found.closed))
 
 
+def make_noisy(profile, noise, *, seed):
+    """The profile as a sample of it would be: increases off by draws of `noise`, which its standard errors state."""
+    draw = random.Random(seed)
+    layers = {}
+    for layer, loss in profile.layers.items():
+        values = tuple(value + draw.gauss(0, noise) for value in loss.divergence[:-1]) + (0.0,)
+        layers[layer] = dataclasses.replace(
+            loss, increase=values, increase_stderr=(noise,) * (len(values) - 1) + (0.0,)
+        )
+    return dataclasses.replace(profile, layers=layers)
+
+
+def test_a_noisy_reference_says_that_it_cannot_tell():
+    """The same files, by the divergence that is known well and by an increase that is not."""
+    profile = add_model_losses(make_profile(8, 6))
+    noisy = make_noisy(profile, 0.5, seed=3)
+    by_divergence = compare(noisy, profile, reference_loss="divergence", loss="divergence", resamples=200)
+    by_increase = compare(noisy, profile, reference_loss="increase", loss="divergence", resamples=200)
+    assert by_divergence.closed == pytest.approx(1)
+    assert by_divergence.distinguishable.all() and (by_divergence.closed_error < 0.1).all()
+    assert (by_increase.closed_error > 0.1).all() and not by_increase.distinguishable.all()
+
+
+def test_the_standard_error_is_the_spread_over_samples():
+    profile = add_model_losses(make_profile(8, 6))
+    leads = []
+    for seed in range(100):
+        found = compare(make_noisy(profile, 0.02, seed=seed), profile, reference_loss="increase", loss="divergence")
+        leads.append(found.uniform - found.found)
+    stated = compare(
+        make_noisy(profile, 0.02, seed=0), profile, reference_loss="increase", loss="divergence", resamples=200
+    )
+    assert stated.lead_error == pytest.approx(np.std(leads, axis=0), rel=0.5)
+
+
+def test_the_command_warns_of_a_noisy_reference(folder):
+    profile = add_model_losses(make_profile(8, 6))
+    write(folder / "truth.json", make_noisy(profile, 0.5, seed=3))
+    write(folder / "p.json", profile)
+    done = run("compare", "truth.json", "p.json")
+    assert "results are not distinguishable from the same k in every layer (~); --loss divergence" in done.stderr
+    assert "~ " in done.stdout and "+-" in done.stdout.replace("±", "+-")
+    (row, *_) = json.loads(run("compare", "truth.json", "p.json", "--json").stdout)
+    assert not all(row["distinguishable"]) and all(error > 0 for error in row["closed_error"])
+    row = json.loads(succeed("compare", "truth.json", "p.json", "--loss", "divergence", "--json"))[4]
+    assert row["loss"] == "divergence" and all(row["distinguishable"])
+
+
 def test_other_models_are_refused():
     with pytest.raises(InputError, match="a different model"):
         compare(make_profile(), make_profile(router_sha256="f" * 64))
@@ -77,7 +126,7 @@ def test_other_models_are_refused():
 def test_the_command_judges_every_loss(folder):
     write(folder / "truth.json", add_model_losses(make_profile(5, 4)))
     write(folder / "paper.json", make_profile(5, 4, seed=3))
-    lines = succeed("compare", "truth.json", "paper.json", "truth.json").splitlines()
+    lines = run("compare", "truth.json", "paper.json", "truth.json").stdout.splitlines()
     assert lines[0].strip() == "by increase of truth.json"
     rows = json.loads(succeed("compare", "truth.json", "paper.json", "truth.json", "--json"))
     kinds = [("paper.json", kind) for kind in ("frobenius", "rms", "squared")]
@@ -94,7 +143,7 @@ def test_names_are_shown_as_they_are(folder):
     (folder / "a[").mkdir()
     write(folder / "a.json", make_profile(5, 4))
     write(folder / "a[" / "x] :smile:.json", make_profile(5, 4, seed=1))
-    assert "a[/x] :smile:.json" in succeed("compare", "a.json", "a[/x] :smile:.json")
+    assert "a[/x] :smile:.json" in run("compare", "a.json", "a[/x] :smile:.json").stdout
 
 
 def test_profiles_stand_side_by_side(folder):
