@@ -103,7 +103,7 @@ def join(
                     lowest=rates[other]["lowest"],
                     highest=rates[other]["highest"],
                     value=scores[name]["value"],
-                    stderr=scores[name]["stderr"],
+                    stderr=scores[name].get("stderr"),
                 )
                 for name, other in pairs.items()
                 if name in scores and other in rates
@@ -119,7 +119,7 @@ def find_kind(name: str, quality: Mapping[str, Any]) -> str:
     variant = next(variant for variant in quality["variants"] if variant["name"] == name)
     if name == "base":
         return "base"
-    if "top_k" not in variant:
+    if variant.get("top_k") is None:
         return "folder"
     return "uniform" if len(set(variant["top_k"].values())) == 1 else "allocation"
 
