@@ -4,7 +4,9 @@ import random
 import re
 from dataclasses import dataclass, replace
 
-from lexi_adapter.errors import AdapterError
+from lexi_adapter.errors import AdapterError, check_memory
+
+BYTES_OF_TOKEN = 36  # of a number and its place in a list of Python's
 
 
 @dataclass(frozen=True, order=True)
@@ -42,10 +44,12 @@ def _count_positions(workload: Workload) -> int:
 
 
 def parse_workload(text: str) -> Workload:
-    """The workload that `str` prints: BATCHxINPUTxOUTPUT."""
+    """The workload that `str` prints: BATCHxINPUTxOUTPUT. AdapterError for one whose token ids fit no memory."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
         raise AdapterError(f"workload {text!r} is not BATCHxINPUTxOUTPUT, such as {BALANCED}")
-    return Workload(*map(int, text.split("x")))
+    workload = Workload(*map(int, text.split("x")))
+    check_memory(f"the token ids of workload {text}", BYTES_OF_TOKEN * workload.tokens, "take a smaller one")
+    return workload
 
 
 def draw_prompts(workload: Workload, *, vocab_size: int, seed: int) -> list[list[int]]:

@@ -124,7 +124,7 @@ def join(
                     lowest=rates[other]["lowest"],
                     highest=rates[other]["highest"],
                     value=scores[name]["value"],
-                    stderr=scores[name]["stderr"],
+                    stderr=scores[name].get("stderr"),
                     method=titles[name][0],
                     label=titles[name][1],
                     interval=_read_interval(scores[name].get("interval")),
@@ -163,7 +163,7 @@ def find_kind(name: str, quality: Mapping[str, Any]) -> str:
     variant = next(variant for variant in quality["variants"] if variant["name"] == name)
     if name == BASE:
         return BASE
-    if "top_k" not in variant:
+    if variant.get("top_k") is None:
         return "folder"
     return "uniform" if len(set(variant["top_k"].values())) == 1 else "allocation"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lexi_adapter.errors import AdapterError
+from lexi_adapter.errors import AdapterError, check_memory
 from lexi_adapter.model.variants import Variant, find_allocation
 from lexi_adapter.tasks.scores import Outcome
 from lexi_adapter.tasks.texts import check_prompt, check_tokens, check_unicode
@@ -22,6 +22,11 @@ def explain_full_memory(device: str, remedy: str) -> Iterator[None]:
         raise AdapterError(f"{device} ran out of memory; try {remedy}") from error
 
 
+def find_memory(device: str) -> int | None:
+    """The bytes of memory of a GPU, by its name; None for the machine's own memory, and for several GPUs."""
+    return torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else None
+
+
 class TransformersModel:
     """A loaded model and its tokenizer; see `scores.Model` for the methods."""
 
@@ -32,6 +37,7 @@ class TransformersModel:
         from torch.nn.functional import cross_entropy
 
         check_tokens("a window", windows, self.model.config.get_text_config().vocab_size)
+        self._check_memory(windows, self.model.config.get_text_config().vocab_size, "logits")
         scores = []
         for batch in _cut_batches(windows, self.batch_size):
             tokens = torch.tensor(batch, device=self.model.device)
@@ -58,6 +64,7 @@ class TransformersModel:
             eos_token_id=eos,
             pad_token_id=0 if first_eos is None else first_eos,
         )
+        self._check_memory(encoded, self.model.config.get_text_config().hidden_size, "hidden states")
         answers = [""] * len(encoded)
         # Batches of prompts of equal length: without padding, each prompt is computed as it would be alone.
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
@@ -71,6 +78,13 @@ class TransformersModel:
                 for index, ids in zip(batch, sequences[:, length:].tolist(), strict=True):
                     answers[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
         return answers
+
+    def _check_memory(self, batches: Sequence[Sequence[int]], width: int, what: str) -> None:
+        """Raise AdapterError where `width` numbers for every token of the largest batch fit no memory."""
+        count = min(self.batch_size, len(batches))
+        size = count * max(map(len, batches), default=0) * width * self.model.dtype.itemsize
+        memory = find_memory(str(self.model.device))
+        check_memory(f"{what} of {count} prompts at once", size, "lower --batch-size", most=memory)
 
     def run_harness(
         self,

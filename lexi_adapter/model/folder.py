@@ -19,8 +19,9 @@ from lexi_adapter.files import open_regular, parse_json, read_json, refuse_repea
 
 # Dotted paths under which the config of a multimodal model may hold its language model's.
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.text_config")
-# Load formats of vLLM that do not read the folder's safetensors as a checkpoint.
-WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
+# Load formats of vLLM under which it reads a model's safetensors as they are stored. Under others, which anybody may
+# add, it reads other files, or none ("dummy").
+READ_AS_STORED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader

@@ -11,7 +11,7 @@ from typing import Any
 from lexi_adapter.allocation import Allocation, ModelIdentity
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.model.folder import (
-    WEIGHTS_ELSEWHERE,
+    READ_AS_STORED,
     check_config,
     check_count,
     check_folder,
@@ -118,7 +118,7 @@ def check_allocation(allocation: Allocation, folder: str, load_format: str) -> N
         AdapterError: the folder cannot be read.
     """
     model, place = allocation.model, f"{folder}/config.json"
-    if load_format not in WEIGHTS_ELSEWHERE and has_weights(Path(folder)):
+    if load_format in READ_AS_STORED and has_weights(Path(folder)):
         check_folder(model, Path(folder))
         return
     config = read_config(Path(folder))

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lexi_adapter.allocation import ModelIdentity
-from lexi_adapter.evaluation.transformers_backend import explain_full_memory, load_model
+from lexi_adapter.errors import check_memory
+from lexi_adapter.evaluation.transformers_backend import explain_full_memory, find_device, find_memory, load_model
 from lexi_adapter.files import check_writable, write_json
-from lexi_adapter.model.folder import find_limit, read_config
+from lexi_adapter.model.folder import find_limit, find_vocabulary, read_config
 from lexi_adapter.model.identity import describe_checkpoint
 from lexi_adapter.sensitivity.ablation import LayerLosses, measure
 from lexi_adapter.sensitivity.journal import find_path, keep_journal
@@ -68,6 +69,7 @@ def write_profile(
     identity = describe_checkpoint(Path(options.model))
     check_length("--length", options.length, find_limit(read_config(Path(options.model))))
     windows = None if options.generated else _cut_windows(options)
+    _check_memory(options, options.sequences if windows is None else len(windows))
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     with explain_full_memory(str(model.device), f"a --batch below {options.batch}"):
         if windows is None:
@@ -103,6 +105,14 @@ def write_profile(
                 progress(len(journal.parts), total, f"sequences {index * options.batch} on, layer {layer}")
             document = make_document(identity, settings, journal.parts, made_by, kinds=kinds)
             write_json(output, document, apart_from=read)
+
+
+def _check_memory(options: ProfileOptions, sequences: int) -> None:
+    """Raise AdapterError where all tokens, or the logits of a pass and those to compare with, fit no memory."""
+    check_memory(f"{sequences} sequences of tokens", 8 * sequences * options.length, "lower --sequences or --length")
+    batch, vocabulary = min(options.batch, sequences), find_vocabulary(read_config(Path(options.model))) or 1
+    size, memory = 2 * 4 * batch * options.length * vocabulary, find_memory(find_device(options.device))
+    check_memory(f"the logits of {batch} sequences at once", size, "lower --batch or --length", most=memory)
 
 
 def _cut_windows(options: ProfileOptions) -> torch.Tensor:

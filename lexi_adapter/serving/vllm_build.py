@@ -8,7 +8,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -17,7 +17,7 @@ from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, describe_run, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.model.folder import check_routers, has_weights
+from lexi_adapter.model.folder import READ_AS_STORED, check_routers, find_routers, has_weights
 from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_adapter.serving.vllm_names import (
     CUSTOM_ROUTING,
@@ -29,6 +29,7 @@ from lexi_adapter.serving.vllm_names import (
 )
 
 logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so that it prints as vLLM's do
+UNCOMPARED = "LExI: the router weights of %s were not compared with the allocation's: %s"
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Build:
 
 
 _current: ContextVar[Build | None] = ContextVar("lexi_build", default=None)
-_awaited: dict[str, ModelIdentity] = {}  # hub id -> the model that an allocation expects, until its weights are there
+_awaited: dict[str, ModelIdentity] = {}  # folder or hub id -> the model that an allocation expects of its weights
 
 
 def hook(owner: Any, name: str, decorate: Callable[[Callable], Callable]) -> Callable:
@@ -141,9 +142,11 @@ def _verifying(initialize_model: Callable) -> Callable:
             _current.reset(token)
         verify(build, model, _find_stage(vllm_config))
         _compensate(build, model)
-        if not is_folder(model_config.model):
-            _awaited[model_config.model] = build.allocation.model
-        _report(build.allocation, read_top_k(model), vllm_config.parallel_config)
+        _awaited[model_config.model] = build.allocation.model
+        if _is_first(vllm_config.parallel_config):
+            logger.info("LExI allocation applied: %s", describe_run(build.allocation, read_top_k(model)))
+            if reason := explain_uncompared(model_config.model, vllm_config.load_config.load_format):
+                logger.warning(UNCOMPARED, model_config.model, reason)
         return model
 
     return verifying
@@ -154,22 +157,51 @@ def is_folder(model: str) -> bool:
     return Path(model).is_dir()
 
 
-def _comparing(prepare_weights: Callable) -> Callable:
-    """The loader's search for its files, which fetches those of a hub id; then their routers are compared.
+def explain_uncompared(model: str, load_format: str) -> str | None:
+    """Why no router weights are compared with the allocation's; None where they are, or where all are random."""
+    streamed = load_format == "runai_streamer" and not is_folder(model)  # by a loader of its own, from anywhere
+    if load_format == "dummy" or (load_format in READ_AS_STORED and not streamed):
+        return None
+    return f"--load-format {load_format} reads what cannot be compared"
 
-    It returns a tuple of which the folder is the first.
+
+def _comparing(prepare_weights: Callable) -> Callable:
+    """The default loader's search for its files, which fetches those of a hub id; then their routers are compared.
+
+    It returns a tuple that begins with the folder and the files. A subfolder, or files by other patterns, are not the
+    model's own checkpoint.
     """
     signature = inspect.signature(prepare_weights)
 
     def comparing(*args: Any, **kwargs: Any) -> Any:
         prepared = prepare_weights(*args, **kwargs)
-        expected = _awaited.get(signature.bind(*args, **kwargs).arguments["model_name_or_path"])
-        folder = Path(prepared[0])
-        if expected is not None and has_weights(folder):
-            check_routers(expected, folder)
+        asked = signature.bind(*args, **kwargs).arguments
+        model = asked["model_name_or_path"]
+        others = (asked.get("subfolder"), asked.get("allow_patterns_overrides"))
+        if model in _awaited and others == (None, None):
+            check_files(_awaited[model], Path(prepared[0]), prepared[1])
         return prepared
 
     return comparing
+
+
+def check_files(model: ModelIdentity, folder: Path, files: Sequence[str]) -> None:
+    """Check the routers in the files of a folder that vLLM is about to read.
+
+    Raises:
+        AllocationError: they are another model's, or vLLM leaves their files out for others.
+    """
+    if not has_weights(folder):
+        logger.warning(UNCOMPARED, folder, "it holds no safetensors")
+        return
+    check_routers(model, folder)
+    read = {Path(file).name for file in files}
+    left_out = sorted({router.path.name for router in find_routers(model, folder).values()} - read)
+    if left_out:
+        raise AllocationError(
+            f"{folder}: vLLM reads {', '.join(sorted(read)[:3])} and not {left_out[0]}, of which the allocation was "
+            "made; serve with --load-format hf, or take the other files away"
+        )
 
 
 def _hook_own_blocks(model_config: Any) -> None:
@@ -247,7 +279,6 @@ def _find_layer(name: str) -> int:
     return int(indices[0])
 
 
-def _report(allocation: Allocation, top_k: Mapping[int, int], parallel_config: Any) -> None:
-    first = parallel_config.rank % parallel_config.tensor_parallel_size == 0 == parallel_config.data_parallel_rank
-    if first:
-        logger.info("LExI allocation applied: %s", describe_run(allocation, top_k))
+def _is_first(parallel_config: Any) -> bool:
+    """Whether this worker is the first of its pipeline stage and of all replicas."""
+    return parallel_config.rank % parallel_config.tensor_parallel_size == 0 == parallel_config.data_parallel_rank

@@ -17,7 +17,7 @@ from typing import Any
 from lexi_adapter.allocation import FORMAT, KEY, Allocation, check_reducible, read_allocation, to_document
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.folder import (
-    WEIGHTS_ELSEWHERE,
+    READ_AS_STORED,
     check_config,
     check_folder,
     compare,
@@ -230,23 +230,28 @@ def check_settings(vllm_config: Any) -> None:
 def check_model(allocation: Allocation, vllm_config: Any) -> None:
     """Check the allocation against the model's files, before the model is built.
 
-    Those of a hub id are not known to be here yet: `vllm_build` compares their routers where vLLM has fetched them.
+    Those of a hub id are not known to be here yet: `vllm_build` compares their routers where vLLM has fetched them, and
+    says so where vLLM reads what cannot be compared.
     """
     model, config = allocation.model, vllm_config.model_config
     folder = Path(config.model)
     compare("num_hidden_layers", config.hf_text_config.num_hidden_layers, model.num_hidden_layers, config.model)
     if not is_folder(config.model):
         compare("model_type", config.hf_config.model_type, model.model_type, config.model)
-    elif vllm_config.load_config.load_format in WEIGHTS_ELSEWHERE:
+    elif vllm_config.load_config.load_format not in READ_AS_STORED:
         check_config(model, read_config(folder), f"{folder}/config.json")
     else:
         check_folder(model, folder)
         check_lm_head(model.model_type, folder)
+    if vllm_config.load_config.load_format in READ_AS_STORED:
         # An override shows when the layers are built, too, but in a process whose log others' lines follow.
         key = model.top_k_key.rpartition(".")[2]
-        overridden = getattr(config.hf_text_config, key, None)
-        if type(overridden) is int:
-            compare(f"{key}, after --hf-overrides,", overridden, model.top_k, config.model)
+        overridden = getattr(config.hf_text_config, key, model.top_k)
+        if type(overridden) is int and overridden != model.top_k:
+            raise AllocationError(
+                f"{config.model}: {key}, after --hf-overrides, is {overridden}, the allocation was made for "
+                f"{model.top_k}; leave the override out: the allocation says the k of every layer"
+            )
 
 
 def check_lm_head(model_type: str, folder: Path) -> None:

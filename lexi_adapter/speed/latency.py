@@ -20,10 +20,11 @@ from lexi_adapter.engines.measuring import describe_engine, measure_engines, swi
 from lexi_adapter.engines.options import check_switchable, make_options
 from lexi_adapter.engines.process import Engine
 from lexi_adapter.engines.workload import Workload
-from lexi_adapter.errors import AdapterError
+from lexi_adapter.errors import AdapterError, check_memory
 from lexi_adapter.model.variants import Variant, draw_top_k
 
 FORMAT, VERSION = "lexi-cost", 1
+BYTES_OF_LAYER = 100  # of an entry in a dictionary of Python's
 FIRST_STEPS = 3  # runs of the prompts alone, which take little time and vary more than whole runs do
 
 
@@ -78,6 +79,7 @@ def measure(
     top_k = range(1, model.top_k + 1)
     states = [None, *(dict.fromkeys(model.moe_layers, k) for k in top_k)]
     budgets = range(len(model.moe_layers), len(model.moe_layers) * model.top_k + 1)
+    check_memory(f"{checks} allocations", BYTES_OF_LAYER * checks * len(model.moe_layers), "lower --checks")
     drawn = [draw_top_k(model, budgets[(2 * i + 1) * len(budgets) // (2 * checks)], seed=i) for i in range(checks)]
     base = Variant("base", folder)
     wanted = [("base", make_options(base, workloads, **engine), {})]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lexi_adapter.errors import AdapterError
+from lexi_adapter.errors import AdapterError, check_memory
 from lexi_adapter.tasks.scores import Model, Outcome, Task, average
 from lexi_adapter.tasks.texts import check_length, check_tokens, encode
 
@@ -23,6 +23,7 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
 DIGITS = 5
+BYTES_OF_TOKEN = 36  # of a number and its place in a list of Python's
 # Tokens of an answer beyond its digits, which take a token each at most. There may be a space before the digits, and
 # text has to follow them: otherwise 12345 could be the start of 123456.
 TOKENS_AROUND = 5
@@ -56,6 +57,8 @@ def make_task(
     """
     answer_tokens = digits + TOKENS_AROUND
     check_length("a passkey prompt with its answer", length, limit)
+    size = BYTES_OF_TOKEN * length * depths * trials
+    check_memory(f"{depths * trials} passkey prompts", size, "lower --trials, --depths or --passkey-length")
     prompt_tokens = length - answer_tokens
     made = make_trials(tokenizer, length=prompt_tokens, depths=depths, trials=trials, seed=seed, digits=digits)
     check_tokens("a passkey prompt", [trial.prompt for trial in made], vocabulary)

@@ -32,6 +32,7 @@ UNITS = {
 }
 COMPARED = ("budgets", "uniform", "found", "optimum", "lead_error", "closed_error", "distinguishable")
 _MIN_WIDTH = 16  # of a list of k that is folded, in characters, however narrow the terminal
+_LONGEST_BAR = 1000  # characters for a layer; no model has as many active experts
 
 
 def tabulate_profile(profile: Profile, *, loss: str, normalised: bool) -> RenderableType:
@@ -60,9 +61,11 @@ def tabulate_allocation(allocation: Allocation) -> RenderableType:
     table = _table()
     table.add_column("layer", justify="right")
     table.add_column("top_k", justify="right")
-    table.add_column(f"of {full}")
+    if full <= _LONGEST_BAR:
+        table.add_column(f"of {full}")
     for layer, k in sorted(allocation.top_k.items()):
-        table.add_row(str(layer), str(k), "#" * k + "." * (full - k))
+        bar = ["#" * k + "." * (full - k)] if full <= _LONGEST_BAR else []
+        table.add_row(str(layer), str(k), *bar)
     return _entitle(title, table)
 
 

@@ -1,6 +1,7 @@
 """The plugin's changes to a Hugging Face configuration before vLLM reads it."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import OlmoeConfig
 
 from lexi_adapter.allocation import read_allocation
 from lexi_adapter.errors import AllocationError
-from lexi_adapter.serving.vllm_build import _comparing
-from lexi_adapter.serving.vllm_plugin import _looks_like_key, prepare, restore
+from lexi_adapter.model.folder import READ_AS_STORED
+from lexi_adapter.serving.vllm_build import _comparing, check_files, explain_uncompared
+from lexi_adapter.serving.vllm_plugin import _looks_like_key, check_model, prepare, restore
 from lexi_search.allocation.export import make_vllm_overrides
 from lexi_search.artifacts.serialisation import to_document
 
@@ -24,7 +26,8 @@ def allocation(tmp_path_factory):
 
 
 def make_config(**changes):
-    return OlmoeConfig(num_hidden_layers=3, num_experts=16, num_experts_per_tok=4, **ARCHITECTURES | changes)
+    values = {"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 4}
+    return OlmoeConfig(**values | ARCHITECTURES | changes)
 
 
 def test_a_restored_config_is_the_model_s_own_with_the_allocation_beside_it(allocation):
@@ -164,8 +167,10 @@ def test_the_weights_of_a_hub_id_are_compared_once_they_are_there(allocation, tm
     base, tuned = (make_checkpoint("olmoe", tmp_path / name, seed=seed) for name, seed in (("base", 0), ("tuned", 1)))
     here = {"org/base": base, "org/tuned": tuned}
 
-    def prepare_weights(self, model_name_or_path, revision=None):
-        return str(here[model_name_or_path]), ["model.safetensors"], True
+    def prepare_weights(self, model_name_or_path, revision=None, subfolder=None):
+        return str(here[model_name_or_path]), files, True
+
+    files = ["a/model.safetensors"]
 
     prepare_weights = _comparing(prepare_weights)
     assert prepare_weights(None, "org/tuned", None)[0] == str(tuned)  # nothing is asked for
@@ -174,3 +179,59 @@ def test_the_weights_of_a_hub_id_are_compared_once_they_are_there(allocation, tm
     assert prepare_weights(None, model_name_or_path="org/base")[0] == str(base)
     with pytest.raises(AllocationError, match="tuned holds other router weights than the allocation was made for"):
         prepare_weights(None, "org/tuned", None)
+    assert prepare_weights(None, "org/tuned", subfolder="vision")  # not the model's own
+    files[:] = ["consolidated.safetensors"]
+    with pytest.raises(AllocationError, match="vLLM reads consolidated.safetensors and not model.safetensors, of"):
+        prepare_weights(None, "org/base", None)
+
+
+class Log(list):
+    def warning(self, text, *values):
+        self.append(text % values)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt"])
+def test_weights_that_are_no_safetensors_are_named(allocation, tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr("lexi_adapter.serving.vllm_build.logger", log := Log())
+    (tmp_path / f"model{suffix}").write_bytes(b"")
+    check_files(allocation.model, tmp_path, [f"model{suffix}"])
+    line = f"LExI: the router weights of {tmp_path} were not compared with the allocation's: it holds no safetensors"
+    assert log == [line]
+
+
+ELSEWHERE = ("pt", "npcache", "mistral", "tensorizer", "sharded_state", "ipc_cache", "one's own")
+
+
+def test_formats_that_read_other_files_than_safetensors_are_named(tmp_path):
+    for name in (*READ_AS_STORED, "dummy"):
+        assert explain_uncompared(str(tmp_path), name) is None
+        assert (explain_uncompared("org/name", name) is None) == (name != "runai_streamer")
+    for name in ELSEWHERE:
+        for model in (str(tmp_path), "org/name"):
+            assert explain_uncompared(model, name) == f"--load-format {name} reads what cannot be compared"
+
+
+def serve(model, load_format, **config):
+    """The part of a VllmConfig that `check_model` reads."""
+    config = make_config(**config)
+    model_config = SimpleNamespace(model=str(model), hf_config=config, hf_text_config=config)
+    return SimpleNamespace(model_config=model_config, load_config=SimpleNamespace(load_format=load_format))
+
+
+def test_a_folder_is_compared_where_its_safetensors_are_read(allocation, tmp_path):
+    base, tuned = (make_checkpoint("olmoe", tmp_path / name, seed=seed) for name, seed in (("base", 0), ("tuned", 1)))
+    model = read_allocation(to_document(replace(allocation, model=allocate(base).model)))
+    for name in READ_AS_STORED:
+        check_model(model, serve(base, name))
+        with pytest.raises(AllocationError, match="tuned holds other router weights"):
+            check_model(model, serve(tuned, name))
+    for name in ("dummy", *ELSEWHERE):
+        check_model(model, serve(tuned, name))
+
+
+@pytest.mark.parametrize("name", ["org/name", None])
+def test_an_override_of_the_k_stops_the_start_before_a_worker_is_there(allocation, tmp_path, name):
+    folder = make_checkpoint("olmoe", tmp_path)
+    model = read_allocation(to_document(replace(allocation, model=allocate(folder).model)))
+    with pytest.raises(AllocationError, match="num_experts_per_tok, after --hf-overrides, is 2, .*; leave"):
+        check_model(model, serve(name or folder, "auto", num_experts_per_tok=2))

@@ -8,6 +8,7 @@ import pytest
 from engine import start
 
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.model.folder import READ_AS_STORED
 from lexi_adapter.serving.vllm_names import (
     CUSTOM_ROUTING,
     FACTORY_NAMES,
@@ -22,6 +23,7 @@ LOOK = """
 import importlib, inspect, json, pkgutil
 from lexi_adapter.serving import vllm_names as names
 from vllm.model_executor.layers.fused_moe import router as package
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as loaders
 from vllm.model_executor.models.cohere2_moe import token_choice_with_bias
 
 def has(module, name):
@@ -45,6 +47,7 @@ print(json.dumps({
     "blocks": [list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
                for module, name in names.OWN_BLOCKS],
     "routers": routers,
+    "loaders": {name: loader.__name__ for name, loader in loaders.items()},
     "obedient": token_choice_with_bias.__qualname__,
 }))
 """
@@ -74,6 +77,13 @@ def test_routers_are_called_as_a_compensating_one_takes_it():
     assert {"FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CustomRoutingRouter"} <= set(routers)
     assert all(parameters == expected for parameters in routers.values()), routers
     assert look()["obedient"] in ROUTING_AT_TOP_K
+
+
+def test_the_formats_whose_weights_are_compared_are_those_that_read_safetensors():
+    loaders = look()["loaders"]
+    assert set(READ_AS_STORED) <= set(loaders)
+    default = {name for name, loader in loaders.items() if loader == "DefaultModelLoader"}
+    assert set(READ_AS_STORED) == default - {"pt", "npcache", "mistral"} | {"runai_streamer"}
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.9", "0.34.0", "0.34.0rc1", "1.0.0", "dev"])

@@ -73,3 +73,13 @@ def test_server_does_not_come_up_with_the_allocation_of_another_model(tmp_path):
     done = start(sys.executable, str(DEMO), str(served.exported), *ARGUMENTS, **environment)
     assert done.returncode == 1 and done.stdout == ""
     assert f"{served.exported} holds other router weights than the allocation was made for" in done.stderr
+
+
+def test_the_last_line_of_the_log_says_why_an_override_of_the_k_stops_the_server(tmp_path):
+    exported = make_served(tmp_path).exported
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(exported), "--port", "0"]
+    command += ["--skip-tokenizer-init", "--hf-overrides", '{"num_experts_per_tok": 2}']
+    done = start(*command, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert done.returncode != 0
+    reason = "num_experts_per_tok, after --hf-overrides, is 2, the allocation was made for 4; leave the override out"
+    assert reason in (done.stdout + done.stderr).splitlines()[-1]

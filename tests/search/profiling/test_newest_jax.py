@@ -1,7 +1,7 @@
 """`profile` on other Pythons and other versions of JAX than the tests': `make test-newest-jax` makes both.
 
-`LEXI_JAX_PYTHONS` names interpreters that have the dependencies of lexi_search. The judge is one process:
-what several make, which takes JAX's private key-value store, has the same bytes.
+`LEXI_JAX_PYTHONS` names interpreters in whose environments the dependencies of lexi_search are. The judge is one
+process: what several make, which takes JAX's private key-value store, has the same bytes.
 """
 
 import os
