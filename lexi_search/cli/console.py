@@ -7,7 +7,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,6 @@ from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.progress import Progress
     from rich.text import Text
 
 
@@ -229,82 +227,6 @@ def print_table(table: "RenderableType") -> None:
     with console.capture() as capture:
         console.print(table)
     _write(capture.get())
-
-
-class PlainProgress:
-    """Progress as lines on stderr, for logs: the methods of rich's `Progress` that the commands use.
-
-    A task says its total first. Then it has a line at most every ten seconds, less often the longer it runs, and a last
-    one.
-    """
-
-    def __init__(self) -> None:
-        self.tasks: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "PlainProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def add_task(self, description: str, *, total: int | None = None, visible: bool = True) -> int:
-        self.tasks.append({"description": description, "total": None, "completed": 0, "begun": None})
-        self.update(len(self.tasks) - 1, total=total if visible else None)
-        return len(self.tasks) - 1
-
-    def advance(self, task: int) -> None:
-        self.update(task, completed=self.tasks[task]["completed"] + 1)
-
-    def update(
-        self, task: int, *, total: int | None = None, completed: int | None = None, visible: bool = True
-    ) -> None:
-        state, now = self.tasks[task], time.monotonic()
-        before = state["completed"]
-        state["completed"] = before if completed is None else completed
-        if total is not None and visible:
-            state |= {"total": total, "begun": now, "first": state["completed"], "told": now}
-        elif state["total"] is None or state["completed"] == before:
-            return
-        elif state["completed"] < state["total"] and now - state["told"] < max(10, (now - state["begun"]) / 10):
-            return
-        state["told"] = now
-        echo(self._describe(state, now - state["begun"]), err=True)
-
-    def _describe(self, state: dict[str, Any], elapsed: float) -> str:
-        done, total, first = state["completed"], state["total"], state["first"]
-        left = f", left {_clock(elapsed / (done - first) * (total - done))}" if done > first else ""
-        return f"{state['description']}: {done} of {total}, elapsed {_clock(elapsed)}{left}"
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def make_progress(*, quiet: bool = False) -> "Progress | PlainProgress":
-    """Progress with the times elapsed and left on stderr: a bar on a terminal, else lines; nothing if `quiet`."""
-    if not quiet and not sys.stderr.isatty():
-        return PlainProgress()
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
 
 
 def prepare_environment() -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lexi_search.artifacts.serialisation import read_cost_table
-from lexi_search.cli.console import Interruption, echo, make_progress, prepare_environment, print_table
+from lexi_search.cli.console import Interruption, echo, prepare_environment, print_table
 from lexi_search.cli.options import dtype_option, parse_budget, parse_loss, parse_mix
-from lexi_search.cli.progress import Reporter
+from lexi_search.cli.progress import Reporter, make_progress
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:

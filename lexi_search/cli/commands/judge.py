@@ -12,12 +12,12 @@ from lexi_search.cli.console import (
     conclude,
     format_share,
     json_option,
-    make_progress,
     prepare_environment,
     print_json,
     print_table,
 )
 from lexi_search.cli.options import dtype_option
+from lexi_search.cli.progress import make_progress
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:

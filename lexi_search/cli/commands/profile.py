@@ -12,11 +12,10 @@ from lexi_search.cli.console import (
     conclude,
     echo,
     explain_lost_process,
-    make_progress,
     prepare_environment,
 )
 from lexi_search.cli.options import dtype_option, force_option, parse_layers
-from lexi_search.cli.progress import Reporter
+from lexi_search.cli.progress import Reporter, make_progress
 
 INPUTS = ("weights", "paper")
 EXAMPLES = """\b

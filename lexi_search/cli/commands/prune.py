@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lexi_search.cli.console import conclude, echo, format_share, format_size, make_progress, prepare_environment
+from lexi_search.cli.console import conclude, echo, format_share, format_size, prepare_environment
 from lexi_search.cli.options import parse_share
+from lexi_search.cli.progress import make_progress
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
