@@ -19,7 +19,7 @@ HOUSE = {
         "solvers": "problem pareto exact operators evolution uncertainty",
         "layers": "spec weights routing ffn experts moe attention decoder kernels",
         "checkpoint": "folder config dequantise quantisation_config quantisation_formats tensors reader writer",
-        "models": "moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
+        "models": "config_defaults moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
         "profiling": "moments gaussian forward sampling divergence profile distributed resume session",
         "allocation": "costs speed_estimate allocate tradeoff targets comparison baselines export auto",
         "pruning": "importance slicing sizes prune",

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,14 +23,18 @@ TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.
 # add, it reads other files, or none ("dummy").
 READ_AS_STORED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LM_HEAD = re.compile(r"(.*\.)?lm_head\.q?weight(_packed)?")
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
-# safetensors' name of an element type -> its bytes; lexi_search knows the same ones.
-BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
+ADAPTER = "adapter_"  # the beginning of the name of a file of LoRA weights
+# safetensors' name of an element type -> its bits; lexi_search knows the same ones.
+BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
 REMEDY = "profile and search this model with lexi-search to get one that fits"
@@ -154,13 +158,16 @@ def check_layers(layers: set[int], model: ModelIdentity, place: str) -> None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder holds safetensors files."""
-    return any(folder.glob("*.safetensors"))
+    """Whether the folder holds safetensors files, an adapter's not counted."""
+    return any(not file.name.startswith(ADAPTER) for file in folder.glob("*.safetensors"))
 
 
 def find_lm_head(folder: Path) -> str | None:
-    """The name of the LM head's tensor, or None where it is tied to the embeddings."""
-    return next((name for name in read_tensors(folder) if name.endswith("lm_head.weight")), None)
+    """The name of the LM head's tensor, or of a part of it if it is quantised; None where it is tied to the embeddings.
+
+    A bias alone is no LM head.
+    """
+    return next(filter(LM_HEAD.fullmatch, read_tensors(folder)), None)
 
 
 def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
@@ -175,7 +182,8 @@ def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Name -> tensor of the folder's checkpoint, from headers alone, as `lexi_search` reads it.
 
-    That is what the index names, or without one `model.safetensors`, or else all shards.
+    That is all of the shards that the index names, or without one `model.safetensors`, or else all shards. Of the index
+    only the names of files count, as for vLLM.
 
     Raises:
         AdapterError: no shards, a damaged or missing one, or a tensor that is in two of them: engines differ in which
@@ -185,22 +193,24 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if weight_map is not None:
         shards = [_find_shard(folder, shard) for shard in sorted(set(weight_map.values()))]
     else:
-        shards = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
-        if not shards:
-            raise AdapterError(f"{folder}: no safetensors shards; convert the checkpoint to safetensors first")
-        _check_numbers(shards)
+        shards = [folder / SINGLE] if (folder / SINGLE).exists() else _list_shards(folder)
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         header = read_header(shard)
         if twice := sorted(tensors.keys() & header.keys()):
             raise AdapterError(f"{shard}: tensor {twice[0]} is also in {tensors[twice[0]].path.name}; keep one of them")
         tensors |= header
-    if weight_map is None:
-        return tensors
-    for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].path.name != shard:
-            raise AdapterError(f"{folder / shard}: tensor {name} is missing; {INDEX} says that it is there")
-    return {name: tensors[name] for name in weight_map}
+    return tensors
+
+
+def _list_shards(folder: Path) -> list[Path]:
+    """The folder's safetensors files that are not an adapter's."""
+    shards = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(ADAPTER)]
+    if not shards:
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+        there = f"the weights are in {others[0]}" if others else "no safetensors shards"
+        raise AdapterError(f"{folder}: {there}; convert the checkpoint to safetensors first")
+    return shards
 
 
 def _read_weight_map(folder: Path) -> dict[str, str] | None:
@@ -219,15 +229,15 @@ def _find_shard(folder: Path, shard: str) -> Path:
     return folder / shard
 
 
-def _check_numbers(shards: Sequence[Path]) -> None:
-    """Refuse shards NAME-00001-of-00003 if some are missing: without an index nothing else would show it."""
-    names = {shard.name for shard in shards}
-    for match in filter(None, map(NUMBERED.fullmatch, sorted(names))):
-        stem, total = match[1], match[2]
+def explain_absence(folder: Path) -> str:
+    """The likely reason why a folder lacks tensors: shards that it lacks by the numbers in the others' names."""
+    names = {file.name for file in folder.glob("*.safetensors")}
+    for stem, total in sorted({(match[1], match[2]) for match in map(NUMBERED.fullmatch, names) if match}):
         for number in range(1, int(total) + 1):
             name = f"{stem}-{number:0{len(total)}}-of-{total}.safetensors"
             if name not in names:
-                raise AdapterError(f"{shards[0].parent / name}: no such shard, so the download is incomplete")
+                return f"{name} is not there, so the download is incomplete"
+    return "is the download complete?"
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -269,7 +279,9 @@ def _read_entry(path: Path, base: int, name: str, entry: Mapping[str, Any]) -> T
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a shape or offsets that are not whole numbers")
-    if end - begin != math.prod(shape) * BYTES[entry["dtype"]]:
+    if entry["dtype"] not in BITS:
+        raise ValueError(f"tensor {name} has element type {entry['dtype']!r}, which is not known")
+    if 8 * (end - begin) != math.prod(shape) * BITS[entry["dtype"]]:
         raise ValueError(f"tensor {name} of shape {list(shape)} does not fill its {end - begin} bytes")
     return Tensor(path, shape, base + begin, end - begin)
 

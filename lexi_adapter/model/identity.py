@@ -11,7 +11,14 @@ from typing import Any
 
 from lexi_adapter.allocation import ModelIdentity
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.model.folder import Tensor, find_text_configs, hash_tensors, read_config, read_tensors
+from lexi_adapter.model.folder import (
+    Tensor,
+    explain_absence,
+    find_text_configs,
+    hash_tensors,
+    read_config,
+    read_tensors,
+)
 
 # Endings of a router weight's name. The module that has the weight, or one of the two around it, holds the top-k.
 ROUTER_WEIGHTS = tuple(
@@ -24,6 +31,9 @@ NUM_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_experts", "num_local_
 NUM_LAYERS = ("num_hidden_layers", "layers_block_type")  # the second has an entry for every layer
 LAYER = re.compile(r"((?:.*\.)?layers)\.(0|[1-9][0-9]{0,8})\.(.+)")
 LEFT_OUT = re.compile(r"(?:.*\.)?(?:mtp|talker)\.")  # parts with decoder layers of their own
+# Names below `layers.N.` of tensors that only a MoE layer has, and of tensors one of which a dense layer has.
+EXPERTS = re.compile(r"(.*\.)?(experts|switch_mlp|block_sparse_moe)\.")
+MLP = re.compile(r"(.*\.)?(mlp|feed_forward|shared_mlp|mixer)\.")
 
 
 def describe_checkpoint(folder: Path) -> ModelIdentity:
@@ -74,12 +84,37 @@ def _read_count(text: Mapping[str, Any], keys: tuple[str, ...], place: str) -> t
 def _find_routers(folder: Path, num_experts: int, num_layers: int) -> tuple[str, dict[int, Tensor]]:
     """The name pattern of the routers, with {} for the layer, and decoder-layer index -> router."""
     by_pattern: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in read_tensors(folder).items():
-        match = LAYER.fullmatch(name)
-        is_router = match and name.endswith(ROUTER_WEIGHTS) and not LEFT_OUT.match(name)
-        if is_router and tensor.shape[:1] == (num_experts,) and int(match[2]) < num_layers:
+    tensors = read_tensors(folder)
+    matches = [match for match in map(LAYER.fullmatch, tensors) if match and not LEFT_OUT.match(match[0])]
+    for match in matches:
+        tensor = tensors[match[0]]
+        is_router = match[0].endswith(ROUTER_WEIGHTS) and tensor.shape[:1] == (num_experts,)
+        if is_router and int(match[2]) < num_layers:
             by_pattern.setdefault(f"{match[1]}.{{}}.{match[3]}", {})[int(match[2])] = tensor
+    if not tensors:
+        raise AdapterError(f"{folder}: the safetensors files hold no tensors; save or fetch the weights again")
     if len(by_pattern) != 1:
         what = f"tensors of {len(by_pattern)} kinds ({', '.join(by_pattern)})" if by_pattern else "no tensor"
         raise AdapterError(f"{folder}: {what} with a router's name and {num_experts} rows: unknown family")
-    return by_pattern.popitem()
+    [(pattern, routers)] = by_pattern.items()
+    stem = pattern.partition(".{}.")[0]
+    names: dict[int, list[str]] = {}
+    for match in matches:
+        if match[1] == stem:
+            names.setdefault(int(match[2]), []).append(match[3])
+    _check_dense_layers(folder, names, pattern, num_layers)
+    return pattern, routers
+
+
+def _check_dense_layers(folder: Path, names: Mapping[int, list[str]], pattern: str, num_layers: int) -> None:
+    """Raise AdapterError for a layer without a router that is no dense layer, as a missing shard leaves it.
+
+    `names` are those of each layer's tensors, below `layers.N.`.
+    """
+    module = pattern.partition(".{}.")[2]
+    for layer in range(min(num_layers, max(names) + 2)):
+        here, router = names.get(layer, []), pattern.replace("{}", str(layer))
+        if module in here or (any(map(MLP.match, here)) and not any(map(EXPERTS.match, here))):
+            continue
+        thing = f"layer {layer} has no router {router}, and is no dense layer"
+        raise AdapterError(f"{folder}: {thing}; {explain_absence(folder)}")

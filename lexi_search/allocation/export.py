@@ -109,7 +109,10 @@ def format_transformers_call(folder: str, allocation: str) -> str:
 
 
 def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
-    """Raise InputError unless `config`, a parsed config.json, fits `model` and has no values per layer."""
+    """Raise InputError unless `config`, a parsed config.json, fits `model` and has no values per layer.
+
+    A top-k that it leaves out is not compared.
+    """
     *path, top_k = model.top_k_key.split(".")
     section: Any = config
     for key in path:
@@ -126,7 +129,8 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
         if isinstance(actual, list) and actual and all(item == actual[0] for item in actual):
             actual = actual[0]  # one for each layer, as Hunyuan's moe_topk
         counted_otherwise = name == "num_hidden_layers" and "layers_block_type" in values
-        if actual != expected and not counted_otherwise:
+        left_out = name == top_k and name not in values  # to the default of the model's class
+        if actual != expected and not counted_otherwise and not left_out:
             raise InputError(
                 f"the allocation is for {name} {expected!r}, the config has {short(actual)}: not the same model"
             )

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from lexi_search.errors import InputError
 
 SAMPLES, SAMPLE_BYTES = 1024, 4096  # of `sample_weights`
 
-# safetensors' names for element types. Sub-byte types are left out: they have no NumPy array of their own.
+# safetensors' names for element types. Those of less than a byte lie packed: NumPy has no array of them.
 DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
@@ -43,10 +43,18 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "C64": np.dtype(np.complex64),
+    "F4": np.dtype(ml_dtypes.float4_e2m1fn),
+    "F6_E2M3": np.dtype(ml_dtypes.float6_e2m3fn),
+    "F6_E3M2": np.dtype(ml_dtypes.float6_e3m2fn),
 }
+PACKED_BITS = {DTYPES["F4"]: 4, DTYPES["F6_E2M3"]: 6, DTYPES["F6_E3M2"]: 6}
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_"  # the beginning of the name of a file of LoRA weights
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 
 
@@ -86,7 +94,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def read(self, name: str, buffer: np.ndarray, *, row: int | None = None) -> np.ndarray:
         """Read a tensor into the front of `buffer` (uint8, 1-D, contiguous) and return a view of it as the tensor.
 
-        With `row`, only that index of the tensor's first axis is read and returned. Threads may read at the same time.
+        With `row`, only that index of the tensor's first axis is read and returned. Numbers of less than a byte are
+        returned as bytes. Threads may read at the same time.
         """
         entry = self.entries[name]
         if row is not None:
@@ -104,7 +113,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
                     filled += count
         except OSError as error:
             raise InputError(f"{entry.file}: cannot be read ({error.strerror})") from error
-        return raw.view(entry.dtype).reshape(entry.shape)
+        return raw if entry.dtype in PACKED_BITS else raw.view(entry.dtype).reshape(entry.shape)
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
@@ -169,50 +178,57 @@ def _parse_entry(file: Path, name: str, item: Any, base: int) -> TensorEntry:
     dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise InputError(f"{file}: tensor {name} has a shape or offsets that are not whole numbers")
-    if end - start != math.prod(shape) * dtype.itemsize:
+    if 8 * (end - start) != math.prod(shape) * PACKED_BITS.get(dtype, 8 * dtype.itemsize):
         raise InputError(f"{file}: tensor {name} of shape {list(shape)} does not fill its {end - start} bytes")
     return TensorEntry(file, dtype, shape, base + start, end - start)
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
-    """The entries that the index names; without an index, those of `model.safetensors`, or else of all shards.
+    """All tensors of the shards that the index names; without an index, of `model.safetensors`, or else of all shards.
 
-    A tensor that is in two shards is refused even where the index names one of them: some engines take the last.
+    Of the index only the names of files count, as for vLLM: a tensor that it leaves out, or gives to another of its
+    shards, is there; one that it names in vain is not. A tensor that is in two shards is refused: vLLM takes the last
+    of them, others the one that the index names.
     """
-    weight_map = None
     if (folder / INDEX).exists():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise InputError(f"{folder / INDEX}: no weight_map from tensor names to shard files")
         files = [_find_shard(folder, shard) for shard in sorted(set(weight_map.values()))]
     else:
-        files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{folder}: no safetensors shards; convert the checkpoint to safetensors first")
-        _check_numbers(files)
+        files = [folder / SINGLE] if (folder / SINGLE).exists() else _list_shards(folder)
     entries: dict[str, TensorEntry] = {}
     for file in files:
         header = read_header(file)
         if twice := sorted(entries.keys() & header.keys()):
             raise InputError(f"{file}: tensor {twice[0]} is also in {entries[twice[0]].file.name}; keep one of them")
         entries |= header
-    if weight_map is None:
-        return entries
-    for name, shard in weight_map.items():
-        if name not in entries or entries[name].file.name != shard:
-            raise InputError(f"{folder / shard}: tensor {name} is missing; {INDEX} says that it is there")
-    return {name: entries[name] for name in weight_map}
+    return entries
 
 
-def _check_numbers(files: Sequence[Path]) -> None:
-    """Refuse shards NAME-00001-of-00003 if some are missing: without an index nothing else would show it."""
-    names = {file.name for file in files}
-    for match in filter(None, map(NUMBERED.fullmatch, sorted(names))):
-        stem, total = match[1], match[2]
-        for number in range(1, int(total) + 1):
-            name = f"{stem}-{number:0{len(total)}}-of-{total}.safetensors"
-            if name not in names:
-                raise InputError(f"{files[0].parent / name}: no such shard, so the download is incomplete")
+def _list_shards(folder: Path) -> list[Path]:
+    """The folder's safetensors files that are not an adapter's."""
+    shards = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(ADAPTER)]
+    if not shards:
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+        there = f"the weights are in {others[0]}" if others else "no safetensors shards"
+        raise InputError(f"{folder}: {there}; convert the checkpoint to safetensors first")
+    return shards
+
+
+def find_missing_shards(folder: Path) -> list[str]:
+    """The shards that the folder lacks by the numbers in the others' names, NAME-00001-of-00003.
+
+    They need not exist: some tools number wrongly. Where a tensor is missing, too, they say why.
+    """
+    names = {file.name for file in folder.glob("*.safetensors")}
+    totals = {(match[1], match[2]) for match in map(NUMBERED.fullmatch, names) if match}
+    wanted = (
+        f"{stem}-{number:0{len(total)}}-of-{total}.safetensors"
+        for stem, total in sorted(totals)
+        for number in range(1, int(total) + 1)
+    )
+    return [name for name in wanted if name not in names]
 
 
 def _find_shard(folder: Path, shard: str) -> Path:

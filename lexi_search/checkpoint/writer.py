@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lexi_search.artifacts.files import json_bytes
-from lexi_search.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint
+from lexi_search.checkpoint.reader import DTYPES, INDEX, PACKED_BITS, SINGLE, Checkpoint
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -68,7 +68,8 @@ def write_shards(
 def _write_shard(path: Path, checkpoint: Checkpoint, outputs: Sequence[Output]) -> int:
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for output in outputs:
-        end = position + math.prod(output.shape) * output.dtype.itemsize
+        bits = PACKED_BITS.get(output.dtype, 8 * output.dtype.itemsize)
+        end = position + math.prod(output.shape) * bits // 8
         entry = {"dtype": NAMES[output.dtype], "shape": list(output.shape), "data_offsets": [position, end]}
         header[output.name], position = entry, end
     raw = json.dumps(header, separators=(",", ":")).encode()

@@ -7,6 +7,7 @@ show (biases, norms of queries and keys, low-rank queries, shared experts, dense
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,11 +43,26 @@ def _read_types(config: Config) -> Sequence[str]:
     return types
 
 
-def _attend_by_type(config: Config, num_layers: int) -> Sequence[str]:
-    """The config's `layer_types`, which may be missing only where there is no window."""
+def _attend_by_type(config: Config, num_layers: int, *, otherwise: _Kinds = _attend_to_all) -> Sequence[str]:
+    """The config's `layer_types`, where it has a window; without, the kinds that `otherwise` gives."""
     if not config.values.get("sliding_window"):
         return _attend_to_all(config, num_layers)
-    return _read_types(config)
+    return (_read_types if config.values.get("layer_types") else partial(otherwise, num_layers=num_layers))(config)
+
+
+def _attend_to_all_in_every(config: Config, num_layers: int, *, period: int | str) -> Sequence[str]:
+    """Windows but in every n-th layer: n is `period` or, of a text, the config's value under that key."""
+    every = config.read_count(period) if isinstance(period, str) else period
+    return [FULL if (i + 1) % every == 0 else SLIDING for i in range(num_layers)]
+
+
+def _by_type_or_every(period: int | str) -> _Kinds:
+    return partial(_attend_by_type, otherwise=partial(_attend_to_all_in_every, period=period))
+
+
+def _attend_in_last_windows(config: Config, num_layers: int) -> Sequence[str]:
+    first = config.resolve(Key("max_window_layers", 0))
+    return [SLIDING if i >= first else FULL for i in range(num_layers)]
 
 
 def _attend_alternately(config: Config, num_layers: int) -> Sequence[str]:
@@ -68,7 +84,6 @@ class Family(NamedTuple):
     norm_last: bool = False  # queries and keys are normalised after the rotary embedding
     interleaved: Any = False  # the rotary embedding rotates pairs of neighbours
     interleaved_latent: Any = True  # the same in latent attention
-    theta: float = 1e4  # of the rotary embedding, where the config has none
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: Any = math.inf  # of queries, keys and values
     kinds: _Kinds = _attend_to_all
@@ -111,13 +126,14 @@ DEEPSEEK_V3 = Family("deepseek_v3", interleaved_latent=Key("rope_interleave", Tr
 DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
 )
-BY_TYPE = Family("dots1", kinds=_attend_by_type)
+BY_TYPE = Family("mellum", kinds=_attend_by_type)
+
 
 _FAMILIES = (
-    Family("olmoe", eps=Key("rms_norm_eps", 1e-5), clip=Key("clip_qkv", math.inf)),
-    Family("flex_olmo", theta=5e5, norms=POST_NORMS),
-    Family("mixtral", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=_attend_in_window),
-    Family("phimoe", eps=Key("rms_norm_eps", 1e-5), theta=1e6, kinds=_attend_in_window, centred=True),
+    Family("olmoe", clip=Key("clip_qkv", math.inf)),
+    Family("flex_olmo", norms=POST_NORMS),
+    Family("mixtral", kinds=_attend_in_window),
+    Family("phimoe", kinds=_attend_in_window, centred=True),
     Family(
         "minicpm",
         embedding_scale=Key("scale_emb", 1.0),
@@ -126,12 +142,12 @@ _FAMILIES = (
     ),
     Family("qwen2_moe", kinds=_attend_alternately),
     QWEN3_MOE,
-    Family("qwen3_vl_moe", theta=5e5),
-    Family("qwen3_omni_moe", theta=1e6),
+    Family("qwen3_vl_moe"),
+    Family("qwen3_omni_moe"),
     GRANITE,
     GRANITE._replace(model_type="granitemoeshared"),
-    Family("hunyuan_v1_moe", eps=Key("rms_norm_eps", 1e-5), norm_last=True),
-    Family("ernie4_5_moe", eps=Key("rms_norm_eps", 1e-5), theta=5e5, interleaved=True),
+    Family("hunyuan_v1_moe", norm_last=True),
+    Family("ernie4_5_moe", interleaved=True),
     PLAIN,
     PLAIN._replace(model_type="deepseek"),
     DEEPSEEK_V2,
@@ -144,19 +160,21 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="mistral4"),
     DEEPSEEK_V32,
     DEEPSEEK_V32._replace(model_type="glm_moe_dsa"),
-    PLAIN._replace(model_type="glm4_moe", eps=Key("rms_norm_eps", 1e-5)),
-    PLAIN._replace(model_type="glm4v_moe", eps=Key("rms_norm_eps", 1e-5)),
-    PLAIN._replace(model_type="solar_open", eps=Key("rms_norm_eps", 1e-5), theta=1e6),
-    PLAIN._replace(model_type="minimax_m2", theta=5e6),
-    PLAIN._replace(model_type="hy_v3", eps=Key("rms_norm_eps", 1e-5), theta=11158840.0),
+    PLAIN._replace(model_type="glm4_moe"),
+    PLAIN._replace(model_type="glm4v_moe"),
+    PLAIN._replace(model_type="solar_open"),
+    PLAIN._replace(model_type="minimax_m2"),
+    PLAIN._replace(model_type="hy_v3"),
     BY_TYPE,
-    BY_TYPE._replace(model_type="mellum"),
-    BY_TYPE._replace(model_type="exaone_moe", eps=Key("rms_norm_eps", 1e-5), rotates_windows_only=True),
-    BY_TYPE._replace(model_type="gpt_oss", eps=Key("rms_norm_eps", 1e-5), theta=1.5e5),
+    BY_TYPE._replace(model_type="dots1", kinds=partial(_attend_by_type, otherwise=_attend_in_last_windows)),
+    BY_TYPE._replace(
+        model_type="exaone_moe", kinds=_by_type_or_every("sliding_window_pattern"), rotates_windows_only=True
+    ),
+    BY_TYPE._replace(model_type="gpt_oss", kinds=_by_type_or_every(2)),
     BY_TYPE._replace(
         model_type="afmoe",
+        kinds=_by_type_or_every("global_attn_every_n_layers"),
         norms=SANDWICH_NORMS,
-        eps=Key("rms_norm_eps", 1e-5),
         embedding_scale=_mup_scale,
         rotates_windows_only=True,
     ),

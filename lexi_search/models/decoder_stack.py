@@ -21,6 +21,7 @@ from lexi_search.layers.weights import (
     LatentWeights,
     Norms,
 )
+from lexi_search.models.config_defaults import read_config
 from lexi_search.models.decoder_families import FAMILIES, FULL, SLIDING, Family
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.model import Model
@@ -28,9 +29,9 @@ from lexi_search.models.rope import find_temperature, make_rope, read_parameters
 
 
 def find_first_token(checkpoint: Checkpoint, model: Model, vocabulary: int) -> int | None:
-    """The config's `bos_token_id`; None where it is missing or outside the vocabulary."""
-    values = checkpoint.text_config.values
-    token = values.get("bos_token_id", checkpoint.config.get("bos_token_id"))
+    """The config's `bos_token_id`, or its class' default; None for none, or one outside the vocabulary."""
+    places = (checkpoint.text_config.values, checkpoint.config, read_config(checkpoint).values)
+    token = next((values["bos_token_id"] for values in places if "bos_token_id" in values), None)
     return token if type(token) is int and 0 <= token < vocabulary else None
 
 
@@ -81,7 +82,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
             shape.
     """
     identity = model.identity
-    config = checkpoint.text_config
+    config = read_config(checkpoint)
     if identity.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         thing = f"what {identity.model_type} computes outside its MoE layers is not known"
@@ -218,7 +219,7 @@ def _describe_latent(source: _Source, kind: str) -> tuple[LatentAttention, Laten
 def _read_rope(source: _Source, dim: int, kind: str, *, latent: bool = False) -> tuple[Rope, float]:
     """The rotary embedding in layers of that kind, and DeepSeek's factor on attention scores."""
     config, family = source.config, source.family
-    parameters = read_parameters(config, theta=family.theta, layer_type=kind)
+    parameters = read_parameters(config, layer_type=kind)
     if latent:  # the rotary embedding has values of its own, and rotates all of them
         parameters = {**parameters, "partial_rotary_factor": 1.0, "rotary_dim": None}
     interleaved = _resolve(config, family.interleaved_latent if latent else family.interleaved)
@@ -279,13 +280,16 @@ def _refuse_unused(checkpoint: Checkpoint, model: Model, finder: Finder, stem: s
 
 
 def _find_ends(finder: Finder, config: Config, checkpoint: Checkpoint, stem: str, hidden_size: int) -> EndWeights:
-    """Embedding, final norm and LM head, which is the embedding if the config says so or no other tensor is there."""
+    """Embedding, final norm and LM head: a tensor of its own where there is one, even if the config says tied.
+
+    So do vLLM and transformers 5. Without that tensor the LM head is the embedding, unless the config says otherwise.
+    """
     embedding = finder.need([f"{stem}embed_tokens"], (None, hidden_size))
     shape, norm = finder.get_shape(embedding.weight), finder.need([f"{stem}norm"], (hidden_size,))
     heads = [f"{parent}lm_head" for parent in _list_parents(stem)]
     # Of the language model's config, and of the whole config around it, which may differ.
-    tied = [values.get("tie_word_embeddings") for values in (config.values, checkpoint.config)]
-    head = None if tied[0] else finder.take(heads, shape)
+    tied = [values.get("tie_word_embeddings", False) for values in (config.values, checkpoint.config)]
+    head = finder.take(heads, shape)
     if head is None and False in tied and True not in tied:
         head = finder.need(heads, shape)
     return EndWeights(embedding.weight, norm, head or embedding)

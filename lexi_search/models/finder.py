@@ -1,21 +1,38 @@
 """Lookup of tensors by the names of their modules, with checks of type and shape."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lexi_search.checkpoint.reader import find_missing_shards
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.weights import Affine
 
 Shape = tuple[int | None, ...]  # None: any extent
+_EXPERT = re.compile(r"(.*\.)experts\.\d+\.")
 _WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def explain_absence(tensors: Tensors, name: str = "") -> str:
+    """The likely reason why the tensor `name` is not there, and the remedy, for messages."""
+    if expert := _EXPERT.match(name):
+        module, switch = expert[0], expert[1] + "switch_mlp."
+        if other := next((other for other in tensors if other.startswith(switch)), None):
+            return f"{other} is MLX's layout, which is not read: take the checkpoint that it was converted from"
+        others = [other for other in tensors if other.startswith(module)]
+        if others and not any(".weight" in other or ".qweight" in other for other in others):
+            return f"the expert has {others[0]} instead, and what that computes is not known"
+    shards = find_missing_shards(tensors.folder)
+    more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+    return f"{shards[0]}{more} is not there, so the download is incomplete" if shards else "is the download complete?"
 
 
 def require_shape(tensors: Tensors, name: str, shape: Shape) -> tuple[int, ...]:
     """The shape of a tensor; InputError unless the tensor is there, of a plain float type, and fits `shape`."""
     entry = tensors.get(name)
     if entry is None:
-        raise InputError(f"{tensors.folder}: tensor {name} is missing; is the download complete?")
+        raise InputError(f"{tensors.folder}: tensor {name} is missing; {explain_absence(tensors, name)}")
     if entry.dtype.name not in _WEIGHT_DTYPES:
         raise InputError(f"{entry.file}: tensor {name} is {entry.dtype.name}; known are {', '.join(_WEIGHT_DTYPES)}")
     fits = len(entry.shape) == len(shape) and all(b in (None, a) for a, b in zip(entry.shape, shape, strict=True))

@@ -11,6 +11,7 @@ from lexi_search.checkpoint.config import Config
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Activation, Routing
+from lexi_search.models.config_defaults import read_config
 from lexi_search.models.moe_families import ARCHITECTURES, Architecture
 from lexi_search.models.moe_tensors import LayerTensors, find_routers, locate_tensors
 
@@ -49,7 +50,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
             that are missing or of wrong shape.
     """
     architecture = _find_architecture(checkpoint)
-    config = checkpoint.text_config
+    config = read_config(checkpoint)
     num_experts, top_k_key = config.read_count(*architecture.num_experts), config.find_key(architecture.top_k)
     top_k, num_layers = config.read_count(top_k_key), config.count_layers()
     hidden_size = config.read_count("hidden_size")

@@ -161,8 +161,8 @@ _FAMILIES = (
     Architecture(
         "aria",
         routers=("mlp.router",),
-        num_experts=("moe_num_experts", "num_local_experts"),
-        top_k=("moe_topk", "num_experts_per_tok"),
+        num_experts=("moe_num_experts",),
+        top_k=("moe_topk",),
         routing=Routing(renormalize=True),
         width=FFN_WIDTH,
         shared_experts=("moe_num_shared_experts",),

@@ -1,12 +1,13 @@
 """The tensors of each MoE layer of a checkpoint, recognised by their names and shapes."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lexi_search.checkpoint.dequantise import Plain
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
-from lexi_search.models.finder import require_shape
+from lexi_search.models.finder import explain_absence, require_shape
 from lexi_search.models.moe_families import Architecture
 
 # Names of an expert's (gate, up, down), or (up, down) where it has no gate, below `experts.N.` of the block; the first
@@ -31,6 +32,9 @@ BIASES = (
 )
 # Prefixes of parts with decoder layers of their own: multi-token prediction, speech.
 LEFT_OUT = re.compile(r"(.*\.)?(mtp|talker)\.")
+# Names below `layers.N.` of tensors that only a MoE layer has, and of tensors one of which a dense layer has.
+EXPERTS = re.compile(r"(.*\.)?(experts|switch_mlp|block_sparse_moe)\.")
+MLP = re.compile(r"(.*\.)?(mlp|feed_forward|shared_mlp|mixer)\.")
 
 
 class ExpertTensors(NamedTuple):
@@ -64,23 +68,39 @@ def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) 
         prefix, layer, module = match.groups()
         if int(layer) < num_layers and not LEFT_OUT.match(prefix):
             layers_of.setdefault(f"{prefix}layers.{{}}.{module}.weight", set()).add(int(layer))
+    if not layers_of and not len(tensors):
+        raise InputError(f"{tensors.folder}: the safetensors files hold no tensors; save or fetch the weights again")
     if not layers_of:
         wanted = " or ".join(f"layers.N.{module}.weight" for module in architecture.routers)
         raise InputError(f"{tensors.folder}: no router tensor ({wanted}) in any layer; is this model dense?")
     if len(layers_of) > 1:
         raise InputError(f"{tensors.folder}: routers under several names: {', '.join(sorted(layers_of))}")
     [(pattern, layers)] = layers_of.items()
-    stored = _count_layers(tensors, pattern)
-    if num_layers > stored:
-        thing = f"num_hidden_layers is {num_layers}, but the files hold tensors of {stored} layers"
-        raise InputError(f"{tensors.folder}: {thing}; is the download complete?")
+    stored = _list_names(tensors, pattern)
+    if num_layers > 1 + max(stored):
+        thing = f"num_hidden_layers is {num_layers}, but the files hold tensors of {1 + max(stored)} layers"
+        raise InputError(f"{tensors.folder}: {thing}; {explain_absence(tensors)}")
+    for layer in range(num_layers):
+        thing = None if layer in layers else _find_fault(stored.get(layer, ()), pattern.format(layer))
+        if thing:
+            raise InputError(f"{tensors.folder}: layer {layer} has {thing}; {explain_absence(tensors)}")
     return pattern, tuple(sorted(layers))
 
 
-def _count_layers(tensors: Tensors, pattern: str) -> int:
-    """The number of decoder layers up to the last one that has a tensor."""
-    layer = re.compile(rf"{re.escape(pattern.partition('{}')[0])}(\d{{1,9}})\.")
-    return 1 + max(int(match[1]) for match in map(layer.match, tensors) if match)
+def _list_names(tensors: Tensors, pattern: str) -> dict[int, list[str]]:
+    """Layer index -> the names of its tensors, below `layers.N.`."""
+    in_layer = re.compile(rf"{re.escape(pattern.partition('{}')[0])}(\d{{1,9}})\.(.*)")
+    names: dict[int, list[str]] = {}
+    for match in filter(None, map(in_layer.fullmatch, tensors)):
+        names.setdefault(int(match[1]), []).append(match[2])
+    return names
+
+
+def _find_fault(names: Sequence[str], router: str) -> str | None:
+    """What is wrong with a layer that has no router, unless it is dense: what a missing shard or index entry leaves."""
+    if expert := next(filter(EXPERTS.match, names), None):
+        return f"experts ({expert}), but no router {router}"
+    return None if any(map(MLP.match, names)) else f"neither a router {router} nor an MLP"
 
 
 def locate_tensors(

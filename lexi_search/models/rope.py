@@ -16,10 +16,11 @@ from lexi_search.checkpoint.config import LARGEST_FLOAT, Config
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Rope
 
+DEFAULT_THETA = 1e4
 RopeParameters = Mapping[str, Any]  # as `rope_parameters` in a config holds them
 
 
-def read_parameters(config: Config, *, theta: float, layer_type: str | None = None) -> RopeParameters:
+def read_parameters(config: Config, *, layer_type: str | None = None) -> RopeParameters:
     """The config's rotary parameters for layers of `layer_type`: new (`rope_parameters`) and old keys together.
 
     Raises:
@@ -32,7 +33,7 @@ def read_parameters(config: Config, *, theta: float, layer_type: str | None = No
     if not isinstance(given, dict):
         raise InputError(f"{config.place}: the rope parameters are {short(given)}, expected an object")
     outer = {key: values[key] for key in _OUTER_KEYS if values.get(key) is not None}
-    parameters = {"rope_theta": theta} | outer | given
+    parameters = {"rope_theta": DEFAULT_THETA} | outer | given
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if not isinstance(kind, str) or kind not in _SCALINGS:
         known = ", ".join(_SCALINGS)

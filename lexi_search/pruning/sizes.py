@@ -13,6 +13,7 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.checkpoint.writer import Output
 from lexi_search.errors import InputError
+from lexi_search.models.config_defaults import read_config
 from lexi_search.models.model import Model
 from lexi_search.models.moe_families import ARCHITECTURES, Architecture
 from lexi_search.models.moe_tensors import LayerTensors, locate_tensors
@@ -48,8 +49,8 @@ def find_sizes(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> Sizes:
     architecture = ARCHITECTURES[model.identity.model_type]
     experts = model.tensors[model.layers[0]].experts
     down = tensors[experts.fused[1] if experts.fused else experts.separate[0][-1]].shape
-    section = _find_section(checkpoint.config)
-    counts = (section.get(key) for key in architecture.shared_experts)
+    values = read_config(checkpoint).values
+    counts = (values.get(key) for key in architecture.shared_experts)
     shared = next((count for count in counts if count is not None), 0)
     if type(shared) is not int:
         raise InputError(f"{checkpoint.folder / 'config.json'}: {architecture.shared_experts[0]} is {short(shared)}")
@@ -105,6 +106,8 @@ def change_config(config: Mapping[str, Any], before: Sizes, after: Sizes) -> dic
         (architecture.width, before.width, after.width),
         (architecture.shared_experts, before.shared_experts, after.shared_experts),
     )
+    if after.shared_experts != before.shared_experts and not any(key in changed for key in architecture.shared_experts):
+        changed[architecture.shared_experts[0]] = before.shared_experts  # the default of the model's class
     for keys, old, new in groups:
         for key in keys:
             value = changed.get(key)

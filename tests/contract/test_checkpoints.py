@@ -79,15 +79,29 @@ def test_a_tensor_in_two_shards(folder, weight_map):
 
 def test_shards_that_the_index_does_not_name_do_not_count(folder):
     write(folder, {"a.safetensors": NAMES, "b.safetensors": NAMES}, dict.fromkeys(NAMES[:2], "b.safetensors"))
-    assert {file for file, *_ in agree(folder).values()} == {"b.safetensors"}
+    found = agree(folder)
+    assert {file for file, *_ in found.values()} == {"b.safetensors"} and set(found) == set(NAMES)
     (folder / INDEX).unlink()
     (folder / "a.safetensors").rename(folder / "model.safetensors")
     assert {file for file, *_ in agree(folder).values()} == {"model.safetensors"}
 
 
-def test_numbered_shards_are_all_there(folder):
+def test_an_index_names_files_and_no_tensors(folder):
+    places = {NAMES[0]: "b.safetensors", NAMES[1]: "b.safetensors", "nowhere": "a.safetensors"}
+    write(folder, {"a.safetensors": NAMES[:1], "b.safetensors": NAMES[1:]}, places)
+    assert set(agree(folder)) == set(NAMES)
+
+
+def test_numbered_shards_need_not_all_be_there(folder):
     write(folder, {"model-00001-of-00003.safetensors": NAMES[:1], "model-00003-of-00003.safetensors": NAMES[1:]})
-    refuse(folder, "model-00002-of-00003.safetensors: no such shard")
+    assert set(agree(folder)) == set(NAMES)
+
+
+def test_an_adapters_shard_is_not_the_models(folder):
+    write(folder, {"adapter_model.safetensors": NAMES[:1], "x.safetensors": NAMES})
+    assert {file for file, *_ in agree(folder).values()} == {"x.safetensors"}
+    (folder / "x.safetensors").rename(folder / "pytorch_model.bin")
+    refuse(folder, "the weights are in pytorch_model.bin")
 
 
 @pytest.mark.parametrize("shard", ["../a.safetensors", "x/../a.safetensors", "/etc/passwd", "", ".", "b.safetensors"])

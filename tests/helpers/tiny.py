@@ -375,6 +375,16 @@ def _retype(model_type, **more):
     return lambda config: config | {"model_type": model_type} | more
 
 
+def _kimi_vl_config(config):
+    return _nest("kimi_vl", "text_config")(config | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"})
+
+
+def _omni_config(config):
+    return _nest("qwen3_omni_moe", "thinker_config", "text_config")(
+        {"num_experts" if key == "num_local_experts" else key: value for key, value in config.items()}
+    )
+
+
 def _deepseek_name(key):
     """None for what only the whole of DeepSeek-OCR-2 has; its language model is written with the names on the hub."""
     return key if re.match(r"lm_head\.|model\.(embed_tokens|layers|norm)\.", key) else None
@@ -403,14 +413,11 @@ REWRITES = {
     "deepseek": (_deepseek_name, _deepseek_config),
     "deepseek_vl2": (lambda key: f"language.{key}", _vl2_config),
     "minicpm": (lambda key: key.replace(".block_sparse_moe.", ".mlp."), _minicpm_config),
-    "qwen3_omni_moe": (
-        lambda key: f"thinker.{key}",
-        _nest("qwen3_omni_moe", "thinker_config", "text_config"),
-    ),
+    "qwen3_omni_moe": (lambda key: f"thinker.{key}", _omni_config),
     "kimi_k2": (str, _retype("kimi_k2", topk_method="noaux_tc", scoring_func="sigmoid")),
     # transformers 5.19 writes the vision tower's word for layers into the language model's names.
     "kimi_k25": (lambda key: key.replace("language_model.model.blocks.", "language_model.model.layers."), dict),
-    "kimi_vl": (lambda key: f"language_model.{key}", _nest("kimi_vl", "text_config")),
+    "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
     "bailing_moe": (str, _retype("bailing_moe")),
     "bailing_moe_v2": (
         lambda key: key.replace("e_score_correction_bias", "expert_bias"),

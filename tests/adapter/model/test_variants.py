@@ -9,6 +9,7 @@ from engine import allocate as allocate_from_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FAMILIES, make_checkpoint
+from transformers import CONFIG_MAPPING
 
 import lexi_adapter
 from lexi_adapter.allocation import ModelIdentity, read_allocation, to_document
@@ -50,6 +51,20 @@ def make_model(layers, top_k):
 
 def test_every_shape_is_known():
     assert {path.parent.name for path in SHAPES.glob("*/config.json")} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", sorted(shapes.FAMILIES.keys() & CONFIG_MAPPING.keys()))
+def test_a_key_left_out_means_the_default_of_the_familys_class(name):
+    """Or is named in the refusal: what `describe` reads of a config of one key less is what the class fills in."""
+    config = CONFIG_MAPPING[name](num_experts_per_tok=2).to_dict()
+    for key in config.keys() - {"model_type"}:
+        left = {k: v for k, v in config.items() if k != key}
+        try:
+            found = shapes.describe(left)
+        except AdapterError as error:
+            assert key in str(error) or (key == shapes.RENAMED and "no num_experts" in str(error))
+        else:
+            assert found == shapes.describe(CONFIG_MAPPING[name].from_dict(left).to_dict()), key
 
 
 @pytest.mark.parametrize("name", PUBLIC)

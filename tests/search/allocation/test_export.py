@@ -129,6 +129,10 @@ def test_config_without_the_nested_part_is_refused():
             export.check_config(model, config)
 
 
+def test_config_may_leave_the_top_k_to_the_default_of_its_class():
+    export.check_config(make_allocation().model, {k: v for k, v in CONFIG.items() if k != "num_experts_per_tok"})
+
+
 def test_config_may_have_a_value_for_each_layer():
     model = make_allocation().model
     export.check_config(model, CONFIG | {"num_experts_per_tok": [4] * 4})

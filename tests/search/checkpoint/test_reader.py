@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
-from lexi_search.checkpoint.reader import INDEX, open_checkpoint, read_header
+from lexi_search.checkpoint.reader import INDEX, find_missing_shards, open_checkpoint, read_header
+from lexi_search.checkpoint.writer import write_shards
 from lexi_search.errors import InputError
 
 ARRAYS = st.sampled_from(
@@ -66,9 +67,11 @@ def test_reads_into_a_reused_buffer(folder):
 def test_index_names_the_shards(folder):
     save_file({"a": np.zeros(1), "unlisted": np.zeros(1)}, folder / "one.safetensors")
     save_file({"b": np.ones(2)}, folder / "two.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    save_file({"c": np.ones(2)}, folder / "unnamed.safetensors")
+    places = {"a": "two.safetensors", "b": "one.safetensors", "nowhere": "one.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
     checkpoint = open_checkpoint(folder)
-    assert list(checkpoint) == ["a", "b"] and checkpoint["b"].tolist() == [1, 1]
+    assert set(checkpoint) == {"a", "b", "unlisted"} and checkpoint["b"].tolist() == [1, 1]
     (folder / "two.safetensors").unlink()
     with pytest.raises(InputError, match="two.safetensors: no such shard"):
         open_checkpoint(folder)
@@ -88,7 +91,6 @@ def test_shards_without_an_index(folder):
     [
         ({}, "no weight_map"),
         ({"weight_map": {"a": 3}}, "no weight_map"),
-        ({"weight_map": {"missing": "one.safetensors"}}, "tensor missing is missing"),
         ({"weight_map": {"a": "../one.safetensors"}}, "not a plain file name"),
     ],
 )
@@ -149,7 +151,8 @@ def damaged_header(change):
         (struct.pack("<Q", 2) + b"[]", "not a valid safetensors header"),
         (GOOD[:-1], "truncated"),
         (GOOD + b"\0", "longer than its header says"),
-        (damaged_header(lambda h: h["a"].update(dtype="F4")), "element type 'F4'"),
+        (damaged_header(lambda h: h["a"].update(dtype="F5")), "element type 'F5'"),
+        (damaged_header(lambda h: h["a"].update(dtype="F4")), "does not fill"),
         (damaged_header(lambda h: h["a"].update(shape=[5])), "does not fill"),
         (damaged_header(lambda h: h["a"].update(shape=[-4])), "not whole numbers"),
         (damaged_header(lambda h: h["a"].update(shape=[True, 4])), "not whole numbers"),
@@ -187,10 +190,37 @@ def test_damage_is_never_read_differently_than_safetensors_reads_it(tmp_path, po
         pytest.fail(f"accepted what safetensors refuses: {error}")
 
 
-def test_a_numbered_shard_that_is_missing_is_named(folder):
+def test_numbers_of_less_than_a_byte_are_read_and_copied_as_bytes(folder):
+    header = {"a": {"dtype": "F4", "shape": [3, 4], "data_offsets": [0, 6]}}
+    header["b"] = {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [6, 9]}
+    raw = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(range(9)))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint["a"].tolist() == [0, 1, 2, 3, 4, 5] and checkpoint["b"].tolist() == [6, 7, 8]
+    (copy := folder / "copy").mkdir()
+    (copy / "config.json").write_text("{}")
+    write_shards(copy, checkpoint, {})
+    again = open_checkpoint(copy)
+    assert {name: (entry.dtype, entry.shape) for name, entry in again.entries.items()} == {
+        name: (entry.dtype, entry.shape) for name, entry in checkpoint.entries.items()
+    }
+    assert all(again[name].tobytes() == checkpoint[name].tobytes() for name in checkpoint)
+
+
+def test_the_numbers_of_shards_need_not_be_right(folder):
     for number in (1, 3):
-        save_file({f"t{number}": np.zeros(2, np.float32)}, folder / f"model-0000{number}-of-00003.safetensors")
-    with pytest.raises(InputError, match="model-00002-of-00003.safetensors: no such shard, so the download is"):
+        save_file({f"t{number}": np.zeros(2, np.float32)}, folder / f"model-0000{number}-of-00004.safetensors")
+    assert set(open_checkpoint(folder)) == {"t1", "t3"}
+    assert find_missing_shards(folder) == ["model-00002-of-00004.safetensors", "model-00004-of-00004.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [("pytorch_model.bin", "in pytorch_model.bin; convert"), ("x", "no safet")]
+)
+def test_an_adapters_weights_are_not_the_models(folder, other, message):
+    save_file({"base_model.lora_A.weight": np.zeros(2, np.float32)}, folder / "adapter_model.safetensors")
+    (folder / other).write_bytes(b"PK")
+    with pytest.raises(InputError, match=message):
         open_checkpoint(folder)
-    save_file({"t2": np.zeros(2, np.float32)}, folder / "model-00002-of-00003.safetensors")
-    assert set(open_checkpoint(folder)) == {"t1", "t2", "t3"}
+    save_file({"a": np.zeros(1)}, folder / "weights.safetensors")
+    assert set(open_checkpoint(folder)) == {"a"}

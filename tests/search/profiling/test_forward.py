@@ -304,7 +304,6 @@ def test_refuses_families_that_it_does_not_know(name, tmp_path):
             {},
             "parameters of type 'llama3' are incomplete .*low_freq_factor",
         ),
-        ({"layer_types": None}, {}, "config.json: layer_types is missing"),
         (
             {"layer_types": ["full_attention", "mamba"]},
             {},

@@ -347,6 +347,15 @@ def test_shared_experts_are_padded(tmp_path):
             assert not after[name].narrow(axis, 64, extent - 64).any()
 
 
+def test_shared_experts_that_the_config_does_not_count_are_padded(tmp_path):
+    """DeepSeek-V2's class says that there are two, where the config says nothing."""
+    folder = tiny.make_checkpoint("deepseek_v2", tmp_path / "whole")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "n_shared_experts"}))
+    assert prune(folder, tmp_path / "pruned", width=QUARTER).shared_experts == (2, 3)
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["n_shared_experts"] == 3
+
+
 def test_importance_can_be_measured_on_text_that_the_model_generates(folder):
     reference = tiny.build_reference("olmoe")
     checkpoint = open_checkpoint(tiny.save_checkpoint("olmoe", reference, folder / "whole"))

@@ -1,0 +1,244 @@
+"""What a family's own configuration class fills in where config.json leaves a key out, as data.
+
+The classes are those that vLLM takes for the `model_type`: transformers' (5.19), or its own where it has one. A key is
+listed for each family that reads it where the class' default is not what the family's other tables say. Left out are
+numbers of layers and experts and the hidden size: the tensors show them, and a config without them is refused by name.
+"""
+
+from collections import ChainMap
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from lexi_search.checkpoint.config import Config
+from lexi_search.checkpoint.reader import Checkpoint
+
+ROPES = ("rope_parameters", "rope_scaling")  # the new name and the old
+TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
+
+
+def _list_defaults(*, k: int, heads: int | None = None, kv_heads: int | None = None, **more: Any) -> dict[str, Any]:
+    """A family's defaults; only the default input reads numbers of heads."""
+    named = {"num_experts_per_tok": k, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {key: value for key, value in named.items() if value is not None} | more
+
+
+def _list_latent(nope: int, rope: int, value: int) -> dict[str, int]:
+    return {"qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": value}
+
+
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+MISTRAL4_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 128.0,
+    "original_max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+MELLUM_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+LATENT = _list_latent(128, 64, 128)
+GROUPED_ROUTING = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
+DEEPSEEK_V2 = LATENT | dict(num_attention_heads=32, max_position_embeddings=2048, bos_token_id=1, n_shared_experts=2)
+DEEPSEEK_V3 = (
+    _list_defaults(k=8, heads=128, max_position_embeddings=4096, bos_token_id=0, n_shared_experts=1)
+    | LATENT
+    | GROUPED_ROUTING
+)
+QWEN3_NEXT = _list_defaults(k=10)
+GRANITE = _list_defaults(k=2, heads=32, max_position_embeddings=2048, bos_token_id=1)
+GLM4 = _list_defaults(
+    k=8,
+    heads=96,
+    kv_heads=8,
+    rms_norm_eps=1e-5,
+    partial_rotary_factor=0.5,
+    max_position_embeddings=131072,
+    n_shared_experts=1,
+)
+GLM_LATENT = _list_latent(192, 64, 256) | dict(
+    rms_norm_eps=1e-5, max_position_embeddings=202752, bos_token_id=0, n_shared_experts=1
+)
+MIXTRAL = _list_defaults(
+    k=2, heads=32, kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131072, bos_token_id=1
+)
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "olmoe": _list_defaults(k=8, heads=16, rms_norm_eps=1e-5, max_position_embeddings=4096),
+        "flex_olmo": _list_defaults(k=5, heads=32, rope_theta=5e5, max_position_embeddings=4096),
+        "mixtral": MIXTRAL,
+        "phimoe": MIXTRAL,
+        "minimax": _list_defaults(k=2),
+        # Of the classes on the hub, beside the weights:
+        "minicpm": {"tie_word_embeddings": True},
+        "bailing_moe": _list_defaults(k=2, norm_topk_prob=True),
+        "bailing_moe_v2": _list_defaults(k=2, norm_topk_prob=True) | GROUPED_ROUTING,
+        "qwen2_moe": _list_defaults(k=4, heads=16, kv_heads=16, sliding_window=4096, max_position_embeddings=32768),
+        "qwen3_moe": _list_defaults(k=8, heads=32, kv_heads=4, sliding_window=4096, max_position_embeddings=32768),
+        "qwen3_next": QWEN3_NEXT,
+        "qwen4_exp": QWEN3_NEXT,
+        "qwen3_5_moe": _list_defaults(k=8),
+        "qwen3_5_moe_text": _list_defaults(k=8),
+        "qwen3_vl_moe": _list_defaults(
+            k=4, heads=16, kv_heads=16, rope_theta=5e5, max_position_embeddings=128000, tie_word_embeddings=True
+        ),
+        "qwen3_omni_moe": _list_defaults(k=8, heads=28, kv_heads=4, rope_theta=1e6, max_position_embeddings=32768),
+        "mellum": _list_defaults(
+            k=8, heads=32, kv_heads=4, sliding_window=1024, rope_parameters=MELLUM_ROPE, max_position_embeddings=131072
+        ),
+        "granitemoe": GRANITE,
+        "granitemoeshared": GRANITE,
+        "granitemoehybrid": _list_defaults(k=2),
+        "granitemoe_swa": _list_defaults(k=2),
+        "jamba": _list_defaults(k=2),
+        "hunyuan_v1_moe": dict(
+            moe_topk=1,
+            num_attention_heads=32,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+        ),
+        "ernie4_5_moe": dict(
+            moe_k=6,
+            moe_num_shared_experts=2,
+            num_attention_heads=20,
+            num_key_value_heads=4,
+            rms_norm_eps=1e-5,
+            rope_theta=5e5,
+            max_position_embeddings=131072,
+            bos_token_id=1,
+            tie_word_embeddings=True,
+        ),
+        "aria": dict(
+            moe_topk=2,
+            moe_num_shared_experts=2,
+            num_attention_heads=32,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+        ),
+        "cohere2_moe": _list_defaults(k=2),
+        "deepseek_v2": DEEPSEEK_V2,
+        "deepseek_vl_v2": DEEPSEEK_V2,
+        "deepseek_v3": DEEPSEEK_V3,
+        "deepseek_v32": DEEPSEEK_V3 | {"max_position_embeddings": 163840},
+        "kimi_k2": DEEPSEEK_V3,
+        "kimi_k25": DEEPSEEK_V3,
+        "kimi_vl": DEEPSEEK_V2 | {"topk_method": "greedy", "norm_topk_prob": False},  # vLLM's class
+        "kimi_linear": dict(num_experts_per_token=8, num_shared_experts=1, routed_scaling_factor=2.446),
+        "glm4_moe": GLM4,
+        "glm4v_moe": GLM4 | {"max_position_embeddings": 65536},
+        "glm4_moe_lite": GLM_LATENT | _list_defaults(k=4, heads=20, routed_scaling_factor=1.8),
+        "glm_moe_dsa": GLM_LATENT | _list_defaults(k=8, heads=64, routed_scaling_factor=2.5),
+        "dots1": dict(
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            sliding_window=4096,
+            max_window_layers=62,
+            max_position_embeddings=2048,
+        ),
+        "exaone_moe": _list_defaults(
+            k=8,
+            heads=32,
+            kv_heads=32,
+            rms_norm_eps=1e-5,
+            sliding_window=4096,
+            sliding_window_pattern=4,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            num_shared_experts=1,
+            routed_scaling_factor=2.5,
+        ),
+        "solar_open": _list_defaults(
+            k=8,
+            heads=64,
+            kv_heads=8,
+            rms_norm_eps=1e-5,
+            rope_theta=1e6,
+            max_position_embeddings=131072,
+            n_shared_experts=1,
+        ),
+        "mimo_v2_flash": _list_defaults(k=8),
+        "hy_v4": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.827),
+        "glm5_next": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
+        "mistral4": _list_latent(64, 64, 128)
+        | _list_defaults(
+            k=4,
+            heads=32,
+            rope_parameters=MISTRAL4_ROPE,
+            max_position_embeddings=1048576,
+            bos_token_id=1,
+            n_shared_experts=1,
+        ),
+        "nemotron_h": _list_defaults(k=2),
+        "minimax_m2": _list_defaults(
+            k=8, heads=48, kv_heads=8, rope_theta=5e6, max_position_embeddings=196608, bos_token_id=200034
+        ),
+        "minimax_m3_vl": _list_defaults(k=4),
+        "hy_v3": _list_defaults(
+            k=8,
+            heads=64,
+            kv_heads=8,
+            rms_norm_eps=1e-5,
+            rope_theta=11158840.0,
+            max_position_embeddings=131072,
+            num_shared_experts=1,
+            router_scaling_factor=2.826,
+        ),
+        "afmoe": _list_defaults(
+            k=6,
+            heads=16,
+            rms_norm_eps=1e-5,
+            sliding_window=1024,
+            global_attn_every_n_layers=4,
+            max_position_embeddings=16384,
+            num_shared_experts=2,
+        ),
+        "laguna": _list_defaults(k=8),
+        "lfm2_moe": _list_defaults(k=4),
+        "gpt_oss": _list_defaults(
+            k=4,
+            heads=64,
+            kv_heads=8,
+            rms_norm_eps=1e-5,
+            rope_theta=1.5e5,
+            rope_parameters=GPT_OSS_ROPE,
+            sliding_window=128,
+            max_position_embeddings=131072,
+        ),
+        "llama4": _list_defaults(k=1),
+        "llama4_text": _list_defaults(k=1),
+    }
+)
+
+
+def read_config(checkpoint: Checkpoint) -> Config:
+    """The language model's part of the config, with its class' default for every key that is not there.
+
+    A key that is there and null is no default, except of the rotary parameters. A default under one of several names
+    does not count where the config has another of them.
+    """
+    config = checkpoint.text_config
+    model_type = checkpoint.config.get("model_type")
+    defaults = DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
+    missing = {key: value for key, value in defaults.items() if not _is_given(config.values, key)}
+    return config._replace(values=ChainMap(config.values, missing))
+
+
+def _is_given(values: Mapping[str, Any], key: str) -> bool:
+    if key in ROPES:
+        return any(values.get(name) for name in ROPES)
+    return any(name in values for name in (TOP_K if key in TOP_K else (key,)))
