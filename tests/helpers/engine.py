@@ -134,7 +134,13 @@ def start(*command, timeout=400, input=None, **environment):
     """Run a command in the environment that vLLM's CPU build needs on a small machine, and capture what it prints."""
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return subprocess.run(
-        command, env=os.environ | defaults | environment, input=input, capture_output=True, text=True, timeout=timeout
+        command,
+        env=os.environ | defaults | environment,
+        input=input,
+        capture_output=True,
+        text=True,
+        errors="backslashreplace",
+        timeout=timeout,
     )
 
 
