@@ -191,9 +191,16 @@ def read_cost(profile: Profile, cost_file: str | None, mix: str | None) -> "Cost
 
     table = read_cost_table(cost_file)
     try:
-        return weigh(table, profile.model, mix=_parse_mix(mix) if mix else None)
+        cost = weigh(table, profile.model, mix=_parse_mix(mix) if mix else None)
     except InputError as error:
         raise InputError(f"{cost_file}: {error}") from error
+    if falls := cost.list_falls():
+        click.echo(
+            f"{cost_file}: a layer takes less time at k = {', '.join(map(str, falls))} than with one expert fewer; if "
+            "that is noise, measure again with more --rounds",
+            err=True,
+        )
+    return cost
 
 
 def _parse_values(text: str) -> tuple[int, ...]:
