@@ -45,6 +45,12 @@ class AllocationResult(NamedTuple):
     regret: float | None = None
     history: tuple[np.ndarray, np.ndarray] | None = None
 
+    def __repr__(self) -> str:
+        uniform = "" if self.uniform is None else f", k = {self.uniform.k} everywhere {self.uniform.loss:.4g}"
+        times = "" if self.ms is None else f", {self.ms:.4g} ms"
+        sure = "" if self.share is None else f", sure {100 * sum(self.share) / len(self.share):.0f} %"
+        return f"<AllocationResult: {self.allocation!r}{uniform}{times}{sure}>"
+
 
 def allocate(
     profile: Profile,
@@ -72,8 +78,8 @@ def allocate(
     loss = loss or profile.default_loss
     problem = pose_profile(profile, budgets, cost=cost, constraints=constraints, loss=loss)
     optimum = solve(problem)
-    made_by = describe_origin(profile, constraints, loss=loss, method=method)
-    solution, histories = optimum, [None] * len(optimum.loss)
+    made_by, solution = describe_origin(profile, constraints, loss=loss, method=method), optimum
+    histories = shares = regrets = times = speedups = [None] * len(optimum.loss)
     if method == "evolution":
         solution = search(problem, fitness=fitness, optimum=optimum, seed=seed, **settings)
         histories = list(zip(solution.best_history, solution.mean_history, strict=True))
@@ -81,9 +87,9 @@ def allocate(
     elif fitness is not None:
         raise InputError("the exact method minimises the summed loss only; use evolution for another fitness")
     uniform = find_uniform(problem)
-    shares = regrets = times = speedups = [None] * len(solution.loss)
     if resamples:
-        shares, regrets = _judge(profile, problem, solution.top_k, loss=loss, resamples=resamples, seed=seed)
+        repose = _find_reposing(problem, budgets, cost, constraints)
+        shares, regrets = _judge(profile, problem, solution.top_k, loss=loss, resamples=resamples, seed=seed, **repose)
     if cost is not None:
         times = cost.time(solution.top_k).tolist()
         speedups = [cost.base_ms / ms for ms in times]
@@ -109,17 +115,25 @@ def allocate(
 
 
 def _judge(
-    profile: Profile,
-    problem: Problem,
-    top_k: Int[np.ndarray, "budgets layers"],
-    *,
-    loss: str,
-    resamples: int,
-    seed: int,
+    profile: Profile, problem: Problem, top_k: Int[np.ndarray, "budgets layers"], *, loss: str, **settings: Any
 ) -> tuple[list[tuple[float, ...]], list[float]]:
-    """The shares and regrets of the allocations `top_k`, by the profile's standard errors."""
-    certainty = judge(problem, np.asarray(profile.errors(loss)), top_k, resamples=resamples, seed=seed)
+    """The shares and regrets of the allocations `top_k`, by the profile's standard errors; settings of `judge`."""
+    certainty = judge(problem, np.asarray(profile.errors(loss)), top_k, **settings)
     return [tuple(row) for row in certainty.share.tolist()], certainty.regret.tolist()
+
+
+def _find_reposing(
+    problem: Problem, budgets: Sequence[float], cost: Cost | None, constraints: Constraints | None
+) -> dict[str, Any]:
+    """What `uncertainty.judge` needs to resample the costs; empty where their errors are not known."""
+    if cost is None or cost.errors is None:
+        return {}
+    caps = np.asarray(budgets, np.float64)
+
+    def repose(costs: np.ndarray) -> Problem:
+        return pose(problem.losses, caps, costs=costs, fixed_cost=cost.other_ms, constraints=constraints)
+
+    return {"cost_errors": cost.errors, "repose": repose}
 
 
 def pose_profile(

@@ -21,7 +21,8 @@ class Cost(NamedTuple):
     """Milliseconds of a mix of engine steps: of each MoE layer at k = 1, 2, ..., and of everything else.
 
     `mix` maps tokens in a step to the number of such steps; `table_sha256` identifies the cost table, and `estimated`
-    says that its times are not measured (`speed_estimate`).
+    says that its times are not measured (`speed_estimate`). `errors` are the standard errors of `ms`, None where the
+    table has none; those of all layers at one k are one error.
     """
 
     ms: Float64[np.ndarray, "layers ks"]
@@ -29,6 +30,11 @@ class Cost(NamedTuple):
     mix: Mapping[int, float]
     table_sha256: str
     estimated: bool = False
+    errors: Float64[np.ndarray, "layers ks"] | None = None
+
+    def __repr__(self) -> str:
+        layers, ks = self.ms.shape
+        return f"<Cost of {layers} MoE layers at k from 1 to {ks}: {self.base_ms:.4g} ms at most, mix {self.mix}>"
 
     @property
     def base_ms(self) -> float:
@@ -38,6 +44,10 @@ class Cost(NamedTuple):
     def time(self, top_k: Int[np.ndarray, "*batch layers"]) -> Float64[np.ndarray, "*batch"] | np.float64:
         """The time under each allocation."""
         return self.other_ms + sum_over_layers(self.ms, top_k)
+
+    def list_falls(self) -> list[int]:
+        """Each k at which some layer takes less time than at k - 1, which a measurement alone makes so."""
+        return (np.flatnonzero((np.diff(self.ms, axis=1) < 0).any(axis=0)) + 2).tolist()
 
     def describe(self) -> dict[str, Any]:
         """The description of this cost for files that depend on it."""
@@ -75,4 +85,14 @@ def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | 
         mix=dict(sorted(mix.items())),
         table_sha256=sha256(table),
         estimated="estimate" in table.made_by,
+        errors=_weigh_errors(table, mix),
     )
+
+
+def _weigh_errors(table: CostTable, mix: Mapping[int, float]) -> Float64[np.ndarray, "layers ks"] | None:
+    """The standard errors of the mix: those of its steps are independent. None where a step has none."""
+    steps = [(count, table.steps[tokens].layers_stderr) for tokens, count in sorted(mix.items())]
+    if any(errors is None for _, errors in steps):
+        return None
+    rows = (count * np.array([row for _, row in sorted(errors.items())], np.float64) for count, errors in steps)
+    return np.sqrt(sum(each**2 for each in rows))

@@ -23,6 +23,10 @@ class Point(NamedTuple):
     speedup: float | None
     top_k: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        time = "" if self.ms is None else f", {self.ms:.4g} ms"
+        return f"<Point: budget {self.budget}, loss {self.loss:.4g}{time}, k = {' '.join(map(str, self.top_k))}>"
+
 
 class Front(NamedTuple):
     """The Pareto points, by rising cost and falling loss, which may be off by the relative `error` (see `trace`).
@@ -33,6 +37,9 @@ class Front(NamedTuple):
     points: tuple[Point, ...]
     uniform: tuple[Point, ...]
     error: float
+
+    def __repr__(self) -> str:
+        return f"<Front of {len(self.points)} points: from {self.points[0]} to {self.points[-1]}>"
 
 
 def find_front(

@@ -44,6 +44,10 @@ class Allocation:
         if self.gate_exponent is not None:
             require_gate_exponent(self.gate_exponent)
 
+    def __repr__(self) -> str:
+        top_k = " ".join(str(k) for _, k in sorted(self.top_k.items()))
+        return f"<Allocation for {self.model.model_type}: budget {self.budget}, loss {self.loss:.4g}, k = {top_k}>"
+
     @property
     def gap(self) -> float | None:
         """The excess of the loss over the optimum, relative to it; None if the optimum is zero and the loss is not."""

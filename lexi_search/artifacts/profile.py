@@ -90,6 +90,11 @@ class LayerLoss:
     increase: tuple[float, ...] | None = None
     increase_stderr: tuple[float, ...] | None = None
 
+    def __repr__(self) -> str:
+        held = [name for name in dict.fromkeys(LOSS_KINDS.values()) if getattr(self, name) is not None]
+        ends = ", ".join(f"{name} {getattr(self, name)[0]:.3g} at k = 1" for name in held)
+        return f"<LayerLoss at {len(self.frobenius)} values of k on {self.samples} tokens: {ends}>"
+
     def __post_init__(self) -> None:
         require(self.iterations >= 1, f"iterations is {self.iterations}, at least 1 expected")
         for name in dict.fromkeys(LOSS_KINDS.values()):
@@ -129,6 +134,11 @@ class Profile:
                 f"layer {layer} has {loss.samples} samples, not iterations * batch * length = "
                 f"{loss.iterations * per_iteration}",
             )
+
+    def __repr__(self) -> str:
+        held = ", ".join(self.loss_kinds)
+        where = f"{len(self.layers)} of {len(self.model.moe_layers)} MoE layers, k from 1 to {self.max_k}"
+        return f"<Profile of {self.model.model_type}: {where}, input {self.settings.input!r}, losses {held}>"
 
     @property
     def max_k(self) -> int:

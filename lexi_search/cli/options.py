@@ -9,6 +9,7 @@ import click
 
 from lexi_search.artifacts.profile import DTYPES, Profile
 from lexi_search.artifacts.serialisation import read_cost_table
+from lexi_search.cli.console import echo
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
@@ -191,9 +192,16 @@ def read_cost(profile: Profile, cost_file: str | None, mix: str | None) -> "Cost
 
     table = read_cost_table(cost_file)
     try:
-        return weigh(table, profile.model, mix=parse_mix(mix) if mix else None)
+        cost = weigh(table, profile.model, mix=parse_mix(mix) if mix else None)
     except InputError as error:
         raise InputError(f"{cost_file}: {error}") from error
+    if falls := cost.list_falls():
+        echo(
+            f"{cost_file}: a layer takes less time at k = {', '.join(map(str, falls))} than with one expert fewer; if "
+            "that is noise, measure again with more --rounds",
+            err=True,
+        )
+    return cost
 
 
 def parse_loss(text: str, option: str = "--max-loss") -> tuple[float, bool]:

@@ -27,7 +27,15 @@ from jaxtyping import Float, Float32, Float64, Int, Int32
 from lexi_search.errors import InputError, check_memory
 from lexi_search.solvers.exact import Optimum
 from lexi_search.solvers.operators import Fitness, Settings, State, Task, start, step
-from lexi_search.solvers.problem import Problem, discretise, drop_dominated, find_uniform, read_levels, sum_over_layers
+from lexi_search.solvers.problem import (
+    Problem,
+    discretise,
+    drop_dominated,
+    find_uniform,
+    read_levels,
+    sum_over_layers,
+    summarise,
+)
 
 # The members of a last population that are compared in float64, at most.
 FINALISTS = 16
@@ -52,6 +60,9 @@ class Evolved(NamedTuple):
     best_history: Float32[np.ndarray, "budgets generations"]
     mean_history: Float32[np.ndarray, "budgets generations"]
     generations: Int32[np.ndarray, " budgets"]
+
+    def __repr__(self) -> str:
+        return f"<Evolved for {len(self.loss)} budgets: losses {summarise(self.loss)}>"
 
 
 def _evolve(seed, task: Task, settings: Settings, restarts: int):

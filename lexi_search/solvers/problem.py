@@ -56,6 +56,10 @@ class Problem(NamedTuple):
     unit_costs: Float64[np.ndarray, "units levels"]
     sums_to_budget: bool
 
+    def __repr__(self) -> str:
+        layers, ks = self.losses.shape
+        return f"<Problem of {layers} layers, k from 1 to {ks}, {len(self.budgets)} budgets>"
+
 
 def pose(
     losses: Real[np.ndarray, "..."],  # [layers, ks]; shapes are checked below
@@ -168,6 +172,12 @@ def sum_over_layers(
     """
     chosen = table[np.arange(table.shape[0]), np.asarray(top_k) - 1]
     return np.cumsum(chosen, axis=-1)[..., -1]
+
+
+def summarise(values: Float64[np.ndarray, " values"]) -> str:
+    """The first few of the values, for a `repr`."""
+    more = ", ..." if len(values) > 4 else ""
+    return ", ".join(f"{value:.4g}" for value in values[:4].tolist()) + more
 
 
 def _check_table(table: Real[np.ndarray, "..."], what: str) -> Float64[np.ndarray, "layers ks"]:

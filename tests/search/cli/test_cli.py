@@ -263,6 +263,37 @@ def test_show_refuses(folder):
     assert refuse("show", "absent") == "cannot read absent: No such file or directory"
 
 
+def test_a_profile_shows_its_plan_and_plain_lines_of_progress_in_a_pipe(folder, checkpoint):
+    small = ["--batch", 2, "--length", 8, "--samples", 32]
+    for options, total in ((FAST, "layers: {} of 3"), (small, "percent of the work: {} of 100")):
+        plan, *lines, done, plot, search = run("profile", checkpoint, *options).stderr.splitlines()
+        passes = "" if options is FAST else " in 7 passes over 3 decoder layers"
+        assert re.fullmatch(rf"plan: read [\d.]+ [kM]B of weights{passes}; memory for .*", plan)
+        assert lines[0] == f"{total.format(0)}, elapsed 0:00:00"
+        last = total.format(100 if "percent" in total else 3)
+        assert re.fullmatch(rf"{last}, elapsed 0:\d\d:\d\d, left 0:00:00", lines[-1])
+        assert done.startswith("done: olmoe: ") and "3 of 3 MoE layers" in done
+        assert (plot, search) == (
+            "next: lexi-search plot profile.json -o heatmap.png",
+            "next: lexi-search search profile.json --budget 50%",
+        )
+
+
+def test_iterations_are_the_papers(folder, checkpoint):
+    size = ["--input", "paper", "--batch", 2, "--length", 32]
+    succeed("profile", checkpoint, *size, "--iterations", 10, "-o", "a")
+    succeed("profile", checkpoint, *size, "--samples", 640, "--relative-error", 0, "-o", "b")
+    assert Path("a").read_bytes() == Path("b").read_bytes()
+    assert {loss.iterations for loss in serialisation.read_profile("a").layers.values()} == {10}
+    for options, words in (
+        (["--samples", 9], "--iterations and --samples both say when to stop"),
+        (["--relative-error", 0], "--iterations and --relative-error both say when to stop"),
+    ):
+        assert words in refuse("profile", checkpoint, *size, "--iterations", 10, *options)
+    assert "--iterations is 0, at least 1" in refuse("profile", checkpoint, *size, "--iterations", 0)
+    assert "--iterations is for --input paper" in refuse("profile", checkpoint, "--iterations", 10)
+
+
 def test_plot_writes_the_format_of_its_suffix(folder):
     write(folder / "p", make_profile())
     write(folder / "a", make_allocation())

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,40 @@ def test_a_noisy_profile_leads_to_a_warning(folder):
     assert middle["regret"] > 0.01 and min(middle["share"].values()) < 0.9
     assert full["regret"] == 0 and set(full["share"].values()) == {1.0}
     assert "share" not in json.loads(succeed("search", "noisy", "--budget", "12", "--resamples", "0", "--json"))[0]
+
+
+def test_a_warning_of_noise_never_promises_more_than_the_whole_loss(folder):
+    """Losses cannot get smaller by more than 100 %, whatever the noise."""
+    document = serialisation.to_document(make_profile(6, 4))
+    for layer in document["layers"].values():
+        layer["frobenius_stderr"] = [value * 4 for value in layer["frobenius"]]
+    (folder / "noisy").write_text(json.dumps(document))
+    said = run("search", "noisy", "--budget", "50%").stderr
+    share = float(re.search(r"led to losses ([^ ]+) % smaller", said)[1])
+    assert 0 < share <= 100 and "e+" not in said
+
+
+def test_budgets_are_sums_shares_or_averages(folder):
+    write(folder / "p", make_profile(8, 4))
+    shown = json.loads(
+        succeed("search", "p", *sum((["--budget", text] for text in ("50%", "k=3", "16")), []), "--json")
+    )
+    assert [row["budget"] for row in shown] == [16, 24]
+    succeed("search", "p", "--budgets", "25%:75%:12.5%", "-o", "out")
+    assert sorted(os.listdir("out")) == [f"allocation-{budget}.json" for budget in (12, 16, 20, 24, 8)]
+    assert "--budget 101%: a share is of the model's own budget, 32" in refuse("search", "p", "--budget", "101%")
+
+
+def test_a_search_says_what_it_found_and_what_to_type_next(folder):
+    write(folder / "p", make_profile(8, 4))
+    said = run("search", "p", "--budget", "50%", "--history", "h.json").stderr.splitlines()
+    assert said[0].startswith("done: budget 16 of 32 (50 %, 2.00 experts per layer on average): k from ")
+    assert said[1:] == [
+        "next: lexi-search plot h.json -o history.png",
+        "next: lexi-search plot p allocation.json",
+        "next: lexi-search export allocation.json --to vllm --model WEIGHTS -o served",
+    ]
+    assert run("search", "p", "--budget", "50%", "--json").stderr == ""
 
 
 def test_history(folder):

@@ -11,6 +11,7 @@ from synthetic import make_cost_table
 from lexi_search.artifacts import serialisation
 from lexi_search.artifacts.profile import Profile
 from lexi_search.cli.main import main
+from lexi_search.profiling import session
 
 # A command -> those whose examples make what its own read.
 ORDER = ("profile", "merge", "search", "front", "plot", "export", "show", "compare", "judge", "prune")
@@ -32,21 +33,23 @@ def test_every_command_has_an_example():
     assert set(ORDER) == set(main.commands)
     for name in (*ORDER, None):
         examples = list_examples(name)
-        assert examples and all(name is None or line.split()[1] == name for line in examples) or name == "merge", name
-        assert name is None or any(line.split()[1] == name for line in examples)
+        assert examples and any(name in (None, line.split()[1]) for line in examples), name
 
 
 @pytest.mark.parametrize("name", [None, *ORDER])
 def test_examples_work_in_the_order_of_the_commands(request, workplace, monkeypatch, name):
-    monkeypatch.chdir(workplace)
+    place = workplace / ("commands" if name else "overview")  # the overview's examples make files of the same names
+    place.mkdir(exist_ok=True)
+    monkeypatch.chdir(place)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    weights = workplace / "weights"
+    weights = place / "weights"
     if not weights.exists():
         weights.symlink_to(request.config.rootpath / "examples" / "tiny-olmoe")
     for command in main.commands.values():
         for option in command.params:
-            if option.name in SMALL:
+            if option.name in SMALL and option.default is not None:
                 monkeypatch.setattr(option, "default", SMALL[option.name])
+    monkeypatch.setitem(session.SAMPLES, "weights", SMALL["samples"])
     if name == "search":
         profile = serialisation.read_profile("profile.json")
         table = make_cost_table(len(profile.model.moe_layers), profile.model.top_k)
@@ -54,11 +57,11 @@ def test_examples_work_in_the_order_of_the_commands(request, workplace, monkeypa
             table.model.__class__(**{name: getattr(profile.model, name) for name in vars(table.model)}),
             *(table.device, table.steps, table.made_by),
         )
-        (workplace / "cost.json").write_bytes(serialisation.to_bytes(table))
+        (place / "cost.json").write_bytes(serialisation.to_bytes(table))
     for line in list_examples(name):
         done = CliRunner().invoke(main, shlex.split(line)[1:], catch_exceptions=False)
         assert done.exit_code == 0, f"{line}: {done.output}"
-        noise = [line for line in list_warnings(done.stderr) if "too noisy" not in line]
+        noise = [line for line in list_warnings(done.stderr) if "noisy" not in line and "distinguishable" not in line]
         assert noise == [], line
         assert re.search(r"^done: .+$", done.stderr, re.MULTILINE), line
         for following in re.findall(r"^next: (.+)$", done.stderr, re.MULTILINE):

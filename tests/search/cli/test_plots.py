@@ -5,7 +5,7 @@ import pytest
 from synthetic import add_model_losses, make_allocation, make_profile
 
 from lexi_search.artifacts.profile import LOSS_KINDS
-from lexi_search.cli.plots import draw_heatmap, render
+from lexi_search.cli.plots import draw_heatmap, draw_history, render
 from lexi_search.errors import InputError
 
 SKIPPED_FIRST = {"num_hidden_layers": 62, "moe_layers": tuple(range(1, 62))}
@@ -63,6 +63,28 @@ def test_files_are_the_same_each_time(file_format, start):
 def test_other_formats_are_refused(file_format):
     with pytest.raises(InputError, match="name a file in .png, .svg or .pdf"):
         render(draw_heatmap(make_profile()), file_format)
+
+
+def test_small_losses_stay_apart_on_the_default_loss():
+    """Divergences span decades: on a linear scale all cells but a few would have one colour."""
+    profile = add_model_losses(make_profile(5, 8))
+    image = draw_heatmap(profile).axes[0].images[0]
+    shades = image.norm(profile.losses("divergence", normalised=True))
+    assert sum(0.2 < shade < 0.9 for shade in np.ravel(shades)) > 20
+    assert draw_heatmap(profile, loss="frobenius").axes[0].images[0].norm(0.5) == 0.5
+
+
+def test_titles_name_the_model():
+    figure = draw_heatmap(make_profile(5, 3))
+    assert figure.get_suptitle() == "olmoe, 5 MoE layers of 6 experts, k = 3: loss of each layer at each k"
+
+
+def test_a_history_has_two_lines_for_each_budget():
+    budgets = {"64": {"best": [3.0, 2.0], "mean": [5.0, 4.0]}, "8": {"best": [9.0, 8.0], "mean": [9.5, 9.0]}}
+    [axes] = draw_history(budgets, title="olmoe", loss="rms").axes
+    drawn = [line.get_ydata().tolist() for line in axes.lines]
+    assert drawn == [[9.0, 8.0], [9.5, 9.0], [3.0, 2.0], [5.0, 4.0]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["B = 8", "B = 64"]
 
 
 def test_a_profile_without_any_loss_can_be_drawn():
