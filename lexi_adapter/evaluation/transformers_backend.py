@@ -64,7 +64,7 @@ class TransformersModel:
             eos_token_id=eos,
             pad_token_id=0 if first_eos is None else first_eos,
         )
-        self._check_memory(encoded, self.model.config.get_text_config().hidden_size, "hidden states")
+        self._check_memory(encoded, getattr(self.model.config.get_text_config(), "hidden_size", 1), "hidden states")
         answers = [""] * len(encoded)
         # Batches of prompts of equal length: without padding, each prompt is computed as it would be alone.
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))

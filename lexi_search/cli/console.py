@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -39,7 +39,9 @@ class Interruption(click.ClickException):
 class Commands(click.Group):
     """The group of all commands: bad input, failed I/O and Ctrl-C end in one line on stderr."""
 
-    def main(self, *args: Any, **options: Any) -> NoReturn:
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **options)
         with _heed_interrupts() as interrupts:
             end = self._run(interrupts, *args, **options)
             if interrupts:
@@ -52,7 +54,7 @@ class Commands(click.Group):
     def _run(self, interrupts: Sequence[int], *args: Any, **options: Any) -> click.ClickException | int:
         """The exit code of a command, or what it ends with; what is raised besides is a defect of ours."""
         try:
-            return super().main(*args, **options | {"standalone_mode": False}) or 0
+            return super().main(*args, standalone_mode=False, **options) or 0
         except click.ClickException as error:
             return error
         except InputError as error:

@@ -154,7 +154,7 @@ def outcomes(served):
         jobs.append(make_job(folder, **(WAYS[name](rng, folder, served) or {})))
         names.append(name)
     path = served.root / "results.json"
-    done = start(sys.executable, str(WORKER), str(path), input=json.dumps(jobs))
+    done = start(sys.executable, str(WORKER), str(path), input=json.dumps(jobs), timeout=300 + 5 * COUNT)
     assert path.exists(), done.stderr[-3000:]
     return list(zip(names, jobs, json.loads(path.read_text()), strict=True))
 
