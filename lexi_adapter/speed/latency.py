@@ -10,6 +10,7 @@ one of b tokens for every further output token. So its seconds under an allocati
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ FIRST_STEPS = 3  # runs of the prompts alone, which take little time and vary mo
 class Step:
     """Milliseconds of one engine step: outside the MoE layers, and of one MoE layer at k = 1, 2, ...
 
-    The spreads are half the range over the rounds, in milliseconds; empty for a single round.
+    The spreads are half the range over the rounds, in milliseconds, and `layer_stderr` the standard errors of their
+    medians; empty for a single round.
     """
 
     tokens: int
@@ -40,6 +42,7 @@ class Step:
     layer_ms: tuple[float, ...]
     other_spread: float | None = None
     layer_spread: tuple[float, ...] = ()
+    layer_stderr: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,15 @@ def _add_spread(step: Step, rounds: Sequence[Step]) -> Step:
     def halve(values: Sequence[float]) -> float:
         return (max(values) - min(values)) / 2
 
-    layer = zip(*(one.layer_ms for one in rounds), strict=True)
-    spread = halve([one.other_ms for one in rounds])
-    return replace(step, other_spread=spread, layer_spread=tuple(map(halve, layer)))
+    layer = [*zip(*(one.layer_ms for one in rounds), strict=True)]
+    # Of a median: that of the mean by sqrt(pi / 2), for rounds that vary as a normal distribution does.
+    errors = [math.sqrt(math.pi / 2 / len(values)) * statistics.stdev(values) for values in layer]
+    return replace(
+        step,
+        other_spread=halve([one.other_ms for one in rounds]),
+        layer_spread=tuple(map(halve, layer)),
+        layer_stderr=tuple(errors),
+    )
 
 
 def find_dips(steps: Sequence[Step]) -> Iterator[str]:
@@ -247,6 +256,11 @@ def make_document(
                 "other_ms": step.other_ms,
                 "layers": {str(layer): list(step.layer_ms) for layer in model.moe_layers},
             }
+            | (
+                {"layers_stderr": {str(layer): list(step.layer_stderr) for layer in model.moe_layers}}
+                if step.layer_stderr
+                else {}
+            )
             for step in steps
         },
         "made_by": {

@@ -7,7 +7,7 @@ import click
 
 from lexi_search.artifacts.profile import LOSS_KINDS, Profile
 from lexi_search.artifacts.serialisation import read_profile
-from lexi_search.cli.console import conclude, json_option, prepare_environment, print_json, print_table
+from lexi_search.cli.console import conclude, echo, json_option, prepare_environment, print_json, print_table
 
 if TYPE_CHECKING:
     from lexi_search.allocation.comparison import Comparison
@@ -68,7 +68,7 @@ def _conclude(comparisons: Mapping[tuple[str, str], "Comparison"], loss: str, tr
     every = sum(each.distinguishable.size for each in comparisons.values())
     if unsure:
         less = loss != "divergence" and "divergence" in truth.loss_kinds
-        click.echo(
+        echo(
             f"by {loss}, {unsure} of {every} results are not distinguishable from the same k in every layer (~); "
             + ("--loss divergence is mostly less noisy" if less else "profiles of more text would tell"),
             err=True,

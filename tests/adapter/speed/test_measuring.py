@@ -138,8 +138,14 @@ def test_the_spread_over_rounds_is_shown_and_written(monkeypatch):
         assert step.other_spread == pytest.approx(0, abs=1e-9)
         assert step.layer_spread == pytest.approx([100.0] * 3)  # rounds 1 to 3: 0.3 s apart, over 3 layers
     assert document["made_by"]["spread_ms"]["4"]["layer_ms"] == pytest.approx([100.0] * 3)
+    # Three rounds 100 ms apart vary by 100 ms; the median's standard error is 1.2533 times that of their mean.
+    error = 1.2533141373155 * 100 / 3**0.5
+    errors = document["steps"]["4"]["layers_stderr"]
+    assert list(errors) == list(document["steps"]["4"]["layers"])
+    assert all(row == pytest.approx([error] * 3) for row in errors.values())
     steps, document = measure_steps(monkeypatch, Card(drift=0.3), rounds=1)
     assert steps[0].other_spread is None and "spread_ms" not in document["made_by"]
+    assert "layers_stderr" not in document["steps"]["4"]
 
 
 def test_a_k_that_costs_less_than_a_smaller_one_is_named(monkeypatch):
