@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lexi_search.checkpoint.dequantise import Plain, Scheme
-from lexi_search.checkpoint.quantisation_config import Quantisation, Storage, read_quantisation
+from lexi_search.checkpoint.quantisation_config import Quantisation, read_quantisation
 from lexi_search.checkpoint.quantisation_formats import FORMATS, Format, ShapeMismatch
+from lexi_search.checkpoint.quantisation_methods import Storage
 from lexi_search.errors import InputError
 
 
