@@ -160,7 +160,7 @@ FORMATS: Mapping[str, Format] = {
     "scaled": Format(
         parts={
             "weight": Part(("",), _FP8_OR_INT8),
-            "scale": Part(("_scale_inv", "_scale"), (*FLOATS, *BYTES)),
+            "scale": Part(("_scale_inv", "_scale", "_weight_scale"), (*FLOATS, *BYTES)),
             "zero": _ZERO,
         },
         describe=_describe_scaled,

@@ -60,7 +60,7 @@ JOINED = ("input_linear", "output_linear")  # gate and up as one tensor
 # Tensors that a layer's output does not depend on: buffers that follow from the config, scales of activations and
 # caches.
 LEFT_OUT = (
-    *("rotary_emb.inv_freq", ".input_scale", ".input_global_scale", ".activation_scale"),
+    *("rotary_emb.inv_freq", "input_scale", ".input_global_scale", ".activation_scale"),
     # Those of caches and queries, under every name that vLLM maps to its own.
     *(".kv_scale", ".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point", ".q_zero_point"),
     *(".q.scale", ".k_cache.scale", ".v_cache.scale", ".q_proj.output_scale", ".k_proj.output_scale"),

@@ -1,6 +1,7 @@
 """Every format of quantised weights: values against the format's definition, and against the tools that write it."""
 
 import json
+from fractions import Fraction
 
 import jax
 import ml_dtypes
@@ -15,9 +16,11 @@ from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.dequantise import Plain, dequantise
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
+from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe, find_dtype
 from lexi_search.profiling.profile import profile_layers
+from lexi_search.pruning.prune import prune
 
 NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -196,6 +199,39 @@ def test_profile_of_fused_experts(family, format, tmp_path):
     assert profile(write(tmp_path, quantised, settings, **config)) == profile(
         write(tmp_path / "plain", plain, **config)
     )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (16,)])
+def test_fused_experts_with_one_scale(shape, tmp_path):
+    """ModelOpt's FP8 of Llama 4: experts stored [experts, in, out], with one scale for all of them, or for each."""
+    tiny.make_checkpoint("qwen3_moe", tmp_path, num_hidden_layers=1)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "float32"}
+    stored, rng = load_file(tmp_path / "model.safetensors"), np.random.default_rng(5)
+    quantised = {n: t for n, t in stored.items() if ".experts." not in n}
+    plain = dict(quantised)
+    for name, extents in (("gate_up_proj", (16, 64, 64)), ("down_proj", (16, 32, 64))):
+        name = "model.layers.0.mlp.experts." + name
+        codes = torch.tensor(rng.normal(size=extents), dtype=torch.float32).to(torch.float8_e4m3fn)
+        scale = torch.tensor(rng.uniform(0.1, 0.2, shape), dtype=torch.float32)
+        quantised |= {name: codes, name + "_weight_scale": scale, name + "_input_scale": torch.tensor(1.0)}
+        plain[name] = codes.float() * scale.reshape(-1, 1, 1)
+    (tmp_path / "plain").mkdir()
+    whole = write(tmp_path / "plain", plain, **config)
+    (tmp_path / "whole").mkdir()
+    checkpoint = write(tmp_path / "whole", quantised, {"quant_method": "modelopt", "quant_algo": "FP8"}, **config)
+    for (_, ours), (_, theirs) in zip(
+        *(stream_layers(one, describe(one), [0]) for one in (checkpoint, whole)), strict=True
+    ):
+        for mine, expected in zip(ours.experts, theirs.experts, strict=True):
+            np.testing.assert_array_equal(mine.gate, expected.gate)
+            np.testing.assert_array_equal(mine.up, expected.up)
+            np.testing.assert_array_equal(mine.down, expected.down)
+    assert describe_decoder(checkpoint, describe(checkpoint))
+    pruned = prune(str(tmp_path / "whole"), str(tmp_path / "pruned"), experts=Fraction(1, 2))
+    [kept] = pruned.kept_experts.values()
+    checkpoint = open_checkpoint(tmp_path / "pruned")
+    [(_, after)] = stream_layers(checkpoint, describe(checkpoint), [0])
+    np.testing.assert_array_equal(after.experts[3].down, theirs.experts[kept[3]].down)
 
 
 def test_some_layers_may_be_plain(tmp_path):
