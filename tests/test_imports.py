@@ -18,7 +18,8 @@ HOUSE = {
         "artifacts": "files codec identity profile allocation cost_table serialisation merging records",
         "solvers": "problem pareto exact operators evolution uncertainty",
         "layers": "spec weights routing ffn experts moe attention decoder kernels",
-        "checkpoint": "folder config dequantise quantisation_config quantisation_formats tensors reader writer",
+        "checkpoint": "folder config dequantise quantisation_methods quantisation_config quantisation_formats "
+        "tensors reader writer",
         "models": "config_defaults moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
         "profiling": "moments gaussian forward sampling divergence profile distributed resume session",
         "allocation": "costs speed_estimate allocate tradeoff targets comparison baselines export auto",

@@ -24,6 +24,7 @@ from lexi_adapter.model.folder import (
 ROUTER_WEIGHTS = tuple(
     f".{router}.weight" for router in ("gate", "router", "gate.wg", "router.gate", "router.layer", "router.classifier")
 )
+PACKED_ROUTER = re.compile(r"(.*\.)?(gate|router)(\.(wg|gate|layer|classifier))?\.(qweight|weight_packed)")
 
 # Keys of a language model's config, in order of preference.
 TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
@@ -93,6 +94,9 @@ def _find_routers(folder: Path, num_experts: int, num_layers: int) -> tuple[str,
             by_pattern.setdefault(f"{match[1]}.{{}}.{match[3]}", {})[int(match[2])] = tensor
     if not tensors:
         raise AdapterError(f"{folder}: the safetensors files hold no tensors; save or fetch the weights again")
+    packed = next((match[0] for match in matches if PACKED_ROUTER.fullmatch(match[3])), None)
+    if packed and not by_pattern:
+        raise AdapterError(f"{folder}: router {packed} is quantised; only plain routers are supported")
     if len(by_pattern) != 1:
         what = f"tensors of {len(by_pattern)} kinds ({', '.join(by_pattern)})" if by_pattern else "no tensor"
         raise AdapterError(f"{folder}: {what} with a router's name and {num_experts} rows: unknown family")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from lexi_search.checkpoint.dequantise import AWQ_ORDER, Fp4, PackedIntegers, Scaled, Scheme
-from lexi_search.checkpoint.quantisation_config import Storage
+from lexi_search.checkpoint.quantisation_methods import Storage
 
 FLOATS = ("float32", "float16", "bfloat16")
 FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -60,9 +60,12 @@ def _describe_scaled(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[in
 
 
 def _list_grids(shape: tuple[int, int], block: tuple[int, int]) -> list[tuple[int, ...]]:
-    """The shapes in which one number per block may be stored: [down, across], or fewer axes where an extent is 1."""
+    """The shapes in which one number per block may be stored: [down, across], or fewer axes where an extent is 1.
+
+    ModelOpt writes [down, 1, across, 1].
+    """
     down, across = (math.ceil(extent / size) for extent, size in zip(shape, block, strict=True))
-    return [(down, across)] + [(down,)] * (across == 1) + [()] * (down == across == 1)
+    return [(down, across), (down, 1, across, 1)] + [(down,)] * (across == 1) + [()] * (down == across == 1)
 
 
 def _describe_packed(storage: Storage, shapes: Shapes) -> tuple[Scheme, tuple[int, int]]:
@@ -157,7 +160,7 @@ FORMATS: Mapping[str, Format] = {
     "scaled": Format(
         parts={
             "weight": Part(("",), _FP8_OR_INT8),
-            "scale": Part(("_scale_inv", "_scale"), (*FLOATS, "float8_e8m0fnu")),
+            "scale": Part(("_scale_inv", "_scale", "_weight_scale"), (*FLOATS, *BYTES)),
             "zero": _ZERO,
         },
         describe=_describe_scaled,

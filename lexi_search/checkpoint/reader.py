@@ -20,6 +20,7 @@ import numpy as np
 from lexi_search.artifacts.files import open_regular, read_json_object
 from lexi_search.checkpoint.config import Config, read_text_config
 from lexi_search.checkpoint.folder import find_folder
+from lexi_search.checkpoint.quantisation_config import SIDE_FILE
 from lexi_search.checkpoint.tensors import TensorEntry, Tensors
 from lexi_search.errors import InputError
 
@@ -122,7 +123,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         InputError: no such folder or id, no or unreadable config, no shards, a damaged or truncated shard.
     """
-    folder = find_folder(source, ["config.json", INDEX, "*.safetensors"])
+    folder = find_folder(source, ["config.json", SIDE_FILE, INDEX, "*.safetensors"])
     config = read_json_object(folder / "config.json", finite=False)
     return Checkpoint(folder, config, _read_entries(folder))
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lexi_search.checkpoint.dequantise import Plain, Scheme
-from lexi_search.checkpoint.quantisation_config import Quantisation, Storage, read_quantisation
+from lexi_search.checkpoint.quantisation_config import Quantisation, read_quantisation
 from lexi_search.checkpoint.quantisation_formats import FORMATS, Format, ShapeMismatch
+from lexi_search.checkpoint.quantisation_methods import Storage
 from lexi_search.errors import InputError
 
 
@@ -30,7 +31,8 @@ class TensorEntry(NamedTuple):
 class StoredTensor(NamedTuple):
     """One logical tensor: its shape, the type of its values, and the stored tensors (role -> name) that make it up.
 
-    If a quantised tensor has an axis of experts before its matrices, every part has it too.
+    If a quantised tensor has an axis of experts before its matrices, every part has it too, but for `shared` roles: one
+    scale of all experts.
     """
 
     file: Path  # of the part that holds the weight
@@ -38,6 +40,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     scheme: Scheme
     parts: Mapping[str, str]
+    shared: tuple[str, ...] = ()
 
 
 class Tensors(Mapping[str, StoredTensor]):
@@ -91,6 +94,8 @@ class Tensors(Mapping[str, StoredTensor]):
                 raise InputError(f"{file}: tensor {thing}; {quantisation.place} allows {', '.join(part.dtypes)}")
         shapes = {role: entry.shape for role, entry in entries.items()}
         axes = shapes["weight"][: -format.rank]  # of experts, if any
+        shared = tuple(role for role, shape in shapes.items() if axes and shape in ((), (1,)) and shape != axes)
+        shapes |= {role: axes for role in shared}
         try:
             if len(axes) > 1 or any(shape[: len(axes)] != axes for shape in shapes.values()):
                 raise ShapeMismatch
@@ -98,7 +103,7 @@ class Tensors(Mapping[str, StoredTensor]):
         except ShapeMismatch:
             listed = ", ".join(f"{parts[role]} {list(shape)}" for role, shape in shapes.items())
             raise InputError(f"{file}: shapes do not fit what {quantisation.place} says: {listed}") from None
-        return StoredTensor(file, np.dtype(quantisation.dtype), (*axes, *shape), scheme, parts)
+        return StoredTensor(file, np.dtype(quantisation.dtype), (*axes, *shape), scheme, parts, shared)
 
 
 def _find_parts(entries: Mapping[str, TensorEntry], storage: Storage, name: str) -> dict[str, str] | None:

@@ -6,14 +6,20 @@ numbers of layers and experts and the hidden size: the tensors show them, and a 
 """
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 from lexi_search.checkpoint.config import Config
 from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.errors import InputError
 
 ROPES = ("rope_parameters", "rope_scaling")  # the new name and the old
+SIZES = (
+    *("num_attention_heads", "num_key_value_heads"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+)
 TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
 
 
@@ -236,6 +242,19 @@ def read_config(checkpoint: Checkpoint) -> Config:
     defaults = DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
     missing = {key: value for key, value in defaults.items() if not _is_given(config.values, key)}
     return config._replace(values=ChainMap(config.values, missing))
+
+
+@contextmanager
+def name_sizes_left_out(checkpoint: Checkpoint) -> Iterator[None]:
+    """Add to a refusal which of the sizes that the tensors must fit are the defaults of the class, not the config's."""
+    try:
+        yield
+    except InputError as error:
+        given, values = checkpoint.text_config.values, read_config(checkpoint).values
+        taken = [f"{key} of {values[key]}" for key in SIZES if key in values and key not in given]
+        if not taken:
+            raise
+        raise InputError(f"{error}; the config leaves out and its class takes {', '.join(taken)}") from error
 
 
 def _is_given(values: Mapping[str, Any], key: str) -> bool:

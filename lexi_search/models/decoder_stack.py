@@ -21,7 +21,7 @@ from lexi_search.layers.weights import (
     LatentWeights,
     Norms,
 )
-from lexi_search.models.config_defaults import read_config
+from lexi_search.models.config_defaults import name_sizes_left_out, read_config
 from lexi_search.models.decoder_families import FAMILIES, FULL, SLIDING, Family
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.model import Model
@@ -59,7 +59,13 @@ SPLIT = ("gate_proj", "up_proj", "down_proj")  # modules of an MLP
 JOINED = ("input_linear", "output_linear")  # gate and up as one tensor
 # Tensors that a layer's output does not depend on: buffers that follow from the config, scales of activations and
 # caches.
-LEFT_OUT = ("rotary_emb.inv_freq", ".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
+LEFT_OUT = (
+    *("rotary_emb.inv_freq", "input_scale", ".input_global_scale", ".activation_scale"),
+    # Those of caches and queries, under every name that vLLM maps to its own.
+    *(".kv_scale", ".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point", ".q_zero_point"),
+    *(".q.scale", ".k_cache.scale", ".v_cache.scale", ".q_proj.output_scale", ".k_proj.output_scale"),
+    *(".v_proj.output_scale", ".self_attn.prob_output_scale"),
+)
 EXPERT = re.compile(r"\.experts\.\d+\.")  # checked by `moe_tensors`
 REMEDY = "use lexi-search profile --input paper, which takes the MoE layers alone"
 
@@ -104,7 +110,8 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
             hidden_size=model.hidden_size,
         )
         latent = any(map(source.finder.has, LATENTS))
-        attention, weights = (_describe_latent if latent else _describe_grouped)(source, kind)
+        with name_sizes_left_out(checkpoint):
+            attention, weights = (_describe_latent if latent else _describe_grouped)(source, kind)
         blocks.append(Block(attention, norm=norm, activation=model.activation, residual_scale=residual_scale))
         tensors.append(_find_block(source, weights, moe=layer in model.tensors))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)

@@ -225,8 +225,9 @@ class _Reader:
         return parts
 
     def _read(self, piece: _Piece) -> dict[str, Array]:
-        parts = self.tensors[piece.name].parts
-        return {role: self._send(self._read_part(part, piece.row)) for role, part in parts.items()}
+        stored = self.tensors[piece.name]
+        rows = {role: None if role in stored.shared else piece.row for role in stored.parts}
+        return {role: self._send(self._read_part(part, rows[role])) for role, part in stored.parts.items()}
 
     def _read_part(self, name: str, row: int | None) -> np.ndarray:
         size = self._checkpoint.entries[name].size

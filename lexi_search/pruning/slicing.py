@@ -5,7 +5,7 @@ never dequantised: channels that share a block, a group or a word are kept or dr
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -150,7 +150,19 @@ def _slice_fused(block: ExpertBlock, kept: Kept) -> dict[str, Output | None]:
             shape = _resize(shape, axis.number, len(cuts[0]))
         make = partial(_take_experts, part.name, kept.experts, axis.number if axis else 0, cuts)
         planned[part.name] = Output(name=part.name, dtype=entry.dtype, shape=(len(kept.experts), *shape), make=make)
-    return planned
+    return planned | _slice_scales(block, kept, planned.keys())
+
+
+def _slice_scales(block: ExpertBlock, kept: Kept, planned: Collection[str]) -> dict[str, Output | None]:
+    """Scales beside fused experts, of weights or inputs: one number for each expert, or one for all."""
+    sizes = {1, num_experts := block.tensors[block.experts.fused[0]].shape[0]}
+    entries = block.checkpoint.entries
+    scales = [name for name in entries if name.startswith(block.experts.fused) and name.endswith("_scale")]
+    return {
+        name: slice_rows(block.checkpoint, name, kept.experts, num_experts)
+        for name in scales
+        if name not in planned and math.prod(entries[name].shape) in sizes
+    }
 
 
 def _slice_part(block: ExpertBlock, part: _Part, units: tuple[int, ...]) -> Output:
@@ -176,7 +188,7 @@ def _list_parts(tensors: Tensors, experts: ExpertTensors) -> Iterator[_Part]:
     """The stored parts of every matrix and bias of the experts."""
     for name, side in _list_matrices(experts):
         tensor = tensors[name]
-        yield from (_Part(tensor, role, side) for role in tensor.parts)
+        yield from (_Part(tensor, role, side) for role in tensor.parts if role not in tensor.shared)
 
 
 def _list_matrices(experts: ExpertTensors) -> Iterator[tuple[str, str | None]]:

@@ -15,7 +15,8 @@ from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli import main
 from lexi_adapter.cli.commands import check as checking
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.model.folder import check_folder, find_limit, find_routers, find_vocabulary
+from lexi_adapter.model.folder import check_folder, find_limit, find_lm_head, find_routers, find_vocabulary
+from lexi_adapter.serving.vllm_plugin import check_lm_head
 from lexi_adapter.tasks.texts import check_length
 from lexi_search.artifacts.serialisation import to_document, write_allocation
 
@@ -70,6 +71,18 @@ def test_shards_are_found_through_the_index(tmp_path):
     folder = make_checkpoint("mixtral", tmp_path / "sharded", shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     check_folder(model_of(allocate(folder)), folder)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "lm_head.qweight", "language_model.lm_head.weight_packed"])
+def test_an_lm_head_may_be_packed(olmoe, name):
+    """Of a class of vLLM that never ties: with a packed LM head it loads one, without any it would serve noise."""
+    folder, _ = olmoe
+    rewrite_weights(folder, lambda tensors: tensors.update({name: tensors.pop("lm_head.weight")}))
+    assert find_lm_head(folder) == name
+    check_lm_head("olmoe", folder)
+    rewrite_weights(folder, lambda tensors: tensors.update({"lm_head.bias": tensors.pop(name)}))
+    with pytest.raises(AdapterError, match="its LM head is tied"):
+        check_lm_head("olmoe", folder)
 
 
 def test_prediction_layers_past_the_decoder_do_not_count(olmoe):

@@ -1,6 +1,7 @@
 """Every format of quantised weights: values against the format's definition, and against the tools that write it."""
 
 import json
+from fractions import Fraction
 
 import jax
 import ml_dtypes
@@ -15,9 +16,11 @@ from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.dequantise import Plain, dequantise
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
+from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe, find_dtype
 from lexi_search.profiling.profile import profile_layers
+from lexi_search.pruning.prune import prune
 
 NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -198,6 +201,39 @@ def test_profile_of_fused_experts(family, format, tmp_path):
     )
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (16,)])
+def test_fused_experts_with_one_scale(shape, tmp_path):
+    """ModelOpt's FP8 of Llama 4: experts stored [experts, in, out], with one scale for all of them, or for each."""
+    tiny.make_checkpoint("qwen3_moe", tmp_path, num_hidden_layers=1)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "float32"}
+    stored, rng = load_file(tmp_path / "model.safetensors"), np.random.default_rng(5)
+    quantised = {n: t for n, t in stored.items() if ".experts." not in n}
+    plain = dict(quantised)
+    for name, extents in (("gate_up_proj", (16, 64, 64)), ("down_proj", (16, 32, 64))):
+        name = "model.layers.0.mlp.experts." + name
+        codes = torch.tensor(rng.normal(size=extents), dtype=torch.float32).to(torch.float8_e4m3fn)
+        scale = torch.tensor(rng.uniform(0.1, 0.2, shape), dtype=torch.float32)
+        quantised |= {name: codes, name + "_weight_scale": scale, name + "_input_scale": torch.tensor(1.0)}
+        plain[name] = codes.float() * scale.reshape(-1, 1, 1)
+    (tmp_path / "plain").mkdir()
+    whole = write(tmp_path / "plain", plain, **config)
+    (tmp_path / "whole").mkdir()
+    checkpoint = write(tmp_path / "whole", quantised, {"quant_method": "modelopt", "quant_algo": "FP8"}, **config)
+    for (_, ours), (_, theirs) in zip(
+        *(stream_layers(one, describe(one), [0]) for one in (checkpoint, whole)), strict=True
+    ):
+        for mine, expected in zip(ours.experts, theirs.experts, strict=True):
+            np.testing.assert_array_equal(mine.gate, expected.gate)
+            np.testing.assert_array_equal(mine.up, expected.up)
+            np.testing.assert_array_equal(mine.down, expected.down)
+    assert describe_decoder(checkpoint, describe(checkpoint))
+    pruned = prune(str(tmp_path / "whole"), str(tmp_path / "pruned"), experts=Fraction(1, 2))
+    [kept] = pruned.kept_experts.values()
+    checkpoint = open_checkpoint(tmp_path / "pruned")
+    [(_, after)] = stream_layers(checkpoint, describe(checkpoint), [0])
+    np.testing.assert_array_equal(after.experts[3].down, theirs.experts[kept[3]].down)
+
+
 def test_some_layers_may_be_plain(tmp_path):
     """Kept in full precision, by the config's list or without it, as are all but experts here."""
     tiny.make_checkpoint("qwen3_moe", tmp_path, **SMALL | dict(num_hidden_layers=2))
@@ -238,6 +274,127 @@ def test_refuses_two_settings_for_one_weight(tmp_path):
         checkpoint.tensors[NAME]
 
 
+def rename_keys(case, quant_method, **more):
+    """The case's settings as another tool writes them."""
+    return {key: CASES[case].config[key] for key in ("bits", "group_size")} | more | {"quant_method": quant_method}
+
+
+OLD_MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+INT4 = CASES["compressed int4"].config
+FORMS = {
+    "side file": ("modelopt nvfp4", None, {"hf_quant_config.json": OLD_MODELOPT}),
+    "older shape": ("modelopt nvfp4", {"quantization_config": OLD_MODELOPT}, {}),
+    "method of vLLM": (
+        "modelopt fp8",
+        {"quantization_config": {"quant_method": "modelopt_x", "quant_algo": "fp8"}},
+        {},
+    ),
+    "no method": ("modelopt fp8", {"quantization_config": {"quant_algo": "FP8"}}, {}),
+    "weights alone": (
+        "modelopt nvfp4",
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}},
+        {},
+    ),
+    "compression_config": ("compressed int4", {"compression_config": INT4}, {}),
+    "compression_config, nested": ("compressed int4", {"compression_config": {"quantization_config": INT4}}, {}),
+    "AutoRound as GPTQ": (
+        "gptq",
+        {"quantization_config": rename_keys("gptq", "auto-round", packing_format="auto_round:auto_gptq")},
+        {},
+    ),
+    "AutoRound as AWQ": (
+        "awq",
+        {"quantization_config": rename_keys("awq", "intel/auto-round", packing_format="auto_round:auto_awq")},
+        {},
+    ),
+    "AutoRound, own bits": (
+        "gptq int8 rows",
+        {
+            "quantization_config": rename_keys("gptq", "auto-round")
+            | {"extra_config": {NAME.removesuffix(".weight"): {"bits": 8, "group_size": -1}, "gate": {"bits": 16}}}
+        },
+        {},
+    ),
+    "GPTQModel, own bits": (
+        "gptq int8 rows",
+        {
+            "quantization_config": CASES["gptq"].config
+            | {"dynamic": {"-:.*gate$": {}, "+:.*gate_proj": {"bits": 8, "group_size": -1}, ".*": {"bits": 4}}}
+        },
+        {},
+    ),
+    "Quark": (
+        "compressed fp8 rows",
+        {"quantization_config": {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_storage_under_other_settings(form, tmp_path):
+    case, config, files = FORMS[form]
+    tensors, values = CASES[case](np.random.default_rng(0), NAME, 48, 96)
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    checkpoint = write(tmp_path, tensors, dtype="float32", **(config or {}))
+    np.testing.assert_array_equal(read(checkpoint), values)
+
+
+MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+
+
+@pytest.mark.parametrize("side", [False, True])
+@pytest.mark.parametrize("spelling", ["model.", "model.language_model.", "language_model.model."])
+def test_modelopt_lists_modules_with_algorithms_of_their_own(spelling, side, tmp_path):
+    """One by one, by the module around them, and for experts without the expert's number."""
+    rng, matrices = np.random.default_rng(0), {}
+    for name, case in (
+        ("layers.0.self_attn.q_proj", "modelopt fp8"),
+        ("layers.0.mlp.experts.3.gate_proj", "modelopt nvfp4"),
+        ("layers.1.mlp.experts.3.gate_proj", "modelopt nvfp4"),
+    ):
+        matrices[f"model.language_model.{name}.weight"] = CASES[case](
+            rng, f"model.language_model.{name}.weight", 48, 96
+        )
+    listed = {
+        f"{spelling}layers.0.self_attn.q_proj": {"quant_algo": "FP8"},
+        f"{spelling}layers.0.mlp.experts": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+        f"{spelling}layers.1.mlp.gate_proj": {"quant_algo": "NVFP4", "group_size": 16},
+    }
+    if spelling == "model.":  # as tools name modules of a language model alone
+        matrices = {
+            new: CASES["modelopt fp8" if "attn" in new else "modelopt nvfp4"](rng, new, 48, 96)
+            for new in (name.replace("language_model.", "") for name in matrices)
+        }
+    if side:
+        (tmp_path / "hf_quant_config.json").write_text(
+            json.dumps({"quantization": MIXED | {"quantized_layers": listed}})
+        )
+    tensors = {part: tensor for matrix in matrices.values() for part, tensor in matrix.tensors.items()}
+    plain = {"model.layers.2.mlp.experts.3.gate_proj.weight": torch.ones(4, 4)}
+    checkpoint = write(
+        tmp_path, tensors | plain, MIXED | ({} if side else {"quantized_layers": listed}), dtype="float32"
+    )
+    for name, matrix in matrices.items():
+        np.testing.assert_array_equal(read(checkpoint, name), matrix.values)
+    assert checkpoint.tensors[next(iter(plain))].scheme == Plain()
+    assert set(checkpoint.tensors) >= matrices.keys()
+
+
+def test_modelopt_blocks_and_powers_of_two(tmp_path):
+    """FP8_PB_WO: scales [down, 1, across, 1] of blocks of 128; MXFP8: bytes that are exponents, for 32 of a row."""
+    case = CASES["modelopt fp8"]._replace(settings=dict(block=(128, 128), ending="_scale", shape=(2, 1, 3, 1)))
+    tensors, values = case(np.random.default_rng(1), NAME, 130, 300)
+    settings = {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}
+    np.testing.assert_array_equal(read(write(tmp_path, tensors, settings, dtype="float32")), values)
+    weight = torch.ones(2, 64).to(torch.float8_e4m3fn)
+    tensors = {NAME: weight, NAME + "_scale": torch.tensor([[126, 127], [128, 129]], dtype=torch.uint8)}
+    for settings in ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, {"quant_method": "mxfp8"}):
+        found = read(write(tmp_path, tensors, settings, dtype="float32"))
+        assert found[:, ::32].tolist() == [[0.5, 1.0], [2.0, 4.0]]
+
+
 def change(case, **settings):
     return lambda tensors: (CASES[case].config | settings, tensors)
 
@@ -265,7 +422,9 @@ def weights_group(**settings):
         ("gptq", change("gptq", group_size="16"), "group_size is '16', expected int"),
         ("gptq", change("gptq", group_size=32), "shapes do not fit"),
         ("gptq", change("gptq", checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported"),
-        ("gptq", change("gptq", dynamic={"+:.*down.*": {"bits": 8}}), "dynamic gives modules settings"),
+        ("gptq", change("gptq", dynamic={"+:.*down.*": {"bits": 3}}), r"dynamic, \+:.*: bits 3 is not supported"),
+        ("gptq", change("gptq", dynamic={"+:(": {"bits": 8}}), "dynamic.* is not a list of names and patterns"),
+        ("gptq", change("gptq", quant_method=None), "no quant_method, as in MLX's checkpoints"),
         ("awq", change("awq", version="gemv"), "version 'gemv' is not supported; supported are gemm"),
         ("awq", without("awq", "qzeros"), "gate_proj.qzeros is missing beside .*gate_proj.qweight"),
         ("fp8 blocks", change("fp8 blocks", weight_block_size=[128]), r"weight_block_size is \[128\]"),
@@ -291,6 +450,14 @@ def weights_group(**settings):
             "which one counts",
         ),
         ("modelopt fp8", change("modelopt fp8", quant_algo="W4A8_AWQ"), "quant_algo 'W4A8_AWQ' is not supported"),
+        ("modelopt fp8", change("modelopt fp8", quant_algo="MIXED_PRECISION"), "there is no quantized_layers with"),
+        (
+            "gptq",
+            change("gptq", quant_method="auto-round", packing_format="auto_round:fp8"),
+            "packing_format .* is not",
+        ),
+        ("gptq", change("gptq", quant_method="auto-round", data_type="mx_fp"), "data_type 'mx_fp' is not supported"),
+        ("gptq", change("gptq", quant_method="quark"), "weight: dtype None is not supported; supported are fp8_e4m3"),
     ],
 )
 def test_refuses(case, damage, message, tmp_path):
