@@ -18,7 +18,7 @@ class Recorder:
     """An observer that keeps what it hears, and stops the run after `layers` layers."""
 
     def __init__(self, layers=None):
-        self.layers, self.events = layers, []
+        self.layers, self.events, self.planned = layers, [], None
 
     def open(self, partials, layers):
         self.events.append(("open", sorted(partials.layers), tuple(layers)))
@@ -51,6 +51,7 @@ def test_it_is_the_profile_of_the_command_also_after_a_run_that_was_cut_short(fo
     recorder = Recorder()
     profile = lexi_search.profile_checkpoint(checkpoint, "python.json", observer=recorder, **SETTINGS)
     assert recorder.events == [("open", [0, 1], (0, 1, 2)), ("layer", 2)]
+    assert recorder.planned.work == () and recorder.planned.memory_bytes > recorder.planned.weights_bytes > 0
     assert profile == lexi_search.read_profile("python.json")
     assert Path("python.json").read_bytes() == Path("command.json").read_bytes()
     assert sorted(os.listdir()) == ["command.json", "python.json"]
@@ -80,6 +81,12 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
     assert kinds[0] == "open" and kinds[-1] == "layer" and kinds.count("exponent") == 1
     passes = [layer for kind, layer in recorder.events[1:] if kind == "pass"]
     assert passes == [0, 1, 2] * 8  # six for the text, one for the exponent, one for the losses
+    work = recorder.planned.work
+    assert len(work) == len(passes) and work[:18] == (1,) * 18
+    others = profile.model.top_k - 1
+    assert work[18:] == (1 + 5 * others,) * 3 + (1, 1 + others, 1 + others)
+    size = sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors"))
+    assert 0.9 * 8 * size < recorder.planned.read_bytes <= 8 * size
     assert ("exponent", profile.settings.gate_exponent) in recorder.events
     assert tuple(profile.layers) == (1,)
 
