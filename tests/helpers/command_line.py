@@ -22,6 +22,11 @@ def list_warnings(stderr):
     return [line for line in stderr.splitlines() if not TOLD.fullmatch(line)]
 
 
+def read_warnings(result):
+    """What a process or call said on stderr, without the news."""
+    return "".join(f"{line}\n" for line in list_warnings(result.stderr))
+
+
 def succeed(*arguments):
     result = run(*arguments)
     assert result.exit_code == 0, result.output

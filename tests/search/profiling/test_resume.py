@@ -51,7 +51,7 @@ def unbroken(tmp_path_factory, checkpoint):
     """The bytes of the whole profile, made in one go."""
     path = tmp_path_factory.mktemp("unbroken") / "profile.json"
     done = run(checkpoint, *FAST, "-o", path)
-    assert (done.exit_code, done.stderr) == (0, "")
+    assert (done.exit_code, command_line.read_warnings(done)) == (0, "")
     return path.read_bytes()
 
 
@@ -78,7 +78,7 @@ def cut_short(folder, checkpoint):
         interrupt_after(patch, 2)
         done = run(checkpoint, *FAST)
     assert done.exit_code == 130
-    assert done.stderr == (
+    assert command_line.read_warnings(done) == (
         f"Error: interrupted; 2 of 3 layers are kept in {folder / STORE}, and the same command goes on from there\n"
     )
     assert [path.name.partition("-")[0] for path in sorted(STORE.glob("*.json"))] == ["0", "1"]
@@ -102,7 +102,7 @@ def test_killed_in_every_layer_in_turn(folder, checkpoint, unbroken):
         assert not Path("profile.json").exists()
     last = start(DIE + "main()")
     assert (last.returncode, last.stdout) == (0, "profile.json\n")
-    assert last.stderr == f"3 of 3 layers are finished in {folder / STORE}\n"
+    assert command_line.read_warnings(last) == f"3 of 3 layers are finished in {folder / STORE}\n"
     assert Path("profile.json").read_bytes() == unbroken
     assert sorted(os.listdir()) == ["cache", "profile.json"]
 
@@ -120,7 +120,7 @@ def test_layers_that_were_not_asked_for_are_not_written(cut_short, checkpoint, u
     done = run(checkpoint, *FAST, "--layers", "1:2")
     store = cut_short / STORE
     told = f"1 of 2 layers are finished in {store}\n1 more finished layers stay in {store}\n"
-    assert (done.exit_code, done.stderr) == (0, told)
+    assert (done.exit_code, command_line.read_warnings(done)) == (0, told)
     assert tuple(serialisation.read_profile("profile.json").layers) == (1, 2)
     assert [path.name.partition("-")[0] for path in STORE.glob("*.json")] == ["0"]
     assert run(checkpoint, *FAST).exit_code == 0
@@ -138,7 +138,7 @@ def test_layers_that_were_not_asked_for_are_not_written(cut_short, checkpoint, u
 )
 def test_other_settings_are_refused(cut_short, checkpoint, options, words):
     done = run(checkpoint, *FAST, *options)
-    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert (done.exit_code, done.stdout, command_line.read_warnings(done).count("\n")) == (2, "", 1)
     assert words in done.stderr and "throw them away with --restart" in done.stderr
     assert len(list(STORE.glob("*.json"))) == 2  # still there for who wants them
 
@@ -150,7 +150,7 @@ def test_other_weights_are_refused(cut_short, checkpoint, part, words):
     changed = {name: value * (1.5 if part in name else 1) for name, value in tensors.items()}
     save_file(changed, other / "model.safetensors", {"format": "pt"})
     done = run(other, *FAST)
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert (done.exit_code, command_line.read_warnings(done).count("\n")) == (2, 1)
     assert words in done.stderr
 
 
@@ -158,13 +158,13 @@ def test_another_input_is_refused_before_anything_is_drawn(cut_short, checkpoint
     monkeypatch.setattr("lexi_search.profiling.divergence.draw_tokens", None)
     for options in ([], ["--gate-exponent", "auto"]):
         done = run(checkpoint, *options)
-        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert (done.exit_code, done.stdout, command_line.read_warnings(done).count("\n")) == (2, "", 1)
         assert "whose settings." in done.stderr and "throw them away with --restart" in done.stderr
 
 
 def test_a_found_exponent_must_be_that_of_the_finished_layers(folder, checkpoint):
     small = ["--batch", "2", "--length", "16", "--samples", "64"]
-    found = run(checkpoint, *small, "--gate-exponent", "auto").stderr.split()[-1]
+    found = command_line.read_warnings(run(checkpoint, *small, "--gate-exponent", "auto")).split()[-1]
     unbroken = serialisation.read_profile("profile.json")
     for exponent, code in ((found, 0), ("0.4", 2)):
         with pytest.MonkeyPatch.context() as patch:
@@ -180,7 +180,7 @@ def test_a_found_exponent_must_be_that_of_the_finished_layers(folder, checkpoint
 
 def test_restart_throws_away(cut_short, checkpoint):
     done = run(checkpoint, *FAST, "--seed", "1", "--restart")
-    assert (done.exit_code, done.stderr) == (0, "")
+    assert (done.exit_code, command_line.read_warnings(done)) == (0, "")
     assert serialisation.read_profile("profile.json").settings.seed == 1
     assert os.listdir() == ["profile.json"]
 
@@ -216,7 +216,7 @@ def test_two_runs_on_one_output_do_not_meet(folder, checkpoint, unbroken):
     with keep_partials("profile.json", header):
         done = run(checkpoint, *FAST)
         assert done.exit_code == 2
-        assert done.stderr == (
+        assert command_line.read_warnings(done) == (
             "Error: another run is writing profile.json; wait for it to end, or name another file with -o\n"
         )
         assert run(checkpoint, *FAST, "-o", "other.json").exit_code == 0
@@ -241,7 +241,7 @@ def test_interrupted_before_the_first_layer_leaves_nothing(folder, checkpoint, m
 
     monkeypatch.setattr(Partials, "add", stop)
     done = run(checkpoint, *FAST)
-    assert (done.exit_code, done.stderr.strip()) == (130, "Error: interrupted")
+    assert (done.exit_code, command_line.read_warnings(done).strip()) == (130, "Error: interrupted")
     assert os.listdir() == []
 
 
@@ -264,7 +264,7 @@ def test_a_later_layer_that_is_refused_keeps_the_earlier(folder, checkpoint, unb
 def test_a_folder_that_cannot_be_used_is_refused(folder, checkpoint):
     STORE.write_text("a file")
     done = run(checkpoint, *FAST)
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert (done.exit_code, command_line.read_warnings(done).count("\n")) == (2, 1)
     assert f"cannot use {folder / STORE}: File exists" in done.stderr
     assert STORE.read_text() == "a file"
 
@@ -288,7 +288,7 @@ def text_kept(folder, checkpoint):
         patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
         done = run(checkpoint, *WRITES)
     kept = f"the text and 0 of 3 layers are kept in {folder / STORE}"
-    assert (done.exit_code, done.stderr) == (
+    assert (done.exit_code, command_line.read_warnings(done)) == (
         130,
         f"Error: interrupted; {kept}, and the same command goes on from there\n",
     )
@@ -304,7 +304,7 @@ def test_the_text_is_drawn_once(text_kept, checkpoint, monkeypatch):
     monkeypatch.setattr("lexi_search.profiling.session.draw_samples", interrupt)
     done = run(checkpoint, *WRITES)
     assert (done.exit_code, done.stdout) == (0, "profile.json\n")
-    assert done.stderr == f"the text and 0 of 3 layers are finished in {text_kept / STORE}\n"
+    assert command_line.read_warnings(done) == f"the text and 0 of 3 layers are finished in {text_kept / STORE}\n"
     assert Path("profile.json").read_bytes() == Path("whole").read_bytes() and not STORE.exists()
 
 
