@@ -99,11 +99,12 @@ def restore(config: Any) -> None:
     Raises:
         AllocationError: the prefix is there without an allocation, or `per_layer_config` differs from the allocation.
     """
-    source, architectures = getattr(config, KEY, None), getattr(config, "architectures", None) or []
-    if any(name.startswith(ALIAS) for name in architectures):
+    source, architectures = getattr(config, KEY, None), getattr(config, "architectures", None)
+    names = architectures if isinstance(architectures, list) else []  # vLLM itself refuses others
+    if any(isinstance(name, str) and name.startswith(ALIAS) for name in names):
         if source is None:
             raise AllocationError(f"architectures is {architectures}, but there is no {KEY} beside it; export again")
-        config.architectures = [name.removeprefix(ALIAS) for name in architectures]
+        config.architectures = [str(name).removeprefix(ALIAS) for name in names]
     if source is not None:
         _take_top_k_out(config.get_text_config(), _read(source, CONFIG))
 

@@ -74,11 +74,15 @@ def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | 
         raise InputError(f"the cost table has no step of {missing[0]} tokens; it has {known}")
     if not mix or not all(np.isfinite(count) and count >= 0 for count in mix.values()) or not any(mix.values()):
         raise InputError("a mix needs a positive number of steps")
-    ms = sum(
-        count * np.array([times for _, times in sorted(table.steps[tokens].layers.items())], np.float64)
-        for tokens, count in sorted(mix.items())
-    )
-    other = sum(count * table.steps[tokens].other_ms for tokens, count in sorted(mix.items()))
+    with np.errstate(over="ignore"):
+        ms = sum(
+            count * np.array([times for _, times in sorted(table.steps[tokens].layers.items())], np.float64)
+            for tokens, count in sorted(mix.items())
+        )
+        other = sum(count * table.steps[tokens].other_ms for tokens, count in sorted(mix.items()))
+        longest = other + ms.max(axis=1).sum()
+    if not np.isfinite(longest):
+        raise InputError("the times of this mix do not add up to a finite number; measure the cost table again")
     return Cost(
         ms=ms,
         other_ms=float(other),

@@ -8,6 +8,7 @@ from lexi_search.artifacts.codec import require, require_gate_exponent, require_
 from lexi_search.artifacts.identity import ModelIdentity
 
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST = 1e15  # of losses: sums of their squares over layers are finite in float32
 # The kinds of loss that a search may minimise, and the field of `LayerLoss` that each is computed from.
 LOSS_KINDS = {
     "frobenius": "frobenius",
@@ -57,6 +58,7 @@ def _require_losses(name: str, values: tuple[float, ...], count: int, *, signed:
     require(len(values) == count >= 1, f"{name} has {len(values)} entries, frobenius has {count}")
     for k, value in enumerate(values, 1):
         require_loss(abs(value) if signed else value, f"{name} at k = {k}")
+        require(abs(value) <= LARGEST, f"{name} at k = {k} is {value}, expected at most {LARGEST:g}; profile again")
     require(values[-1] == 0, f"{name} at the last k is {values[-1]}, 0 expected")
 
 

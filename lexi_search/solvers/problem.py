@@ -21,6 +21,7 @@ from lexi_search.errors import InputError
 # A cap that was computed from the cost of an allocation must still admit it, whatever the order of summation. Relative
 # to the cost of the most expensive allocation, and above the difference that `pareto` takes for equality.
 CAP_TOLERANCE = 1e-11
+LARGEST = 1e30  # of losses and costs: their sums over layers are finite in float32
 LEAST_COST = 1e-300  # smaller costs count as zero, since dividing by them would overflow
 _Budgets = Real[np.ndarray, "..."] | Sequence[float]  # as a user gives them: their shape is checked
 
@@ -185,11 +186,12 @@ def _check_table(table: Real[np.ndarray, "..."], what: str) -> Float64[np.ndarra
     if table.ndim != 2 or 0 in table.shape:
         shape = f"not of shape {table.shape}"
         raise InputError(f"the {what} of each layer at each k must be a table with at least one of each, {shape}")
-    wrong = np.argwhere(~np.isfinite(table) | (table < 0))
+    wrong = np.argwhere(~(np.abs(table) <= LARGEST) | (table < 0))
     if len(wrong):
         layer, column = wrong[0]
         value = table[layer, column]
-        raise InputError(f"{what} of layer {layer} at k={column + 1} is {value}; it must be finite and at least 0")
+        bounds = f"it must be finite, at least 0 and at most {LARGEST:g}"
+        raise InputError(f"{what} of layer {layer} at k={column + 1} is {value}; {bounds}")
     # Compiled code may take subnormal numbers for zero where NumPy does not: they would disagree about the optimum.
     table[table < np.finfo(np.float64).tiny] = 0.0
     return table

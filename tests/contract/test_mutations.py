@@ -82,7 +82,7 @@ def test_profiles_are_shown_or_refused(folder, make):
     accepted = 0
     for _ in mutate("p.json", serialisation.to_bytes(make())):
         accepted += run("show", "p.json")
-        run("show", "p.json", "--json", "--absolute", "--loss", "rms")
+        run("show", "p.json", "--json", "--absolute", "--loss", "squared")
         run("merge", "p.json", "-o", "merged.json")
     assert 0 < accepted < COUNT
 
@@ -197,6 +197,15 @@ def test_results_are_joined_or_refused(folder):
                 assert "\n" not in str(refusal)
         Path(name).write_bytes(original)
     assert 0 < accepted < 2 * COUNT
+
+
+@pytest.mark.parametrize("value", [1e16, 1e200, 1e308])
+def test_losses_whose_squares_overflow_are_refused(folder, value):
+    document = serialisation.to_document(make_profile())
+    document["layers"]["0"]["rms"][0] = value
+    Path("p.json").write_text(json.dumps(document))
+    for command in (("show", "p.json", "--loss", "squared", "--json"), ("search", "p.json", "--budget", 9)):
+        assert not run(*command)
 
 
 def test_an_allocation_of_very_many_experts_is_shown(folder):

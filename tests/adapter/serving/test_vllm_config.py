@@ -41,6 +41,8 @@ def test_a_restored_config_is_the_model_s_own_with_the_allocation_beside_it(allo
 
 
 def test_a_config_without_an_allocation_is_left_alone():
+    restore(SimpleNamespace(architectures=1))  # by --hf-overrides
+    restore(SimpleNamespace(architectures=[None, 1]))
     for changes in ({}, {"per_layer_config": {"1": {"hidden_act": "gelu"}}}, {"architectures": None}):
         config = make_config(**changes)
         restore(config)

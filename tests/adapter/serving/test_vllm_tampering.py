@@ -23,7 +23,7 @@ from lexi_search.errors import InputError
 
 WORKER = Path(__file__).parents[2] / "helpers" / "tampered.py"
 COUNT = int(os.environ.get("LEXI_TAMPERINGS", "20"))
-ENGINES = COUNT // 20
+ENGINES = min(5, COUNT // 20)
 KEYS = ("lexi-allocation", "Lexi_Allocation", "lexi_alocation", "lexi_allocations", "lexiAllocation", "allocation")
 WAYS = {}
 

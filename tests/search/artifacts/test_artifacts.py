@@ -13,10 +13,10 @@ from lexi_search.artifacts import serialisation
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.codec import MAX_GATE_EXPONENT
 from lexi_search.artifacts.identity import ModelIdentity
-from lexi_search.artifacts.profile import DTYPES, LOSS_KINDS, LayerLoss, Profile, ProfileSettings
+from lexi_search.artifacts.profile import DTYPES, LARGEST, LOSS_KINDS, LayerLoss, Profile, ProfileSettings
 from lexi_search.errors import InputError
 
-losses = st.floats(0, allow_nan=False, allow_infinity=False)
+losses = st.floats(0, LARGEST)
 counts = st.integers(1, 10**12)
 names = st.text(min_size=1, max_size=12)
 made_by = st.dictionaries(st.text(max_size=8), st.none() | st.booleans() | st.integers() | losses | st.text(max_size=8))
