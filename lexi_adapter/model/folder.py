@@ -44,6 +44,7 @@ class Tensor:
     """One tensor in a safetensors file: `size` bytes from `offset` of `path`."""
 
     path: Path
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
     offset: int
     size: int
@@ -185,8 +186,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     only the names of files count, as for vLLM.
 
     Raises:
-        AdapterError: no shards, a damaged or missing one, or a tensor that is in two of them: engines differ in which
-            they take.
+        AdapterError: no shards, a damaged or missing one, or a tensor that is in two of them with different values:
+            engines differ in which they take.
     """
     weight_map = _read_weight_map(folder)
     if weight_map is not None:
@@ -196,10 +197,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         header = read_header(shard)
-        if twice := sorted(tensors.keys() & header.keys()):
-            raise AdapterError(f"{shard}: tensor {twice[0]} is also in {tensors[twice[0]].path.name}; keep one of them")
+        for name in sorted(tensors.keys() & header.keys()):
+            if not _are_same(tensors[name], header[name]):
+                thing = f"tensor {name} is also in {tensors[name].path.name}, with other values"
+                raise AdapterError(f"{shard}: {thing}, and engines differ in which they take; keep one of them")
         tensors |= header
     return tensors
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two stored tensors are of one type and shape, byte for byte."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and hash_tensors([one]) == hash_tensors([other])
 
 
 def _list_shards(folder: Path) -> list[Path]:
@@ -282,7 +290,7 @@ def _read_entry(path: Path, base: int, name: str, entry: Mapping[str, Any]) -> T
         raise ValueError(f"tensor {name} has element type {entry['dtype']!r}, which is not known")
     if 8 * (end - begin) != math.prod(shape) * BITS[entry["dtype"]]:
         raise ValueError(f"tensor {name} of shape {list(shape)} does not fill its {end - begin} bytes")
-    return Tensor(path, shape, base + begin, end - begin)
+    return Tensor(path, entry["dtype"], shape, base + begin, end - begin)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -188,8 +188,8 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     """All tensors of the shards that the index names; without an index, of `model.safetensors`, or else of all shards.
 
     Of the index only the names of files count, as for vLLM: a tensor that it leaves out, or gives to another of its
-    shards, is there; one that it names in vain is not. A tensor that is in two shards is refused: vLLM takes the last
-    of them, others the one that the index names.
+    shards, is there; one that it names in vain is not. A tensor that is in two shards with different values is refused:
+    vLLM takes the last of them, others the one that the index names.
     """
     if (folder / INDEX).exists():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
@@ -201,10 +201,20 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for file in files:
         header = read_header(file)
-        if twice := sorted(entries.keys() & header.keys()):
-            raise InputError(f"{file}: tensor {twice[0]} is also in {entries[twice[0]].file.name}; keep one of them")
+        for name in sorted(entries.keys() & header.keys()):
+            if not _are_same(entries[name], header[name]):
+                thing = f"tensor {name} is also in {entries[name].file.name}, with other values"
+                raise InputError(f"{file}: {thing}, and engines differ in which they take; keep one of them")
         entries |= header
     return entries
+
+
+def _are_same(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two stored tensors are of one type and shape, byte for byte."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    places = [Checkpoint(entry.file.parent, {}, {"": entry}) for entry in (one, other)]
+    return places[0][""].tobytes() == places[1][""].tobytes()
 
 
 def _list_shards(folder: Path) -> list[Path]:
