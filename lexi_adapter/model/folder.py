@@ -23,6 +23,7 @@ TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.
 WEIGHTS_ELSEWHERE = ("dummy", "runai_streamer_sharded", "sharded_state", "tensorizer")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LM_HEAD = re.compile(r"(.*\.)?lm_head\.q?weight(_packed)?")
+LFS = b"version "  # the beginning of a file that Git LFS has yet to fetch
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 ADAPTER = "adapter_"  # the beginning of the name of a file of LoRA weights
@@ -237,8 +238,12 @@ def _find_shard(folder: Path, shard: str) -> Path:
 
 
 def explain_absence(folder: Path) -> str:
-    """The likely reason why a folder lacks tensors: shards that it lacks by the numbers in the others' names."""
+    """The likely reason why a folder lacks tensors: shards that it lacks by the others' names, or that are not read."""
     names = {file.name for file in folder.glob("*.safetensors")}
+    weight_map = _read_weight_map(folder)
+    unread = () if weight_map is None else names - set(weight_map.values())
+    if unnamed := sorted(name for name in unread if not name.startswith(ADAPTER)):
+        return f"{unnamed[0]} is there, but not named in {INDEX}, so it is not read"
     for stem, total in sorted({(match[1], match[2]) for match in map(NUMBERED.fullmatch, names) if match}):
         for number in range(1, int(total) + 1):
             name = f"{stem}-{number:0{len(total)}}-of-{total}.safetensors"
@@ -256,7 +261,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start == LFS:
+                raise AdapterError(f"{path}: a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
             if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
                 raise AdapterError(f"{path} is not a whole safetensors file; fetch it again")
             raw = file.read(length)
