@@ -24,6 +24,7 @@ TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.
 READ_AS_STORED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LM_HEAD = re.compile(r"(.*\.)?lm_head\.q?weight(_packed)?")
+LFS = b"version "  # the beginning of a file that Git LFS has yet to fetch
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 ADAPTER = "adapter_"  # the beginning of the name of a file of LoRA weights
@@ -45,6 +46,7 @@ class Tensor:
     """One tensor in a safetensors file: `size` bytes from `offset` of `path`."""
 
     path: Path
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
     offset: int
     size: int
@@ -186,8 +188,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     only the names of files count, as for vLLM.
 
     Raises:
-        AdapterError: no shards, a damaged or missing one, or a tensor that is in two of them: engines differ in which
-            they take.
+        AdapterError: no shards, a damaged or missing one, or a tensor that is in two of them with different values:
+            engines differ in which they take.
     """
     weight_map = _read_weight_map(folder)
     if weight_map is not None:
@@ -197,10 +199,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         header = read_header(shard)
-        if twice := sorted(tensors.keys() & header.keys()):
-            raise AdapterError(f"{shard}: tensor {twice[0]} is also in {tensors[twice[0]].path.name}; keep one of them")
+        for name in sorted(tensors.keys() & header.keys()):
+            if not _are_same(tensors[name], header[name]):
+                thing = f"tensor {name} is also in {tensors[name].path.name}, with other values"
+                raise AdapterError(f"{shard}: {thing}, and engines differ in which they take; keep one of them")
         tensors |= header
     return tensors
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two stored tensors are of one type and shape, byte for byte."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and hash_tensors([one]) == hash_tensors([other])
 
 
 def _list_shards(folder: Path) -> list[Path]:
@@ -230,8 +239,12 @@ def _find_shard(folder: Path, shard: str) -> Path:
 
 
 def explain_absence(folder: Path) -> str:
-    """The likely reason why a folder lacks tensors: shards that it lacks by the numbers in the others' names."""
+    """The likely reason why a folder lacks tensors: shards that it lacks by the others' names, or that are not read."""
     names = {file.name for file in folder.glob("*.safetensors")}
+    weight_map = _read_weight_map(folder)
+    unread = () if weight_map is None else names - set(weight_map.values())
+    if unnamed := sorted(name for name in unread if not name.startswith(ADAPTER)):
+        return f"{unnamed[0]} is there, but not named in {INDEX}, so it is not read"
     for stem, total in sorted({(match[1], match[2]) for match in map(NUMBERED.fullmatch, names) if match}):
         for number in range(1, int(total) + 1):
             name = f"{stem}-{number:0{len(total)}}-of-{total}.safetensors"
@@ -249,7 +262,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start == LFS:
+                raise AdapterError(f"{path}: a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
             if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
                 raise AdapterError(f"{path} is not a whole safetensors file; fetch it again")
             raw = file.read(length)
@@ -283,7 +299,7 @@ def _read_entry(path: Path, base: int, name: str, entry: Mapping[str, Any]) -> T
         raise ValueError(f"tensor {name} has element type {entry['dtype']!r}, which is not known")
     if 8 * (end - begin) != math.prod(shape) * BITS[entry["dtype"]]:
         raise ValueError(f"tensor {name} of shape {list(shape)} does not fill its {end - begin} bytes")
-    return Tensor(path, shape, base + begin, end - begin)
+    return Tensor(path, entry["dtype"], shape, base + begin, end - begin)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -56,6 +56,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_"  # the beginning of the name of a file of LoRA weights
+LFS = b"version "  # the beginning of a file that Git LFS has yet to fetch
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
 
 
@@ -138,7 +139,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         with open_regular(file) as stream:
             total = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if start == LFS:
+                raise InputError(f"{file}: a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
             if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
                 raise InputError(f"{file}: truncated or not safetensors (header of {length} bytes, file of {total})")
             raw = stream.read(length)
@@ -188,8 +192,8 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     """All tensors of the shards that the index names; without an index, of `model.safetensors`, or else of all shards.
 
     Of the index only the names of files count, as for vLLM: a tensor that it leaves out, or gives to another of its
-    shards, is there; one that it names in vain is not. A tensor that is in two shards is refused: vLLM takes the last
-    of them, others the one that the index names.
+    shards, is there; one that it names in vain is not. A tensor that is in two shards with different values is refused:
+    vLLM takes the last of them, others the one that the index names.
     """
     if (folder / INDEX).exists():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
@@ -201,10 +205,20 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for file in files:
         header = read_header(file)
-        if twice := sorted(entries.keys() & header.keys()):
-            raise InputError(f"{file}: tensor {twice[0]} is also in {entries[twice[0]].file.name}; keep one of them")
+        for name in sorted(entries.keys() & header.keys()):
+            if not _are_same(entries[name], header[name]):
+                thing = f"tensor {name} is also in {entries[name].file.name}, with other values"
+                raise InputError(f"{file}: {thing}, and engines differ in which they take; keep one of them")
         entries |= header
     return entries
+
+
+def _are_same(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two stored tensors are of one type and shape, byte for byte."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    places = [Checkpoint(entry.file.parent, {}, {"": entry}) for entry in (one, other)]
+    return places[0][""].tobytes() == places[1][""].tobytes()
 
 
 def _list_shards(folder: Path) -> list[Path]:
@@ -215,6 +229,15 @@ def _list_shards(folder: Path) -> list[Path]:
         there = f"the weights are in {others[0]}" if others else "no safetensors shards"
         raise InputError(f"{folder}: {there}; convert the checkpoint to safetensors first")
     return shards
+
+
+def find_unnamed_shards(folder: Path) -> list[str]:
+    """The safetensors files in the folder that its index does not name, and so are not read."""
+    if not (folder / INDEX).exists():
+        return []
+    named = set(read_json_object(folder / INDEX)["weight_map"].values())
+    names = (file.name for file in folder.glob("*.safetensors"))
+    return sorted(name for name in names if name not in named and not name.startswith(ADAPTER))
 
 
 def find_missing_shards(folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lexi_search.checkpoint.reader import find_missing_shards
+from lexi_search.checkpoint.reader import INDEX, find_missing_shards, find_unnamed_shards
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.weights import Affine
@@ -23,6 +23,8 @@ def explain_absence(tensors: Tensors, name: str = "") -> str:
         others = [other for other in tensors if other.startswith(module)]
         if others and not any(".weight" in other or ".qweight" in other for other in others):
             return f"the expert has {others[0]} instead, and what that computes is not known"
+    if unnamed := find_unnamed_shards(tensors.folder):
+        return f"{unnamed[0]} is there, but not named in {INDEX}, so it is not read"
     shards = find_missing_shards(tensors.folder)
     more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
     return f"{shards[0]}{more} is not there, so the download is incomplete" if shards else "is the download complete?"

@@ -173,6 +173,22 @@ def test_layers_that_a_missing_shard_held(original, tmp_path):
     refuse(folder, "layer 1 has", "model-00002-of-00002.safetensors is not there, so the download is incomplete")
 
 
+def test_a_shard_that_the_index_does_not_name(original, tmp_path):
+    config, tensors = original
+    split = {name: ".layers.1." in name for name in tensors}
+    folder = write(tmp_path, config, {name: tensors[name] for name in tensors if not split[name]})
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({name: tensors[name] for name in tensors if split[name]}, folder / "b.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "a.safetensors")}))
+    refuse(folder, "layer 1 has", f"b.safetensors is there, but not named in {INDEX}, so it is not read")
+
+
+def test_a_shard_that_git_lfs_has_yet_to_fetch(original, tmp_path):
+    folder = write(tmp_path, *original)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refuse(folder, "model.safetensors: a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
+
+
 def test_shards_without_a_tensor(original, tmp_path):
     refuse(write(tmp_path, original[0], {}), "the safetensors files hold no tensors")
 

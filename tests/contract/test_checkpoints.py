@@ -72,9 +72,15 @@ def test_shards_without_an_index(folder):
 
 
 @pytest.mark.parametrize("weight_map", [None, dict.fromkeys(NAMES, "a.safetensors") | {NAMES[2]: "b.safetensors"}])
-def test_a_tensor_in_two_shards(folder, weight_map):
+@pytest.mark.parametrize(
+    "change", [lambda tensor: tensor + 1, lambda tensor: tensor.T, lambda tensor: tensor.view("i4")]
+)
+def test_a_tensor_in_two_shards(folder, weight_map, change):
     write(folder, {"a.safetensors": NAMES[:2], "b.safetensors": NAMES[1:]}, weight_map)
-    refuse(folder, f"tensor {NAMES[1]} is also in a.safetensors")
+    assert [file for file, *_ in agree(folder).values()] == ["a.safetensors", "b.safetensors", "b.safetensors"]
+    tensors = {name: np.ascontiguousarray(change(ROUTERS[name])) for name in NAMES[1:]}
+    save_file(tensors, folder / "b.safetensors")
+    refuse(folder, f"tensor {NAMES[1]} is also in a.safetensors, with other values")
 
 
 def test_shards_that_the_index_does_not_name_do_not_count(folder):

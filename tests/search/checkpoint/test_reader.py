@@ -82,6 +82,8 @@ def test_shards_without_an_index(folder):
     save_file({"b": np.ones(2)}, folder / "two.safetensors")
     assert set(open_checkpoint(folder)) == {"a", "b"}
     save_file({"b": np.ones(2)}, folder / "three.safetensors")
+    assert set(open_checkpoint(folder)) == {"a", "b"}  # twice the same
+    save_file({"b": np.zeros(2)}, folder / "three.safetensors")
     with pytest.raises(InputError, match="tensor b is also in three.safetensors"):
         open_checkpoint(folder)
 

@@ -280,7 +280,7 @@ def replace(suffix, change):
         (
             {"quantization_config": {"quant_method": "hqq"}},
             None,
-            "quant_method 'hqq' is not supported; supported are awq, ",
+            "quant_method 'hqq' is not supported; supported are auto-round, awq, ",
         ),
         ({"topk_method": "magic"}, None, "topk_method 'magic' is not known"),
         ({"scoring_func": "cosine"}, None, "scoring_func 'cosine' is not known"),
