@@ -404,7 +404,7 @@ def test_profile_search_and_export_of_a_pruned_checkpoint(folder):
     ("family", "arguments", "message"),
     [
         ("olmoe", [], "nothing to prune; give --experts or --width"),
-        ("olmoe", ["--experts", "100%"], "--experts '100%' is not understood; write a share from 0% to below 100%"),
+        ("olmoe", ["--experts", "100%"], "--experts 100% leaves nothing; write a share below 100%"),
         ("olmoe", ["--experts", "-1%"], "is not understood"),
         ("olmoe", ["--width", "0.25"], "--width '0.25' is not understood"),
         ("olmoe", ["--experts", "80%"], "3 of 16 experts would be left; k = 4 needs 4"),
