@@ -47,7 +47,7 @@ def test_examples_work_in_the_order_of_the_commands(request, workplace, monkeypa
         weights.symlink_to(request.config.rootpath / "examples" / "tiny-olmoe")
     for command in main.commands.values():
         for option in command.params:
-            if option.name in SMALL and option.default is not None:
+            if option.name in SMALL and isinstance(option.default, int):
                 monkeypatch.setattr(option, "default", SMALL[option.name])
     monkeypatch.setitem(session.SAMPLES, "weights", SMALL["samples"])
     if name == "search":
