@@ -17,6 +17,7 @@ from lexi_search.errors import InputError
 IGNORE_KEYS = ("ignore", "ignored_layers", "modules_to_not_convert", "modules_not_to_convert", "exclude_modules") + (
     "exclude",
 )
+WILDCARDS = re.compile(r"[*?\[]")
 SIDE_FILE = "hf_quant_config.json"  # where ModelOpt up to 0.29 leaves its settings
 
 
@@ -148,6 +149,8 @@ def _matches(pattern: str, module: str) -> bool:
     """
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
+    if not WILDCARDS.search(pattern):  # the rule, at the speed that a list of every module needs
+        return f".{pattern}." in f".{module}."
     wanted, path = pattern.split("."), module.split(".")
     return any(
         all(fnmatch.fnmatchcase(name, want) for name, want in zip(path[start:], wanted, strict=False))

@@ -1,8 +1,9 @@
 """What a family's own configuration class fills in where config.json leaves a key out, as data.
 
-The classes are those that vLLM takes for the `model_type`: transformers' (5.19), or its own where it has one. A key is
-listed for each family that reads it where the class' default is not what the family's other tables say. Left out are
-numbers of layers and experts and the hidden size: the tensors show them, and a config without them is refused by name.
+The classes are those that vLLM takes for the `model_type`: transformers' (5.19), or its own where it has one, as for
+Kimi-Linear, whose `routed_scaling_factor` is 1.0 there and 2.446 in transformers. A key is listed for each family that
+reads it where the class' default is not what the family's other tables say. Left out are numbers of layers and experts
+and the hidden size: the tensors show them, and a config without them is refused by name.
 """
 
 from collections import ChainMap
@@ -140,11 +141,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "deepseek_v2": DEEPSEEK_V2,
         "deepseek_vl_v2": DEEPSEEK_V2,
         "deepseek_v3": DEEPSEEK_V3,
-        "deepseek_v32": DEEPSEEK_V3 | {"max_position_embeddings": 163840},
+        "deepseek_v32": DEEPSEEK_V3,
         "kimi_k2": DEEPSEEK_V3,
         "kimi_k25": DEEPSEEK_V3,
         "kimi_vl": DEEPSEEK_V2 | {"topk_method": "greedy", "norm_topk_prob": False},  # vLLM's class
-        "kimi_linear": dict(num_experts_per_token=8, num_shared_experts=1, routed_scaling_factor=2.446),
         "glm4_moe": GLM4,
         "glm4v_moe": GLM4 | {"max_position_embeddings": 65536},
         "glm4_moe_lite": GLM_LATENT | _list_defaults(k=4, heads=20, routed_scaling_factor=1.8),

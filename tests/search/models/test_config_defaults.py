@@ -17,9 +17,13 @@ from lexi_search.models.decoder_stack import describe_decoder, find_first_token
 from lexi_search.models.model import describe
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
-# Configuration classes that vLLM takes for a model_type that transformers does not know.
-VLLM_CLASSES = {"deepseek_vl_v2": "DeepseekVLV2Config", "kimi_vl": "KimiVLConfig"}
-OTHER_CLASSES = {"kimi_k2": "deepseek_v3"}
+# Configuration classes of vLLM, which it takes before those of transformers.
+VLLM_CLASSES = {"deepseek_vl_v2": "DeepseekVLV2Config", "kimi_vl": "KimiVLConfig"} | {
+    "kimi_linear": "KimiLinearConfig",
+    "hy_v4": "HYV4Config",
+    "minimax_m3_vl": "MiniMaxM3Config",
+}
+OTHER_CLASSES = {"kimi_k2": "deepseek_v3", "deepseek_v32": "deepseek_v3"}  # as vLLM maps them
 TAKEN = {"num_experts_per_tok", "moe_topk", "moe_k", "num_attention_heads", "num_key_value_heads", "layer_types"} | {
     "qk_nope_head_dim",
     "qk_rope_head_dim",
