@@ -130,7 +130,7 @@ def run_engines(*jobs, **environment):
         return Run([_read_result(result) for result in json.loads(path.read_text())], done.stdout + done.stderr)
 
 
-def start(*command, timeout=400, input=None, **environment):
+def start(*command, timeout=900, input=None, **environment):
     """Run a command in the environment that vLLM's CPU build needs on a small machine, and capture what it prints."""
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return subprocess.run(
