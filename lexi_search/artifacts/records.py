@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from lexi_search.artifacts.codec import short
@@ -198,6 +199,14 @@ def _read_loads(path: str, document: Mapping[str, Any]) -> _Table:
     return f"tokens per expert on {document['device']}", columns, rows
 
 
+def _read_judged(path: str, document: Mapping[str, Any]) -> _Table:
+    rows = [
+        (" ".join(map(str, variant["top_k"])), variant["gate_exponent"] or "", f"{fmean(losses):.6g}")
+        for variant, losses in zip(document["variants"], document["divergence"], strict=True)
+    ]
+    return "whole models on a fresh text: mean divergence in nats per token", ("k per layer", "exponent", "loss"), rows
+
+
 _READERS: dict[str, Callable[[str, Mapping[str, Any]], _Table]] = {
     "lexi-front": _read_front,
     HISTORY: _read_history,
@@ -206,6 +215,7 @@ _READERS: dict[str, Callable[[str, Mapping[str, Any]], _Table]] = {
     "lexi-eval": _read_eval,
     "lexi-bench": _read_bench,
     "lexi-loads": _read_loads,
+    "lexi-judged": _read_judged,
 }
 
 

@@ -73,3 +73,11 @@ def test_a_file_that_is_not_whole_is_refused(folder, document):
         read_record("x")
     (folder / "empty").mkdir()
     assert "no folder that these tools made" in refuse("show", "empty")
+
+
+def test_what_whole_models_lose_is_shown_by_variant(folder):
+    variants = [{"top_k": [2, 1], "gate_exponent": 0.5}, {"top_k": [1, 1], "gate_exponent": None}]
+    document = {"format": "lexi-judged", "version": 1, "variants": variants, "divergence": [[0.1, 0.3], [0.5, 0.7]]}
+    (folder / "judged.json").write_text(json.dumps(document))
+    shown = succeed("show", "judged.json")
+    assert "2 1" in shown and "0.5" in shown and "0.2" in shown and "0.6" in shown
