@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,11 +66,15 @@ def find_text_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[
     A model of text alone has none: its config is the language model's.
     """
     for path in TEXT_CONFIGS:
-        part: Any = config
-        for key in path.split("."):
-            part = part.get(key) if isinstance(part, Mapping) else None
-        if isinstance(part, Mapping):
+        if (part := find_part(config, path.split("."))) is not None:
             yield path, part
+
+
+def find_part(part: Any, path: Sequence[str]) -> Mapping[str, Any] | None:
+    """The object of a config below the keys of `path`; None where there is none."""
+    for key in path:
+        part = part.get(key) if isinstance(part, Mapping) else None
+    return part if isinstance(part, Mapping) else None
 
 
 def find_limit(config: Mapping[str, Any]) -> int | None:
@@ -116,10 +120,8 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any], place: str) ->
     still are.
     """
     *parents, key = model.top_k_key.split(".")
-    text: Any = config
-    for parent in parents:
-        text = text.get(parent) if isinstance(text, Mapping) else None
-    if not isinstance(text, Mapping):
+    text = find_part(config, parents)
+    if text is None:
         raise AllocationError(
             f"{place} has no {'.'.join(parents)}, where the allocation's model keeps its top-k; {REMEDY}"
         )

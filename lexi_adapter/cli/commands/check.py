@@ -10,7 +10,7 @@ from lexi_adapter.allocation import KEY, Allocation, check_reducible, describe_r
 from lexi_adapter.cli.console import conclude, echo
 from lexi_adapter.environment import find_vllm_version
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.model.folder import check_folder, has_weights, read_config
+from lexi_adapter.model.folder import check_folder, find_part, has_weights, read_config
 from lexi_adapter.serving.vllm_names import check_version
 from lexi_adapter.serving.vllm_plugin import ALIAS, check_lm_head
 from lexi_adapter.serving.vllm_status import Status, ask, compare_status
@@ -69,10 +69,7 @@ def _check_files(place: str, folder: str | None, *, alone: bool) -> Allocation:
     if exported and not _is_for_vllm(read_config(Path(place))):
         echo("note: exported for transformers: a vLLM without lexi_adapter would serve the model's own k")
     if alone:
-        conclude(
-            f"{place} fits" + (f" {folders[-1]}" if str(folders[-1]) != place else ""),
-            *_list_next(place, exported, folders[-1]),
-        )
+        conclude(f"{place} fits {folders[-1]}", *_list_next(place, exported, folders[-1]))
     return wanted
 
 
@@ -97,10 +94,7 @@ def _read_export(folder: Path) -> Allocation:
         )
     allocation = read_allocation(config[KEY])
     *parents, key = allocation.model.top_k_key.split(".")
-    section: Any = config
-    for parent in parents:
-        section = section.get(parent) if isinstance(section, Mapping) else None
-    layers = section.get("per_layer_config") if isinstance(section, Mapping) else None
+    layers = (find_part(config, parents) or {}).get("per_layer_config")
     for layer, values in layers.items() if isinstance(layers, Mapping) else ():
         k = values.get(key) if isinstance(values, Mapping) else None
         if k is not None and (not layer.isdecimal() or k != allocation.top_k.get(int(layer))):
