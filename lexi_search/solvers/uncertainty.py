@@ -36,6 +36,11 @@ def resample(
     return np.maximum(losses + noise * errors, 0.0)
 
 
+def find_saving(regret: float) -> float:
+    """What another sample would have saved, as a share of the loss: a regret is a share of the least loss instead."""
+    return regret / (1 + regret)
+
+
 def judge(
     problem: Problem,
     errors: Float64[np.ndarray, "layers ks"],

@@ -259,7 +259,7 @@ def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None
 
     Not for a search that stopped short of the optimum: there, the search is the larger loss.
     """
-    from lexi_search.solvers.uncertainty import NOISY
+    from lexi_search.solvers.uncertainty import NOISY, find_saving
 
     noisy = {
         name: result.regret
@@ -269,10 +269,9 @@ def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None
     if noisy:
         worst = max(noisy, key=noisy.get)
         remedy = _REMEDIES.get(source, "more text (--sequences)")
-        # An excess over the least loss, as a share of the loss: never more than all of it.
         echo(
             f"the profile is too noisy for budget {', '.join(noisy)}: another sample of it would have led to losses "
-            f"{format_share(noisy[worst] / (1 + noisy[worst]))} smaller (budget {worst}); profile again with {remedy}",
+            f"{format_share(find_saving(noisy[worst]))} smaller (budget {worst}); profile again with {remedy}",
             err=True,
         )
 

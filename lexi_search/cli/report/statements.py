@@ -20,7 +20,8 @@ from lexi_search.allocation.auto import (
 from lexi_search.allocation.baselines import PAPER as PAPER_NAME
 from lexi_search.allocation.targets import RESAMPLES, find_limit, sum_largest
 from lexi_search.artifacts.serialisation import sha256
-from lexi_search.solvers.uncertainty import NOISY
+from lexi_search.cli.console import format_share
+from lexi_search.solvers.uncertainty import NOISY, find_saving
 
 _UNITS = {"divergence": "nats per token", "increase": "nats per token"}
 
@@ -57,7 +58,8 @@ def state_certainty(outcome: Outcome) -> Iterator[str]:
         f"{100 * sure[least]:.0f} %."
     )
     remedy = "; a larger profile (--samples) would pay" if regret > NOISY else ""
-    yield f"Another sample would have led to a summed loss {100 * regret:.2g} % smaller, in the mean{remedy}."
+    saving = format_share(find_saving(regret))
+    yield f"Another sample would have led to a summed loss {saving} smaller, in the mean{remedy}."
     if outcome.settings is None:
         yield "The whole model was not measured under the allocation: summed losses of single layers are all there is."
     else:
