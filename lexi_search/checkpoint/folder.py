@@ -209,19 +209,18 @@ def _list_linked(source: Path, unlinked: Collection[str]) -> list[Path]:
     ]
 
 
-def _find_link(entry: Path, target: Path) -> Path:
-    """What a link in the folder `target` to an entry of a model folder says: relative where both lie side by side."""
-    source = entry.parent
-    return Path("..", source.name, entry.name) if target.parent == Path(os.path.realpath(source.parent)) else entry
+def _find_origin(source: Path, target: Path) -> Path:
+    """The folder `source` as links in the folder `target` name it: relatively where both lie side by side."""
+    return Path("..", source.name) if target.parent == Path(os.path.realpath(source.parent)) else source
 
 
 def is_export(folder: str, model: str, config: Mapping[str, Any]) -> bool:
     """Whether `folder` is the folder `model` with this config.json, and nothing else, as `build_folder` makes it."""
     if not os.path.isdir(folder):
         return False
-    target = Path(os.path.realpath(folder))
-    linked = _list_linked(require_folder(model), UNLINKED)
-    links = {entry.name: f"link to {_find_link(entry, target)}" for entry in linked}
+    source = require_folder(model)
+    origin = _find_origin(source, Path(os.path.realpath(folder)))
+    links = {entry.name: f"link to {origin / entry.name}" for entry in _list_linked(source, UNLINKED)}
     entries = _list_entries(Path(folder))
     kind = entries.pop("config.json", "link")
     same = entries == links and not kind.startswith("link")
@@ -259,8 +258,9 @@ def build_folder(
             if copy:
                 _copy(entries, building)
             else:
+                origin = _find_origin(source, target)
                 for entry in entries:
-                    (building / entry.name).symlink_to(_find_link(entry, target))
+                    (building / entry.name).symlink_to(origin / entry.name)
             yield building
             _move_into_place(building, target, place / EARLIER, force)
     except OSError as error:
