@@ -33,7 +33,7 @@ class Progress:
             return
         self.told, elapsed = now, now - self.started
         left = (now - self.begun) / (done - self.first) * (total - done) if done > self.first else None
-        times = f", elapsed {spell(elapsed)}" + (f", left {spell(left)}" if left is not None else "")
+        times = f", elapsed {format_time(elapsed)}" + (f", left {format_time(left)}" if left is not None else "")
         line = f"{self.what}: {done} of {total}{times}" + (f" ({part})" if part else "")
         if self.rewrites:
             rewrite(line, last=done >= total)
@@ -41,7 +41,7 @@ class Progress:
             echo(line, err=True)
 
 
-def spell(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """Seconds as hours, minutes and seconds: 0:02:05."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

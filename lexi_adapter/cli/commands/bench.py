@@ -15,7 +15,7 @@ from lexi_adapter.cli.options import (
     takes_locks,
     takes_variants,
 )
-from lexi_adapter.cli.progress import Progress, spell
+from lexi_adapter.cli.progress import Progress, format_time
 from lexi_adapter.engines.options import check_switchable
 from lexi_adapter.engines.workload import BALANCED, DECODE_HEAVY, PREFILL_HEAVY, Workload, parse_workload
 from lexi_adapter.environment import describe_call
@@ -132,7 +132,7 @@ def bench(
 
 def _estimate(variants: int, workloads: Sequence[Workload], rounds: int, seconds: float) -> str:
     names = ", ".join(map(str, workloads))
-    least = spell(variants * len(workloads) * rounds * seconds)
+    least = format_time(variants * len(workloads) * rounds * seconds)
     return (
         f"{variants} variants, {rounds} rounds of {names} (batch x input x output tokens), at least {seconds:g} s "
         f"each: more than {least}, and the start of the engines"
