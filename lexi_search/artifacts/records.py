@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from lexi_search.artifacts.codec import short
@@ -200,11 +199,12 @@ def _read_loads(path: str, document: Mapping[str, Any]) -> _Table:
 
 
 def _read_judged(path: str, document: Mapping[str, Any]) -> _Table:
+    top_k = (" ".join(map(str, variant["top_k"])) for variant in document["variants"])  # of all but the model's own k
     rows = [
-        (" ".join(map(str, variant["top_k"])), variant["gate_exponent"] or "", f"{fmean(losses):.6g}")
-        for variant, losses in zip(document["variants"], document["divergence"], strict=True)
+        (one["name"], f"{one['divergence']:.6g}", _format(one["stderr"]), next(top_k, "")) for one in document["judged"]
     ]
-    return "whole models on a fresh text: mean divergence in nats per token", ("k per layer", "exponent", "loss"), rows
+    title = "whole models on a text of their own: divergence in nats per token, with standard errors"
+    return title, ("k", "loss", "± s.e.", "k per layer"), rows
 
 
 _READERS: dict[str, Callable[[str, Mapping[str, Any]], _Table]] = {

@@ -78,6 +78,9 @@ def test_a_file_that_is_not_whole_is_refused(folder, document):
 def test_what_whole_models_lose_is_shown_by_variant(folder):
     variants = [{"top_k": [2, 1], "gate_exponent": 0.5}, {"top_k": [1, 1], "gate_exponent": None}]
     document = {"format": "lexi-judged", "version": 1, "variants": variants, "divergence": [[0.1, 0.3], [0.5, 0.7]]}
+    names, means = ("this allocation, exponent 0.5", "k = 1 in every layer", "the model's own k = 2"), (0.2, 0.6, 0.0)
+    rows = zip(names, means, (0.1, 0.1, 0.0), strict=True)
+    document["judged"] = [{"name": name, "divergence": mean, "stderr": error} for name, mean, error in rows]
     (folder / "judged.json").write_text(json.dumps(document))
     shown = succeed("show", "judged.json")
     assert "2 1" in shown and "0.5" in shown and "0.2" in shown and "0.6" in shown
