@@ -1,4 +1,4 @@
-"""The documents: every command that they show is one that the tools know, and those that need no engine run."""
+"""The documents: links lead somewhere, commands are ones that the tools know, README's numbers are measured."""
 
 import re
 import shlex
@@ -11,7 +11,9 @@ import lexi_adapter.cli.main
 import lexi_search.cli.main
 
 ROOT = Path(lexi_search.__file__).parent.parent
-DOCUMENTS = ["README.md", "examples/searching.md", "examples/serving.md", "examples/reproduce/README.md"]
+WITH_COMMANDS = ["README.md", "examples/searching.md", "examples/serving.md", "examples/reproduce/README.md"]
+EXAMPLES = ROOT / "examples"
+LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)|^ {0,3}\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
 TOOLS = {"lexi-search": lexi_search.cli.main.main, "lexi-adapter": lexi_adapter.cli.main.main}
 
 
@@ -54,7 +56,7 @@ def test_commands_are_found_wherever_a_document_shows_them():
             parse(wrong)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", WITH_COMMANDS)
 def test_every_command_is_one_that_the_tools_know(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     commands = list(list_commands(text))
@@ -77,7 +79,7 @@ def read_section(text, anchor):
     """The part of a Markdown document below the heading of that anchor, up to the next heading of its level."""
     for part in re.split(r"^## +", text, flags=re.MULTILINE):
         head, _, body = part.partition("\n")
-        if re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") == anchor:
+        if name_anchor(head) == anchor:
             return body
     raise AssertionError(f"no section {anchor}")
 
@@ -95,3 +97,66 @@ def test_every_number_of_readme_is_in_the_section_of_the_results_that_it_links_t
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.split()) <= 1500 and len(text.splitlines()) <= 250
+
+
+def strip_code(text):
+    """The document without fenced and indented blocks of code, and with code in a line for GitHub to read as it is."""
+    text = re.sub(r"^ {0,3}(```+|~~~+).*?^ {0,3}\1[`~]*\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?:^|(?<=\n\n))(?: {4}.*\n?)+", "", text)
+
+
+def name_anchor(heading):
+    """The fragment of a heading by GitHub's rules, if no other heading is like it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def list_anchors(text):
+    """What a fragment may name: headings by GitHub's rules, and anchors set by hand."""
+    text, found = strip_code(text), []
+    for heading in re.findall(r"^ {0,3}#{1,6} +(.+?)(?: +#+)? *$", text, re.MULTILINE):
+        shown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        name = name_anchor(shown)
+        same = sum(name == other for other, _ in found)
+        found.append((name, f"{name}-{same}" if same else name))
+    by_hand = re.findall(r"<a\s[^>]*?(?:name|id)=[\"']([^\"']+)", text)
+    return {anchor for _, anchor in found} | set(by_hand)
+
+
+def find_broken_links(document, root):
+    """Links of a Markdown file to files, folders or anchors that are not there."""
+    text = document.read_text(encoding="utf-8")
+    for match in LINK.finditer(re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", strip_code(text), flags=re.DOTALL)):
+        link = match[1] or match[2]
+        if re.match(r"[a-z][a-z0-9+.-]*:", link, re.IGNORECASE):
+            continue  # elsewhere: a test does not ask the network
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        inside = target.is_relative_to(root.resolve()) and target.exists()
+        if not inside or anchor and (target.suffix != ".md" or anchor not in list_anchors(target.read_text("utf-8"))):
+            yield link
+
+
+def test_a_link_is_broken_if_its_file_or_its_anchor_is_missing(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "other.md").write_text(
+        "# The plugin's `k`, in [vLLM](x) & 2\n## Twice\n<a name='by-hand'></a>\n## Twice\n```\n# code\n```\n"
+    )
+    good = ["there", "there/other.md", "there/other.md#the-plugins-k-in-vllm--2", "there/other.md#twice-1", "#here"]
+    good += ["there/other.md#by-hand", "https://example.org/no#where", "mailto:a@example.org"]
+    bad = ["gone.md", "../outside.md", "there/other.md#the-plugin", "there/other.md#twice-2", "there/other.md#code"]
+    bad += ["#nowhere", "there#anchor"]
+    (tmp_path.parent / "outside.md").touch()
+    document = tmp_path / "document.md"
+    document.write_text(
+        "# Here\n" + "\n".join(f"[two\nlines]({link})" for link in [*good, *bad]) + "\n\n    [code](gone-1.md)\n\n"
+        "`[code](gone-2.md)`\n```\n[code](gone-3.md)\n```\n[named]: gone-4.md\n"
+    )
+    assert list(find_broken_links(document, tmp_path)) == [*bad, "gone-4.md"]
+
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in EXAMPLES.rglob("*.md"))]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_between_documents_leads_somewhere(name):
+    assert list(find_broken_links(ROOT / name, ROOT)) == []

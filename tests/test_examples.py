@@ -1,8 +1,7 @@
-"""The examples that users copy from do what they say, and what the documents link to is there."""
+"""The examples that users copy from do what they say."""
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import make_profile
 
+from lexi_search.artifacts.cost_table import CostTable, StepTime
+from lexi_search.artifacts.identity import ModelShape
 from lexi_search.solvers.evolution import search
 from lexi_search.solvers.problem import pose
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)|^ {0,3}\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
 
 
 def load(name):
@@ -155,7 +155,7 @@ def test_the_serving_tables_of_the_results_are_what_their_files_say(folder):
 def test_the_losses_over_speed_in_the_results_are_what_their_files_say():
     figure = load("benchmarks/quality_over_speed")
     points = figure.find_points(
-        figure.read_results(figure.LOSSES), figure.find_speedups(json.loads(figure.TIMES.read_text()))
+        figure.read_results(figure.LOSSES), figure.find_speedups(figure.read_cost_table(str(figure.TIMES)))
     )
     assert all(len(values) == 5 for values in points.values())
     assert "\n".join(figure.make_table(points)) in (EXAMPLES / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
@@ -163,67 +163,6 @@ def test_the_losses_over_speed_in_the_results_are_what_their_files_say():
 
 def test_times_of_a_mix_are_weighed_by_how_many_steps_there_are():
     figure = load("benchmarks/quality_over_speed")
-    steps = {
-        "16": {"other_ms": 1.0, "layers": {"0": [1.0, 3.0]}},
-        "8192": {"other_ms": 8.0, "layers": {"0": [4.0, 120.0]}},
-    }
-    speedups = figure.find_speedups({"model": {"top_k": 2}, "steps": steps})
+    steps = {16: StepTime(1.0, {0: (1.0, 3.0)}), 8192: StepTime(8.0, {0: (4.0, 120.0)})}
+    speedups = figure.find_speedups(CostTable(ModelShape("olmoe", 1, 4, 2, (0,)), "a device", steps, {}))
     assert speedups == {1: (128 * 4 + 128) / (128 * 2 + 12), 2: 1.0}
-
-
-def strip_code(text):
-    """The document without fenced and indented blocks of code, and with code in a line for GitHub to read as it is."""
-    text = re.sub(r"^ {0,3}(```+|~~~+).*?^ {0,3}\1[`~]*\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"(?:^|(?<=\n\n))(?: {4}.*\n?)+", "", text)
-
-
-def list_anchors(text):
-    """What a fragment may name: headings by GitHub's rules, and anchors set by hand."""
-    text, found = strip_code(text), []
-    for heading in re.findall(r"^ {0,3}#{1,6} +(.+?)(?: +#+)? *$", text, re.MULTILINE):
-        shown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
-        name = re.sub(r"[^\w\- ]", "", shown.strip().lower()).replace(" ", "-")
-        same = sum(name == other for other, _ in found)
-        found.append((name, f"{name}-{same}" if same else name))
-    by_hand = re.findall(r"<a\s[^>]*?(?:name|id)=[\"']([^\"']+)", text)
-    return {anchor for _, anchor in found} | set(by_hand)
-
-
-def find_broken_links(document, root):
-    """Links of a Markdown file to files, folders or anchors that are not there."""
-    text = document.read_text(encoding="utf-8")
-    for match in LINK.finditer(re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", strip_code(text), flags=re.DOTALL)):
-        link = match[1] or match[2]
-        if re.match(r"[a-z][a-z0-9+.-]*:", link, re.IGNORECASE):
-            continue  # elsewhere: a test does not ask the network
-        path, _, anchor = link.partition("#")
-        target = (document.parent / path).resolve() if path else document
-        inside = target.is_relative_to(root.resolve()) and target.exists()
-        if not inside or anchor and (target.suffix != ".md" or anchor not in list_anchors(target.read_text("utf-8"))):
-            yield link
-
-
-def test_a_link_is_broken_if_its_file_or_its_anchor_is_missing(tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "other.md").write_text(
-        "# The plugin's `k`, in [vLLM](x) & 2\n## Twice\n<a name='by-hand'></a>\n## Twice\n```\n# code\n```\n"
-    )
-    good = ["there", "there/other.md", "there/other.md#the-plugins-k-in-vllm--2", "there/other.md#twice-1", "#here"]
-    good += ["there/other.md#by-hand", "https://example.org/no#where", "mailto:a@example.org"]
-    bad = ["gone.md", "../outside.md", "there/other.md#the-plugin", "there/other.md#twice-2", "there/other.md#code"]
-    bad += ["#nowhere", "there#anchor"]
-    (tmp_path.parent / "outside.md").touch()
-    document = tmp_path / "document.md"
-    document.write_text(
-        "# Here\n" + "\n".join(f"[two\nlines]({link})" for link in [*good, *bad]) + "\n\n    [code](gone-1.md)\n\n"
-        "`[code](gone-2.md)`\n```\n[code](gone-3.md)\n```\n[named]: gone-4.md\n"
-    )
-    assert list(find_broken_links(document, tmp_path)) == [*bad, "gone-4.md"]
-
-
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in EXAMPLES.rglob("*.md"))]
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_link_between_documents_leads_somewhere(name):
-    assert list(find_broken_links(ROOT / name, ROOT)) == []

@@ -7,14 +7,18 @@ share of its active experts, from the times that `lexi-adapter latency` measured
 the same k in each. Mixed allocations are drawn at the speed of uniform k with as many active experts.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import click
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+
+from lexi_search.allocation.costs import weigh
+from lexi_search.artifacts.cost_table import CostTable
+from lexi_search.artifacts.serialisation import read_cost_table
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "fidelity"))
@@ -23,7 +27,7 @@ from records import read_results  # noqa: E402  (after its folder is on the path
 
 LOSSES = HERE.parent / "fidelity" / "results" / "longer" / "olmoe-45m-seed-3.csv"
 TIMES = HERE / "results" / "h100" / "serving_latency_olmoe-1b-7b.json"
-WORKLOAD, MIX = "16 prompts of 512 tokens, 128 new ones", {"16": 128, "8192": 1}
+WORKLOAD, MIX = "16 prompts of 512 tokens, 128 new ones", {16: 128, 8192: 1}
 CURVES = {
     "paper/frobenius": ("LExI as in the paper", "#c2410c", "s"),
     "uniform": ("the same k in every layer", "#6b7280", "o"),
@@ -32,17 +36,11 @@ CURVES = {
 }
 
 
-def find_speedups(table: Mapping) -> dict[int, float]:
+def find_speedups(table: CostTable) -> dict[int, float]:
     """k -> how many times as fast the workload runs with k experts in every layer as with the model's own."""
-    own = table["model"]["top_k"]
-    times = {
-        k: sum(
-            count * (step["other_ms"] + sum(layer[k - 1] for layer in step["layers"].values()))
-            for count, step in ((count, table["steps"][tokens]) for tokens, count in MIX.items())
-        )
-        for k in range(1, own + 1)
-    }
-    return {k: times[own] / time for k, time in times.items()}
+    cost = weigh(table, table.model, mix=MIX)
+    rows = np.tile(np.arange(1, table.model.top_k + 1)[:, None], len(table.model.moe_layers))
+    return {k: float(cost.base_ms / ms) for k, ms in enumerate(cost.time(rows), 1)}
 
 
 def find_points(results, speedups: Mapping[int, float]) -> dict[str, list[tuple[float, float]]]:
@@ -91,9 +89,9 @@ def draw(points: Mapping[str, list[tuple[float, float]]], device: str) -> Figure
 def main(output: str) -> None:
     """Draw README's first figure from committed results, and print its points."""
     matplotlib.rcParams |= {"svg.hashsalt": "lexi", "svg.fonttype": "none", "font.family": "sans-serif"}
-    table = json.loads(TIMES.read_text())
+    table = read_cost_table(str(TIMES))
     points = find_points(read_results(LOSSES), find_speedups(table))
-    draw(points, table["device"]).savefig(output, metadata={"Date": None})
+    draw(points, table.device).savefig(output, metadata={"Date": None})
     click.echo("\n".join(make_table(points)))
 
 

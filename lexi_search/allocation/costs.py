@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from lexi_search.artifacts.cost_table import CostTable
-from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.identity import ModelIdentity, ModelShape
 from lexi_search.artifacts.serialisation import sha256
 from lexi_search.errors import InputError
 from lexi_search.solvers.problem import sum_over_layers
@@ -55,7 +55,7 @@ class Cost(NamedTuple):
         return {"table_sha256": self.table_sha256, "mix": mix} | ({"estimated": True} if self.estimated else {})
 
 
-def weigh(table: CostTable, model: ModelIdentity, *, mix: Mapping[int, float] | None = None) -> Cost:
+def weigh(table: CostTable, model: ModelIdentity | ModelShape, *, mix: Mapping[int, float] | None = None) -> Cost:
     """The cost of `mix`, which maps tokens in a step to how many such steps there are.
 
     Without a mix, the table's only step. Raises InputError for a table of another model, a step that the table lacks,
