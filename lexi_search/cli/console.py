@@ -156,11 +156,12 @@ _NUMBERS = {
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def conclude(decided: str, *commands: Sequence[str | os.PathLike[str]]) -> None:
-    """Say on stderr what was decided, and the commands to type next, each as its words."""
+def conclude(decided: str, *commands: str | Sequence[str | os.PathLike[str]]) -> None:
+    """Say on stderr what was decided, and what to type next: a command's words, or a line."""
     echo(f"done: {decided}", err=True)
-    for words in commands:
-        echo(f"next: {shlex.join(map(os.fspath, words))}", err=True)
+    for command in commands:
+        line = command if isinstance(command, str) else shlex.join(map(os.fspath, command))
+        echo(f"next: {line}", err=True)
 
 
 def format_share(share: float) -> str:

@@ -22,7 +22,7 @@ def main() -> None:
     """A top-k for every layer of a mixture-of-experts model, from its weights alone (LExI).
 
     \b
-    lexi-search auto weights/ --budget 50% -o served all of the below, and a report
+    lexi-search auto weights/ --budget 50% -o made   all of the below, and a report
     lexi-search profile weights/                     how much each layer loses at each k
     lexi-search search profile.json --budget 62.5%   the best k per layer, 62.5 % of the active experts in sum
     lexi-search front profile.json --knee            every trade of cost against loss, and one of them

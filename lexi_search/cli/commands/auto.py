@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lexi_search.artifacts.serialisation import read_cost_table
-from lexi_search.cli.console import Interruption, echo, prepare_environment, print_table
+from lexi_search.cli.console import Interruption, conclude, echo, prepare_environment, print_table
 from lexi_search.cli.options import dtype_option, parse_budget, parse_loss, parse_mix
 from lexi_search.cli.progress import Reporter, make_progress
 from lexi_search.errors import InputError
@@ -20,7 +20,15 @@ CARDS = ("a100", "h100", "h200", "b200", "l4", "l40s", "rtx4090", "mi300x")
 REPORTS = ("report.html", "report.md")
 
 
-@click.command()
+EXAMPLES = """\b
+Examples:
+  lexi-search auto weights/ --budget 62% -o leaner
+  lexi-search auto weights/ --cost cost.json --mix 16 --target-speedup 1.2 -o faster
+  lexi-search auto weights/ --max-loss 20% -o good
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.argument("weights")
 @click.option("-o", "--output", required=True, help="Model folder to make, for vLLM.")
 @click.option("--budget", help="Experts per token over all layers: a sum (80), a share (50%) or an average (k=4).")
@@ -59,11 +67,6 @@ def auto(
     **options: Any,
 ) -> None:
     """Make a folder that vLLM serves, of the model in the folder WEIGHTS: profile, search, judge, export.
-
-    \b
-    lexi-search auto examples/tiny-olmoe --budget 62% -o served/   62 % of the experts
-    lexi-search auto weights/ --target-speedup 1.3 -o served/      at least 1.3 times as fast
-    lexi-search auto weights/ --max-loss 2% -o served/             the fastest that loses little
 
     OUTPUT.lexi beside OUTPUT keeps profile.json, allocation.json and what else led there, and report.html and
     report.md: one page that says what was chosen, what it loses, how sure that is, and how to serve, check and roll
@@ -130,7 +133,6 @@ def _report(outcome: "Outcome") -> None:
         outcome.job.keep(name, text.encode())
     facts = gather(outcome)
     print_table(tabulate_rows(facts.columns, facts.rows, title=facts.title))
-    echo(f"decided: {facts.decision}")
     echo(facts.verdict)
     echo(f"report: {outcome.job.folder / REPORTS[0]} and {REPORTS[1]}")
-    echo(f"next: {outcome.command}")
+    conclude(facts.decision, outcome.command)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from command_line import refuse, run, succeed, write
+from command_line import list_warnings, refuse, run, succeed, write
 from synthetic import make_allocation, make_cost_table
 
 import lexi_search
@@ -46,7 +46,10 @@ def finished(weights, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        (folder / "said").write_text(succeed("auto", weights, "--budget", "58%", "-o", "served/", *OPTIONS))
+        result = run("auto", weights, "--budget", "58%", "-o", "served/", *OPTIONS)
+        assert result.exit_code == 0 and list_warnings(result.stderr) == []
+        (folder / "said").write_text(result.stdout)
+        (folder / "told").write_text(result.stderr)
     return folder
 
 
@@ -89,10 +92,10 @@ def test_a_budget_leads_to_a_folder_and_a_report(finished, weights):
     config = read_json_object(finished / "served/config.json")
     assert config["lexi_allocation"]["top_k"] == {str(layer): k for layer, k in allocation.top_k.items()}
     assert os.readlink(finished / "served/model.safetensors") == str(weights / "model.safetensors")
-    said = (finished / "said").read_text().splitlines()
-    assert said[-1] == "next: vllm serve served/"
-    assert said[-2] == "report: served.lexi/report.html and report.md"
-    assert said[-4].startswith(f"decided: 7 of {LAYERS * TOP_K} experts a token, 2.33 instead of 4 a layer")
+    assert (finished / "said").read_text().splitlines()[-1] == "report: served.lexi/report.html and report.md"
+    told = (finished / "told").read_text().splitlines()
+    assert told[-1] == "next: vllm serve served/"
+    assert told[-2].startswith(f"done: 7 of {LAYERS * TOP_K} experts a token, 2.33 instead of 4 a layer")
 
 
 def test_the_same_command_again_measures_and_writes_nothing(again, weights, monkeypatch):
@@ -184,7 +187,7 @@ def test_a_largest_loss_leads_to_the_fastest_allocation_within_it(again, weights
 
 def test_an_estimate_is_called_one_everywhere(again, weights):
     options = ["--target-speedup", "1.0001", "--card", "l4", "--concurrency", 2, "--force"]
-    output = succeed("auto", weights, *options, "-o", "served", *OPTIONS)
+    output = run("auto", weights, *options, "-o", "served", *OPTIONS).output  # stdout and stderr
     allocation = read_allocation("served.lexi/allocation.json")
     assert allocation.made_by["cost"]["estimated"] is True
     assert allocation.made_by["cost"]["speedup"] >= 1.0001

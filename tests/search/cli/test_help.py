@@ -14,7 +14,7 @@ from lexi_search.cli.main import main
 from lexi_search.profiling import session
 
 # A command -> those whose examples make what its own read.
-ORDER = ("profile", "merge", "search", "front", "plot", "export", "show", "compare", "judge", "prune")
+ORDER = ("profile", "merge", "search", "front", "plot", "export", "show", "compare", "judge", "prune", "auto")
 SMALL = {"length": 32, "samples": 256}  # in place of the defaults, which take minutes
 
 
