@@ -178,10 +178,10 @@ def _check_understood(values: Mapping[str, Any], place: str) -> None:
     if KEY in values and values[KEY] is None:
         raise AllocationError(f"{KEY} in {place} is null; {form}, or leave it out")
     others = {key: value for key, value in values.items() if key != KEY}
-    if unknown := next((key for key in others if place == ADDITIONAL and str(key).lower().startswith("lexi")), None):
-        raise AllocationError(f"{place} has {unknown}, which this plugin does not know; {form}, or leave it out")
     if stray := next(_find_strays(others, ()), None):
         raise AllocationError(f"{place} has {'.'.join(stray)}, which looks like an allocation and is not read; {form}")
+    if unknown := next((key for key in others if place == ADDITIONAL and str(key).lower().startswith("lexi")), None):
+        raise AllocationError(f"{place} has {unknown}, which this plugin does not know; {form}, or leave it out")
 
 
 def _find_strays(values: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -114,7 +114,7 @@ def test_an_allocation_under_no_key_of_ours_stops_the_start(allocation):
             ask(**arguments)
     for values in ({"lexi": document}, {"text": {"lexi_allocation": document}}, {"text": {"lexi_allocation": None}}):
         for arguments in ({"additional": values}, values):
-            with pytest.raises(AllocationError, match="looks like an allocation and is not read|plugin does not know"):
+            with pytest.raises(AllocationError, match="looks like an allocation and is not read"):
                 ask(**arguments)
 
 
@@ -132,7 +132,7 @@ def test_a_key_inside_the_language_model_s_config_stops_the_start():
         ask(text_config=make_config(lexi_allocation="a.json"))
 
 
-@pytest.mark.parametrize("name", ["lexi_alocation", "lexi_anything", "lexi", "LEXI_k", "lexi-budget"])
+@pytest.mark.parametrize("name", ["lexi_anything", "lexi", "LEXI_k", "lexi-budget"])
 def test_an_additional_key_of_ours_that_is_not_known_stops_the_start(name):
     with pytest.raises(AllocationError, match=f"--additional-config has {name}, which this plugin does not know"):
         ask({name: "a.json"})
