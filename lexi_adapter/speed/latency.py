@@ -78,11 +78,11 @@ def measure(
         AdapterError: as `check_workloads` and `check_switchable`, before an engine starts.
     """
     check_workloads(workloads)
-    check_switchable(engine)
     top_k = range(1, model.top_k + 1)
     states = [None, *(dict.fromkeys(model.moe_layers, k) for k in top_k)]
     budgets = range(len(model.moe_layers), len(model.moe_layers) * model.top_k + 1)
     check_memory(f"{checks} allocations", BYTES_OF_LAYER * checks * len(model.moe_layers), "lower --checks")
+    check_switchable(engine)
     drawn = [draw_top_k(model, budgets[(2 * i + 1) * len(budgets) // (2 * checks)], seed=i) for i in range(checks)]
     base = Variant("base", folder)
     wanted = [("base", make_options(base, workloads, **engine), {})]
