@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from command_line import list_warnings
 
 import lexi_search
 
@@ -27,7 +28,7 @@ def run(code, *arguments, **changes):
     for name in CHANGED.keys() - changes.keys():
         environment.pop(name, None)
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True)
-    assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
+    assert done.returncode == 0 and list_warnings(done.stderr.decode()) == [], done.stderr.decode()
     return done.stdout.decode()
 
 
