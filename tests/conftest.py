@@ -10,6 +10,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TRANSFORMERS_VERBOSITY="error",
+    OPENBLAS_NUM_THREADS="1",
 )
 
 import multiprocessing  # noqa: E402  (after the environment: plugins of hypothesis may import what reads it)

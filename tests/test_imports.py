@@ -21,7 +21,7 @@ HOUSE = {
         "checkpoint": "folder config dequantise quantisation_methods quantisation_config quantisation_formats "
         "tensors reader writer",
         "models": "config_defaults moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
-        "profiling": "moments gaussian forward sampling divergence profile distributed resume session",
+        "profiling": "paper forward sampling compensation divergence profile distributed resume session",
         "allocation": "costs speed_estimate allocate tradeoff targets comparison baselines export auto",
         "pruning": "importance slicing sizes prune",
         "cli": "console options tables plots progress report commands main entry",
@@ -45,6 +45,7 @@ HOUSE = {
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
 FOLDERS = {
     "lexi_search/layers/kernels": "blocks hopper grouped",
+    "lexi_search/profiling/paper": "moments gaussian",
     "lexi_search/cli/report": "statements facts drawings pages",
 }
 MOST_ROOMS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 330, 60

@@ -28,8 +28,8 @@ from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe
-from lexi_search.profiling.gaussian import measure_layer
-from lexi_search.profiling.moments import relative_errors, summarise
+from lexi_search.profiling.paper.gaussian import measure_layer
+from lexi_search.profiling.paper.moments import relative_errors, summarise
 
 TINY = Path(__file__).parents[1] / "tiny-olmoe"
 SMALLER = {  # hidden, width, experts of the shape in `profile_shapes.py`

@@ -36,8 +36,8 @@ def work(name, tokens, place):
     from lexi_search.artifacts.profile import ProfileSettings
     from lexi_search.layers.spec import Routing
     from lexi_search.profiling.distributed import gather, join, spread
-    from lexi_search.profiling.gaussian import measure_layer
-    from lexi_search.profiling.moments import summarise
+    from lexi_search.profiling.paper.gaussian import measure_layer
+    from lexi_search.profiling.paper.moments import summarise
 
     profile_shapes.SHAPES["tiny"] = (64, 32, 8, 2, 6, Routing())
     settings = ProfileSettings("paper", 0, 4, 512, "bfloat16", 1e-9, tokens)

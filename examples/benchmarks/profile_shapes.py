@@ -39,7 +39,7 @@ from lexi_search.layers.routing import Choice, mixing_weights, route
 from lexi_search.layers.spec import Activation, Routing
 from lexi_search.layers.weights import ExpertWeights, LayerWeights
 from lexi_search.models.model import Model
-from lexi_search.profiling.gaussian import _size_passes, draw, measure_layer
+from lexi_search.profiling.paper.gaussian import _size_passes, draw, measure_layer
 
 SIGMOID = Routing(scoring="sigmoid", renormalize=True, scale=2.5, num_groups=8, topk_groups=4, group_score="top2")
 # hidden, width, experts, k, MoE layers, routing

@@ -40,8 +40,8 @@ from lexi_search.layers.weights import (
     LayerWeights,  # noqa: E402
 )
 from lexi_search.models.model import Model, describe  # noqa: E402
-from lexi_search.profiling.gaussian import draw, measure_layer  # noqa: E402
-from lexi_search.profiling.moments import summarise  # noqa: E402
+from lexi_search.profiling.paper.gaussian import draw, measure_layer  # noqa: E402
+from lexi_search.profiling.paper.moments import summarise  # noqa: E402
 from lexi_search.profiling.profile import profile_layers  # noqa: E402
 
 # model type, and its keys for the experts' width and number

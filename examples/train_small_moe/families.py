@@ -39,6 +39,9 @@ class Family:
     multiples: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+WINDOW = 128  # tokens that layers see whose attention is not full
+
 FAMILIES = {
     "olmoe": Family("num_experts", "intermediate_size", {"norm_topk_prob": False}),
     "mixtral": Family("num_local_experts", "intermediate_size"),
@@ -68,6 +71,34 @@ FAMILIES = {
             "v_head_dim": ("head_dim", 1),
         },
     ),
+    "glm4_moe": Family(
+        "n_routed_experts",
+        "moe_intermediate_size",
+        {
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 0,
+            "routed_scaling_factor": 1.0,
+            "topk_group": 1,
+        },
+        {"intermediate_size": ("width", 8)},
+    ),
+    "gpt_oss": Family(
+        "num_local_experts", "intermediate_size", {"rope_parameters": PLAIN_ROPE, "sliding_window": WINDOW}
+    ),
+    "granitemoe": Family(
+        "num_local_experts",
+        "intermediate_size",
+        {"attention_multiplier": 0.125, "embedding_multiplier": 4.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    ),
+    "ernie4_5_moe": Family(
+        "moe_num_experts",
+        "moe_intermediate_size",
+        {"moe_layer_start_index": 1, "moe_num_shared_experts": 2},
+        {"intermediate_size": ("width", 8)},
+    ),
 }
 
 
@@ -91,6 +122,11 @@ PRESETS = {
     "qwen2-moe-50m": Preset("qwen2_moe", _medium(top_k=4)),
     "qwen3-moe-45m": Preset("qwen3_moe", _medium(top_k=8)),
     "deepseek-v2-45m": Preset("deepseek_v2", _medium(top_k=6)),
+    "glm4-moe-45m": Preset("glm4_moe", _medium(top_k=8)),
+    "gpt-oss-45m": Preset("gpt_oss", _medium(top_k=4)),
+    "granite-moe-45m": Preset("granitemoe", _medium(top_k=8)),
+    "ernie4.5-moe-45m": Preset("ernie4_5_moe", _medium(top_k=6)),
+    "olmoe-180m": Preset("olmoe", _medium(top_k=8, hidden=512, heads=8, layers=24), learning_rate=1e-3),
 }
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from corpus import END_OF_TEXT, InputError, encode, read_texts, standard_library
 from domains import Corpus, read_corpus, train_tokenizer
 from evaluate import held_out_loss, next_token_loss, spread_windows
 from families import AUX_LOSS_COEFFICIENT, FAMILIES, PRESETS, Preset, Shape, build_config
-from routers import record_logits
+from routers import find_biases, record_logits
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -30,6 +30,7 @@ WARMUP = 0.02  # of the whole run
 WEIGHT_DECAY = 0.1
 REPORT_SECONDS = 10
 RECORD_STEPS = 20
+BIAS_STEP = 1e-3  # of selection biases, at every training step
 HELD_OUT_SEQUENCES = 64  # of each domain, for the losses in the log
 
 
@@ -44,6 +45,17 @@ def balance_loss(router_logits: list[torch.Tensor], *, top_k: int) -> torch.Tens
     ones = torch.ones_like(chosen, dtype=torch.float32)
     load = torch.zeros(len(logits), experts, device=logits.device).scatter_add_(1, chosen, ones) / chosen.shape[1]
     return experts * (load * F.softmax(logits, dim=-1).mean(1)).sum()
+
+
+def even_out(biases: Sequence[torch.Tensor], logits: Sequence[torch.Tensor], *, top_k: int) -> None:
+    """Move each router's selection bias, in place, towards an even load of its experts (arXiv 2408.15664).
+
+    Loads are counted with sigmoid scores, whatever the family scores by.
+    """
+    for bias, given in zip(biases, logits, strict=True) if biases else ():
+        chosen = (given.sigmoid() + bias.flatten()).topk(top_k, dim=-1).indices.flatten()
+        load = torch.bincount(chosen, minlength=given.shape[-1]).float()
+        bias += BIAS_STEP * torch.sign(load.mean() - load).to(bias.dtype).reshape(bias.shape)
 
 
 def learning_rate_at(progress: float, *, peak: float) -> float:
@@ -67,7 +79,7 @@ def train(
     stream: token ids [tokens] on the model's device. The model computes in its own dtype, and float32 master weights
     take the updates.
     """
-    weights = list(model.parameters())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     masters = [weight.detach().float().clone() for weight in weights]
     matrices = [master for master in masters if master.ndim > 1]
     gains = [master for master in masters if master.ndim == 1]
@@ -79,6 +91,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(length, device=stream.device)
     curve, step, started, reported = [], 0, time.monotonic(), 0.0
+    biases = find_biases(model)
     with record_logits(model) as logits:
         while (progress := (time.monotonic() - started) / seconds if steps is None else step / steps) < 1:
             starts = torch.randint(len(stream) - length + 1, (batch, 1), generator=generator).to(stream.device)
@@ -97,6 +110,7 @@ def train(
             optimizer.step()
             with torch.no_grad():
                 torch._foreach_copy_(weights, masters)
+                even_out(biases, logits, top_k=model.config.num_experts_per_tok)
             step += 1
             if step % RECORD_STEPS == 0:
                 curve.append(take_note(step, time.monotonic() - started, loss, balance / len(logits)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lexi_search.artifacts.codec import require, require_gate_exponent, require_loss, short
+from lexi_search.artifacts.compensation import CompensationFile
 from lexi_search.artifacts.identity import ModelIdentity
 
 
@@ -12,7 +13,8 @@ from lexi_search.artifacts.identity import ModelIdentity
 class Allocation:
     """A top-k for every MoE layer, its sum (`budget`), its loss, and the smallest loss that the budget allows.
 
-    `max_k` is the largest k that a layer may have, where that is above the model's own k.
+    `max_k` is the largest k that a layer may have, where that is above the model's own k. `compensation` names the file
+    of corrections for layers with less than that.
     """
 
     model: ModelIdentity
@@ -23,6 +25,7 @@ class Allocation:
     made_by: Mapping[str, Any]
     gate_exponent: float | None = None
     max_k: int | None = None
+    compensation: CompensationFile | None = None
 
     def __post_init__(self) -> None:
         missing = sorted(set(self.model.moe_layers) - set(self.top_k))
@@ -43,10 +46,16 @@ class Allocation:
         require_loss(self.optimal_loss, "optimal_loss")
         if self.gate_exponent is not None:
             require_gate_exponent(self.gate_exponent)
+        require(self.compensation is None or self.gate_exponent is not None, "compensation without a gate_exponent")
 
     def __repr__(self) -> str:
         top_k = " ".join(str(k) for _, k in sorted(self.top_k.items()))
         return f"<Allocation for {self.model.model_type}: budget {self.budget}, loss {self.loss:.4g}, k = {top_k}>"
+
+    @property
+    def corrected(self) -> tuple[tuple[int, int], ...]:
+        """The (layer, k) with fewer experts than the model's own, which corrections are for."""
+        return tuple((layer, k) for layer, k in sorted(self.top_k.items()) if k < self.model.top_k)
 
     @property
     def gap(self) -> float | None:

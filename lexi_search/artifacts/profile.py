@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lexi_search.artifacts.codec import require, require_gate_exponent, require_loss, short
+from lexi_search.artifacts.compensation import CompensationFile
 from lexi_search.artifacts.identity import ModelIdentity
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,7 +28,8 @@ class ProfileSettings:
     Iterations stop when every relative standard error is at most `relative_error`, or at `max_samples` tokens. The
     reference of all losses is the output at `max_k`; where it is None, as in most files, at the model's own k. With a
     `control_variate` of n, n times as many tokens went through the router alone, to correct the means. With a
-    `gate_exponent`, kept experts took over a part of the dropped ones' gate mass, as under allocations of the profile.
+    `gate_exponent`, kept experts took over a part of the dropped ones' gate mass, as under allocations of the profile,
+    and with a `compensation_rank` outputs were corrected by maps of that rank.
     """
 
     input: str
@@ -40,6 +42,7 @@ class ProfileSettings:
     max_k: int | None = None
     control_variate: int | None = None
     gate_exponent: float | None = None
+    compensation_rank: int | None = None
 
     def __post_init__(self) -> None:
         require(self.input, "input is empty")
@@ -52,6 +55,8 @@ class ProfileSettings:
             require(self.control_variate >= 1, f"control_variate is {self.control_variate}, at least 1 expected")
         if self.gate_exponent is not None:
             require_gate_exponent(self.gate_exponent)
+        if self.compensation_rank is not None:
+            require(self.compensation_rank >= 1, f"compensation_rank is {self.compensation_rank}, at least 1 expected")
 
 
 def _require_losses(name: str, values: tuple[float, ...], count: int, *, signed: bool = False) -> None:
@@ -109,14 +114,22 @@ class LayerLoss:
 
 @dataclass(frozen=True)
 class Profile:
-    """The loss of every profiled layer at every k. `layers` may cover a part of `model.moe_layers`."""
+    """The loss of every profiled layer at every k. `layers` may cover a part of `model.moe_layers`.
+
+    `compensation` names the file of the corrections with which the losses were measured, at every k below the last.
+    """
 
     model: ModelIdentity
     settings: ProfileSettings
     layers: Mapping[int, LayerLoss]
     made_by: Mapping[str, Any]
+    compensation: CompensationFile | None = None
 
     def __post_init__(self) -> None:
+        if self.compensation is not None:
+            ranks = self.compensation.rank, self.settings.compensation_rank
+            require(self.settings.gate_exponent is not None, "compensation without a gate_exponent in settings")
+            require(ranks[0] == ranks[1], f"compensation rank is {ranks[0]}, settings.compensation_rank {ranks[1]}")
         require(self.layers, "the profile has no layers")
         extra = sorted(set(self.layers) - set(self.model.moe_layers))
         require(not extra, f"layers {short(extra)} are not among the model's moe_layers")

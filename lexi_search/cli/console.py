@@ -233,13 +233,15 @@ def print_table(table: "RenderableType") -> None:
 
 
 def prepare_environment() -> None:
-    """Set what JAX reads from the environment; call before importing JAX.
+    """Set what JAX and NumPy read from the environment; call before importing them.
 
     Numbers do not depend on the user's environment. Compiled code goes to the user's cache folder, or where the user
     says.
     """
     os.environ.update(_NUMBERS)
     os.environ.pop("JAX_DEFAULT_MATMUL_PRECISION", None)
+    # Corrections are solved in threads of this program: BLAS's own would get in their way.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:

@@ -4,9 +4,13 @@ Each token's K expert outputs y_1..y_K are computed once, and every k only mixes
 y_j. Distances between outputs come from each token's K x K Gram matrix G, ||Y_k - Y_K||^2 = (c_k - c_K)^T G
 (c_k - c_K), which also avoids the rounding of a subtraction of two nearly equal outputs. Shared experts add the same to
 every Y_k and cancel.
+
+What the router says of a token also tells, in part, what the dropped experts would have added: a correction of Y_k is
+an affine map of low rank from `find_features` to the layer's output.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +78,55 @@ def mix(
     weights = mixing_weights(scores, k, routing=routing)
     # Not a matrix product: so outputs are read once, in the type that they are stored in.
     return (weights[:, :, None] * outputs.astype(jnp.float32)).sum(axis=1)
+
+
+class Correction(NamedTuple):
+    """B A phi + c, which is added to a layer's output at each of some values of k; float32.
+
+    phi is of `find_features`. `A` maps it to `rank` numbers, and `B` those to the layer's output.
+    """
+
+    A: Float[Array, "variants rank features"]
+    B: Float[Array, "variants hidden rank"]
+    c: Float[Array, "variants hidden"]
+
+
+def find_features(choice: Choice, k: Int[Array, "..."], *, routing: Routing) -> Float[Array, "tokens features"]:
+    """phi, three numbers an expert: its logit, then its mixing weight at K if it is among the k kept experts, then the
+    same if it is one of the K - k dropped ones; 0 for all others. `k` is one number, or [tokens, 1].
+    """
+    plain = routing._replace(exponent=None)
+    top_k = choice.scores.shape[-1]
+    weights = mixing_weights(choice.scores, jnp.asarray(top_k, jnp.int32), routing=plain)
+    kept = jnp.where(jnp.arange(top_k)[None, :] < k, weights, 0.0)
+    rows, empty = jnp.arange(len(weights))[:, None], jnp.zeros_like(choice.logits)
+    spread = [empty.at[rows, choice.experts].set(part) for part in (kept, weights - kept)]
+    return jnp.concatenate([choice.logits, *spread], axis=1)
+
+
+@partial(jax.jit, static_argnames="routing")
+def correct(
+    choice: Choice, k: Int[Array, "..."], correction: Correction, *, routing: Routing
+) -> Float[Array, "tokens hidden"]:
+    """What the correction adds at `k`, one number or [tokens, 1]; tokens are as many for each of its variants."""
+    features = find_features(choice, k, routing=routing).reshape(len(correction.c), -1, correction.A.shape[2])
+    precision = jax.lax.Precision.HIGHEST
+    inner = jnp.einsum("vtf,vrf->vtr", features, correction.A, precision=precision)
+    added = jnp.einsum("vtr,vhr->vth", inner, correction.B, precision=precision) + correction.c[:, None]
+    return added.reshape(-1, added.shape[-1])
+
+
+@partial(jax.jit, static_argnames="routing")
+def corrected_distances(
+    outputs: Float[Array, "tokens K hidden"], choice: Choice, correction: Correction, *, routing: Routing
+) -> Float[Array, "tokens K"]:
+    """||Y_k - Y_K||^2 of every token for k = 1..K, with `correction` for k = 1..K-1; the last column is zero."""
+    change = mixing_changes(choice.scores, routing=routing)
+
+    def measure(k: Int[Array, ""]) -> Float[Array, " tokens"]:
+        own = jax.tree.map(lambda array: array[None, k - 1], correction)
+        moved = (change[:, k - 1, :, None] * outputs.astype(jnp.float32)).sum(axis=1)
+        return jnp.square(moved + correct(choice, k, own, routing=routing)).sum(axis=1)
+
+    distances = jax.lax.map(measure, jnp.arange(1, outputs.shape[1], dtype=jnp.int32))
+    return jnp.pad(distances.T, ((0, 0), (0, 1)))

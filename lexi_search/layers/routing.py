@@ -14,10 +14,11 @@ from lexi_search.layers.spec import Routing
 
 
 class Choice(NamedTuple):
-    """Each token's K chosen experts in order of selection, and their unnormalised scores."""
+    """Each token's K chosen experts in order of selection, their unnormalised scores, and all experts' logits."""
 
     experts: Int[Array, "tokens K"]
     scores: Float[Array, "tokens K"]
+    logits: Float[Array, "tokens experts"]
 
 
 @partial(jax.jit, static_argnames=("routing", "top_k"))
@@ -43,7 +44,7 @@ def route(
     if routing.num_groups > 1:
         keys = _keep_best_groups(keys, routing)
     _, experts = jax.lax.top_k(keys, top_k)
-    return Choice(experts, jnp.take_along_axis(scores, experts, axis=-1))
+    return Choice(experts, jnp.take_along_axis(scores, experts, axis=-1), logits)
 
 
 def _multiply_exactly(
@@ -76,7 +77,7 @@ def _route_sparsemixer(logits: Float[Array, "tokens experts"], jitter: float, to
         experts.append(chosen)
         scores.append(jnp.take_along_axis(shares, chosen[:, None], axis=-1)[:, 0])
         remaining = jnp.where(jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.bool_), -jnp.inf, remaining)
-    return Choice(jnp.stack(experts, axis=1), jnp.stack(scores, axis=1))
+    return Choice(jnp.stack(experts, axis=1), jnp.stack(scores, axis=1), logits)
 
 
 def mixing_weights(

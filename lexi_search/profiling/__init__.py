@@ -1,7 +1,7 @@
 """Stage 1, the profile: how much is lost with a layer at each k.
 
-Read `moments` (sums and standard errors) and `gaussian` (the paper's input, one layer at a time); then the whole model:
-`forward` (tokens through the layers), `sampling` (text that the model writes) and `divergence` (KL divergence with one
-layer changed); then `profile` (all layers), `distributed` (several processes), `resume` (finished layers kept) and
-`session`, which puts them together.
+Read `paper` (its input, one layer at a time); then the whole model: `forward` (tokens through the layers), `sampling`
+(text that the model writes), `compensation` (what the router says of dropped experts' outputs) and `divergence` (KL
+divergence with one layer changed); then `profile` (all layers), `distributed` (several processes), `resume` (finished
+layers kept) and `session`, which puts them together.
 """

@@ -5,17 +5,19 @@ little of what later layers make of it. Here the model runs on text that it samp
 layer at every k in turn (`forward`). That takes no data, but every computation of the model has to be known.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int
 
+from lexi_search.artifacts.compensation import Maps
 from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import Model
+from lexi_search.profiling.compensation import choose_ks
 from lexi_search.profiling.forward import Losses, Run, Variant, check_room, measure_losses
 from lexi_search.profiling.sampling import draw_tokens
 
@@ -41,20 +43,23 @@ def measure_layers(
     layers: Sequence[int],
     settings: ProfileSettings,
     *,
+    maps: Maps | None = None,
     report: Report = lambda layer: None,
 ) -> Iterator[tuple[int, LayerLoss]]:
     """Yield (decoder-layer index, losses on `tokens`) for each of `layers`, after the last of them is measured.
+
+    With `maps`, of all those layers, they are losses of corrected outputs.
 
     Raises:
         InputError: hidden states that overflow in `settings.dtype`.
     """
     full = run.model.top_k
     variants = [
-        Variant(tuple(k if other == layer else full for other in run.model.layers), settings.gate_exponent)
+        Variant(tuple(k if other == layer else full for other in run.model.layers), settings.gate_exponent, maps)
         for layer in layers
         for k in range(1, full)
     ]
-    losses = measure_losses(run, tokens, variants, report=report)
+    losses = measure_losses(run, tokens, variants, maps=maps, report=report)
     if not np.isfinite(losses.divergence).all():
         remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
         raise InputError(f"{run.checkpoint.folder}: hidden states overflow in {settings.dtype}{remedy}")
@@ -104,19 +109,32 @@ def draw_samples(
 
 
 def choose_exponent(
-    run: Run, tokens: Int[np.ndarray, "sequences length"], *, report: Report = lambda layer: None
+    run: Run,
+    tokens: Int[np.ndarray, "sequences length"],
+    *,
+    corrected: Mapping[float, Maps] | None = None,
+    report: Report = lambda layer: None,
 ) -> float:
-    """The gate exponent, of `EXPONENTS`, with which uniform k diverges least from the model, all k taken together.
+    """The gate exponent with which uniform k diverges least from the model, at a few k taken together, two digits.
 
-    Each k counts alike: the divergence is taken relative to the smallest that any exponent leads to.
+    Each k counts alike: the divergence is taken relative to the smallest that any of `EXPONENTS` leads to. Between them
+    it is a parabola through the best and its neighbours. With `corrected`, each of its exponents has maps, for every
+    layer and each of `choose_ks`, and those are the exponents that are tried.
     """
-    layers, ks = len(run.model.layers), range(1, run.model.top_k)
-    variants = [Variant((k,) * layers, exponent) for exponent in EXPONENTS for k in ks]
+    layers, ks = len(run.model.layers), choose_ks(run.model.top_k)
+    exponents = EXPONENTS if corrected is None else tuple(corrected)
+    variants = [
+        Variant((k,) * layers, exponent, corrected and corrected[exponent]) for exponent in exponents for k in ks
+    ]
     losses = measure_losses(run, tokens, variants, report=report)
-    divergence = losses.divergence.mean(axis=1).reshape(len(EXPONENTS), len(ks))
+    divergence = losses.divergence.mean(axis=1).reshape(len(exponents), len(ks))
     least = divergence.min(axis=0)
-    relative = np.divide(divergence, least, where=least > 0, out=np.ones_like(divergence))
-    return EXPONENTS[int(relative.mean(axis=1).argmin())]
+    relative = np.divide(divergence, least, where=least > 0, out=np.ones_like(divergence)).mean(axis=1)
+    best = int(relative.argmin())
+    if best in (0, len(exponents) - 1):
+        return exponents[best]
+    curve = np.polyfit(exponents[best - 1 : best + 2], relative[best - 1 : best + 2], 2)
+    return exponents[best] if curve[0] <= 0 else round(float(-curve[1] / (2 * curve[0])), 2)
 
 
 def summarise(

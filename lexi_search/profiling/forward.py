@@ -14,11 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int32
 
+from lexi_search.artifacts.compensation import Maps
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import check_memory
 from lexi_search.layers.decoder import Decoder, attend, embed, finish, read_logits
-from lexi_search.layers.moe import compute_outputs, mix, squared_distances
-from lexi_search.layers.routing import route
+from lexi_search.layers.moe import (
+    Correction,
+    compute_outputs,
+    correct,
+    corrected_distances,
+    mix,
+    squared_distances,
+)
+from lexi_search.layers.routing import Choice, route
 from lexi_search.layers.weights import BlockWeights, EndWeights
 from lexi_search.models.loading import read_tensors, stream_blocks
 from lexi_search.models.model import Model
@@ -33,10 +41,14 @@ Kept = Hidden | Float[np.ndarray, "chunk length hidden"]  # on the device, or in
 
 
 class Variant(NamedTuple):
-    """A top-k for each MoE layer, in order, and a gate exponent or None (see `Routing`)."""
+    """A top-k for each MoE layer, in order, a gate exponent or None (see `Routing`), and corrections of the layers.
+
+    `maps` has those of every (decoder layer, k below K) of the variant, or is None.
+    """
 
     top_k: tuple[int, ...]
     exponent: float | None = None
+    maps: Maps | None = None
 
 
 class Losses(NamedTuple):
@@ -62,13 +74,21 @@ class Run(NamedTuple):
 
 
 class MoEOutputs(NamedTuple):
-    """A MoE layer on some tokens: its input, each token's K expert outputs and scores, and the residual stream."""
+    """A MoE layer on some tokens: its input, each token's choice and K expert outputs, and the residual stream."""
 
     layer: int  # of the decoder
     x: Float[Array, "tokens hidden"]
     outputs: Float[Array, "tokens K hidden"]
-    scores: Float[Array, "tokens K"]
+    choice: Choice
     hidden: Hidden
+
+
+class _Mixing(NamedTuple):
+    """How outputs are mixed: a k, of all tokens or of each, a gate exponent, and a correction, as a `Variant` says."""
+
+    k: int | Int32[np.ndarray, "tokens 1"]
+    exponent: float | None
+    correction: Correction | None
 
 
 class _Plan(NamedTuple):
@@ -89,17 +109,19 @@ def measure_losses(
     tokens: Int[np.ndarray, "sequences length"],
     variants: Sequence[Variant],
     *,
+    maps: Maps | None = None,
     report: Callable[[int], None] = lambda layer: None,
 ) -> Losses:
     """The losses of every MoE layer at every k, and of all `variants`, on `tokens`; reads the checkpoint once.
 
-    `run.model.routing` says how the layers' own losses are weighed; a variant brings an exponent of its own. `report`
-    is called with the index of each decoder layer that is done. Not finite where hidden states overflow in `run.dtype`.
+    `run.model.routing` and `maps` say how the layers' own losses are weighed and corrected; layers without maps are
+    not. A variant brings its own. `report` is called with the index of each decoder layer that is done. Not finite
+    where hidden states overflow in `run.dtype`.
     """
     losses: list[np.ndarray] = []
 
     def observe(outputs: MoEOutputs) -> None:
-        losses.append(_measure_layer(outputs, run))
+        losses.append(_measure_layer(outputs, run, maps))
 
     chunks = forward(run, tokens, variants, observe=observe, report=report)
     by_layer = np.asarray(losses).reshape(len(run.model.layers), len(chunks), 2, -1, run.model.top_k)
@@ -161,33 +183,43 @@ def _advance(
     place = run.model.layers.index(layer) if is_moe else None
     step = partial(_step, run, layer, weights)
 
-    def list_mixings(some: Sequence[Variant]) -> list[tuple[int, float | None]]:
-        return [(variant.top_k[place] if is_moe else full, variant.exponent) for variant in some]
+    def list_mixings(some: Sequence[Variant]) -> list[_Mixing]:
+        return [
+            _Mixing(k, variant.exponent, _stack(layer, [k], variant.maps, full))
+            for variant in some
+            for k in [variant.top_k[place] if is_moe else full]
+        ]
 
     reduced = [number for number in states if number != MODEL]
     branching = [number for number, branch in enumerate(plan.branches) if is_moe and branch == place]
     model = Variant((full,) * len(run.model.layers))
     hidden, outputs = step(states[MODEL], list_mixings([model, *(variants[number] for number in branching)]))
     for group in _group(reduced, variants, plan.together):
-        top_k = [k for k, _ in list_mixings([variants[number] for number in group])]
+        top_k = [variants[number].top_k[place] if is_moe else full for number in group]
         top_k += top_k[-1:] * (plan.together - len(group))  # one shape, one compilation
         joined = [states[number] for number in group]
         joined = jnp.concatenate([*joined, *joined[-1:] * (plan.together - len(group))])
         k = np.repeat(np.asarray(top_k, np.int32), joined.shape[1] * (len(joined) // plan.together))[:, None]
-        [moved], _ = step(joined, [(k, variants[group[0]].exponent)])
+        first = variants[group[0]]
+        [moved], _ = step(joined, [_Mixing(k, first.exponent, _stack(layer, top_k, first.maps, full))])
         states |= zip(group, map(plan.keep, jnp.split(moved, plan.together)), strict=False)
     states |= zip([MODEL, *branching], map(plan.keep, hidden), strict=True)
     return outputs
 
 
+def _stack(layer: int, top_k: Sequence[int], maps: Maps | None, full: int) -> Correction | None:
+    """The corrections of a layer at each of `top_k`; None where there are none."""
+    if maps is None or all(k == full for k in top_k):
+        return None
+    some = next(maps[layer, k] for k in top_k if k < full)
+    rows = [maps[layer, k] if k < full else tuple(map(np.zeros_like, some)) for k in top_k]
+    return Correction(*(jnp.asarray(np.stack(arrays), jnp.float32) for arrays in zip(*rows, strict=True)))
+
+
 def _step(
-    run: Run,
-    layer: int,
-    weights: BlockWeights,
-    hidden: Kept,
-    mixings: Sequence[tuple[int | Int32[np.ndarray, "tokens 1"], float | None]],
+    run: Run, layer: int, weights: BlockWeights, hidden: Kept, mixings: Sequence[_Mixing]
 ) -> tuple[list[Hidden], MoEOutputs | None]:
-    """Hidden states after a layer for each of `mixings`: a k, of all tokens or of each, and a gate exponent."""
+    """Hidden states after a layer, for each of `mixings`."""
     block, model, moe = run.decoder.blocks[layer], run.model, weights.moe
     hidden, x = attend(block, weights, jnp.asarray(hidden))
     if moe is None:
@@ -196,23 +228,32 @@ def _step(
     choice = route(x, moe.router, moe.bias, routing=plain, top_k=model.top_k)
     outputs = compute_outputs(x, choice, moe.experts, routing=plain, activation=model.activation)
     results = []
-    for k, exponent in mixings:
-        mixed = mix(outputs, choice.scores, jnp.asarray(k, jnp.int32), routing=plain._replace(exponent=exponent))
+    for mixing in mixings:
+        k = jnp.asarray(mixing.k, jnp.int32)
+        mixed = mix(outputs, choice.scores, k, routing=plain._replace(exponent=mixing.exponent))
+        if mixing.correction is not None:
+            mixed = mixed + correct(choice, k, mixing.correction, routing=plain)
         results.append(finish(block, weights, hidden, x, mixed))
-    return results, MoEOutputs(layer, x, outputs, choice.scores, hidden)
+    return results, MoEOutputs(layer, x, outputs, choice, hidden)
 
 
-def _measure_layer(outputs: MoEOutputs, run: Run) -> Float64[np.ndarray, "2 chunk K"]:
-    distances = squared_distances(outputs.outputs, outputs.scores, routing=run.model.routing)
+def _measure_layer(outputs: MoEOutputs, run: Run, maps: Maps | None) -> Float64[np.ndarray, "2 chunk K"]:
+    layer, top_k, routing = outputs.layer, run.model.top_k, run.model.routing
+    if maps is None or (layer, 1) not in maps:
+        distances = squared_distances(outputs.outputs, outputs.choice.scores, routing=routing)
+    else:
+        correction = _stack(layer, range(1, top_k), maps, top_k)
+        distances = corrected_distances(outputs.outputs, outputs.choice, correction, routing=routing)
     return np.asarray(_average(distances, outputs.hidden), np.float64)
 
 
 @jax.jit
 def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array, "2 chunk K"]:
-    # A token that the model never saw may be all zero, and so is then what the layer makes of it.
-    size = jnp.maximum(jnp.square(hidden.astype(jnp.float32)).sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    # The stream of a token that the model never saw may be all zero; nothing is relative to that.
+    size = jnp.square(hidden.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     distances = distances.reshape(*hidden.shape[:2], -1)
-    return jnp.stack([distances.mean(axis=1), (distances / size).mean(axis=1)])
+    relative = jnp.where(size > 0, distances / jnp.where(size > 0, size, 1.0), 0.0)
+    return jnp.stack([distances.mean(axis=1), relative.mean(axis=1)])
 
 
 def _measure_divergence(
@@ -273,9 +314,10 @@ def check_room(run: Run, tokens: int) -> int:
 
 
 def _group(numbers: Sequence[int], variants: Sequence[Variant], size: int) -> Iterator[list[int]]:
-    """Groups of at most `size` variants that have the same exponent, as lists of their indices."""
-    for exponent in dict.fromkeys(variants[number].exponent for number in numbers):
-        alike = [number for number in numbers if variants[number].exponent == exponent]
+    """Groups of at most `size` variants that have the same exponent and maps, as lists of their indices."""
+    kinds = {number: (variants[number].exponent, id(variants[number].maps)) for number in numbers}
+    for kind in dict.fromkeys(kinds.values()):
+        alike = [number for number in numbers if kinds[number] == kind]
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 

@@ -3,22 +3,31 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from lexi_search.artifacts.codec import require_gate_exponent
+from lexi_search.artifacts.compensation import Maps
 from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError, check_memory
 from lexi_search.layers.ffn import ACTIVATIONS
+from lexi_search.layers.spec import Routing
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import Model
 from lexi_search.profiling.divergence import draw_samples, measure_layers, open_run
 from lexi_search.profiling.forward import Run
-from lexi_search.profiling.gaussian import find_needed, measure_layer
-from lexi_search.profiling.moments import summarise
+from lexi_search.profiling.paper.gaussian import find_needed, measure_layer
+from lexi_search.profiling.paper.moments import summarise
+
+AUTO = "auto"
+RELATIVE_ERROR = {"weights": 0.0, "paper": 0.01}  # by input
+SAMPLES = {"weights": 2**12, "paper": 2**20}
+COMPENSATIONS = ("full", "exponent", "none")
 
 
 def profile_layers(
@@ -28,14 +37,15 @@ def profile_layers(
     layers: Sequence[int],
     settings: ProfileSettings,
     tokens: Int[np.ndarray, "sequences length"] | None = None,
+    maps: Maps | None = None,
     report: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[tuple[int, LayerLoss]]:
     """Yield (decoder-layer index, losses) for each of `layers`: on `paper` input as each is done, else all at the end.
 
     The losses of a layer depend on the weights, its index and `settings`, not on which other layers are measured, or in
     what order. The device holds the weights of two layers at most, as stored; on `paper` input an expert that gets no
-    token is not read. On other input the text is `tokens`, if it is sampled already, and `report` is called with the
-    index of every decoder layer in every pass over the model.
+    token is not read. On other input the text is `tokens`, if it is sampled already, outputs are corrected by `maps`,
+    if given, and `report` is called with the index of every decoder layer in every pass over the model.
 
     Raises:
         InputError: a layer that is no MoE layer, an activation that is not known, NaN or Inf in a weight or output,
@@ -48,7 +58,7 @@ def profile_layers(
     if settings.input == "paper":
         return _profile_each(checkpoint, model, layers, settings)
     run = open_run(checkpoint, model, settings.dtype)
-    return _profile_text(run, layers, settings, tokens, report) if layers else iter(())
+    return _profile_text(run, layers, settings, tokens, maps, report) if layers else iter(())
 
 
 def choose_dtype(dtype: str, source: str, stored: str) -> str:
@@ -59,6 +69,29 @@ def choose_dtype(dtype: str, source: str, stored: str) -> str:
     if dtype != "auto":
         return dtype
     return "float32" if source != "paper" and jax.default_backend() == "cpu" else stored
+
+
+def choose_compensation(compensation: str | None, exponent: float | str | None, input: str, routing: Routing) -> str:
+    """One of `COMPENSATIONS`: the one that is asked for, or the most that the input and the family's routing allow.
+
+    Without one asked for, a gate exponent on the paper's input is taken as it is. Raises InputError for what is not
+    possible, or contradicts itself.
+    """
+    if compensation not in (None, *COMPENSATIONS):
+        raise InputError(f"compensation {compensation!r} is not known; known are {', '.join(COMPENSATIONS)}")
+    if compensation == "none" and exponent is not None:
+        raise InputError("--gate-exponent is a part of compensation; take --compensation exponent, or leave it out")
+    if input == "paper":
+        if compensation in ("full", "exponent"):
+            raise InputError(f"--compensation {compensation} is found on the model's own text; leave --input paper out")
+        return "none" if exponent is None else "exponent"
+    proportional = not routing.scales_input and routing.scoring != "sparsemixer"
+    if compensation in ("full", "exponent") and not proportional:
+        raise InputError(
+            f"--compensation {compensation}: this family's gate weights are not the scores up to one factor a token; "
+            "take --compensation none"
+        )
+    return compensation or ("full" if proportional else "none")
 
 
 def check_layers(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> None:
@@ -73,11 +106,12 @@ def _profile_text(
     layers: Sequence[int],
     settings: ProfileSettings,
     tokens: Int[np.ndarray, "sequences length"] | None,
+    maps: Maps | None,
     report: Callable[[int], None],
 ) -> Iterator[tuple[int, LayerLoss]]:
     if tokens is None:
         tokens = draw_samples(run, settings, layers=len(layers), report=report)
-    yield from measure_layers(run, tokens, layers, settings, report=report)
+    yield from measure_layers(run, tokens, layers, settings, maps=maps, report=report)
 
 
 def _profile_each(
@@ -103,3 +137,41 @@ def _profile_each(
                 place = f"{checkpoint.folder}: the output of layer {layer}"
                 raise InputError(f"{place} overflows in {settings.dtype}{remedy}")
             yield layer, summarise(moments)
+
+
+def check_settings(input: str, **settings: object) -> None:
+    """Raise InputError for an input that is not known, or one of the paper's `settings` with another input."""
+    if input not in SAMPLES:
+        raise InputError(f"input {input!r} is not known; known are {', '.join(SAMPLES)}")
+    given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
+    if input != "paper" and given:
+        raise InputError(f"{given[0]} is for --input paper; add that, or leave {given[0]} out")
+
+
+def find_end(
+    input: str, relative_error: float | None, samples: int | None, iterations: int | None, size: int
+) -> dict[str, Any]:
+    """The settings that say when to stop; `iterations` of `size` tokens stand for both of them."""
+    if iterations is None:
+        error = RELATIVE_ERROR[input] if relative_error is None else relative_error
+        return {"relative_error": error, "max_samples": SAMPLES[input] if samples is None else samples}
+    if (relative_error, samples) != (None, None):
+        other = "--samples" if relative_error is None else "--relative-error"
+        raise InputError(f"--iterations and {other} both say when to stop; give one of them")
+    if not 1 <= iterations < 2**31:
+        raise InputError(f"--iterations is {iterations}, at least 1 expected")
+    return {"relative_error": 0.0, "max_samples": iterations * size}
+
+
+def read_exponent(value: float | str | None, input: str) -> float | str | None:
+    """The gate exponent that is asked for: a number, `AUTO` or None; InputError for anything else."""
+    if value == AUTO and input == "paper":
+        raise InputError("--gate-exponent auto is found on the model's own text; leave --input paper out")
+    if value in (None, AUTO):
+        return value
+    try:
+        exponent = float(value)
+    except ValueError:
+        raise InputError(f"--gate-exponent {value!r} is neither a number nor auto") from None
+    require_gate_exponent(exponent)
+    return exponent

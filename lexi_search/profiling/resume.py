@@ -5,6 +5,7 @@ bytes' SHA-256 in its name; the same for findings that all layers need and that 
 a lock that the run holds while it lives.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lexi_search.artifacts.compensation import Maps, format_maps, parse_maps
 from lexi_search.artifacts.files import json_bytes, lock_file, read_bytes, write_atomically
 from lexi_search.artifacts.merging import Header, find_difference, read_header
 from lexi_search.artifacts.profile import LayerLoss, Profile
@@ -23,13 +25,15 @@ from lexi_search.errors import InputError
 
 LOCK = "lock"
 LAYERS, FINDINGS = "*.json", "*.found"  # files
+MAPS = "maps"  # the name of a finding, before a layer's index
 # Names of the files of this module, and of what a write that was cut short leaves.
 OURS = re.compile(r"\w+-[0-9a-f]{16}\.(json|found)|\.lexi-.*\.tmp")
 
 
 @dataclass
 class Partials:
-    """The finished layers of one run, in memory and in `folder`, and findings that all layers need, by name.
+    """The finished layers of one run, in memory and in `folder`, findings that all layers need, by name, and `maps`,
+    the corrections of layers that are fitted.
 
     `damaged` counts files whose bytes are not those that were written.
     """
@@ -38,6 +42,7 @@ class Partials:
     folder: Path
     layers: dict[int, LayerLoss] = field(default_factory=dict)
     findings: dict[str, Any] = field(default_factory=dict)
+    maps: dict[int, Maps] = field(default_factory=dict)
     damaged: int = 0
 
     def load(self, header: Header, *, but_exponent: bool = False) -> None:
@@ -45,7 +50,8 @@ class Partials:
 
         With `but_exponent` the gate exponents may differ. InputError where they are another run's.
         """
-        self.header, self.layers, self.findings, self.damaged = header, {}, {}, 0
+        self.header, self.damaged = header, 0
+        self.layers, self.findings, self.maps = {}, {}, {}
         for path in sorted((*self.folder.glob(LAYERS), *self.folder.glob(FINDINGS))):
             found = _read(path)
             if found is None:
@@ -54,8 +60,10 @@ class Partials:
                 self._check(read_header(found).to_document(), but_exponent)
                 self.layers |= found.layers
             else:
-                self._check(found["run"], but_exponent=True)  # a finding does not depend on it
-                self.findings[path.name.partition("-")[0]] = found["value"]
+                name = path.name.partition("-")[0]
+                # Of what is found, corrections alone depend on the exponent.
+                self._check(found["run"], but_exponent=but_exponent or not name.startswith(MAPS))
+                self._keep(name, found["value"])
 
     def _check(self, theirs: dict[str, Any], but_exponent: bool) -> None:
         ours = self.header.to_document()
@@ -67,13 +75,29 @@ class Partials:
                 "finish it, or throw them away with --restart"
             )
 
+    def _keep(self, name: str, value: Any) -> None:
+        if name.startswith(MAPS):
+            self.maps[int(name.removeprefix(MAPS))] = parse_maps(base64.b64decode(value), self.header.model)
+        else:
+            self.findings[name] = value
+
     def find(self, name: str, make: Callable[[], Any]) -> Any:
         """The finding of this name, plain JSON: from an earlier run, or made now and kept."""
         if name not in self.findings:
-            data = json_bytes({"run": self.header.to_document(), "value": make()})
-            write_atomically(self.folder / _name(name, data, FINDINGS), data)
-            self.findings[name] = json.loads(data)["value"]
+            self._keep(name, self._write(name, make()))
         return self.findings[name]
+
+    def add_maps(self, layer: int, maps: Maps) -> Maps:
+        """Add the corrections of a layer, and return them; when this returns, they are on disk."""
+        data = format_maps(maps, self.header.model)
+        self._keep(f"{MAPS}{layer}", self._write(f"{MAPS}{layer}", base64.b64encode(data).decode()))
+        return self.maps[layer]
+
+    def _write(self, name: str, value: Any) -> Any:
+        """Write a finding to disk, and return it as it will be read."""
+        data = json_bytes({"run": self.header.to_document(), "value": value})
+        write_atomically(self.folder / _name(name, data, FINDINGS), data)
+        return json.loads(data)["value"]
 
     def add(self, layer: int, loss: LayerLoss) -> None:
         """Add a finished layer; when this returns, it is on disk."""
@@ -86,14 +110,15 @@ class Partials:
         for path in self.folder.iterdir():
             if OURS.fullmatch(path.name):
                 path.unlink()
-        self.layers, self.findings, self.damaged = {}, {}, 0
+        self.layers, self.findings, self.maps, self.damaged = {}, {}, {}, 0
 
     def drop(self, layers: Collection[int]) -> None:
         """Remove these layers, which are in the output now. Any others stay, and with them the findings."""
         for layer in set(layers) & set(self.layers):
-            for path in self.folder.glob(f"{layer}-*.json"):
+            for path in (*self.folder.glob(f"{layer}-*.json"), *self.folder.glob(f"{MAPS}{layer}-*.found")):
                 path.unlink()
             del self.layers[layer]
+            self.maps.pop(layer, None)
         if not self.layers:
             self.clear()
 

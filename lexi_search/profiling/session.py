@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from lexi_search import __version__
-from lexi_search.artifacts.codec import require_gate_exponent
+from lexi_search.artifacts.compensation import Maps, check_maps_place, name_beside, read_maps, write_maps
 from lexi_search.artifacts.files import check_writable, refuse_inputs
 from lexi_search.artifacts.merging import Header, find_difference, find_missing, read_header
 from lexi_search.artifacts.profile import Profile, ProfileSettings
@@ -22,16 +22,23 @@ from lexi_search.artifacts.serialisation import describe_nature, read_profile, w
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
 from lexi_search.models.model import Model, describe, find_dtype
+from lexi_search.profiling.compensation import EXPONENTS as CORRECTED_EXPONENTS
+from lexi_search.profiling.compensation import choose_ks, find_rank, fit_layers, try_exponents
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
 from lexi_search.profiling.divergence import EXPONENTS, choose_exponent, draw_samples, open_run
 from lexi_search.profiling.forward import Run
-from lexi_search.profiling.profile import check_layers, choose_dtype, profile_layers
+from lexi_search.profiling.profile import (
+    AUTO,
+    check_layers,
+    check_settings,
+    choose_compensation,
+    choose_dtype,
+    find_end,
+    profile_layers,
+    read_exponent,
+)
 from lexi_search.profiling.resume import Partials, find_partials, keep_partials
 from lexi_search.profiling.sampling import PASSES
-
-AUTO = "auto"
-RELATIVE_ERROR = {"weights": 0.0, "paper": 0.01}  # by input
-SAMPLES = {"weights": 2**12, "paper": 2**20}
 
 
 class Plan(NamedTuple):
@@ -84,6 +91,7 @@ class _Session(NamedTuple):
     layers: Sequence[int]
     observer: Observer
     made_by: Mapping[str, Any]
+    find_exponent: bool  # it is to be found on the text
     partials: Partials | None = None
 
     @property
@@ -107,6 +115,8 @@ def profile_checkpoint(
     dtype: str = AUTO,
     max_k: int | None = None,
     gate_exponent: float | str | None = None,
+    compensation: str | None = None,
+    rank: int | None = None,
     restart: bool = False,
     reuse: bool = False,
     force: bool = False,
@@ -119,7 +129,10 @@ def profile_checkpoint(
         layers: decoder-layer indices; by default all MoE layers.
         input: `weights`, text sampled from the model, or `paper`, N(0, 1). Settings are those of `ProfileSettings`.
         iterations: exactly so many on the paper's input, its N_iter, in place of `relative_error` and `samples`.
-        gate_exponent: a number, or "auto" for the one with the least divergence.
+        gate_exponent: a number, or "auto" for the one with the least divergence; the same as None with compensation.
+        compensation: of the dropped experts: "full", a gate exponent and corrections of the router's features;
+            "exponent" alone; or "none", the paper's method. By default the most that input and family allow.
+        rank: of the corrections.
         restart: throw away what a run that was cut short left in `<output>.partial/`, instead of going on from there.
         reuse: return the profile in `output` where this very run has written it before; without several processes.
         force: replace a file of another model or kind in `output`, too.
@@ -131,43 +144,52 @@ def profile_checkpoint(
             stopped.
     """
     paper = {"relative_error": relative_error, "control_variate": control_variate, "max_k": max_k}
-    _check_settings(input, iterations=iterations, **paper)
-    exponent = _check_exponent(gate_exponent, input)
+    check_settings(input, iterations=iterations, **paper)
+    exponent = read_exponent(gate_exponent, input)
     if group.index == 0:
         check_writable(output, apart_from=[source], nature=None if force else describe_nature(Profile))
         refuse_inputs(find_partials(output), [source])
     settings = {"input": input, "seed": seed, "batch": batch, "length": length} | paper
-    settings |= _find_end(input, relative_error, samples, iterations, batch * length)
-    session = _open(source, layers, dtype, exponent, group, observer or _Silent(), **settings)
-    if reuse and (finished := _find_finished(output, session, but_exponent=exponent == AUTO)):
+    settings |= find_end(input, relative_error, samples, iterations, batch * length)
+    session = _open(source, layers, dtype, group, observer or _Silent(), compensation, exponent, rank, **settings)
+    if reuse and (finished := _find_finished(output, session)):
         return finished
     agree(group, session.header)
-    if group.index == 0 and not force:
-        check_writable(output, nature=describe_nature(Profile, session.model.identity))
+    if group.index == 0:
+        _check_output(output, session, force=force)
     with ExitStack() as stack:
         if group.index == 0:
-            kept = keep_partials(output, session.header, restart=restart, but_exponent=exponent == AUTO)
+            kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
             session = session._replace(partials=stack.enter_context(kept))
             session.observer.open(session.partials, session.layers)
-            session.observer.plan(_plan(session, find_exponent=exponent == AUTO))
-        return _measure(session, output, find_exponent=exponent == AUTO, force=force)
+            session.observer.plan(_plan(session))
+        return _measure(session, output, force=force)
 
 
-def _find_finished(output: str | os.PathLike[str], session: _Session, *, but_exponent: bool) -> Profile | None:
+def _check_output(output: str | os.PathLike[str], session: _Session, *, force: bool) -> None:
+    """Raise InputError where what will be written may not replace what is there."""
+    nature = None if force else describe_nature(Profile, session.model.identity)
+    check_writable(output, nature=nature)
+    if session.settings.compensation_rank is not None:
+        check_maps_place(name_beside(output), apart_from=[session.checkpoint.folder], force=force)
+
+
+def _find_finished(output: str | os.PathLike[str], session: _Session) -> Profile | None:
     """The profile in `output`, all of whose layers the session's run has measured; None where nothing is there.
 
-    InputError for a profile of another run. With `but_exponent` the session's gate exponent is not known yet.
+    InputError for a profile of another run, or one whose corrections are not whole.
     """
     if not os.path.lexists(output):
         return None
     profile = read_profile(output)
     theirs, ours = read_header(profile).to_document(), session.header.to_document()
-    if but_exponent:
+    if session.find_exponent:  # it is not known yet
         ours["settings"]["gate_exponent"] = theirs["settings"]["gate_exponent"]
     if difference := find_difference(theirs, ours):
         raise InputError(f"{output} is the profile of another run, whose {difference} now; choose another place")
     if missing := find_missing(profile):
         raise InputError(f"{output} lacks layers, the first is {missing[0]}; choose another place")
+    read_maps(output, profile.compensation, profile.model)
     return profile
 
 
@@ -175,23 +197,31 @@ def _open(
     source: str | os.PathLike[str],
     layers: Collection[int] | None,
     dtype: str,
-    exponent: float | str | None,
     group: Group,
     observer: Observer,
+    compensation: str | None,
+    exponent: float | str | None,
+    rank: int | None,
     **settings: Any,
 ) -> _Session:
     checkpoint = open_checkpoint(source)
     model = describe(checkpoint, max_k=settings["max_k"], gate_exponent=None if exponent == AUTO else exponent)
     chosen = tuple(layers or model.layers)
     check_layers(checkpoint, model, chosen)
+    compensation = choose_compensation(compensation, exponent, settings["input"], model.routing)
+    if compensation == "full":
+        settings["compensation_rank"] = find_rank(model.hidden_size, model.identity.num_experts, rank)
+    elif rank is not None:
+        raise InputError(f"--rank is of corrections, which --compensation {compensation} has none of; leave it out")
     chosen_dtype = choose_dtype(dtype, settings["input"], find_dtype(checkpoint, model))
     complete = ProfileSettings(dtype=chosen_dtype, gate_exponent=model.routing.exponent, **settings)
     run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype)
     made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
-    return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by)
+    find_exponent = compensation != "none" and exponent in (None, AUTO)
+    return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by, find_exponent)
 
 
-def _plan(session: _Session, *, find_exponent: bool) -> Plan:
+def _plan(session: _Session) -> Plan:
     """What is left of the run to do in this process, if no other shares it."""
     checkpoint, model, settings, partials = session.checkpoint, session.model, session.settings, session.partials
     missing = [layer for layer in session.layers if layer not in partials.layers]
@@ -202,9 +232,13 @@ def _plan(session: _Session, *, find_exponent: bool) -> Plan:
         tokens = settings.batch * settings.length * (1 + model.top_k)
         return Plan((), len(model.layers), read, tokens * row + largest, largest)
     layers, others = len(session.run.decoder.blocks), model.top_k - 1
-    chooses = find_exponent and "exponent" not in partials.findings
+    chooses = session.find_exponent and "exponent" not in partials.findings
     work = (1,) * layers * (PASSES if (missing or chooses) and "text" not in partials.findings else 0)
-    work += (1 + len(EXPONENTS) * others,) * layers if chooses else ()
+    corrects = settings.compensation_rank is not None
+    work += (1,) * layers if chooses and corrects else ()
+    tried = CORRECTED_EXPONENTS if corrects else EXPONENTS
+    work += (1 + len(tried) * len(choose_ks(model.top_k)),) * layers if chooses else ()
+    work += (1,) * layers if corrects and not partials.maps.keys() >= set(session.layers) else ()
     # A variant has states of its own from the layer on in which it differs.
     work += tuple(1 + others * sum(layer <= at for layer in missing) for at in range(layers)) if missing else ()
     whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
@@ -213,21 +247,24 @@ def _plan(session: _Session, *, find_exponent: bool) -> Plan:
     return Plan(work, layers, read, states + largest, largest)
 
 
-def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent: bool, force: bool) -> Profile | None:
+def _measure(session: _Session, output: str | os.PathLike[str], *, force: bool) -> Profile | None:
     group, layers, partials = session.group, session.layers, session.partials
     get_text = cache(lambda: _get_text(session))
-    if find_exponent:
+    if session.find_exponent:
         session = _find_exponent(session, get_text)
     missing = share(group, "missing", lambda: [layer for layer in layers if layer not in partials.layers])
     costs = estimate_costs(session.checkpoint, session.model, missing, session.settings.input)
     assigned = spread(costs, group.size)[group.index]
-    tokens = get_text() if assigned and session.run is not None else None
+    maps = None
+    if session.settings.compensation_rank is not None:
+        maps = _fit(session, assigned if partials is None else layers, get_text)
     measured = profile_layers(
         session.checkpoint,
         session.model,
         layers=assigned,
         settings=session.settings,
-        tokens=tokens,
+        tokens=get_text() if assigned and session.run is not None else None,
+        maps=maps,
         report=session.observer.advance_pass,
     )
     with closing(measured):
@@ -235,14 +272,40 @@ def _measure(session: _Session, output: str | os.PathLike[str], *, find_exponent
             if partials is not None:
                 partials.add(layer, loss)
             session.observer.finish_layer(layer)
-    if partials is None:
-        return None
-    header = session.header
-    losses = {layer: partials.layers[layer] for layer in layers}
-    profile = Profile(header.model, header.settings, losses, header.made_by)
-    write_profile(output, profile, apart_from=[session.checkpoint.folder], force=force)
-    partials.drop(layers)
+    return None if partials is None else _write(session, output, maps, force=force)
+
+
+def _write(session: _Session, output: str | os.PathLike[str], maps: Maps | None, *, force: bool) -> Profile:
+    """Write the profile of all layers, after the corrections that it names; what was kept of them goes."""
+    header, partials = session.header, session.partials
+    losses = {layer: partials.layers[layer] for layer in session.layers}
+    apart_from, compensation = [session.checkpoint.folder], None
+    if maps is not None:
+        compensation = write_maps(name_beside(output), maps, header.model, apart_from=apart_from, force=force)
+    profile = Profile(header.model, header.settings, losses, header.made_by, compensation)
+    write_profile(output, profile, apart_from=apart_from, force=force)
+    partials.drop(session.layers)
     return profile
+
+
+def _fit(
+    session: _Session, layers: Sequence[int], get_text: Callable[[], Int32[np.ndarray, "sequences length"]]
+) -> Maps:
+    """The corrections of `layers`: from an earlier run, or fitted now.
+
+    Process 0 fits all layers, others what they measure: a pass over the model is what it takes, and not the fit.
+    """
+    partials = session.partials
+    kept = {} if partials is None else partials.maps
+    maps = {key: value for layer in layers for key, value in kept.get(layer, {}).items()}
+    missing = [layer for layer in layers if layer not in kept]
+    if missing:
+        run = session.run._replace(model=session.model)
+        rank, report = session.settings.compensation_rank, session.observer.advance_pass
+        settings = {"exponents": [session.settings.gate_exponent], "ks": range(1, run.model.top_k), "rank": rank}
+        for layer, [found] in fit_layers(run, get_text(), missing, **settings, report=report):
+            maps |= found if partials is None else partials.add_maps(layer, found)
+    return maps
 
 
 def _get_text(session: _Session) -> Int32[np.ndarray, "sequences length"]:
@@ -260,7 +323,9 @@ def _find_exponent(session: _Session, get_text: Callable[[], Int32[np.ndarray, "
     """The session with the gate exponent of an earlier run, of process 0, or the best one on the text."""
 
     def choose() -> float:
-        return choose_exponent(session.run, get_text(), report=session.observer.advance_pass)
+        run, rank, report = session.run, session.settings.compensation_rank, session.observer.advance_pass
+        corrected = None if rank is None else try_exponents(run, get_text(), rank=rank, report=report)
+        return choose_exponent(run, get_text(), corrected=corrected, report=report)
 
     exponent = share(session.group, "exponent", lambda: session.partials.find("exponent", choose))
     model = session.model._replace(routing=session.model.routing._replace(exponent=exponent))
@@ -269,39 +334,3 @@ def _find_exponent(session: _Session, get_text: Callable[[], Int32[np.ndarray, "
         session.observer.choose_exponent(exponent)
         session.partials.load(session.header)
     return session
-
-
-def _check_settings(input: str, **settings: object) -> None:
-    if input not in SAMPLES:
-        raise InputError(f"input {input!r} is not known; known are {', '.join(SAMPLES)}")
-    given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
-    if input != "paper" and given:
-        raise InputError(f"{given[0]} is for --input paper; add that, or leave {given[0]} out")
-
-
-def _find_end(
-    input: str, relative_error: float | None, samples: int | None, iterations: int | None, size: int
-) -> dict[str, Any]:
-    """The settings that say when to stop; `iterations` of `size` tokens stand for both of them."""
-    if iterations is None:
-        error = RELATIVE_ERROR[input] if relative_error is None else relative_error
-        return {"relative_error": error, "max_samples": SAMPLES[input] if samples is None else samples}
-    if (relative_error, samples) != (None, None):
-        other = "--samples" if relative_error is None else "--relative-error"
-        raise InputError(f"--iterations and {other} both say when to stop; give one of them")
-    if not 1 <= iterations < 2**31:
-        raise InputError(f"--iterations is {iterations}, at least 1 expected")
-    return {"relative_error": 0.0, "max_samples": iterations * size}
-
-
-def _check_exponent(value: float | str | None, input: str) -> float | str | None:
-    if value == AUTO and input == "paper":
-        raise InputError("--gate-exponent auto is found on the model's own text; leave --input paper out")
-    if value in (None, AUTO):
-        return value
-    try:
-        exponent = float(value)
-    except ValueError:
-        raise InputError(f"--gate-exponent {value!r} is neither a number nor auto") from None
-    require_gate_exponent(exponent)
-    return exponent

@@ -83,3 +83,57 @@ def moe_output(x, router, bias, experts, routing, activation, k):
             else:
                 output[t] += routing.scale * scores[e] / total * run_expert(token, experts[e], activation)
     return output
+
+
+def weigh(x, router, bias, routing, top_k):
+    """(One token's experts at the layer's own `top_k`, best first; the weights of all experts, 0 for others)."""
+    chosen, scores = choose(x, router, bias, routing, top_k)
+    total = max(sum(scores[e] for e in chosen) + routing.epsilon, routing.norm_min) if routing.renormalize else 1
+    weights = np.zeros(len(scores))
+    for e in chosen:
+        weights[e] = routing.scale * (1 if routing.scales_input else scores[e] / total)
+    return chosen, weights
+
+
+def find_features(x, router, bias, routing, top_k, k):
+    """[tokens, 3 x experts] at k of `top_k`: logits, weights of the kept experts, weights of the dropped ones."""
+    experts = len(router)
+    features = np.zeros((len(x), 3 * experts))
+    for t, token in enumerate(x):
+        chosen, weights = weigh(token, router, bias, routing, top_k)
+        features[t, :experts] = router @ token + (bias if routing.bias == "logits" else 0)
+        for rank, e in enumerate(chosen):
+            features[t, (1 if rank < k else 2) * experts + e] = weights[e]
+    return features
+
+
+def fit_ridge(features, rest, folds, ridges):
+    """The affine map [features + 1, hidden], constant last, by the ridge with which each fold predicts the other best.
+
+    Ridges are of features scaled to unit variance; one that does not vary is left out.
+    """
+
+    def solve(rows, ridge):
+        own, target = features[rows], rest[rows]
+        mean, scale = own.mean(0), own.std(0)
+        varies = scale > 1e-3 * scale.max()
+        scaled = np.where(varies, (own - mean) / np.where(varies, scale, 1), 0)
+        normal = scaled.T @ scaled / len(own) + ridge * np.eye(len(mean))
+        weights = np.linalg.solve(normal, scaled.T @ (target - target.mean(0)) / len(own))
+        weights = np.where(varies[:, None], weights / np.where(varies, scale, 1)[:, None], 0)
+        return np.vstack([weights, target.mean(0) - mean @ weights])
+
+    def miss(ridge):
+        halves = [solve(folds == fold, ridge) for fold in (0, 1)]
+        predict = [features[folds != fold] @ half[:-1] + half[-1] for fold, half in enumerate(halves)]
+        return sum(((rest[folds != fold] - predict[fold]) ** 2).sum(1).mean() for fold in (0, 1))
+
+    return solve(np.full(len(features), True), min(ridges, key=miss))
+
+
+def cut_rank(features, solution, rank):
+    """The affine map with its linear part cut to the `rank` directions in which the values that it fits vary most."""
+    fitted = (features - features.mean(0)) @ solution[:-1]
+    _, _, directions = np.linalg.svd(fitted, full_matrices=False)
+    weights = solution[:-1] @ directions[:rank].T @ directions[:rank]
+    return np.vstack([weights, solution[-1] + features.mean(0) @ (solution[:-1] - weights)])

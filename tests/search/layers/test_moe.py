@@ -11,7 +11,15 @@ from jaxtyping import TypeCheckError
 
 from lexi_search.layers.experts import CHUNK_SIZES, MAX_PADDING, cut_into_chunks, expert_outputs
 from lexi_search.layers.ffn import ACTIVATIONS
-from lexi_search.layers.moe import compute_outputs, mix, squared_distances
+from lexi_search.layers.moe import (
+    Correction,
+    compute_outputs,
+    correct,
+    corrected_distances,
+    find_features,
+    mix,
+    squared_distances,
+)
 from lexi_search.layers.routing import mixing_weights, route
 from lexi_search.layers.spec import Activation, Routing
 from lexi_search.layers.weights import ExpertWeights
@@ -106,6 +114,43 @@ def test_every_k_from_one_pass_equals_the_loop(routing):
         )
         np.testing.assert_allclose(np.asarray(distances, np.float64).sum(axis=0)[k - 1], far.sum(), rtol=1e-6)
     assert not distances[:, -1].any()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_corrections_equal_the_loop(routing):
+    router, bias, experts, x = make_layer()
+    inputs, draw = jnp.asarray(x, jnp.float32), np.random.default_rng(1)
+    choice = route(
+        inputs,
+        jnp.asarray(router, jnp.float32),
+        jnp.asarray(bias, jnp.float32) if routing.bias else None,
+        routing=routing,
+        top_k=TOP_K,
+    )
+    shapes = (TOP_K - 1, 2, 3 * EXPERTS), (TOP_K - 1, HIDDEN, 2), (TOP_K - 1, HIDDEN)
+    correction = Correction(*(jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes))
+    outputs = compute_outputs(inputs, choice, as_weights(experts), routing=routing, activation=Activation())
+    distances = corrected_distances(outputs, choice, correction, routing=routing)
+    whole = reference.moe_output(x, router, bias, experts, routing, Activation(), TOP_K)
+    for k in range(1, TOP_K):
+        features = reference.find_features(x, router, bias, routing, TOP_K, k)
+        assert relative_error(find_features(choice, jnp.int32(k), routing=routing), features) < 4e-6
+        A, B, c = (np.asarray(array[k - 1], np.float64) for array in correction)
+        expected = features @ A.T @ B.T + c
+        own = jax.tree.map(lambda array, k=k: array[k - 1 : k], correction)
+        assert relative_error(correct(choice, jnp.int32(k), own, routing=routing), expected) < 4e-6
+        moved = reference.moe_output(x, router, bias, experts, routing, Activation(), k) + expected - whole
+        np.testing.assert_allclose(distances[:, k - 1], (moved**2).sum(axis=1), rtol=1e-5)
+    assert not distances[:, -1].any()
+    ks = np.repeat(np.arange(1, TOP_K, dtype=np.int32), TOKENS)[:, None]
+    several = type(choice)(*(jnp.tile(array, (TOP_K - 1, 1)) for array in choice))
+    each = [
+        correct(choice, jnp.int32(k), jax.tree.map(lambda array, k=k: array[k - 1 : k], correction), routing=routing)
+        for k in range(1, TOP_K)
+    ]
+    np.testing.assert_allclose(
+        correct(several, jnp.asarray(ks), correction, routing=routing), np.concatenate(each), atol=2e-5
+    )
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused():

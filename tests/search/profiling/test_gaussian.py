@@ -19,7 +19,7 @@ from lexi_search.layers.weights import ExpertWeights
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe
 from lexi_search.profiling import gaussian
-from lexi_search.profiling.gaussian import measure_layer
+from lexi_search.profiling.paper.gaussian import measure_layer
 
 SETTINGS = ProfileSettings(
     input="paper", seed=0, batch=2, length=32, dtype="float32", relative_error=0.0, max_samples=64 * 25

@@ -16,7 +16,7 @@ from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.model import describe
-from lexi_search.profiling.gaussian import draw
+from lexi_search.profiling.paper.gaussian import draw
 
 QUICK = ("--input", "paper", "--batch", 2, "--length", 32, "--samples", 128, "--relative-error", 0)
 

@@ -19,7 +19,7 @@ from lexi_search.layers.routing import mixing_weights, route
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe
 from lexi_search.profiling import gaussian
-from lexi_search.profiling.moments import accumulate, begin, estimate, relative_errors, summarise
+from lexi_search.profiling.paper.moments import accumulate, begin, estimate, relative_errors, summarise
 from lexi_search.profiling.profile import profile_layers
 
 SETTINGS = ProfileSettings(

@@ -17,7 +17,7 @@ from lexi_search.layers.routing import Choice, route
 from lexi_search.layers.spec import Routing
 from lexi_search.layers.weights import LayerWeights
 from lexi_search.models.model import Model
-from lexi_search.profiling.moments import Moments, accumulate, begin, relative_errors
+from lexi_search.profiling.paper.moments import Moments, accumulate, begin, relative_errors
 
 # Tokens that go through the router alone are drawn as those of this many layers further on.
 OTHERS = 1 << 20

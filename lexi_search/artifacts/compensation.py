@@ -1,0 +1,222 @@
+"""Corrections of layers at smaller k, in a safetensors file beside the profile or the allocation that names it.
+
+`layers.{layer}.top_k.{k}.A` [rank, 3 * num_experts] and `.B` [hidden, rank] are bfloat16, `.c` [hidden] is float32.
+Metadata say which model they are of. `layers.moe.correct` says what they are for, `lexi_adapter` serves them.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lexi_search.artifacts.codec import require, short
+from lexi_search.artifacts.files import check_writable, open_regular, write_atomically
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.errors import InputError
+
+FORMAT, VERSION, SUFFIX = "lexi-compensation", "1", ".safetensors"
+EXPORTED = f"lexi_compensation{SUFFIX}"  # its name in an exported folder
+SHARED = f"compensation{SUFFIX}"  # for all allocations of a folder
+TYPES = {"A": "BF16", "B": "BF16", "c": "F32"}  # of the parts of a correction
+MOST_BYTES = 1 << 36
+REMEDY = "put the file there that was written with it, or make both again"
+_NAME = re.compile(r"layers\.(0|[1-9]\d{0,8})\.top_k\.([1-9]\d{0,8})\.([ABc])")
+
+
+@dataclass(frozen=True)
+class CompensationFile:
+    """The file of corrections that a profile or an allocation names: `file` lies in the same folder."""
+
+    file: str
+    rank: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        bare = self.file == os.path.basename(self.file) and "\\" not in self.file and not self.file.startswith(".")
+        require(
+            bare and self.file.endswith(SUFFIX) and self.file.isprintable(),
+            f"compensation file is {short(self.file)}, expected the bare name of a {SUFFIX} file",
+        )
+        require(self.rank >= 1, f"compensation rank is {self.rank}, at least 1 expected")
+        whole = re.fullmatch("[0-9a-f]{64}", self.sha256)
+        require(whole, f"compensation sha256 is {short(self.sha256)}, expected 64 digits of 0-9 and a-f")
+
+
+class Correction(NamedTuple):
+    """B A phi + c for one layer and k, as stored: A [rank, features] and B [hidden, rank] bfloat16, c [hidden] float32.
+
+    NumPy arrays. phi is of `layers.moe.find_features`.
+    """
+
+    A: Any
+    B: Any
+    c: Any
+
+
+Maps = Mapping[tuple[int, int], Correction]  # by decoder layer and k
+
+
+def name_beside(path: str | os.PathLike[str]) -> Path:
+    """Where the corrections of the profile or allocation at `path` lie, unless several share them."""
+    path = Path(path)
+    return path.with_name(f"{path.stem if path.suffix == '.json' else path.name}{SUFFIX}")
+
+
+def format_maps(maps: Maps, model: ModelIdentity) -> bytes:
+    """The exact bytes of the file."""
+    (first, *_) = maps.values()
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "model_type": model.model_type,
+            "rank": str(len(first.A)),
+            "router_sha256": model.router_sha256,
+            "version": VERSION,
+        }
+    }
+    parts, end = [], 0
+    for (layer, k), correction in sorted(maps.items()):
+        for name, array in zip(Correction._fields, correction, strict=True):
+            parts.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            start, end = end, end + len(parts[-1])
+            entry = {"dtype": TYPES[name], "shape": list(array.shape), "data_offsets": [start, end]}
+            header[f"layers.{layer}.top_k.{k}.{name}"] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+def parse_maps(data: bytes, model: ModelIdentity, *, needed: Collection[tuple[int, int]] | None = None) -> Maps:
+    """The corrections in the bytes of a file: those that are `needed`, or all; InputError says what is wrong."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        metadata = header.pop("__metadata__")
+        known = {"format": FORMAT, "version": VERSION, "router_sha256": model.router_sha256}
+        for name, value in known.items():
+            require(metadata.get(name) == value, f"its {name} is {short(metadata.get(name))}, expected {short(value)}")
+        entries = {name: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"not a whole safetensors file ({str(error)[:80]})") from error
+    body, found = memoryview(data)[8 + length :], {}
+    position = 0
+    for name, (dtype, shape, start, end) in entries.items():
+        match = _NAME.fullmatch(name)
+        require(match, f"it has a tensor {short(name)}, which is of no correction")
+        layer, k, part = int(match[1]), int(match[2]), match[3]
+        require(layer in model.moe_layers and k < model.top_k, f"{name} is of no layer and k that can be corrected")
+        require(dtype == TYPES[part], f"{name} is {short(dtype)}, expected {TYPES[part]}")
+        require(start == position and end <= len(body), f"{name} lies where it should not: truncated")
+        position = end
+        if needed is None or (layer, k) in needed:
+            found.setdefault((layer, k), {})[part] = _read_array(name, part, shape, body[start:end])
+    require(position == len(body), "it is longer than its header says")
+    maps = {place: _join(place, parts, model) for place, parts in sorted(found.items())}
+    missing = sorted(set(needed or ()) - set(maps))
+    require(not missing, f"it lacks layer {missing[0][0]} at k = {missing[0][1]}" if missing else "")
+    require(maps or needed is not None, "it holds no corrections")
+    sizes = {(len(one.A), *one.B.shape) for one in maps.values()}
+    require(len(sizes) <= 1, "its corrections have different shapes")
+    wrong = [rank for rank, _, _ in sizes if metadata.get("rank") != str(rank)]
+    require(not wrong, f"its rank is {short(metadata.get('rank'))}, that of its corrections {wrong}")
+    return maps
+
+
+def _read_array(name: str, part: str, shape: Any, data: memoryview) -> Any:
+    import ml_dtypes
+    import numpy as np
+
+    dtype = np.dtype({"BF16": ml_dtypes.bfloat16, "F32": np.float32}[TYPES[part]])
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
+    require(whole and math.prod(shape) * dtype.itemsize == len(data), f"{name} of shape {short(shape)} is not whole")
+    array = np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+    require(np.isfinite(array.astype(np.float32)).all(), f"{name} holds numbers that are not finite")
+    return array
+
+
+def _join(place: tuple[int, int], parts: Mapping[str, Any], model: ModelIdentity) -> Correction:
+    layer, k = place
+    where = f"the correction of layer {layer} at k = {k}"
+    require(parts.keys() == {"A", "B", "c"}, f"{where} lacks {', '.join(sorted({'A', 'B', 'c'} - parts.keys()))}")
+    A, B, c = (parts[name] for name in Correction._fields)
+    fits = (A.ndim, B.ndim, c.ndim) == (2, 2, 1) and B.shape == (len(c), len(A)) and A.shape[1] == 3 * model.num_experts
+    shapes = f"{A.shape}, {B.shape} and {c.shape}"
+    require(fits, f"{where} has shapes {shapes}, which do not fit {model.num_experts} experts")
+    return Correction(A, B, c)
+
+
+def read_maps(
+    path: str | os.PathLike[str],
+    named: CompensationFile | None,
+    model: ModelIdentity,
+    *,
+    needed: Collection[tuple[int, int]] | None = None,
+) -> Maps | None:
+    """The corrections that the profile or allocation at `path` has `named`, those that are `needed` or all.
+
+    None where it names none.
+
+    Raises:
+        InputError: the file is missing, another than the one that was named, damaged, or another model's.
+    """
+    if named is None:
+        return None
+    place = Path(path).parent / named.file
+    try:
+        with open_regular(place) as file:
+            require(os.fstat(file.fileno()).st_size <= MOST_BYTES, f"{place}: larger than {MOST_BYTES >> 30} GiB")
+            data = file.read()
+    except OSError as error:
+        raise InputError(f"{place}, which {path} names, cannot be read ({error.strerror}); {REMEDY}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != named.sha256:
+        raise InputError(f"{place} is not the file that {path} names (its SHA-256 is {found[:12]}..); {REMEDY}")
+    try:
+        maps = parse_maps(data, model, needed=needed)
+        ranks = {len(one.A) for one in maps.values()}
+        require(ranks <= {named.rank}, f"its rank is {ranks}, {path} says {named.rank}")
+    except InputError as error:
+        raise InputError(f"{place}: {error}; {REMEDY}") from error
+    return maps
+
+
+def check_maps_place(
+    path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = (), force: bool = True
+) -> None:
+    """Raise InputError where no corrections can be written to `path`: without `force` something else is there."""
+    check_writable(path, apart_from=apart_from)
+    if not force and os.path.exists(path) and os.path.getsize(path) and not _is_ours(path):
+        raise InputError(f"cannot write {path}: there is another file; choose another name, or replace it with --force")
+
+
+def _is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's header says that it holds corrections."""
+    try:
+        with open_regular(path) as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 28)))
+            return header["__metadata__"]["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_maps(
+    path: str | os.PathLike[str],
+    maps: Maps,
+    model: ModelIdentity,
+    *,
+    apart_from: Sequence[str | os.PathLike[str] | None] = (),
+    force: bool = True,
+) -> CompensationFile | None:
+    """Write corrections to `path`, whole or not at all, and return what is to name them; None where there are none."""
+    if not maps:
+        return None
+    check_maps_place(path, apart_from=apart_from, force=force)
+    data = format_maps(maps, model)
+    write_atomically(path, data, apart_from=apart_from)
+    (first, *_) = maps.values()
+    return CompensationFile(Path(path).name, len(first.A), hashlib.sha256(data).hexdigest())

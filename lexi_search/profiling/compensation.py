@@ -1,0 +1,235 @@
+"""The fit of corrections: what the router says of a token predicts a part of what its dropped experts would have added.
+
+A layer at k, with the gate exponent, is short of its own output at K. That rest is regressed on `moe.find_features` by
+ridge, and the map cut to low rank, all in closed form from sums over one pass of text that the model wrote itself. Most
+of the rest is unlike from token to token and stays; what goes is its mean, given the router, and that is what later
+layers suffer from most (issue 15; `examples/fidelity`).
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int
+
+from lexi_search.artifacts.compensation import Correction, Maps
+from lexi_search.errors import InputError
+from lexi_search.layers.moe import find_features, mixing_changes
+from lexi_search.layers.routing import Choice
+from lexi_search.layers.spec import Routing
+from lexi_search.profiling.forward import MoEOutputs, Run, forward
+
+RANK = 32
+EXPONENTS = (0.0, 0.25, 0.5, 0.75)  # tried with corrections, which leave less to hand on
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of features scaled to unit variance
+FOLDS = 2  # of sequences: one half chooses the ridge of the other
+JITTER = 1e-6  # of the largest variance, below which a feature does not vary
+REMEDY = "; try --dtype float32"
+
+
+class Sums(NamedTuple):
+    """Sums over the tokens of each fold, for some k: of features, the rest, and their products."""
+
+    count: Float[Array | np.ndarray, " folds"]
+    features: Float[Array | np.ndarray, "folds ks features"]
+    rest: Float[Array | np.ndarray, "folds ks hidden"]
+    squares: Float[Array | np.ndarray, "folds ks features features"]
+    products: Float[Array | np.ndarray, "folds ks features hidden"]
+
+
+def fit_layers(
+    run: Run,
+    tokens: Int[np.ndarray, "sequences length"],
+    layers: Collection[int],
+    *,
+    exponents: Sequence[float],
+    ks: Sequence[int],
+    rank: int,
+    report: Callable[[int], None] = lambda layer: None,
+) -> Iterator[tuple[int, list[Maps]]]:
+    """Yield (decoder-layer index, corrections at `ks` for each of the gate `exponents`) of `layers`, in order.
+
+    All after one pass over the model. Raises InputError for hidden states that overflow in `run.dtype`.
+    """
+    sums: dict[int, list[Sums]] = {}
+    seen = dict.fromkeys(layers, 0)  # sequences
+    solved: dict[int, list[list[Future]]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def observe(outputs: MoEOutputs) -> None:
+            layer, (sequences, length, _) = outputs.layer, outputs.hidden.shape
+            if layer not in seen:
+                return
+            folds = np.repeat(np.arange(seen[layer], seen[layer] + sequences) % FOLDS, length).astype(np.int32)
+            found = [
+                _sum(
+                    outputs.outputs,
+                    outputs.choice,
+                    folds,
+                    np.float32(exponent),
+                    np.asarray(ks, np.int32),
+                    routing=run.model.routing,
+                )
+                for exponent in exponents
+            ]
+            sums[layer] = jax.tree.map(jnp.add, sums[layer], found) if layer in sums else found
+            seen[layer] += sequences
+            if seen[layer] == len(tokens):  # solved while the device goes on
+                solved[layer] = [
+                    [pool.submit(solve, whole, at, rank=rank) for at in range(len(ks))]
+                    for whole in (Sums(*map(np.asarray, one)) for one in sums.pop(layer))
+                ]
+
+        forward(run, tokens, observe=observe, report=report)
+        for layer, futures in sorted(solved.items()):
+            corrections = [[future.result() for future in row] for row in futures]
+            if not all(np.isfinite(array.astype(np.float32)).all() for array in jax.tree.leaves(corrections)):
+                place = f"{run.checkpoint.folder}: the output of layer {layer}"
+                raise InputError(f"{place} overflows in {run.dtype}{'' if run.dtype == 'float32' else REMEDY}")
+            yield layer, [{(layer, k): one for k, one in zip(ks, row, strict=True)} for row in corrections]
+
+
+def try_exponents(
+    run: Run, tokens: Int[np.ndarray, "sequences length"], *, rank: int, report: Callable[[int], None]
+) -> dict[float, Maps]:
+    """Corrections of all layers at `choose_ks` for each of `EXPONENTS`, to choose one of them."""
+    found: dict[float, dict] = {exponent: {} for exponent in EXPONENTS}
+    settings = {"exponents": EXPONENTS, "ks": choose_ks(run.model.top_k), "rank": rank}
+    for _, row in fit_layers(run, tokens, run.model.layers, **settings, report=report):
+        for exponent, maps in zip(EXPONENTS, row, strict=True):
+            found[exponent] |= maps
+    return found
+
+
+def choose_ks(top_k: int) -> list[int]:
+    """A quarter, a half and three quarters of the model's own k, as far as they differ and are whole."""
+    return sorted({max(1, share * top_k // 4) for share in (1, 2, 3)})
+
+
+def find_rank(hidden_size: int, num_experts: int, rank: int | None) -> int:
+    """`rank`, `RANK` where it is None, or the largest that a correction of these sizes can have."""
+    if rank is not None and rank < 1:
+        raise InputError(f"--rank is {rank}, at least 1 expected")
+    return min(rank or RANK, hidden_size, 3 * num_experts)
+
+
+@partial(jax.jit, static_argnames="routing")
+def _sum(
+    outputs: Float[Array, "tokens K hidden"],
+    choice: Choice,
+    folds: Int[Array | np.ndarray, " tokens"],
+    exponent: Float[Array | np.ndarray | np.generic, ""],
+    ks: Int[Array | np.ndarray, " ks"],
+    *,
+    routing: Routing,
+) -> Sums:
+    """The sums of some tokens, of which `folds` says the fold."""
+    change = mixing_changes(choice.scores, routing=routing._replace(exponent=exponent))
+    member = (jnp.arange(FOLDS)[:, None] == folds[None, :]).astype(jnp.float32)
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def sum_at(k: Int[Array, ""]) -> tuple[Array, ...]:
+        features = find_features(choice, k, routing=routing)
+        rest = -(change[:, k - 1, :, None] * outputs.astype(jnp.float32)).sum(axis=1)
+        split = member[:, :, None] * features[None]  # features of each fold
+        return (
+            split.sum(axis=1),
+            product("nt,th->nh", member, rest),
+            *(product("ntf,tg->nfg", split, values) for values in (features, rest)),
+        )
+
+    found = jax.lax.map(sum_at, ks)
+    return Sums(member.sum(axis=1), *(jnp.swapaxes(array, 0, 1) for array in found))
+
+
+class Moments(NamedTuple):
+    """Means and central second moments of features and rest over the tokens of some folds, at one k; float64."""
+
+    features: Float64[np.ndarray, " features"]
+    rest: Float64[np.ndarray, " hidden"]
+    covariance: Float64[np.ndarray, "features features"]
+    products: Float64[np.ndarray, "features hidden"]
+
+
+class Ridges(NamedTuple):
+    """The ridge regressions on features scaled to unit variance, for every ridge: `map @ (rows / (values + ridge))`."""
+
+    values: Float64[np.ndarray, " features"]
+    map: Float64[np.ndarray, "features features"]
+    rows: Float64[np.ndarray, "features hidden"]
+
+    def solve(self, ridge: float) -> Float64[np.ndarray, "features hidden"]:
+        return self.map @ (self.rows / (self.values + ridge)[:, None])
+
+
+def solve(sums: Sums, at: int, *, rank: int) -> Correction:
+    """The correction at the `at`-th k, with the ridge of `RIDGES` with which each fold predicts the others best.
+
+    `c` is right for `A` and `B` as they are stored, in bfloat16. Not finite where the sums are not. All in float64 on
+    the host: the matrices are small, and nearly singular.
+    """
+    if not all(np.isfinite(array).all() for array in sums):
+        return Correction(*(np.full((1, 1), np.nan, ml_dtypes.bfloat16),) * 2, np.full(1, np.nan, np.float32))
+    folds = [_find_moments(sums, at, [fold]) for fold in range(FOLDS)]
+    errors = np.zeros(len(RIDGES))
+    for index, own in enumerate(folds):
+        regressed = _regress(own)
+        errors += sum(_judge(own, regressed, other) for other in folds[:index] + folds[index + 1 :])
+    whole = _find_moments(sums, at, list(range(FOLDS)))
+    weights = _regress(whole).solve(RIDGES[int(errors.argmin())])
+    A, B = (array.astype(ml_dtypes.bfloat16) for array in _cut(whole, weights, rank))
+    c = whole.rest - B.astype(np.float64) @ (A.astype(np.float64) @ whole.features)
+    return Correction(A, B, c.astype(np.float32))
+
+
+def _find_moments(sums: Sums, at: int, folds: Sequence[int]) -> Moments:
+    count = max(float(sums.count[folds].sum()), 1.0)
+    features, rest, squares, products = (array[folds, at].sum(axis=0, dtype=np.float64) / count for array in sums[1:])
+    return Moments(features, rest, squares - np.outer(features, features), products - np.outer(features, rest))
+
+
+def _regress(moments: Moments) -> Ridges:
+    """The regressions of the rest on the features; those that do not vary have no part in it."""
+    variance = np.diagonal(moments.covariance)
+    varies = variance > JITTER * variance.max(initial=0.0)
+    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
+    values, vectors = np.linalg.eigh(moments.covariance * np.outer(scale, scale))
+    values, vectors = np.maximum(values, 0.0), scale[:, None] * vectors  # sums in float32 could make one negative
+    return Ridges(values, vectors, vectors.T @ moments.products)
+
+
+def _judge(own: Moments, regressed: Ridges, other: Moments) -> Float64[np.ndarray, " ridges"]:
+    """The mean squared error of `own`'s regressions on the tokens of `other`, less what no ridge changes.
+
+    With W = map @ D @ rows, where the diagonal D is all that depends on the ridge, traces of products with W are sums
+    over matrices [features, features].
+    """
+    values, vectors, rows = regressed
+    quadratic = (vectors.T @ other.covariance @ vectors) * (rows @ rows.T)
+    linear = ((vectors.T @ other.products) * rows).sum(axis=1)
+    shift, moved = other.rest - own.rest, (other.features - own.features) @ vectors
+    errors = []
+    for ridge in RIDGES:
+        diagonal = 1 / (values + ridge)
+        missed = shift - (moved * diagonal) @ rows
+        errors.append(diagonal @ quadratic @ diagonal - 2 * linear @ diagonal + missed @ missed)
+    return np.array(errors)
+
+
+def _cut(
+    whole: Moments, weights: Float64[np.ndarray, "features hidden"], rank: int
+) -> tuple[Float64[np.ndarray, "rank features"], Float64[np.ndarray, "hidden rank"]]:
+    """A and B, whose product maps to the `rank` directions in which the fitted values vary most."""
+    values, vectors = np.linalg.eigh(whole.covariance)
+    fitted = (np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T) @ weights  # vary as the fitted values do
+    _, directions = np.linalg.eigh(fitted @ fitted.T)
+    largest = directions[:, ::-1][:, :rank].T @ fitted
+    norms = np.linalg.norm(largest, axis=1, keepdims=True)
+    B = np.divide(largest, norms, where=norms > 0, out=np.zeros_like(largest)).T
+    return (weights @ B).T, B
