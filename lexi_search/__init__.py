@@ -49,7 +49,7 @@ _MODULE_OF = {
     "find_best_within": "allocation.tradeoff",
     "find_fastest_within": "allocation.tradeoff",
     "find_knee": "allocation.tradeoff",
-    "merge": "artifacts.merging",
+    "merge": "artifacts.profile",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

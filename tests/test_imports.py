@@ -15,7 +15,7 @@ ROOT = Path(lexi_search.__file__).parent.parent
 HOUSE = {
     "lexi_search": {
         "errors": "",
-        "artifacts": "files codec identity profile allocation cost_table serialisation merging records",
+        "artifacts": "files codec identity compensation profile allocation cost_table serialisation records",
         "solvers": "problem pareto exact operators evolution uncertainty",
         "layers": "spec weights routing ffn experts moe attention decoder kernels",
         "checkpoint": "folder config dequantise quantisation_methods quantisation_config quantisation_formats "

@@ -192,6 +192,8 @@ def describe_origin(profile: Profile, constraints: Constraints | None, *, loss: 
     groups = {"groups": [[layers[row] for row in group] for group in limits.groups]} if limits.groups else {}
     allowed = {"allowed_k": list(limits.allowed_k)} if limits.allowed_k is not None else {}
     origin = {"lexi_search": __version__, "profile_sha256": sha256(profile), "loss": loss, "method": method}
+    if profile.settings.compensation_rank is not None:
+        origin["compensation_rank"] = profile.settings.compensation_rank
     return {**origin, **bounds, **allowed, **groups}
 
 

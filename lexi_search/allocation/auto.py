@@ -28,10 +28,11 @@ from lexi_search.allocation.speed_estimate import CARDS, estimate, measure_size
 from lexi_search.allocation.targets import Target, check_target, search_target
 from lexi_search.allocation.tradeoff import Front
 from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.compensation import Maps, format_maps, name_beside, name_maps
 from lexi_search.artifacts.cost_table import CostTable
 from lexi_search.artifacts.files import check_writable_folder, json_bytes, lock_file, write_atomically
 from lexi_search.artifacts.profile import Profile, ProfileSettings
-from lexi_search.artifacts.serialisation import read_artifact, to_bytes
+from lexi_search.artifacts.serialisation import read_artifact, read_profile_maps, to_bytes
 from lexi_search.checkpoint.folder import check_place, require_folder
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
@@ -158,12 +159,13 @@ def _run(job: Job, *, paper: bool, judge: bool, **settings: Any) -> Outcome:
     if paper and profile.settings.input != "paper":
         by_paper = _profile_as_paper(job, profile, restart=settings.get("restart", False))
     result, front = search_target(profile, job.target, job.cost)
-    job.keep(ALLOCATION, to_bytes(result.allocation))
+    maps = read_profile_maps(job.folder / PROFILE, profile)
+    result = result._replace(allocation=_keep_allocation(job, result.allocation, maps))
     contenders = list_contenders(profile, result.allocation, job.cost, by_paper=by_paper)
     judged = None
     if judge and profile.settings.input == "weights":
         judged = replace(profile.settings, seed=(profile.settings.seed + 1) % 2**32)  # another text of the same size
-        contenders = _judge(job, profile, contenders, judged)
+        contenders = _judge(job, profile, contenders, judged, maps)
     return Outcome(job, profile, result, front, contenders, judged, _export(job, result.allocation))
 
 
@@ -182,7 +184,8 @@ def _check_files(job: Job) -> None:
                 raise InputError(f"{job.folder / name} is of another model than {job.source}; choose another -o")
     if not job.force and os.path.isdir(job.output) and os.listdir(job.output):
         ours = found.get(ALLOCATION)
-        if ours is None or not export.holds_folder(job.output, job.source, _override(job, ours)):
+        ours, files = (None, {}) if ours is None else export.carry(ours, job.folder / ALLOCATION)
+        if ours is None or not export.holds_folder(job.output, job.source, _override(job, ours), files=files):
             raise InputError(f"cannot write {job.output}: an earlier export is there; --force replaces it")
 
 
@@ -221,10 +224,10 @@ def _profile_as_paper(job: Job, profile: Profile, *, restart: bool) -> Profile:
 
 
 def _judge(
-    job: Job, profile: Profile, contenders: tuple[Contender, ...], settings: ProfileSettings
+    job: Job, profile: Profile, contenders: tuple[Contender, ...], settings: ProfileSettings, maps: Maps | None
 ) -> tuple[Contender, ...]:
     """The contenders judged on a text by `settings`, now or by an earlier run."""
-    tried = list_variants(contenders, settings.gate_exponent)
+    tried = list_variants(contenders, settings.gate_exponent, maps)
     header = describe_judging(profile, settings, tried)
     path = job.folder / JUDGED
     divergence = read_divergence(path, header) if path.exists() else None
@@ -240,6 +243,17 @@ def _judge(
     return judged
 
 
+def _keep_allocation(job: Job, allocation: Allocation, maps: Maps | None) -> Allocation:
+    """The allocation as it is kept in the folder of the files, with what corrections it uses beside it."""
+    if maps is not None and allocation.corrected:
+        place = name_beside(job.folder / ALLOCATION)
+        data = format_maps({key: maps[key] for key in allocation.corrected}, allocation.model)
+        job.keep(place.name, data)
+        allocation = replace(allocation, compensation=name_maps(place, maps, data))
+    job.keep(ALLOCATION, to_bytes(allocation))
+    return allocation
+
+
 def _override(job: Job, allocation: Allocation) -> dict[str, Any]:
     """The changes to the model's config.json for vLLM; InputError for a config that does not fit."""
     config = export.read_config(job.source)
@@ -249,7 +263,8 @@ def _override(job: Job, allocation: Allocation) -> dict[str, Any]:
 
 def _export(job: Job, allocation: Allocation) -> str:
     """Write the folder that is served, unless it is there already, and return the command that serves it."""
+    allocation, files = export.carry(allocation, job.folder / ALLOCATION)
     overrides = _override(job, allocation)
-    if not export.holds_folder(job.output, job.source, overrides):
-        export.write_folder(job.output, job.source, overrides, force=job.force)
+    if not export.holds_folder(job.output, job.source, overrides, files=files):
+        export.write_folder(job.output, job.source, overrides, files=files, force=job.force)
     return export.format_vllm_command(job.output, allocation.model.model_type)

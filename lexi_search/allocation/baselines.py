@@ -11,6 +11,7 @@ from lexi_search import __version__
 from lexi_search.allocation.costs import Cost
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.codec import short
+from lexi_search.artifacts.compensation import Maps
 from lexi_search.artifacts.files import read_json_object
 from lexi_search.artifacts.profile import Profile, ProfileSettings
 from lexi_search.artifacts.serialisation import sha256
@@ -26,8 +27,9 @@ OURS, PAPER = "this allocation", "the paper's method"
 class Contender(NamedTuple):
     """An allocation beside others: its k per layer, its loss by the profile, and its time and speed-up.
 
-    `judged` is what the whole model loses under it on text of its own, and `excess` how much more our allocation loses
-    on the same text; None where nothing was judged.
+    `compensated` says whether it is with the profile's gate exponent and corrections. `judged` is what the whole model
+    loses under it on text of its own, and `excess` how much more our allocation loses on the same text; None where
+    nothing was judged.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Contender(NamedTuple):
     loss: float
     ms: float
     speedup: float
+    compensated: bool = False
     judged: Judgement | None = None
     excess: Judgement | None = None
 
@@ -47,7 +50,8 @@ def spread_evenly(budget: int, layers: int) -> tuple[int, ...]:
 def list_contenders(
     profile: Profile, allocation: Allocation, cost: Cost, *, by_paper: Profile | None = None
 ) -> tuple[Contender, ...]:
-    """The allocation; a uniform k of its budget, or two spread evenly; the paper's, if its profile is given; full k.
+    """The allocation; a uniform k of its budget, or two spread evenly, as the model does and, with a profile that has
+    corrections, with those; the paper's, if its profile is given; full k.
 
     Losses are by the table of `profile` that a search minimises by default, which the allocation is the best by.
     """
@@ -57,13 +61,17 @@ def list_contenders(
         f"k = {even[0]} in every layer" if len(set(even)) == 1 else f"k = {min(even)} and {max(even)} spread evenly"
     )
     rows = {OURS: tuple(allocation.top_k[layer] for layer in layers), spread: even}
+    corrected = {OURS} if profile.settings.gate_exponent is not None else set()
+    if profile.settings.compensation_rank is not None:
+        rows[f"{spread}, compensated alike"] = even
+        corrected |= {f"{spread}, compensated alike"}
     if by_paper is not None:
         rows[PAPER] = _minimise_norms(by_paper, allocation.budget)
     rows[f"the model's own k = {full}"] = (full,) * len(layers)
     chosen = np.array(list(rows.values()))
     losses, ms = sum_over_layers(np.asarray(profile.losses(profile.default_loss)), chosen), cost.time(chosen)
     return tuple(
-        Contender(name, top_k, float(loss), float(time), float(cost.base_ms / time))
+        Contender(name, top_k, float(loss), float(time), float(cost.base_ms / time), name in corrected)
         for (name, top_k), loss, time in zip(rows.items(), losses, ms, strict=True)
     )
 
@@ -74,9 +82,9 @@ def _minimise_norms(profile: Profile, budget: int) -> tuple[int, ...]:
     return tuple(best.top_k[0].tolist())
 
 
-def list_variants(contenders: Sequence[Contender], exponent: float | None) -> list[Variant]:
-    """What is to be measured: all but the model's own k. Only the allocation, the first, has a gate exponent."""
-    return [Variant(one.top_k, None if index else exponent) for index, one in enumerate(contenders[:-1])]
+def list_variants(contenders: Sequence[Contender], exponent: float | None, maps: Maps | None = None) -> list[Variant]:
+    """What is to be measured: all but the model's own k; those that are compensated with the exponent and the maps."""
+    return [Variant(one.top_k, exponent, maps) if one.compensated else Variant(one.top_k) for one in contenders[:-1]]
 
 
 def describe_judging(profile: Profile, settings: ProfileSettings, variants: Sequence[Variant]) -> dict[str, Any]:

@@ -10,14 +10,17 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.codec import short
+from lexi_search.artifacts.compensation import EXPORTED, format_maps, name_maps
 from lexi_search.artifacts.files import json_bytes, read_json_object
 from lexi_search.artifacts.identity import ModelIdentity
-from lexi_search.artifacts.serialisation import to_document
+from lexi_search.artifacts.serialisation import read_allocation_maps, to_document
 from lexi_search.checkpoint.folder import build_folder, find_folder, is_export, require_folder, write_record
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
@@ -66,12 +69,18 @@ def make_overlay(allocation: Allocation) -> dict[str, Any]:
     return _overlay(allocation)
 
 
-def make_transformers_overrides(allocation: Allocation) -> dict[str, Any]:
-    """The changes to config.json for a model folder that transformers loads: the overlay and the allocation itself."""
-    return {**_overlay(allocation), "lexi_allocation": to_document(allocation)}
+def make_transformers_overrides(allocation: Allocation, *, place: str | None = None) -> dict[str, Any]:
+    """The changes to config.json for a model folder that transformers loads: the overlay and the allocation itself.
+
+    With `place`, the path of its file, that stands for an allocation with corrections, which lie beside it.
+    """
+    named = place if place is not None and allocation.compensation is not None else to_document(allocation)
+    return {**_overlay(allocation), "lexi_allocation": named}
 
 
-def make_vllm_overrides(allocation: Allocation, config: Mapping[str, Any]) -> dict[str, Any]:
+def make_vllm_overrides(
+    allocation: Allocation, config: Mapping[str, Any], *, place: str | None = None
+) -> dict[str, Any]:
     """The `--hf-overrides` for vLLM: those for transformers, and architecture names that only the plugin registers.
 
     Raises InputError for a config that names no architecture.
@@ -82,7 +91,7 @@ def make_vllm_overrides(allocation: Allocation, config: Mapping[str, Any]) -> di
         raise InputError("config.json names no architectures, and without them nothing can be served")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"config.json: architectures is {short(names)}, expected a list of names")
-    return {**make_transformers_overrides(allocation), "architectures": [ALIAS + name for name in names]}
+    return {**make_transformers_overrides(allocation, place=place), "architectures": [ALIAS + name for name in names]}
 
 
 def format_vllm_command(model: str, model_type: str, overrides: Mapping[str, Any] | None = None) -> str:
@@ -165,27 +174,49 @@ def check_weights(model: ModelIdentity, source: str, folder: Path) -> str | None
     return None
 
 
+def carry(allocation: Allocation, path: str | os.PathLike[str]) -> tuple[Allocation, dict[str, bytes]]:
+    """The allocation at `path` as an exported folder has it, and the files that go with it: name -> bytes.
+
+    That is one with the corrections of its own k alone. InputError as from `read_maps`.
+    """
+    maps = read_allocation_maps(path, allocation)
+    if not maps:
+        return allocation, {}
+    data = format_maps({key: maps[key] for key in allocation.corrected}, allocation.model)
+    return replace(allocation, compensation=name_maps(EXPORTED, maps, data)), {EXPORTED: data}
+
+
 def write_folder(
-    folder: str, model: str, overrides: Mapping[str, Any], *, force: bool = False, copy: bool = False
+    folder: str,
+    model: str,
+    overrides: Mapping[str, Any],
+    *,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+    force: bool = False,
+    copy: bool = False,
 ) -> None:
     """Write to `folder` the model folder `model` with `overrides` in its config.json: complete or not at all.
 
-    All other entries, except hidden ones, become links to those of `model`, which may be links themselves; or with
-    `copy` copies. With `force` an earlier export is replaced, if its record says that nothing else is in it; any other
-    folder that is not empty is never touched.
+    `files` come beside it, by name. All other entries, except hidden ones, become links to those of `model`, which may
+    be links themselves; or with `copy` copies. With `force` an earlier export is replaced, if its record says that
+    nothing else is in it; any other folder that is not empty is never touched.
 
     Raises InputError where `folder` cannot be written, has no room for copies, or holds something else.
     """
     changed = _change_config(model, overrides)
     with build_folder(folder, model, force=force, copy=copy) as building:
         (building / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
+        for name, data in files.items():
+            (building / name).write_bytes(data)
         if "lexi_allocation" in changed:
             write_record(building)
 
 
-def holds_folder(folder: str, model: str, overrides: Mapping[str, Any]) -> bool:
+def holds_folder(
+    folder: str, model: str, overrides: Mapping[str, Any], *, files: Mapping[str, bytes] = MappingProxyType({})
+) -> bool:
     """Whether `folder` is what `write_folder` would make of it, and nothing else."""
-    return is_export(folder, model, _change_config(model, overrides))
+    return is_export(folder, model, _change_config(model, overrides), files=files)
 
 
 def _change_config(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

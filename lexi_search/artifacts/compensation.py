@@ -218,5 +218,10 @@ def write_maps(
     check_maps_place(path, apart_from=apart_from, force=force)
     data = format_maps(maps, model)
     write_atomically(path, data, apart_from=apart_from)
+    return name_maps(path, maps, data)
+
+
+def name_maps(path: str | os.PathLike[str], maps: Maps, data: bytes) -> CompensationFile:
+    """What names the file at `path` with these corrections, in the bytes `data`."""
     (first, *_) = maps.values()
     return CompensationFile(Path(path).name, len(first.A), hashlib.sha256(data).hexdigest())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lexi_search.artifacts.codec import short
 from lexi_search.artifacts.cost_table import CostTable
 from lexi_search.artifacts.files import read_bytes, read_json_object
-from lexi_search.artifacts.merging import format_layers
+from lexi_search.artifacts.profile import format_layers
 from lexi_search.artifacts.serialisation import read_cost_table
 from lexi_search.errors import InputError
 

@@ -8,11 +8,13 @@ that exists is valid: its constructor has checked the values, and reading also c
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lexi_search import __version__
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.codec import decode, encode, require, short
+from lexi_search.artifacts.compensation import Maps, name_beside, read_maps, write_maps
 from lexi_search.artifacts.cost_table import CostTable
 from lexi_search.artifacts.files import Nature, json_bytes, read_json_object, write_atomically
 from lexi_search.artifacts.identity import ModelIdentity
@@ -85,8 +87,56 @@ def write_allocation(
     apart_from: Sequence[str | os.PathLike[str] | None] = (),
     force: bool = True,
 ) -> None:
-    """Write an allocation file, whole or not at all; InputError as from `write_atomically`."""
+    """Write an allocation file, whole or not at all.
+
+    InputError as from `write_atomically`, and for an allocation that lacks the corrections that its losses are with:
+    `write_allocations` writes them, too.
+    """
+    rank = allocation.made_by.get("compensation_rank")
+    if rank is not None and allocation.compensation is None and allocation.corrected:
+        raise InputError(f"cannot write {path}: the allocation's losses are with corrections, which it does not name")
     write_atomically(path, to_bytes(allocation), apart_from=apart_from, force=force)
+
+
+def write_allocations(
+    files: Sequence[str | os.PathLike[str]],
+    allocations: Sequence[Allocation],
+    maps: Maps | None,
+    *,
+    shared: str | os.PathLike[str] | None = None,
+    apart_from: Sequence[str | os.PathLike[str] | None] = (),
+    force: bool = True,
+) -> list[Allocation]:
+    """Write allocations, one to a file, and return them as they were written: each names its corrections.
+
+    Those of `maps` that they use come first, into one file: `shared`, or one beside the only allocation. `maps` are
+    None for allocations without any. InputError as from `write_atomically` and `write_maps`.
+    """
+    used = sorted({place for allocation in allocations for place in allocation.corrected})
+    named = None
+    if maps is not None and used:
+        place = shared or name_beside(files[0])
+        chosen = {key: maps[key] for key in used}
+        named = write_maps(place, chosen, allocations[0].model, apart_from=apart_from, force=force)
+    written = [replace(one, compensation=named if one.corrected else None) for one in allocations]
+    for file, allocation in zip(files, written, strict=True):
+        write_allocation(file, allocation, apart_from=apart_from, force=force)
+    return written
+
+
+def read_profile_maps(path: str | os.PathLike[str], profile: Profile) -> Maps | None:
+    """The corrections that the losses of the profile at `path` are with; None where it is without any.
+
+    InputError where it does not name them, and as from `read_maps`.
+    """
+    if profile.settings.compensation_rank is not None and profile.compensation is None:
+        raise InputError(f"{path}: its losses are with corrections, and it names no file of them; profile again")
+    return read_maps(path, profile.compensation, profile.model)
+
+
+def read_allocation_maps(path: str | os.PathLike[str], allocation: Allocation) -> Maps | None:
+    """The corrections that the allocation at `path` uses; None without any. InputError as from `read_maps`."""
+    return read_maps(path, allocation.compensation, allocation.model, needed=allocation.corrected)
 
 
 def _read(path: str | os.PathLike[str], *formats: str) -> Any:

@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from lexi_search.artifacts.compensation import EXPORTED
 from lexi_search.artifacts.files import json_bytes, lock_file, read_json_object
 from lexi_search.errors import InputError
 
@@ -42,7 +43,7 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
 
 RECORD = "lexi-export.json"
 # Files without a link in a new folder. vLLM would read params.json, of Mistral's own format, rather than config.json.
-UNLINKED = frozenset({"config.json", "params.json", RECORD})
+UNLINKED = frozenset({"config.json", "params.json", RECORD, EXPORTED})
 LARGE = 2**26  # bytes of a file that is not read for the record
 LOCK, BUILDING, EARLIER = "lock", "new", "old"  # entries of the folder in which a new one is built
 
@@ -214,13 +215,14 @@ def _find_origin(source: Path, target: Path) -> Path:
     return Path("..", source.name) if target.parent == Path(os.path.realpath(source.parent)) else source
 
 
-def is_export(folder: str, model: str, config: Mapping[str, Any]) -> bool:
-    """Whether `folder` is the folder `model` with this config.json, and nothing else, as `build_folder` makes it."""
+def is_export(folder: str, model: str, config: Mapping[str, Any], *, files: Mapping[str, bytes]) -> bool:
+    """Whether `folder` is the folder `model` with this config.json and these `files`, as `build_folder` makes it."""
     if not os.path.isdir(folder):
         return False
     source = require_folder(model)
     origin = _find_origin(source, Path(os.path.realpath(folder)))
     links = {entry.name: f"link to {origin / entry.name}" for entry in _list_linked(source, UNLINKED)}
+    links |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     entries = _list_entries(Path(folder))
     kind = entries.pop("config.json", "link")
     same = entries == links and not kind.startswith("link")

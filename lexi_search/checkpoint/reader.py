@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
+from lexi_search.artifacts.compensation import EXPORTED
 from lexi_search.artifacts.files import open_regular, read_json_object
 from lexi_search.checkpoint.config import Config, read_text_config
 from lexi_search.checkpoint.folder import find_folder
@@ -223,7 +224,7 @@ def _are_same(one: TensorEntry, other: TensorEntry) -> bool:
 
 def _list_shards(folder: Path) -> list[Path]:
     """The folder's safetensors files that are not an adapter's."""
-    shards = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(ADAPTER)]
+    shards = [file for file in sorted(folder.glob("*.safetensors")) if _is_shard(file.name)]
     if not shards:
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
         there = f"the weights are in {others[0]}" if others else "no safetensors shards"
@@ -237,7 +238,12 @@ def find_unnamed_shards(folder: Path) -> list[str]:
         return []
     named = set(read_json_object(folder / INDEX)["weight_map"].values())
     names = (file.name for file in folder.glob("*.safetensors"))
-    return sorted(name for name in names if name not in named and not name.startswith(ADAPTER))
+    return sorted(name for name in names if name not in named and _is_shard(name))
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a safetensors file is neither an adapter's nor an allocation's."""
+    return not name.startswith(ADAPTER) and name != EXPORTED
 
 
 def find_missing_shards(folder: Path) -> list[str]:

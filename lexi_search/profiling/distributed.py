@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lexi_search.artifacts.files import json_bytes
-from lexi_search.artifacts.merging import Header, find_difference
-from lexi_search.artifacts.profile import LayerLoss
+from lexi_search.artifacts.profile import Header, LayerLoss, find_difference
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.model import Model

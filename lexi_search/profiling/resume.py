@@ -18,8 +18,7 @@ from typing import Any
 
 from lexi_search.artifacts.compensation import Maps, format_maps, parse_maps
 from lexi_search.artifacts.files import json_bytes, lock_file, read_bytes, write_atomically
-from lexi_search.artifacts.merging import Header, find_difference, read_header
-from lexi_search.artifacts.profile import LayerLoss, Profile
+from lexi_search.artifacts.profile import Header, LayerLoss, Profile, find_difference, read_header
 from lexi_search.artifacts.serialisation import read_profile, to_bytes
 from lexi_search.errors import InputError
 

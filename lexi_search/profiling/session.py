@@ -16,8 +16,7 @@ from jaxtyping import Int32
 from lexi_search import __version__
 from lexi_search.artifacts.compensation import Maps, check_maps_place, name_beside, read_maps, write_maps
 from lexi_search.artifacts.files import check_writable, refuse_inputs
-from lexi_search.artifacts.merging import Header, find_difference, find_missing, read_header
-from lexi_search.artifacts.profile import Profile, ProfileSettings
+from lexi_search.artifacts.profile import Header, Profile, ProfileSettings, find_difference, find_missing, read_header
 from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_profile
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
@@ -129,10 +128,9 @@ def profile_checkpoint(
         layers: decoder-layer indices; by default all MoE layers.
         input: `weights`, text sampled from the model, or `paper`, N(0, 1). Settings are those of `ProfileSettings`.
         iterations: exactly so many on the paper's input, its N_iter, in place of `relative_error` and `samples`.
-        gate_exponent: a number, or "auto" for the one with the least divergence; the same as None with compensation.
-        compensation: of the dropped experts: "full", a gate exponent and corrections of the router's features;
-            "exponent" alone; or "none", the paper's method. By default the most that input and family allow.
-        rank: of the corrections.
+        gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
+        compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
+            method. By default the most that input and family allow.
         restart: throw away what a run that was cut short left in `<output>.partial/`, instead of going on from there.
         reuse: return the profile in `output` where this very run has written it before; without several processes.
         force: replace a file of another model or kind in `output`, too.

@@ -30,7 +30,7 @@ from lexi_adapter.sensitivity.journal import keep_journal
 from lexi_adapter.tasks.scores import Outcome, Score, Task
 from lexi_search.allocation.costs import weigh
 from lexi_search.artifacts import serialisation
-from lexi_search.artifacts.merging import read_header
+from lexi_search.artifacts.profile import read_header
 from lexi_search.cli.main import main
 from lexi_search.errors import InputError
 from lexi_search.profiling.resume import keep_partials

@@ -48,7 +48,9 @@ Examples:
 @click.option("--batch", default=4, help="As for `profile`: sequences per iteration.")
 @click.option("--length", default=512, help="As for `profile`: tokens per sequence.")
 @click.option("--samples", type=int, help="As for `profile`: tokens of text.  [default: 4096; paper: 1048576]")
-@click.option("--gate-exponent", metavar="NUMBER|auto", help="As for `profile`.  [default: as the model does]")
+@click.option("--gate-exponent", metavar="NUMBER|auto", help="As for `profile`.")
+@click.option("--compensation", type=click.Choice(("full", "exponent", "none")), help="As for `profile`.")
+@click.option("--rank", type=click.IntRange(1), help="As for `profile`.  [default: 32]")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seed of the profile's text.")
 @dtype_option
 @click.option("--paper/--no-paper", default=True, help="Compare with the paper's method, which profiles a second time.")

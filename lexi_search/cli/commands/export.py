@@ -1,5 +1,7 @@
 """`lexi-search export`."""
 
+import os
+
 import click
 
 from lexi_search.artifacts.allocation import Allocation
@@ -33,8 +35,9 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
                   and the call that loads it and applies the allocation
     json, csv     the k per layer
     """
-    exported = read_allocation(allocation)
     from lexi_search.allocation import export as exporters
+
+    exported, files = exporters.carry(read_allocation(allocation), allocation)
 
     folder = find_folder(model, ["config.json"]) if model else None  # once: for a hub id it asks the hub
     config = exporters.read_config(str(folder)) if folder else {}
@@ -51,16 +54,17 @@ def export(allocation: str, form: str, model: str | None, output: str | None, fo
     elif form == "vllm":
         raise InputError("--to vllm needs --model, the model's folder or hub id")
     if form == "vllm":
-        overrides = exporters.make_vllm_overrides(exported, config)
+        place = None if output else os.path.abspath(allocation)
+        overrides = exporters.make_vllm_overrides(exported, config, place=place)
         if output:
-            exporters.write_folder(output, model, overrides, force=force, copy=copy)
+            exporters.write_folder(output, model, overrides, files=files, force=force, copy=copy)
             echo(exporters.format_vllm_command(output, exported.model.model_type))
         else:
             echo(exporters.format_vllm_command(model, exported.model.model_type, overrides))
         _conclude(exported, allocation, model, output)
     elif writes_folder and output:
         overrides = exporters.make_transformers_overrides(exported)
-        exporters.write_folder(output, model, overrides, force=force, copy=copy)
+        exporters.write_folder(output, model, overrides, files=files, force=force, copy=copy)
         echo(exporters.format_transformers_call(output, allocation))
         _conclude(exported, allocation, model, output)
     elif output:

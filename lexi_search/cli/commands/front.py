@@ -9,9 +9,16 @@ import click
 
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.codec import encode
+from lexi_search.artifacts.compensation import check_maps_place, name_beside
 from lexi_search.artifacts.files import Nature, check_writable, write_atomically
 from lexi_search.artifacts.profile import Profile
-from lexi_search.artifacts.serialisation import describe_nature, read_profile, sha256, write_allocation
+from lexi_search.artifacts.serialisation import (
+    describe_nature,
+    read_profile,
+    read_profile_maps,
+    sha256,
+    write_allocations,
+)
 from lexi_search.cli.console import conclude, echo, loss_option, prepare_environment, print_table
 from lexi_search.cli.options import (
     CONSTRAINTS,
@@ -94,6 +101,11 @@ def front(
     if unknown := [name for name in outputs if _find_form(name) not in NATURES]:
         raise InputError(f"--output {unknown[0]}: name a file in .json, .csv, .png, .svg or .pdf")
     measured = read_profile(profile)
+    maps = read_profile_maps(profile, measured)
+    if maps is not None and any(wishes):
+        own = Path(profile).parent / measured.compensation.file
+        kept_apart[allocation] += [own]
+        check_maps_place(name_beside(allocation), apart_from=[*kept_apart[allocation], *names], force=force)
     if not force:
         _check_replaceable(outputs, allocation if any(wishes) else None, measured)
     loss = loss or measured.default_loss
@@ -115,7 +127,8 @@ def front(
         _conclude(profile, pareto, loss)
         return
     result = _make_result(chosen, pareto.error, measured, constraints, cost, loss)
-    write_allocation(allocation, result.allocation, apart_from=kept_apart[allocation], force=force)
+    apart_from = kept_apart[allocation]
+    write_allocations([allocation], [result.allocation], maps, apart_from=apart_from, force=force)
     echo(allocation)
     export = ["lexi-search", "export", allocation, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
     conclude(describe_result(result), ["lexi-search", "plot", profile, allocation], export)

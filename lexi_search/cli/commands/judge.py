@@ -7,7 +7,7 @@ import click
 
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import ProfileSettings
-from lexi_search.artifacts.serialisation import read_allocation
+from lexi_search.artifacts.serialisation import read_allocation, read_allocation_maps, read_profile, read_profile_maps
 from lexi_search.cli.console import (
     conclude,
     format_share,
@@ -40,6 +40,10 @@ Examples:
 @click.option(
     "--seed", default=1, type=click.IntRange(0, 2**32 - 1), help="Seed of the text; that of a profile is 0 by default."
 )
+@click.option(
+    "--profile",
+    help="Profile with corrections for every k: the same k in every layer is judged with them, too.",
+)
 @dtype_option
 @json_option
 def judge(
@@ -49,6 +53,7 @@ def judge(
     length: int,
     samples: int,
     seed: int,
+    profile: str | None,
     dtype: str,
     as_json: bool,
 ) -> None:
@@ -58,6 +63,7 @@ def judge(
     shows, without any data, whether an allocation is better than the same k in every layer, which is listed beside it.
     """
     by_path = {path: read_allocation(path) for path in allocations}
+    measured = None if profile is None else read_profile(profile)
     prepare_environment()
     from lexi_search.checkpoint.reader import open_checkpoint
     from lexi_search.cli.tables import list_judgements, tabulate_judgements
@@ -74,6 +80,8 @@ def judge(
             raise InputError(f"{path} is for another model than {weights}")
         if allocation.max_k is not None:
             raise InputError(f"{path} has layers with more experts than the model's own k, which cannot be judged yet")
+    if measured is not None and (measured.model != model.identity or measured.settings.gate_exponent is None):
+        raise InputError(f"{profile} is no profile of {weights} with compensation; leave --profile out")
     settings = ProfileSettings(
         input="weights",
         seed=seed,
@@ -85,11 +93,21 @@ def judge(
     )
     layers = len(model.layers)
     variants = {
-        path: Variant(tuple(allocation.top_k[layer] for layer in model.layers), allocation.gate_exponent)
+        path: Variant(
+            tuple(allocation.top_k[layer] for layer in model.layers),
+            allocation.gate_exponent,
+            read_allocation_maps(path, allocation),
+        )
         for path, allocation in by_path.items()
     }
     uniform = {k for one in by_path.values() for k in (one.budget // layers, -(-one.budget // layers))}
     variants |= {f"k = {k} in every layer": Variant((k,) * layers) for k in sorted(uniform - {model.top_k})}
+    if measured is not None:
+        own = read_profile_maps(profile, measured)
+        variants |= {
+            f"k = {k} in every layer, compensated": Variant((k,) * layers, measured.settings.gate_exponent, own)
+            for k in sorted(uniform - {model.top_k})
+        }
     with make_progress() as progress:
         run = open_run(checkpoint, model, settings.dtype)
         passes = PASSES + 1  # to sample the text, and to measure on it

@@ -1,13 +1,16 @@
 """`lexi-search merge`."""
 
+from collections import ChainMap
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import click
 
+from lexi_search.artifacts.compensation import name_beside, write_maps
 from lexi_search.artifacts.files import check_writable
-from lexi_search.artifacts.merging import find_missing, format_layers, merge
-from lexi_search.artifacts.profile import Profile
-from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_profile
+from lexi_search.artifacts.profile import Profile, find_missing, format_layers, merge
+from lexi_search.artifacts.serialisation import describe_nature, read_profile, read_profile_maps, write_profile
 from lexi_search.cli.console import conclude, echo
 from lexi_search.cli.options import force_option
 from lexi_search.errors import InputError
@@ -31,8 +34,15 @@ def merge_profiles(profiles: tuple[str, ...], output: str, force: bool) -> None:
     equal up to rounding. If layers are missing, it can be merged again.
     """
     check_writable(output, apart_from=profiles)
-    merged = merge(_read_parts(profiles))
+    parts = _read_parts(profiles)
+    merged = merge(parts)
     check_writable(output, nature=None if force else describe_nature(Profile, merged.model))
+    maps = [read_profile_maps(path, part) for path, part in parts.items()]
+    if maps[0] is not None:
+        apart_from = [*profiles, *(Path(path).parent / part.compensation.file for path, part in parts.items())]
+        place = name_beside(output)
+        named = write_maps(place, dict(ChainMap(*maps)), merged.model, apart_from=apart_from, force=force)
+        merged = replace(merged, compensation=named)
     write_profile(output, merged, apart_from=profiles, force=force)
     echo(output)
     count = f"{len(merged.layers)} of {len(merged.model.moe_layers)} MoE layers, from {len(profiles)} parts"

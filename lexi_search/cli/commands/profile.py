@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from lexi_search.artifacts.merging import find_missing, format_layers
-from lexi_search.artifacts.profile import Profile
+from lexi_search.artifacts.profile import Profile, find_missing, format_layers
 from lexi_search.cli.console import (
     Interruption,
     conclude,
@@ -71,7 +70,21 @@ Examples:
     "--gate-exponent",
     metavar="NUMBER|auto",
     help="Let kept experts take over a part of the others' gate mass: 0 nothing, 1 all; auto finds out how much.  "
-    "[default: as the model does]",
+    "[default: auto with compensation, else as the model does]",
+)
+@click.option(
+    "--compensation",
+    type=click.Choice(("full", "exponent", "none")),
+    show_default=False,
+    help="Make up for dropped experts. full: a gate exponent, and corrections by what the router says of a token, "
+    "fitted to the sampled text. exponent: that alone. none: the paper's method.  [default: full where the family "
+    "allows it; with --input paper none]",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    show_default=False,
+    help="Rank of the corrections: more fits better and serves slower.  [default: 32]",
 )
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
 @force_option
@@ -92,11 +105,11 @@ def profile(
     """Measure how much the model in WEIGHTS loses with each layer at each k.
 
     WEIGHTS is a folder with config.json and safetensors shards, or a hub id; two layers at most are in memory. The
-    model samples a text and is then run on it, with every layer at every k in turn: seven times through the files.
+    model samples a text and is then run on it, with every layer at every k in turn: ten times through the files.
     Hidden states take tokens x (1 + MoE layers x (k - 1)) x hidden size numbers, in host memory where the GPU has none
     to spare. Without attention and embeddings, or for families that are not known here, use --input paper.
 
-    Cut short, the same command goes on from what is kept in OUTPUT.partial: the text, which is six of the seven times
+    Cut short, the same command goes on from what is kept in OUTPUT.partial: the text, which is six of the ten times
     through the files, or on --input paper every finished layer.
 
     Several processes, on one host or many, share out the layers: start all with the same arguments, on their own GPUs

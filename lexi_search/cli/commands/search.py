@@ -1,5 +1,6 @@
 """`lexi-search search`."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,10 +9,11 @@ import click
 
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.codec import encode
+from lexi_search.artifacts.compensation import SHARED, check_maps_place, name_beside
 from lexi_search.artifacts.files import Nature, check_writable, check_writable_folder, json_bytes, write_atomically
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.records import HISTORY
-from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_allocation
+from lexi_search.artifacts.serialisation import describe_nature, read_profile, read_profile_maps, write_allocations
 from lexi_search.cli.console import (
     conclude,
     echo,
@@ -123,12 +125,14 @@ def search(
     targets = [(time, None) for time in sorted(set(times))] + [(None, speedup) for speedup in sorted(set(speedups))]
     _check_goals([*single, *ranges], targets, cost_file, history if method == "exact" else None)
     measured = read_profile(profile)
+    maps = read_profile_maps(profile, measured)
     budgets = _find_budgets(measured, single, ranges)
     names = _name_goals(budgets, targets)
     several = bool(ranges) or len(names) > 1
     destination = Path(output or ("allocations" if several else "allocation.json"))
-    inputs, own = [profile, cost_file], None if force else measured
-    files = _check_outputs(destination, names if several else None, history, inputs, own)
+    inputs = [profile, cost_file, *([] if maps is None else [Path(profile).parent / measured.compensation.file])]
+    corrected, own = maps is not None, None if force else measured
+    files = _check_outputs(destination, names if several else None, history, inputs, own, corrected=corrected)
     prepare_environment()
     from lexi_search.allocation.allocate import allocate
 
@@ -145,11 +149,18 @@ def search(
         seed=seed,
         **(evolution if method == "evolution" else {}),
     )
-    named = dict(zip(names, results, strict=True))
     if several:
         destination.mkdir(exist_ok=True)
-    for file, result in zip(files, results, strict=True):
-        write_allocation(file, result.allocation, apart_from=inputs, force=force)
+    written = write_allocations(
+        files,
+        [result.allocation for result in results],
+        maps,
+        shared=destination / SHARED if several else None,
+        apart_from=inputs,
+        force=force,
+    )
+    results = [result._replace(allocation=allocation) for result, allocation in zip(results, written, strict=True)]
+    named = dict(zip(names, results, strict=True))
     if history:
         write_atomically(history, _format_history(measured, named), apart_from=[*inputs, *files], force=force)
     _print_results(named, files, destination, timed=bool(targets), as_json=as_json)
@@ -188,20 +199,26 @@ def _check_outputs(
     destination: Path,
     names: Sequence[str] | None,
     history: str | None,
-    inputs: Sequence[str | None],
+    inputs: Sequence[str | os.PathLike[str] | None],
     profile: Profile | None,
+    *,
+    corrected: bool,
 ) -> list[Path]:
     """The files to write: for `names` in the folder `destination`, without them that alone.
 
-    With a `profile`, files that are no results of its model are not replaced.
+    With a `profile`, files that are no results of its model are not replaced. If `corrected`, corrections are written
+    beside them.
     """
     result = describe_nature(Allocation, profile.model) if profile else None
     files = [destination]
     if names is not None:
         check_writable_folder(destination)
         files = [destination / f"allocation-{name}.json" for name in names]
+    shared = destination / SHARED if names is not None else name_beside(destination)
     for file in files if names is None or destination.exists() else ():
         check_writable(file, apart_from=inputs, nature=result)
+    if corrected and (names is None or destination.exists()):
+        check_maps_place(shared, apart_from=[*inputs, *files], force=profile is None)
     if history:
         taken = files if destination.is_dir() else [destination, *files]
         nature = result and Nature(HISTORY, result.model)

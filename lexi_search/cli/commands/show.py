@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.compensation import read_maps
 from lexi_search.artifacts.files import (
     Nature,
     check_writable,
@@ -57,18 +58,32 @@ def show(file: str, loss: str | None, normalised: bool, as_json: bool) -> None:
     artifact = read_artifact(file)
     if isinstance(artifact, Allocation):
         summarise, tabulate, scale = tables.summarise, tables.tabulate_allocation, {}
-        said = tables.describe_budget(artifact)
+        said = tables.describe_budget(artifact) + _describe_compensation(file, artifact)
         words = ["lexi-search", "export", file, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
     else:
         summarise, tabulate = tables.list_losses, tables.tabulate_profile
         scale = {"loss": loss or artifact.default_loss, "normalised": normalised}
-        said = tables.describe_profile(artifact, scale["loss"])
+        said = tables.describe_profile(artifact, scale["loss"]) + _describe_compensation(file, artifact)
         words = ["lexi-search", "search", file, "--budget", "50%"]
     if as_json:
         print_json(summarise(artifact, **scale))
     else:
         print_table(tabulate(artifact, **scale))
         conclude(said, words)
+
+
+def _describe_compensation(file: str, artifact: Profile | Allocation) -> str:
+    """How large the corrections are that a file names, and what they cost; empty without any."""
+    named = artifact.compensation
+    if named is None:
+        return ""
+    maps = read_maps(file, named, artifact.model)
+    first, size = next(iter(maps.values())), os.path.getsize(os.path.join(os.path.dirname(file), named.file))
+    products = first.A.size + first.B.size
+    return (
+        f"; {len(maps)} corrections of rank {named.rank} in {named.file}, {size / 1e6:.1f} MB, at most "
+        f"{products / 1e3:,.0f} thousand products a token and layer"
+    )
 
 
 def _find_kind(file: str) -> str | None:

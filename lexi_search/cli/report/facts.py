@@ -120,7 +120,7 @@ def _judge(outcome: Outcome) -> str:
     excess, stderr = even.excess
     much = _put_beside(ours.judged.divergence, even.judged.divergence)
     measured = f"Measured on text of its own, the whole model loses {much} than under {even.name}"
-    if ours.top_k == even.top_k:
+    if (ours.top_k, ours.compensated) == (even.top_k, even.compensated):
         return f"The best allocation of this budget is {even.name}."
     if excess < -2 * stderr:
         return f"{measured}, and the difference is {-excess / stderr:.1f} standard errors."

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from synthetic import make_profile
 
 from lexi_search.artifacts import serialisation
-from lexi_search.artifacts.merging import format_layers, merge
+from lexi_search.artifacts.profile import format_layers, merge
 from lexi_search.cli.main import main
 from lexi_search.cli.options import parse_layers
 from lexi_search.errors import InputError

@@ -18,7 +18,7 @@ from synthetic import make_profile
 
 import lexi_search
 from lexi_search.artifacts import serialisation
-from lexi_search.artifacts.merging import read_header
+from lexi_search.artifacts.profile import read_header
 from lexi_search.errors import InputError
 from lexi_search.profiling import resume
 from lexi_search.profiling.resume import Partials, keep_partials
