@@ -31,8 +31,8 @@ HOUSE = {
         "files": "",
         "allocation": "",
         "environment": "",
-        "model": "folder identity shapes variants",
-        "serving": "gates triton_gates transformers_gates transformers_patch "
+        "model": "tensors folder identity compensation shapes variants",
+        "serving": "kernels transformers_gates transformers_patch "
         "vllm_names vllm_gates vllm_build vllm_status vllm_plugin",
         "engines": "workload locks kernels worker process options measuring",
         "speed": "throughput latency expert_load",
@@ -45,6 +45,7 @@ HOUSE = {
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
 FOLDERS = {
     "lexi_search/layers/kernels": "blocks hopper grouped",
+    "lexi_adapter/serving/kernels": "gates correction triton_gates",
     "lexi_search/cli/report": "statements facts drawings pages",
 }
 MOST_ROOMS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 330, 60

@@ -19,10 +19,10 @@ from lexi_adapter.model.folder import (
     compare,
     find_routers,
     has_weights,
-    hash_tensors,
     read_config,
 )
 from lexi_adapter.model.identity import describe_checkpoint
+from lexi_adapter.model.tensors import hash_tensors
 
 UNCHECKED = "0" * 64  # router_sha256 of an allocation for random weights: there are no bytes to compare
 RANDOM = "dummy"  # vLLM's load format of random weights

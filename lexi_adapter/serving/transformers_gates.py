@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lexi_adapter.errors import AllocationError
-from lexi_adapter.serving.gates import pick
+from lexi_adapter.serving.kernels.gates import pick
 
 # Model types whose weights are not the gate scores up to one factor a token.
 UNPROPORTIONAL = frozenset({"gemma4", "gemma4_text", "inkling", "inkling_text", "phimoe"})
