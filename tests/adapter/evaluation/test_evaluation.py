@@ -574,6 +574,10 @@ def test_a_compensated_allocation_is_evaluated_with_and_without(folder, tokenize
     facts = {variant["name"]: variant for variant in found["variants"]}
     assert facts["a.json"]["compensation"] == document["compensation"]["sha256"]
     assert "compensation" not in facts["a.json, no compensation"]
+    for command in (["eval", str(MODEL), *map(str, what)], ["bench", str(MODEL)], ["loads", str(MODEL)]):
+        words = [*command, "--allocation", "a.json", "-o", "corrections.safetensors"]
+        refusal = CliRunner().invoke(main, words).stderr
+        assert "cannot write corrections.safetensors: the same command reads or writes it" in refusal
     Path("corrections.safetensors").write_bytes(b"")
     error = refuse(MODEL, *what, *options, "--restart")
     assert "corrections.safetensors: not the file that the allocation names" in error
