@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,24 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True)
+class CompensationFile:
+    """The file that holds the corrections of the layers whose k is smaller than the model's own.
+
+    `file` is its name in the folder of the JSON that names it, `rank` that of its maps, `sha256` over all its bytes.
+    """
+
+    file: str
+    rank: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Allocation:
     """`top_k[layer]` active experts for every layer of `model.moe_layers`; `budget` is their sum.
 
     `gate_exponent`, from 0 to `MAX_GATE_EXPONENT`, says how much of the dropped experts' gate weights the kept ones
-    take over (see `serving.gates`); None: as the engine routes.
+    take over (see `serving.kernels.gates`); None: as the engine routes. `compensation` comes with a gate exponent, and
+    `folder`, which no file states, is the absolute path under which its file lies; None: not known.
     """
 
     model: ModelIdentity
@@ -57,14 +70,26 @@ class Allocation:
     optimal_loss: float
     made_by: Mapping[str, Any]
     gate_exponent: float | None = None
+    compensation: CompensationFile | None = None
+    folder: str | None = field(default=None, compare=False)
 
     def asks_the_same_as(self, other: "Allocation") -> bool:
-        """Whether a model runs the same under both; how they were found does not matter."""
-        return (self.model, self.top_k, self.gate_exponent) == (other.model, other.top_k, other.gate_exponent)
+        """Whether a model runs the same under both; how they were found, and where files lie, does not matter."""
+        return self._list_what_runs() == other._list_what_runs()
+
+    def _list_what_runs(self) -> tuple[Any, ...]:
+        return self.model, self.top_k, self.gate_exponent, self.compensation and self.compensation.sha256
 
 
-def read_allocation(source: str | os.PathLike[str] | Mapping[str, Any] | Allocation) -> Allocation:
+def read_allocation(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Allocation, *, folder: str | os.PathLike[str] | None = None
+) -> Allocation:
     """The allocation in a file or in a document (the file's JSON object); an `Allocation` is returned as it is.
+
+    Args:
+        source: the file, the document or the allocation.
+        folder: of the file that a document was taken out of, where it was: there lies what it names. A document
+            without one may be `located` (see `to_document`).
 
     Raises:
         AllocationError: no such file, not JSON, another format or version, or values that contradict each other.
@@ -76,15 +101,21 @@ def read_allocation(source: str | os.PathLike[str] | Mapping[str, Any] | Allocat
             check_levels(source)
         except ValueError as error:
             raise AllocationError(f"the allocation is {error}; write it again") from error
-        return _parse(source, "the allocation")
+        return _parse(source, "the allocation", folder)
     if isinstance(source, str | os.PathLike):
-        return _parse(_load(Path(source)), f"{os.fspath(source)}")
+        return _parse(_load(Path(source)), f"{os.fspath(source)}", os.path.dirname(source))
     raise AllocationError(f"an allocation is a path or a JSON object, not {_short(source)}")
 
 
-def to_document(allocation: Allocation) -> dict[str, Any]:
-    """The JSON object that the allocation's file holds."""
+def to_document(allocation: Allocation, *, located: bool = False) -> dict[str, Any]:
+    """The JSON object that the allocation's file holds.
+
+    One that is `located` names the folder of the compensation's file, too. It is for other processes, not for files.
+    """
     body = {name: value for name, value in asdict(allocation).items() if value is not None}
+    folder = body.pop("folder", None)
+    if located and folder is not None and allocation.compensation is not None:
+        body["compensation"]["folder"] = folder
     body["top_k"] = {str(layer): k for layer, k in sorted(allocation.top_k.items())}
     body["model"]["moe_layers"] = list(allocation.model.moe_layers)
     return {"format": FORMAT, "version": VERSION, **body}
@@ -114,6 +145,8 @@ def describe_run(allocation: Allocation, top_k: Mapping[int, int]) -> str:
     `top_k` is the whole allocation's, or that of the MoE layers that one process holds.
     """
     shift = "" if allocation.gate_exponent is None else f", gate exponent {allocation.gate_exponent:g}"
+    if allocation.compensation is not None:
+        shift += f", compensation of rank {allocation.compensation.rank}"
     each = " ".join(f"{layer}:{k}" for layer, k in sorted(top_k.items()))
     return (
         f"{sum(top_k.values())} of {len(top_k) * allocation.model.top_k} active experts per token "
@@ -130,9 +163,9 @@ def _load(path: Path) -> Any:
         raise AllocationError(f"{path} is not JSON ({error}); write the allocation again") from error
 
 
-def _parse(document: Any, place: str) -> Allocation:
+def _parse(document: Any, place: str, folder: str | os.PathLike[str] | None) -> Allocation:
     try:
-        return _build(document)
+        return _build(document, None if folder is None else os.path.abspath(folder))
     except _Unfit as error:
         raise AllocationError(f"{place}: {error}") from None
 
@@ -141,7 +174,7 @@ class _Unfit(Exception):
     """The reason why a document is no allocation, without its place."""
 
 
-def _build(document: Any) -> Allocation:
+def _build(document: Any, folder: str | None) -> Allocation:
     _require(isinstance(document, Mapping), f"not a JSON object but {_short(document)}")
     file_format, version = document.get("format"), document.get("version")
     _require(file_format == FORMAT, f'its "format" is {_short(file_format)}, expected "{FORMAT}"')
@@ -158,6 +191,10 @@ def _build(document: Any) -> Allocation:
     budget = _integer(body["budget"], "budget", 1)
     _require(budget == sum(top_k.values()), f"budget is {budget}, but top_k sums to {sum(top_k.values())}")
     _require(isinstance(body["made_by"], Mapping), f"made_by is not an object: {_short(body['made_by'])}")
+    compensation, stated = None, None
+    if "compensation" in body:
+        compensation, stated = _build_compensation(body["compensation"], may_state=folder is None)
+        _require("gate_exponent" in body, "compensation comes without a gate_exponent; write the allocation again")
     return Allocation(
         model=model,
         top_k=top_k,
@@ -166,6 +203,8 @@ def _build(document: Any) -> Allocation:
         optimal_loss=_number(body["optimal_loss"], "optimal_loss"),
         made_by=dict(body["made_by"]),
         gate_exponent=_build_exponent(body["gate_exponent"]) if "gate_exponent" in body else None,
+        compensation=compensation,
+        folder=stated if folder is None else folder,
     )
 
 
@@ -184,8 +223,7 @@ def _build_model(model: Mapping[str, Any]) -> ModelIdentity:
     text_names = ("model_type", "router", "top_k_key", "router_sha256")
     texts = {name: _text(model[name], f"model.{name}") for name in text_names}
     _require(texts["router"].count("{}") == 1, f"model.router {texts['router']!r} must hold exactly one {{}}")
-    is_sha256 = re.fullmatch("[0-9a-f]{64}", texts["router_sha256"])
-    _require(is_sha256, f"model.router_sha256 {_short(texts['router_sha256'])} is not 64 lower-case hex digits")
+    _sha256(texts["router_sha256"], "model.router_sha256")
     return ModelIdentity(num_hidden_layers=layers, num_experts=experts, top_k=top_k, moe_layers=moe_layers, **texts)
 
 
@@ -212,9 +250,27 @@ def _build_exponent(value: Any) -> float:
     return exponent
 
 
+def _build_compensation(value: Any, *, may_state: bool) -> tuple[CompensationFile, str | None]:
+    """The compensation's file and, where the document may state it, its folder."""
+    _require(isinstance(value, Mapping), f"compensation is not an object: {_short(value)}")
+    folder = value.get("folder") if may_state else None
+    if folder is not None:
+        _require(isinstance(folder, str) and os.path.isabs(folder), f"compensation.folder {_short(folder)} has no root")
+        value = {key: item for key, item in value.items() if key != "folder"}
+    _require_keys(value, CompensationFile, "compensation.")
+    file = _text(value["file"], "compensation.file")
+    is_bare = file.isprintable() and not set(file) & set("/\\") and not file.startswith(".")
+    _require(
+        is_bare and file.endswith(".safetensors"),
+        f"compensation.file is {_short(file)}, the name of a .safetensors file beside the allocation's expected",
+    )
+    rank = _integer(value["rank"], "compensation.rank", 1)
+    return CompensationFile(file, rank, _sha256(value["sha256"], "compensation.sha256")), folder
+
+
 def _require_keys(value: Mapping[str, Any], cls: type, prefix: str) -> None:
-    known = {field.name for field in fields(cls)}
-    optional = {"gate_exponent"}
+    known = {field.name for field in fields(cls)} - {"folder"}
+    optional = {"gate_exponent", "compensation"}
     missing, extra = sorted(known - optional - set(value)), sorted(set(value) - known)
     _require(not missing, f"missing {', '.join(prefix + name for name in missing)}")
     _require(
@@ -233,6 +289,12 @@ def _number(value: Any, what: str) -> float:
     valid = (exact or type(value) is float) and math.isfinite(value) and value >= 0
     _require(valid, f"{what} is {_short(value)}, a finite number of at least 0 expected")
     return float(value)
+
+
+def _sha256(value: Any, what: str) -> str:
+    valid = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    _require(valid, f"{what} {_short(value)} is not 64 lower-case hex digits")
+    return value
 
 
 def _text(value: Any, what: str) -> str:

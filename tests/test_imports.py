@@ -31,8 +31,8 @@ HOUSE = {
         "files": "",
         "allocation": "",
         "environment": "",
-        "model": "folder identity shapes variants",
-        "serving": "gates triton_gates transformers_gates transformers_patch "
+        "model": "tensors folder identity compensation shapes variants",
+        "serving": "kernels transformers_gates transformers_patch "
         "vllm_names vllm_gates vllm_build vllm_status vllm_plugin",
         "engines": "workload locks kernels worker process options measuring",
         "speed": "throughput latency expert_load",
@@ -46,6 +46,7 @@ HOUSE = {
 FOLDERS = {
     "lexi_search/layers/kernels": "blocks hopper grouped",
     "lexi_search/profiling/paper": "moments gaussian",
+    "lexi_adapter/serving/kernels": "gates correction triton_gates",
     "lexi_search/cli/report": "statements facts drawings pages",
 }
 MOST_ROOMS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 330, 60

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import click
 from lexi_adapter.allocation import KEY, read_allocation
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import parse_json
+from lexi_adapter.model.compensation import find_file
 from lexi_adapter.model.variants import Variant, is_one_of, make_variants
 
 # Names that --engine may not set: arguments of `make_options` that the commands set, and the model.
@@ -80,6 +82,12 @@ VARIANTS = (
     click.option(
         "--folder", "folders", multiple=True, help="Another folder to compare, such as a pruned checkpoint; repeat it."
     ),
+    click.option(
+        "--uncompensated",
+        is_flag=True,
+        show_default=False,
+        help="What has a compensation once more without, at the same k: what it costs and gains.",
+    ),
 )
 
 
@@ -92,14 +100,19 @@ class Chosen(NamedTuple):
     dropped: Sequence[float]
     narrowed: Sequence[float]
     folders: Sequence[str]
+    uncompensated: bool
 
     def make(self, model: str, **others: Any) -> tuple[Variant, ...]:
         """`make_variants` of these."""
-        return make_variants(model, **self._spell({file: read_allocation(file) for file in self.files}), **others)
+        allocations = {file: read_allocation(file) for file in self.files}
+        if self.uncompensated and not any(allocation.compensation for allocation in allocations.values()):
+            raise AdapterError("--uncompensated: no --allocation here has a compensation; leave it out")
+        named = self._spell(allocations)
+        return make_variants(model, **named, uncompensated=self.uncompensated, **others)
 
     def names(self, variant: str) -> bool:
         """Whether these name the variant of this name; if there are none, they name all."""
-        return not any(self) or is_one_of(variant, **self._spell(self.files))
+        return not any(self[:-1]) or is_one_of(variant, **self._spell(self.files))
 
     def _spell(self, allocations: Any) -> dict[str, Any]:
         return {
@@ -110,6 +123,16 @@ class Chosen(NamedTuple):
             "narrowed": self.narrowed,
             "folders": list(dict.fromkeys(self.folders)),
         }
+
+
+def list_read(files: Sequence[str]) -> list[str]:
+    """The files of allocations and those of corrections that they name; what cannot be read is refused later."""
+    named = []
+    for file in files:
+        with suppress(AdapterError):
+            allocation = read_allocation(file)
+            named += [str(find_file(allocation))] if allocation.compensation is not None else []
+    return [*files, *named]
 
 
 def takes_variants(command: Callable[..., None]) -> Callable[..., None]:

@@ -90,6 +90,6 @@ def make_options(
     if variant.allocation is not None:
         options["additional_config"] = {
             **others.get("additional_config", {}),
-            KEY: to_document(variant.allocation),
+            KEY: to_document(variant.allocation, located=True),
         }
     return options

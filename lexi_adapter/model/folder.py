@@ -3,19 +3,15 @@
 Standard library only, so that it runs before an engine starts and on machines without one.
 """
 
-import hashlib
-import json
-import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lexi_adapter.allocation import ModelIdentity
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.files import open_regular, parse_json, read_json, refuse_repeats
+from lexi_adapter.files import read_json
+from lexi_adapter.model.tensors import Tensor, hash_tensors, read_header
 
 # Dotted paths under which the config of a multimodal model may hold its language model's.
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.text_config")
@@ -24,32 +20,9 @@ TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.
 READ_AS_STORED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LM_HEAD = re.compile(r"(.*\.)?lm_head\.q?weight(_packed)?")
-LFS = b"version "  # the beginning of a file that Git LFS has yet to fetch
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
-MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
-ADAPTER = "adapter_"  # the beginning of the name of a file of LoRA weights
-# safetensors' name of an element type -> its bits; lexi_search knows the same ones.
-BITS = {
-    "F4": 4,
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
-
+NO_SHARDS = ("adapter_", "lexi_")  # the beginnings of the names of files of LoRA weights, and of ours
 REMEDY = "profile and search this model with lexi-search to get one that fits"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor in a safetensors file: `size` bytes from `offset` of `path`."""
-
-    path: Path
-    dtype: str  # safetensors' name
-    shape: tuple[int, ...]
-    offset: int
-    size: int
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -162,8 +135,8 @@ def check_layers(layers: set[int], model: ModelIdentity, place: str) -> None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder holds safetensors files, an adapter's not counted."""
-    return any(not file.name.startswith(ADAPTER) for file in folder.glob("*.safetensors"))
+    """Whether the folder holds safetensors files that are shards of a model."""
+    return any(not file.name.startswith(NO_SHARDS) for file in folder.glob("*.safetensors"))
 
 
 def find_lm_head(folder: Path) -> str | None:
@@ -181,6 +154,12 @@ def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
     matches = ((name_of_router.fullmatch(name), tensor) for name, tensor in read_tensors(folder).items())
     routers = {int(match[1]): tensor for match, tensor in matches if match}
     return {layer: tensor for layer, tensor in routers.items() if layer < model.num_hidden_layers}
+
+
+def find_hidden(model: ModelIdentity, folder: Path) -> int | None:
+    """The model's hidden size, from its routers; None without weights."""
+    routers = find_routers(model, folder) if has_weights(folder) else {}
+    return next((router.shape[1] for router in routers.values()), None)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -215,8 +194,8 @@ def _are_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _list_shards(folder: Path) -> list[Path]:
-    """The folder's safetensors files that are not an adapter's."""
-    shards = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(ADAPTER)]
+    """The folder's safetensors files that are neither an adapter's nor ours."""
+    shards = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(NO_SHARDS)]
     if not shards:
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
         there = f"the weights are in {others[0]}" if others else "no safetensors shards"
@@ -245,7 +224,7 @@ def explain_absence(folder: Path) -> str:
     names = {file.name for file in folder.glob("*.safetensors")}
     weight_map = _read_weight_map(folder)
     unread = () if weight_map is None else names - set(weight_map.values())
-    if unnamed := sorted(name for name in unread if not name.startswith(ADAPTER)):
+    if unnamed := sorted(name for name in unread if not name.startswith(NO_SHARDS)):
         return f"{unnamed[0]} is there, but not named in {INDEX}, so it is not read"
     for stem, total in sorted({(match[1], match[2]) for match in map(NUMBERED.fullmatch, names) if match}):
         for number in range(1, int(total) + 1):
@@ -253,72 +232,6 @@ def explain_absence(folder: Path) -> str:
             if name not in names:
                 return f"{name} is not there, so the download is incomplete"
     return "is the download complete?"
-
-
-def read_header(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor of one safetensors file: eight bytes of header length (little endian), JSON, data.
-
-    Raises:
-        AdapterError: no such file, or one that safetensors' own reader would refuse.
-    """
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if start == LFS:
-                raise AdapterError(f"{path}: a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
-            if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
-                raise AdapterError(f"{path} is not a whole safetensors file; fetch it again")
-            raw = file.read(length)
-        header = parse_json(raw.decode(), object_pairs_hook=refuse_repeats, parse_constant=_refuse_constant)
-        metadata = header.pop("__metadata__", {})
-        if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("__metadata__ holds what is not text")
-        if b"\\u" in raw:
-            json.dumps([header, metadata], ensure_ascii=False).encode()  # fails for half of a surrogate pair
-        tensors = {name: _read_entry(path, 8 + length, name, entry) for name, entry in header.items()}
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise AdapterError(f"cannot read {path}: {reason}; fetch the checkpoint again") from error
-    except (TypeError, KeyError, AttributeError) as error:
-        raise AdapterError(f"{path} has no safetensors header ({error}); fetch it again") from error
-    position = 8 + length
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
-        if tensor.offset != position:
-            raise AdapterError(f"{path}: tensor {name} overlaps its neighbour or leaves a hole; fetch it again")
-        position += tensor.size
-    if position != size:
-        raise AdapterError(f"{path} has {size} bytes, its header says {position}; fetch it again")
-    return tensors
-
-
-def _read_entry(path: Path, base: int, name: str, entry: Mapping[str, Any]) -> Tensor:
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"tensor {name} has a shape or offsets that are not whole numbers")
-    if entry["dtype"] not in BITS:
-        raise ValueError(f"tensor {name} has element type {entry['dtype']!r}, which is not known")
-    if 8 * (end - begin) != math.prod(shape) * BITS[entry["dtype"]]:
-        raise ValueError(f"tensor {name} of shape {list(shape)} does not fill its {end - begin} bytes")
-    return Tensor(path, entry["dtype"], shape, base + begin, end - begin)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def hash_tensors(tensors: Iterable[Tensor]) -> str:
-    """Hex SHA-256 over the stored bytes of one tensor after the other."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        try:
-            with open_regular(tensor.path) as file:
-                file.seek(tensor.offset)
-                digest.update(file.read(tensor.size))
-        except OSError as error:
-            raise AdapterError(f"cannot read {tensor.path}: {error.strerror}; fetch the checkpoint again") from error
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> Any:

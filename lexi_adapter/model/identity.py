@@ -11,14 +11,8 @@ from typing import Any
 
 from lexi_adapter.allocation import ModelIdentity
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.model.folder import (
-    Tensor,
-    explain_absence,
-    find_text_configs,
-    hash_tensors,
-    read_config,
-    read_tensors,
-)
+from lexi_adapter.model.folder import explain_absence, find_text_configs, read_config, read_tensors
+from lexi_adapter.model.tensors import Tensor, hash_tensors
 
 # Endings of a router weight's name. The module that has the weight, or one of the two around it, holds the top-k.
 ROUTER_WEIGHTS = tuple(

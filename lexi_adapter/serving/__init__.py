@@ -1,6 +1,6 @@
 """An allocation applied: to vLLM by a plugin, to a loaded transformers model in place.
 
-Read `gates` (the arithmetic of the gate exponent) and `triton_gates` (the same as a kernel). Then transformers:
+Read `kernels` (the arithmetic, on torch tensors and in Triton). Then transformers:
 `transformers_gates` (routers with a gate exponent) and `transformers_patch` (`apply`). Then vLLM: `vllm_names` (its
 internals, by version), `vllm_gates` (routers with a gate exponent), `vllm_build` (hooks where layers are built),
 `vllm_status` (the k that a running server states) and `vllm_plugin` (the entry point).

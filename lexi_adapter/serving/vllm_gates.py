@@ -57,11 +57,11 @@ def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
     wide = copy.copy(router)  # shares the bias, which is loaded later
     wide.top_k = own_top_k
     if order is None:
-        from lexi_adapter.serving.gates import pick
+        from lexi_adapter.serving.kernels.gates import pick
 
         pick = _fuse(pick)
     else:
-        from lexi_adapter.serving.triton_gates import narrow
+        from lexi_adapter.serving.kernels.triton_gates import narrow
 
     def compensating(hidden_states: Any, router_logits: Any, indices_type: Any, **kwargs: Any) -> tuple[Any, Any]:
         weights, ids = wide._compute_routing(hidden_states, router_logits, indices_type, **kwargs)
@@ -75,7 +75,7 @@ def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
 
 
 def _compensate_block(block: Any, top_k: int, own_top_k: int, exponent: float) -> None:
-    from lexi_adapter.serving.gates import rescale
+    from lexi_adapter.serving.kernels.gates import rescale
 
     forward = block.forward
 

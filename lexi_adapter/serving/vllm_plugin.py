@@ -141,7 +141,9 @@ def prepare(vllm_config: Any) -> None:
     sources = dict(_find_sources(vllm_config))
     if any(isinstance(source, Document) for source in sources.values()):
         return  # a copy of a configuration that was prepared before
-    allocation = _agree({place: _read(source, place) for place, source in sources.items()})
+    model = getattr(vllm_config.model_config, "model", None)
+    folders = {CONFIG: model} if model is not None and is_folder(model) else {}
+    allocation = _agree({place: _read(source, place, folders.get(place)) for place, source in sources.items()})
     if allocation is None:
         return
     import vllm
@@ -153,7 +155,9 @@ def prepare(vllm_config: Any) -> None:
     hook_build()
     hook_worker()
     hook_server()
-    vllm_config.additional_config = vllm_config.additional_config | {KEY: Document(to_document(allocation))}
+    vllm_config.additional_config = vllm_config.additional_config | {
+        KEY: Document(to_document(allocation, located=True))
+    }
 
 
 def _find_sources(vllm_config: Any) -> Iterator[tuple[str, Any]]:
@@ -201,9 +205,9 @@ def _looks_like_key(name: str) -> bool:
     return abs(len(plain) - len(ours)) <= 2 and SequenceMatcher(None, plain, ours).ratio() >= LIKENESS
 
 
-def _read(source: Any, place: str) -> Allocation:
+def _read(source: Any, place: str, folder: str | None = None) -> Allocation:
     try:
-        return read_allocation(source)
+        return read_allocation(source, folder=folder)
     except AdapterError as error:
         raise AllocationError(f"{KEY} in {place}: {error}") from error
 

@@ -105,7 +105,7 @@ def parse_maps(data: bytes, model: ModelIdentity, *, needed: Collection[tuple[in
         raise InputError(f"not a whole safetensors file ({str(error)[:80]})") from error
     body, found = memoryview(data)[8 + length :], {}
     position = 0
-    for name, (dtype, shape, start, end) in entries.items():
+    for name, (dtype, shape, start, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         match = _NAME.fullmatch(name)
         require(match, f"it has a tensor {short(name)}, which is of no correction")
         layer, k, part = int(match[1]), int(match[2]), match[3]

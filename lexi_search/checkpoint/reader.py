@@ -242,7 +242,7 @@ def find_unnamed_shards(folder: Path) -> list[str]:
 
 
 def _is_shard(name: str) -> bool:
-    """Whether a safetensors file is neither an adapter's nor an allocation's."""
+    """Whether a safetensors file holds weights of the model: not those of an adapter, nor corrections."""
     return not name.startswith(ADAPTER) and name != EXPORTED
 
 

@@ -10,6 +10,7 @@ from lexi_adapter.cli.console import conclude, echo, print_table
 from lexi_adapter.cli.options import (
     Chosen,
     FiniteRange,
+    list_read,
     read_engine_options,
     takes_engine_options,
     takes_locks,
@@ -100,7 +101,7 @@ def bench(
     """
     from lexi_adapter.speed import throughput
 
-    read = [model, *chosen.files, *chosen.folders, *locks]
+    read = [model, *list_read(chosen.files), *chosen.folders, *locks]
     figure_format = _check_outputs(output, plot, read)
     parsed = _parse_workloads(workloads)
     options = read_engine_options(**engine)
@@ -140,9 +141,11 @@ def _estimate(variants: int, workloads: Sequence[Workload], rounds: int, seconds
 
 
 def _show(document: Mapping[str, Any], output: str, model: str, files: Sequence[str]) -> None:
-    from lexi_adapter.cli.tables import tabulate_bench, tabulate_kernels
+    from lexi_adapter.cli.tables import tabulate_bench, tabulate_compensation, tabulate_kernels
 
     print_table(tabulate_bench(document))
+    if (compensation := tabulate_compensation(document)) is not None:
+        print_table(compensation)
     if "kernels" in document:
         print_table(tabulate_kernels(document))
     others = [line for line in document["summary"] if line["variant"] != document["variants"][0]["name"]]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import build_reference, make_checkpoint
 
 import lexi_adapter
-from lexi_adapter.serving.gates import compensate, pick, rescale
+from lexi_adapter.serving.kernels.gates import compensate, pick, rescale
 from lexi_search.artifacts.serialisation import to_document
 
 

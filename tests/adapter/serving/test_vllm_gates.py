@@ -8,7 +8,7 @@ import torch
 
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.serving import vllm_gates
-from lexi_adapter.serving.gates import compensate
+from lexi_adapter.serving.kernels.gates import compensate
 from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_adapter.serving.vllm_names import FIRST, ROUTERS
 
@@ -44,7 +44,7 @@ def cuda(monkeypatch, narrow):
     """A platform that says it is CUDA, compiles without generating code, and interprets kernels."""
     platform = SimpleNamespace(is_cuda=lambda: True, simple_compile_backend="eager")
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
-    monkeypatch.setitem(sys.modules, "lexi_adapter.serving.triton_gates", SimpleNamespace(narrow=narrow))
+    monkeypatch.setitem(sys.modules, "lexi_adapter.serving.kernels.triton_gates", SimpleNamespace(narrow=narrow))
     vllm_gates._fuse.cache_clear()
     yield
     vllm_gates._fuse.cache_clear()

@@ -8,7 +8,7 @@ import torch
 import triton
 from triton import language as tl
 
-from lexi_adapter.serving.gates import TINY
+from lexi_adapter.serving.kernels.gates import TINY
 
 ROWS = 16  # tokens of one program
 
