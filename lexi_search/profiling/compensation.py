@@ -26,7 +26,7 @@ from lexi_search.layers.spec import Routing
 from lexi_search.profiling.forward import MoEOutputs, Run, forward
 
 RANK = 32
-EXPONENTS = (0.0, 0.25, 0.5, 0.75)  # tried with corrections, which leave less to hand on
+CORRECTED_EXPONENTS = (0.0, 0.25, 0.5, 0.75)  # tried with corrections, which leave less to hand on
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of features scaled to unit variance
 FOLDS = 2  # of sequences: one half chooses the ridge of the other
 JITTER = 1e-6  # of the largest variance, below which a feature does not vary
@@ -98,11 +98,11 @@ def fit_layers(
 def try_exponents(
     run: Run, tokens: Int[np.ndarray, "sequences length"], *, rank: int, report: Callable[[int], None]
 ) -> dict[float, Maps]:
-    """Corrections of all layers at `choose_ks` for each of `EXPONENTS`, to choose one of them."""
-    found: dict[float, dict] = {exponent: {} for exponent in EXPONENTS}
-    settings = {"exponents": EXPONENTS, "ks": choose_ks(run.model.top_k), "rank": rank}
+    """Corrections of all layers at `choose_ks` for each of `CORRECTED_EXPONENTS`, to choose one of them."""
+    found: dict[float, dict] = {exponent: {} for exponent in CORRECTED_EXPONENTS}
+    settings = {"exponents": CORRECTED_EXPONENTS, "ks": choose_ks(run.model.top_k), "rank": rank}
     for _, row in fit_layers(run, tokens, run.model.layers, **settings, report=report):
-        for exponent, maps in zip(EXPONENTS, row, strict=True):
+        for exponent, maps in zip(CORRECTED_EXPONENTS, row, strict=True):
             found[exponent] |= maps
     return found
 

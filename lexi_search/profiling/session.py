@@ -21,8 +21,7 @@ from lexi_search.artifacts.serialisation import describe_nature, read_profile, w
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
 from lexi_search.models.model import Model, describe, find_dtype
-from lexi_search.profiling.compensation import EXPONENTS as CORRECTED_EXPONENTS
-from lexi_search.profiling.compensation import choose_ks, find_rank, fit_layers, try_exponents
+from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers, try_exponents
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
 from lexi_search.profiling.divergence import EXPONENTS, choose_exponent, draw_samples, open_run
 from lexi_search.profiling.forward import Run
@@ -289,10 +288,7 @@ def _write(session: _Session, output: str | os.PathLike[str], maps: Maps | None,
 def _fit(
     session: _Session, layers: Sequence[int], get_text: Callable[[], Int32[np.ndarray, "sequences length"]]
 ) -> Maps:
-    """The corrections of `layers`: from an earlier run, or fitted now.
-
-    Process 0 fits all layers, others what they measure: a pass over the model is what it takes, and not the fit.
-    """
+    """The corrections of `layers`, those of the profile or of this process: from an earlier run, or fitted now."""
     partials = session.partials
     kept = {} if partials is None else partials.maps
     maps = {key: value for layer in layers for key, value in kept.get(layer, {}).items()}

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import click
 
 from lexi_search.artifacts.allocation import Allocation
-from lexi_search.artifacts.profile import ProfileSettings
+from lexi_search.artifacts.compensation import Maps
+from lexi_search.artifacts.identity import ModelIdentity
+from lexi_search.artifacts.profile import Profile, ProfileSettings
 from lexi_search.artifacts.serialisation import read_allocation, read_allocation_maps, read_profile, read_profile_maps
 from lexi_search.cli.console import (
     conclude,
@@ -22,6 +24,7 @@ from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
     from lexi_search.profiling.divergence import Judgement
+    from lexi_search.profiling.forward import Variant
 
 
 EXAMPLES = """\b
@@ -75,13 +78,7 @@ def judge(
 
     checkpoint = open_checkpoint(weights)
     model = describe(checkpoint)
-    for path, allocation in by_path.items():
-        if allocation.model != model.identity:
-            raise InputError(f"{path} is for another model than {weights}")
-        if allocation.max_k is not None:
-            raise InputError(f"{path} has layers with more experts than the model's own k, which cannot be judged yet")
-    if measured is not None and (measured.model != model.identity or measured.settings.gate_exponent is None):
-        raise InputError(f"{profile} is no profile of {weights} with compensation; leave --profile out")
+    _check_models(model.identity, weights, by_path, profile, measured)
     settings = ProfileSettings(
         input="weights",
         seed=seed,
@@ -91,7 +88,6 @@ def judge(
         relative_error=0.0,
         max_samples=samples,
     )
-    layers = len(model.layers)
     variants = {
         path: Variant(
             tuple(allocation.top_k[layer] for layer in model.layers),
@@ -100,14 +96,8 @@ def judge(
         )
         for path, allocation in by_path.items()
     }
-    uniform = {k for one in by_path.values() for k in (one.budget // layers, -(-one.budget // layers))}
-    variants |= {f"k = {k} in every layer": Variant((k,) * layers) for k in sorted(uniform - {model.top_k})}
-    if measured is not None:
-        own = read_profile_maps(profile, measured)
-        variants |= {
-            f"k = {k} in every layer, compensated": Variant((k,) * layers, measured.settings.gate_exponent, own)
-            for k in sorted(uniform - {model.top_k})
-        }
+    own = None if measured is None else read_profile_maps(profile, measured)
+    variants |= _list_uniform(by_path, model.top_k, measured, own)
     with make_progress() as progress:
         run = open_run(checkpoint, model, settings.dtype)
         passes = PASSES + 1  # to sample the text, and to measure on it
@@ -119,6 +109,35 @@ def judge(
     else:
         print_table(tabulate_judgements(variants, judged))
         _conclude(judged, by_path)
+
+
+def _check_models(
+    model: ModelIdentity, weights: str, by_path: Mapping[str, Allocation], profile: str | None, measured: Profile | None
+) -> None:
+    """Raise InputError for an allocation or a profile that cannot be judged on `model`, in `weights`."""
+    for path, allocation in by_path.items():
+        if allocation.model != model:
+            raise InputError(f"{path} is for another model than {weights}")
+        if allocation.max_k is not None:
+            raise InputError(f"{path} has layers with more experts than the model's own k, which cannot be judged yet")
+    if measured is not None and (measured.model != model or measured.settings.gate_exponent is None):
+        raise InputError(f"{profile} is no profile of {weights} with compensation; leave --profile out")
+
+
+def _list_uniform(
+    by_path: Mapping[str, Allocation], top_k: int, measured: Profile | None, maps: Maps | None
+) -> dict[str, "Variant"]:
+    """The uniform k next to the budgets; with the profile that was `measured` also as that compensates."""
+    from lexi_search.profiling.forward import Variant
+
+    layers = len(next(iter(by_path.values())).top_k)
+    ks = {k for one in by_path.values() for k in (one.budget // layers, -(-one.budget // layers))} - {top_k}
+    variants = {f"k = {k} in every layer": Variant((k,) * layers) for k in sorted(ks)}
+    if measured is not None:
+        exponent = measured.settings.gate_exponent
+        named = ((f"k = {k} in every layer, compensated", k) for k in sorted(ks))
+        variants |= {name: Variant((k,) * layers, exponent, maps) for name, k in named}
+    return variants
 
 
 def _conclude(judged: Mapping[str, "Judgement"], by_path: Mapping[str, Allocation]) -> None:
