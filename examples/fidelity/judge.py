@@ -20,28 +20,38 @@ from windows import cut, read_streams
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.serialisation import read_profile
 
-LENGTH, DEFAULT = 512, ("paper", "weights")
+LENGTH, DEFAULT = 512, ("paper", "weights", "compensated")
 
 
-def judge_profiles(judge: Judge, profiles: Mapping[str, Profile], budgets: Sequence[int]) -> list[Row]:
-    """What each uniform k near the budgets loses, and then the exact optimum of each loss of each profile."""
-    named = [("uniform", Choice((k,) * judge.layers)) for k in find_neighbours(budgets, judge.layers)]
-    for name, profile in profiles.items():
+def judge_profiles(judge: Judge, profiles: Mapping[Path, Profile], budgets: Sequence[int]) -> list[Row]:
+    """What each uniform k near the budgets loses, and then the exact optimum of each loss of each profile.
+
+    With a profile's compensation, uniform k is listed with that, too.
+    """
+    near = find_neighbours(budgets, judge.layers)
+    named = [("uniform", Choice((k,) * judge.layers)) for k in near]
+    for file, profile in profiles.items():
+        exponent, own = profile.settings.gate_exponent, file if profile.compensation else None
+        if exponent is not None:
+            named += [(f"uniform with {file.stem}", Choice((k,) * judge.layers, exponent, own)) for k in near]
         for kind in profile.loss_kinds:
             found = search(np.array(profile.losses(kind)), budgets)
-            named += [(f"{name}/{kind}", Choice(top_k, profile.settings.gate_exponent)) for top_k in found]
+            named += [(f"{file.stem}/{kind}", Choice(top_k, exponent, own)) for top_k in found]
     return judge.judge(named)
 
 
 def list_lines(rows: Sequence[Row], budgets: Sequence[int], layers: int) -> Iterator[str]:
     """A table for reading, budget by budget, uniform k first."""
-    lost = {name: {row.top_k[0]: getattr(row, name) for row in rows if row.method == "uniform"} for name in MEASURES}
+    uniform = [row for row in rows if row.method.startswith("uniform")]
     yield f"{'profile':24s} exponent budget {' '.join(f'{name:>10s}' for name in MEASURES)}  k per layer"
     for budget in budgets:
-        uniform = " ".join(f"{interpolate_uniform(lost[name], budget, layers):10.4f}" for name in MEASURES)
-        yield f"{'uniform':24s} {'':8s} {budget:6d} {uniform}"
+        for method in dict.fromkeys(row.method for row in uniform):
+            like = [row for row in uniform if row.method == method]
+            lost = [{row.top_k[0]: getattr(row, name) for row in like} for name in MEASURES]
+            shown = " ".join(f"{interpolate_uniform(each, budget, layers):10.4f}" for each in lost)
+            yield f"{method:24s} {'' if like[0].exponent is None else like[0].exponent:>8} {budget:6d} {shown}"
         for row in rows:
-            if row.budget == budget and row.method != "uniform":
+            if row.budget == budget and row not in uniform:
                 exponent = "" if row.exponent is None else f"{row.exponent:g}"
                 start = f"{row.method:24s} {exponent:>8s} {budget:6d} {row.increase:10.4f} {row.divergence:10.4f}"
                 yield f"{start}  {' '.join(map(str, row.top_k))}"
@@ -72,10 +82,10 @@ def main(
         if not files:
             click.echo(f"making profiles: {', '.join(only)}", err=True)
             files = tuple(make_profile(source, model, Path(folder, f"{source}.json")) for source in only)
-        profiles = {file.stem: read_profile(file) for file in files}
-    _, judging = cut(read_streams(tokens), measure=0, judge=sequences, length=LENGTH)
-    judge = Judge(load(model, device=device), judging, batch=sequences)
-    rows = judge_profiles(judge, profiles, budgets)
+        profiles = {file: read_profile(file) for file in files}
+        _, judging = cut(read_streams(tokens), measure=0, judge=sequences, length=LENGTH)
+        judge = Judge(load(model, device=device), judging, batch=sequences)
+        rows = judge_profiles(judge, profiles, budgets)
     click.echo("\n".join(list_lines(rows, budgets, judge.layers)))
     if output:
         identity = judge.loaded.identity

@@ -1,9 +1,10 @@
 """One loaded model, and the real loss of whole allocations on its held-out windows."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,17 +13,26 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from windows import Windows
 
-from lexi_adapter.allocation import ModelIdentity
+from lexi_adapter.allocation import CompensationFile, ModelIdentity
 from lexi_adapter.model.identity import describe_checkpoint
 from lexi_adapter.model.variants import allocate
 from lexi_adapter.sensitivity.divergence import judge_allocations
+from lexi_search.artifacts.serialisation import read_profile
 
 
 class Choice(NamedTuple):
-    """A k for every MoE layer, in their order, and the gate exponent; None lets the model do as it does."""
+    """A k for every MoE layer, in their order, and the gate exponent; None lets the model do as it does.
+
+    `profile` is the file of a profile whose corrections apply, or None.
+    """
 
     top_k: tuple[int, ...]
     exponent: float | None = None
+    profile: Path | None = None
+
+    def spread(self, k: int) -> "Choice":
+        """The same compensation with `k` in every layer."""
+        return self._replace(top_k=(k,) * len(self.top_k))
 
 
 class Loaded(NamedTuple):
@@ -91,15 +101,40 @@ class Judge:
             rows.append(Row(name, choice.exponent, budget, tokens, *found, choice.top_k))
         return rows
 
+    def subtract(self, name: str, choice: Choice) -> Row:
+        """What a choice loses more than uniform k with its own compensation at the same budget, window by window."""
+        budget, found = sum(choice.top_k), []
+        near = {k: choice.spread(k) for k in find_neighbours([budget], self.layers)}
+        self._run([choice, *near.values()])
+        for measure, losses in self._known[choice].items():
+            known = {k: self._known[each][measure] for k, each in near.items()}
+            excess = losses - interpolate_uniform(known, budget, self.layers)
+            error = self.windows.find_error(excess)
+            found += [float(self.windows.average(excess)["mean"]), error, error]
+        return Row(name, choice.exponent, budget, self.windows.tokens.numel(), *found, choice.top_k)
+
     def _run(self, choices: Iterable[Choice]) -> None:
         missing = [choice for choice in dict.fromkeys(choices) if choice not in self._known]
         if not missing:
             return
         model, identity = self.loaded
         allocations = [
-            replace(allocate(identity, dict(zip(identity.moe_layers, top_k, strict=True))), gate_exponent=exponent)
-            for top_k, exponent in missing
+            replace(
+                allocate(identity, dict(zip(identity.moe_layers, choice.top_k, strict=True))),
+                gate_exponent=choice.exponent,
+                **_name_corrections(choice.profile),
+            )
+            for choice in missing
         ]
         found = judge_allocations(model, self.windows.tokens, allocations, batch=self.batch, check_weights=False)
         for choice, *values in zip(missing, *(getattr(found, name).numpy() for name in MEASURES), strict=True):
             self._known[choice] = dict(zip(MEASURES, values, strict=True))
+
+
+@cache
+def _name_corrections(profile: Path | None) -> dict[str, Any]:
+    """The fields of an allocation that say where the corrections of a profile are."""
+    named = None if profile is None else read_profile(profile).compensation
+    if named is None:
+        return {}
+    return {"compensation": CompensationFile(**asdict(named)), "folder": str(profile.absolute().parent)}

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import torch
 from judging import Choice, Judge, Loaded, find_losses, load
-from records import Results, Row, describe_run, find_budgets, read_results, write_results
+from records import MINUS, Results, Row, describe_run, find_budgets, read_results, write_results
 from tables import PROFILES, Failed, make_profile, measure_windows, read_tables, run_search, search, tabulate
 from windows import Windows, cut_what_fits, read_streams
 
@@ -71,20 +71,33 @@ def judge_text(study: Study) -> list[Row]:
 
 def judge_profile(study: Study, source: str) -> list[Row]:
     """Every loss of a profile from the weights, with its gate exponent, or else plain and with `EXPONENT`."""
-    held, exponent = read_tables(source, make_profile(source, study.folder, study.profiles / f"{source}.json"))
+    file = make_profile(source, study.folder, study.profiles / f"{source}.json")
+    held, exponent = read_tables(source, file)
     named = {f"{source}/{kind}": table for kind, table in held.items()}
-    rows = judge_tables(study, named, exponent)
+    rows = judge_tables(study, named, exponent, file)
+    if exponent is not None:
+        rows += judge_compensation(study, source, Choice((1,) * study.judge.layers, exponent, file), held["divergence"])
     if exponent is None:
         named = {WITH_EXPONENT.format(name, EXPONENT): table for name, table in named.items()}
         rows += judge_tables(study, named, EXPONENT)
     return rows
 
 
-def judge_tables(study: Study, named: Mapping[str, np.ndarray], exponent: float | None = None) -> list[Row]:
-    """Each table's exact optimum at each budget."""
+def judge_compensation(study: Study, source: str, like: Choice, table: np.ndarray) -> list[Row]:
+    """Every uniform k with the compensation of `like`, and how much more the optima of `table` lose than that."""
+    ks = range(1, study.loaded.identity.top_k + 1)
+    rows = study.judge.judge([(f"uniform with {source}", like.spread(k)) for k in ks])
+    optima = [like._replace(top_k=top_k) for top_k in search(table, list(study.budgets.values()))]
+    return rows + [study.judge.subtract(MINUS.format(source), choice) for choice in optima]
+
+
+def judge_tables(
+    study: Study, named: Mapping[str, np.ndarray], exponent: float | None = None, profile: Path | None = None
+) -> list[Row]:
+    """Each table's exact optimum at each budget, with the compensation of a profile."""
     budgets = list(study.budgets.values())
     chosen = [(name, top_k) for name, table in named.items() for top_k in search(table, budgets)]
-    return study.judge.judge([(name, Choice(top_k, exponent)) for name, top_k in chosen])
+    return study.judge.judge([(name, Choice(top_k, exponent, profile)) for name, top_k in chosen])
 
 
 def judge_pruned(study: Study, what: str) -> list[Row]:

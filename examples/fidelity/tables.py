@@ -18,8 +18,9 @@ from lexi_search.solvers.problem import pose
 # Source of a profile -> the options of `lexi-search profile` that make it, and the losses that are taken from it.
 PROFILES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "paper": (("--input", "paper"), ("frobenius", "squared")),
-    "weights": (("--input", "weights"), ("divergence", "relative", "squared")),
-    "weights+b": (("--input", "weights", "--gate-exponent", "auto"), ("divergence", "relative", "squared")),
+    "weights": (("--compensation", "none"), ("divergence", "relative", "squared")),
+    "weights+b": (("--compensation", "exponent"), ("divergence", "relative", "squared")),
+    "compensated": ((), ("divergence",)),
 }
 
 

@@ -125,9 +125,6 @@ class Reporter:
         if self.bar is not None:
             self.progress.update(self.bar, total=len(self.layers), completed=self.count_finished(), visible=True)
 
-    def choose_exponent(self, exponent: float) -> None:
-        echo(f"gate exponent {exponent:g}", err=True)
-
     def advance_pass(self, layer: int) -> None:
         if self.passes is not None:
             self.reported += 1

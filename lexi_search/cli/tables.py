@@ -240,6 +240,9 @@ def describe_profile(profile: Profile, loss: str) -> str:
     errors = sorted(error / value for value, error in pairs if value)
     known = f", known to {format_share(errors[len(errors) // 2])} in the median (standard error)" if errors else ""
     count = f"{len(profile.layers)} of {len(profile.model.moe_layers)} MoE layers"
+    exponent, rank = profile.settings.gate_exponent, profile.settings.compensation_rank
+    known += "" if exponent is None else f"; gate exponent {exponent:g}"
+    known += "" if rank is None else f" and corrections of rank {rank}"
     return f"{profile.model.model_type}: {loss} loss of {count} at k from 1 to {profile.max_k}{known}"
 
 

@@ -64,9 +64,6 @@ class Observer(Protocol):
     def open(self, partials: Partials, layers: Sequence[int]) -> None:
         """Results of an earlier run are loaded; `layers` are those of the profile. In process 0 only."""
 
-    def choose_exponent(self, exponent: float) -> None:
-        """The gate exponent is found. In process 0 only."""
-
     def advance_pass(self, layer: int) -> None:
         """A decoder layer is done in one of the passes over the whole model; on input `weights` only."""
 
@@ -325,6 +322,5 @@ def _find_exponent(session: _Session, get_text: Callable[[], Int32[np.ndarray, "
     model = session.model._replace(routing=session.model.routing._replace(exponent=exponent))
     session = session._replace(model=model, settings=replace(session.settings, gate_exponent=exponent))
     if session.partials is not None:
-        session.observer.choose_exponent(exponent)
         session.partials.load(session.header)
     return session

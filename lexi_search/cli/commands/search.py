@@ -9,7 +9,7 @@ import click
 
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.codec import encode
-from lexi_search.artifacts.compensation import SHARED, check_maps_place, name_beside
+from lexi_search.artifacts.compensation import SHARED, Maps, check_maps_place, name_beside
 from lexi_search.artifacts.files import Nature, check_writable, check_writable_folder, json_bytes, write_atomically
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.records import HISTORY
@@ -149,22 +149,30 @@ def search(
         seed=seed,
         **(evolution if method == "evolution" else {}),
     )
-    if several:
-        destination.mkdir(exist_ok=True)
-    written = write_allocations(
-        files,
-        [result.allocation for result in results],
-        maps,
-        shared=destination / SHARED if several else None,
-        apart_from=inputs,
-        force=force,
-    )
-    results = [result._replace(allocation=allocation) for result, allocation in zip(results, written, strict=True)]
-    named = dict(zip(names, results, strict=True))
+    shared = destination / SHARED if several else None
+    written = _write_results(results, files, maps, shared=shared, apart_from=inputs, force=force)
+    named = dict(zip(names, written, strict=True))
     if history:
         write_atomically(history, _format_history(measured, named), apart_from=[*inputs, *files], force=force)
     _print_results(named, files, destination, timed=bool(targets), as_json=as_json)
     _conclude(profile, named, files, history, quiet=as_json, source=measured.settings.input)
+
+
+def _write_results(
+    results: Sequence["AllocationResult"],
+    files: Sequence[Path],
+    maps: Maps | None,
+    *,
+    shared: Path | None,
+    apart_from: Sequence[str | os.PathLike[str] | None],
+    force: bool,
+) -> list["AllocationResult"]:
+    """Write the allocations, and what they use of `maps`; the results with the allocations as they were written."""
+    if shared is not None:
+        shared.parent.mkdir(exist_ok=True)
+    allocations = [result.allocation for result in results]
+    written = write_allocations(files, allocations, maps, shared=shared, apart_from=apart_from, force=force)
+    return [result._replace(allocation=allocation) for result, allocation in zip(results, written, strict=True)]
 
 
 def _find_budgets(profile: Profile, single: Sequence[str], ranges: Sequence[str]) -> list[int]:
@@ -214,10 +222,10 @@ def _check_outputs(
     if names is not None:
         check_writable_folder(destination)
         files = [destination / f"allocation-{name}.json" for name in names]
-    shared = destination / SHARED if names is not None else name_beside(destination)
     for file in files if names is None or destination.exists() else ():
         check_writable(file, apart_from=inputs, nature=result)
     if corrected and (names is None or destination.exists()):
+        shared = name_beside(destination) if names is None else destination / SHARED
         check_maps_place(shared, apart_from=[*inputs, *files], force=profile is None)
     if history:
         taken = files if destination.is_dir() else [destination, *files]

@@ -211,9 +211,6 @@ class Interrupter:
     def plan(self, plan):
         pass
 
-    def choose_exponent(self, exponent):
-        pass
-
     def advance_pass(self, layer):
         raise KeyboardInterrupt
 

@@ -64,7 +64,7 @@ def olmoe(tmp_path_factory):
 def find_log_probabilities(model, run, tokens, variant=None):
     """[sequences, length, vocabulary] of transformers, float64, under a variant or as the model is."""
     identity, whole = run.model.identity, run.model.top_k
-    top_k, exponent = variant or ((whole,) * len(run.model.layers), None)
+    top_k, exponent, _ = variant or Variant((whole,) * len(run.model.layers))
     chosen = dict(zip(identity.moe_layers, top_k, strict=True))
     allocation = Allocation(identity, chosen, sum(top_k), 0.0, 0.0, {"lexi_search": "0"}, exponent)
     lexi_adapter.apply(model, serialisation.to_document(allocation), check_weights=False)

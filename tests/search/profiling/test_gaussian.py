@@ -18,7 +18,7 @@ from lexi_search.layers.spec import Activation
 from lexi_search.layers.weights import ExpertWeights
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe
-from lexi_search.profiling import gaussian
+from lexi_search.profiling.paper import gaussian
 from lexi_search.profiling.paper.gaussian import measure_layer
 
 SETTINGS = ProfileSettings(
@@ -28,7 +28,7 @@ SETTINGS = ProfileSettings(
 PROFILE = """
 import dataclasses, json, sys
 import jax
-from lexi_search.profiling import gaussian
+from lexi_search.profiling.paper import gaussian
 from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.models.model import describe

@@ -18,7 +18,7 @@ from lexi_search.errors import InputError
 from lexi_search.layers.routing import mixing_weights, route
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe
-from lexi_search.profiling import gaussian
+from lexi_search.profiling.paper import gaussian
 from lexi_search.profiling.paper.moments import accumulate, begin, estimate, relative_errors, summarise
 from lexi_search.profiling.profile import profile_layers
 

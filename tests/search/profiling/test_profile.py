@@ -16,7 +16,7 @@ from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Activation
 from lexi_search.models.model import describe
-from lexi_search.profiling import gaussian
+from lexi_search.profiling.paper import gaussian
 from lexi_search.profiling.paper.gaussian import draw
 from lexi_search.profiling.paper.moments import Moments, relative_errors, summarise
 from lexi_search.profiling.profile import profile_layers

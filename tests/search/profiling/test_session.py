@@ -26,9 +26,6 @@ class Recorder:
     def plan(self, plan):
         self.planned = plan
 
-    def choose_exponent(self, exponent):
-        self.events.append(("exponent", exponent))
-
     def advance_pass(self, layer):
         self.events.append(("pass", layer))
 
