@@ -8,7 +8,7 @@ beside `--tokens`. Each model's table is written again after every part, and a s
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ class Study(NamedTuple):
 
 
 def list_parts(study: Study) -> dict[str, Callable[[], list[Row]]]:
-    """The parts of a study in order. A part's rows are named after it, or after it and a slash."""
+    """The parts of a study in order. A part's first rows are named after it, or after it and a slash."""
     parts = {"uniform": partial(judge_uniform, study), "oracle": partial(judge_text, study)}
     parts |= {source: partial(judge_profile, study, source) for source in PROFILES}
     return parts | {f"pruned/{what}": partial(judge_pruned, study, what) for what in PRUNED}
@@ -114,8 +114,8 @@ def judge_pruned(study: Study, what: str) -> list[Row]:
     return [Row(f"pruned/{what}", None, budget, windows.tokens.numel(), *found, None, None, None, None, ())]
 
 
-def run(study: Study, output: Path, facts: Mapping[str, str]) -> list[str]:
-    """Make the parts that are not in the table yet, writing it after each; the names of those that fail."""
+def run(study: Study, output: Path, facts: Mapping[str, str], only: Sequence[str] = ()) -> list[str]:
+    """Make the parts, or `only` some, that the table lacks, writing it after each; the names of those that fail."""
     results, failed = Results(facts, []), []
     if output.is_file():
         results = read_results(output)
@@ -123,7 +123,7 @@ def run(study: Study, output: Path, facts: Mapping[str, str]) -> list[str]:
             raise ValueError(f"{output} was made with another {changed[0]}; name another -o, or delete it")
     done = {name for row in results.rows for name in (row.method, row.method.partition("/")[0])}
     for name, make in list_parts(study).items():
-        if name in done:
+        if name in done or (only and name not in only):
             continue
         started = time.monotonic()
         try:
@@ -153,13 +153,21 @@ def describe(study: Study) -> dict[str, str]:
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
 @click.option("--tokens", type=click.Path(path_type=Path), help="Held-out tokens.  [default: MODEL/held_out.npz]")
 @click.option("--profiles", type=click.Path(path_type=Path), default=Path("profiles"), show_default=True)
+@click.option("--only", multiple=True, help="A part, such as uniform; repeat it.  [default: all]")
 @click.option("--measure", default=42, show_default=True, help="Windows of each domain to measure on.")
 @click.option("--judge", type=click.IntRange(2), default=160, show_default=True, help="And to judge on, at most.")
 @click.option("--length", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--batch", default=32, show_default=True, help="Windows in one forward pass.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if there, or cpu")
 @click.option("--command", help="What the results say made them.  [default: this call]")
-def main(models: tuple[Path, ...], output: Path, tokens: Path | None, command: str | None, **options: Any) -> None:
+def main(
+    models: tuple[Path, ...],
+    output: Path,
+    tokens: Path | None,
+    command: str | None,
+    only: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Study each of MODELS and write what it loses to a table of its name in the folder OUTPUT."""
     jax.config.update("jax_platforms", "cpu")  # searches are small, and the GPU's memory is PyTorch's
     output.mkdir(parents=True, exist_ok=True)
@@ -169,7 +177,7 @@ def main(models: tuple[Path, ...], output: Path, tokens: Path | None, command: s
             raise click.UsageError(f"there are no held-out tokens in {file}: name a file of them with --tokens")
         try:
             study = begin(folder, file, **options)
-            failed = run(study, output / f"{folder.name}.csv", describe(study) | made_by)
+            failed = run(study, output / f"{folder.name}.csv", describe(study) | made_by, only)
         except (AdapterError, ValueError) as error:
             raise click.UsageError(f"{folder}: {error}") from error
         click.echo(f"{folder.name}: left out: {', '.join(failed)}" if failed else f"{folder.name} is done")

@@ -11,7 +11,7 @@ from synthetic import make_cost_table
 from lexi_search.artifacts import serialisation
 from lexi_search.artifacts.profile import Profile
 from lexi_search.cli.main import main
-from lexi_search.profiling import profile
+from lexi_search.profiling.profile import SAMPLES
 
 # A command -> those whose examples make what its own read.
 ORDER = ("profile", "merge", "search", "front", "plot", "export", "show", "compare", "judge", "prune", "auto")
@@ -49,7 +49,7 @@ def test_examples_work_in_the_order_of_the_commands(request, workplace, monkeypa
         for option in command.params:
             if option.name in SMALL and isinstance(option.default, int):
                 monkeypatch.setattr(option, "default", SMALL[option.name])
-    monkeypatch.setitem(profile.SAMPLES, "weights", SMALL["samples"])
+    monkeypatch.setitem(SAMPLES, "weights", SMALL["samples"])
     if name == "search":
         profile = serialisation.read_profile("profile.json")
         table = make_cost_table(len(profile.model.moe_layers), profile.model.top_k)
