@@ -17,7 +17,9 @@ from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, describe_run, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.model.compensation import read_corrections
 from lexi_adapter.model.folder import READ_AS_STORED, check_routers, find_routers, has_weights
+from lexi_adapter.serving.vllm_correction import adding, correct_layer
 from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_adapter.serving.vllm_names import (
     CUSTOM_ROUTING,
@@ -141,7 +143,7 @@ def _verifying(initialize_model: Callable) -> Callable:
         finally:
             _current.reset(token)
         verify(build, model, _find_stage(vllm_config))
-        _compensate(build, model)
+        _compensate(build, model, vllm_config.device_config.device)
         _awaited[model_config.model] = build.allocation.model
         if _is_first(vllm_config.parallel_config):
             logger.info("LExI allocation applied: %s", describe_run(build.allocation, read_top_k(model)))
@@ -245,15 +247,29 @@ def verify(build: Build, model: Any, stage: range) -> None:
                 raise AdapterError(f"{name}: layer {layer} has {holder} = {held}, not the allocation's {top_k}")
 
 
-def _compensate(build: Build, model: Any) -> None:
+def _compensate(build: Build, model: Any, device: Any) -> None:
     allocation = build.allocation
     own_top_k, exponent = allocation.model.top_k, allocation.gate_exponent
     if exponent is None:
         return
+    corrections = read_corrections(allocation)
+    if corrections:
+        _hook_copy()
     for layer, layer_made in build.layers.items():
-        if allocation.top_k[layer] < own_top_k:
+        if (top_k := allocation.top_k[layer]) < own_top_k:
             name = f"{type(model).__name__}: layer {layer}"
-            compensate_layer(layer_made, name, allocation.top_k[layer], own_top_k, exponent)
+            if corrections:
+                correct_layer(layer_made, name, top_k, own_top_k, exponent, corrections[layer], device=device)
+            else:
+                compensate_layer(layer_made, name, top_k, own_top_k, exponent)
+
+
+def _hook_copy() -> None:
+    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():  # where the experts are opaque to vLLM's compiler
+        hook(TopKWeightAndReduceNoOP, "apply", adding)
 
 
 def read_top_k(model: Any) -> dict[int, int]:
