@@ -8,6 +8,7 @@ and others may be. `serving.kernels.correction` says what they are for.
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -46,6 +47,13 @@ def find_file(allocation: Allocation) -> Path:
             f"the allocation names {file} beside it, and it is not known where that is; give the allocation as a file"
         )
     return Path(allocation.folder) / file
+
+
+def locate(allocation: Allocation, folder: str | os.PathLike[str]) -> Allocation:
+    """The allocation, whose file lies in an existing `folder` where nothing else says so."""
+    if allocation.compensation is None or allocation.folder is not None or not os.path.isdir(folder):
+        return allocation
+    return replace(allocation, folder=os.path.abspath(folder))
 
 
 def check_compensation(allocation: Allocation, *, hidden: int | None = None) -> int:

@@ -14,9 +14,18 @@ import torch
 
 from lexi_adapter.allocation import Allocation, ModelIdentity, check_reducible, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.model.compensation import locate, read_corrections
 from lexi_adapter.model.folder import REMEDY, check_layers, check_routers, compare, has_weights
 from lexi_adapter.model.identity import ROUTER_WEIGHTS
-from lexi_adapter.serving.transformers_gates import check_compensable, compensate_router, restore_router
+from lexi_adapter.serving.transformers_gates import (
+    check_compensable,
+    check_correctable,
+    compensate_router,
+    correct_block,
+    find_block,
+    restore_block,
+    restore_router,
+)
 
 TOP_K_NAMES = ("top_k", "num_experts_per_tok")
 # Buffers with a fixed choice of experts for every token of the vocabulary, as wide as the model's own top-k.
@@ -36,7 +45,8 @@ def apply(
 
     Args:
         model: a causal language model of a mixture-of-experts family, or any module around one.
-        allocation: the path of an allocation file, its JSON object, or an `Allocation`.
+        allocation: the path of an allocation file, its JSON object, or an `Allocation`. The file of corrections that a
+            JSON object names is looked for in the folder that the model was loaded from.
         check_weights: compare the routers' bytes with those the allocation was made from. Turn it off for weights that
             were meant to change (fine-tuned, cast to fewer bits).
 
@@ -44,24 +54,36 @@ def apply(
         AllocationError: the allocation is not valid, or not for this model.
         AdapterError: the family routes in an unknown way.
     """
-    allocation = read_allocation(allocation)
+    allocation = locate(read_allocation(allocation), getattr(model.config, "_name_or_path", ""))
     check_reducible(allocation)
     identity, place = allocation.model, type(model).__name__
     _check_config(identity, model.config, place)
     routers = find_routers(model, identity)
     check_layers(set(routers), identity, f"{place}: routers")
-    holders = {layer: _find_holders(model, name) for layer, name in routers.items()}
+    around = {layer: _find_modules_around(model, name) for layer, name in routers.items()}
+    holders = {layer: _find_holders(around[layer], name) for layer, name in routers.items()}
     if allocation.gate_exponent is not None:
         check_compensable(identity.model_type)
     if check_weights:
         _check_weights(identity, model, routers)
+    corrections, blocks = {}, {}
+    if allocation.compensation is not None:
+        check_correctable(identity.model_type)
+        blocks = {layer: find_block(around[layer], name) for layer, name in routers.items()}
+        hidden = model.get_parameter(routers[identity.moe_layers[0]]).shape[1]
+        corrections = read_corrections(allocation, hidden=hidden)
     for layer, attributes in holders.items():
         top_k, (router, name) = allocation.top_k[layer], attributes[0]
         restore_router(router)
+        for module in around[layer]:
+            restore_block(module)
         for module, attribute in attributes:
             setattr(module, attribute, top_k)
         if allocation.gate_exponent is not None and top_k < identity.top_k:
-            compensate_router(router, name, identity.top_k, allocation.gate_exponent)
+            corrected = None
+            if layer in corrections:
+                corrected = correct_block(blocks[layer], around[layer][0], corrections[layer])
+            compensate_router(router, name, identity.top_k, allocation.gate_exponent, corrected)
     return model
 
 
@@ -98,15 +120,18 @@ def find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, s
     return routers
 
 
-def _find_holders(model: torch.nn.Module, weight: str) -> list[tuple[torch.nn.Module, str]]:
-    """The attributes (module, name) that hold a layer's top-k: the router's first, then those of the block around."""
+def _find_modules_around(model: torch.nn.Module, weight: str) -> list[torch.nn.Module]:
+    """The module that holds a router's weight, and up to two around it; not the decoder layer, nor what is around."""
     names = weight.split(".")
-    modules = [model.get_submodule(".".join(names[:end])) for end in (-1, -2, -3)]
-    router = ".".join(names[:-1])
+    ends = [end for end in (-1, -2, -3) if not any(name.isdecimal() for name in names[end:])]
+    return [model.get_submodule(".".join(names[:end])) for end in ends if not names[end - 1].isdecimal()]
+
+
+def _find_holders(modules: list[torch.nn.Module], weight: str) -> list[tuple[torch.nn.Module, str]]:
+    """The attributes (module, name) that hold a layer's top-k: the router's first, then those of the block around."""
+    router = weight.rpartition(".")[0]
     if any(hasattr(module, name) for module in modules for name in FIXED_CHOICES):
         raise AdapterError(f"{router} looks its experts up for every token: no other top-k can be applied")
-    # The decoder layer itself and the modules around it are not the block.
-    modules = [module for module, end in zip(modules, (-1, -2, -3), strict=True) if not names[end - 1].isdecimal()]
     holders = [(module, name) for module in modules for name in TOP_K_NAMES if type(vars(module).get(name)) is int]
     if not holders:
         raise AdapterError(f"{router} and its block hold no {' or '.join(TOP_K_NAMES)}: unknown family")
