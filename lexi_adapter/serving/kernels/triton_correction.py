@@ -251,9 +251,7 @@ def _narrow(
 
 
 @triton.jit
-def _project(
-    sums, logit, kept, chosen, A, expert, experts: tl.constexpr, rank: tl.constexpr, precision: tl.constexpr
-):
+def _project(sums, logit, kept, chosen, A, expert, experts: tl.constexpr, rank: tl.constexpr, precision: tl.constexpr):
     """`sums` plus the product of A with the features of these experts; `chosen` are the kept and the dropped ones."""
     there = (expert < experts)[:, None]
     offsets = expert[:, None] * rank + tl.arange(0, rank)[None, :]
