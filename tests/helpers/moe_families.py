@@ -38,6 +38,7 @@ SIZES = dict(
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Settings that a family needs besides.
 SETTINGS = {
+    "cohere2_moe": {"num_shared_experts": 1},  # whose mean with the routed ones it takes
     "axk1": {"head_dim": 8},
     "deepseek_v3": {"head_dim": 8},
     "longcat_flash": {
