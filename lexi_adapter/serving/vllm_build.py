@@ -17,7 +17,7 @@ from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, describe_run, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.model.compensation import read_corrections
+from lexi_adapter.model.compensation import EXPORTED, read_corrections
 from lexi_adapter.model.folder import READ_AS_STORED, check_routers, find_routers, has_weights
 from lexi_adapter.serving.vllm_correction import adding, correct_layer
 from lexi_adapter.serving.vllm_gates import compensate_layer
@@ -26,6 +26,7 @@ from lexi_adapter.serving.vllm_names import (
     FACTORY_MODULE,
     FACTORY_NAMES,
     HOLDERS,
+    OTHER_LOADERS,
     OWN_BLOCKS,
     ROUTING_AT_TOP_K,
 )
@@ -63,6 +64,7 @@ def hook_build() -> None:
     Raises:
         AdapterError: this vLLM has no factory of a known name.
     """
+    import vllm.model_executor.model_loader as loaders
     import vllm.model_executor.model_loader.utils as loader_module
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -73,6 +75,9 @@ def hook_build() -> None:
     _replace_everywhere(hook(factory_module, name, _allocating))
     _replace_everywhere(hook(loader_module, "initialize_model", _verifying))
     hook(DefaultModelLoader, "_prepare_weights", _comparing)
+    for other in OTHER_LOADERS:
+        if hasattr(loaders, other):
+            hook(getattr(loaders, other), "_prepare_weights", _leaving_out)
 
 
 def _replace_everywhere(replacement: Any) -> None:
@@ -176,7 +181,7 @@ def _comparing(prepare_weights: Callable) -> Callable:
     signature = inspect.signature(prepare_weights)
 
     def comparing(*args: Any, **kwargs: Any) -> Any:
-        prepared = prepare_weights(*args, **kwargs)
+        prepared = leave_out(prepare_weights(*args, **kwargs))
         asked = signature.bind(*args, **kwargs).arguments
         model = asked["model_name_or_path"]
         others = (asked.get("subfolder"), asked.get("allow_patterns_overrides"))
@@ -185,6 +190,17 @@ def _comparing(prepare_weights: Callable) -> Callable:
         return prepared
 
     return comparing
+
+
+def _leaving_out(prepare_weights: Callable) -> Callable:
+    return lambda *args, **kwargs: leave_out(prepare_weights(*args, **kwargs))
+
+
+def leave_out(prepared: Any) -> Any:
+    """What a loader's search found, a list of files or a tuple with one, without the compensation of an export."""
+    if isinstance(prepared, tuple):
+        return tuple(map(leave_out, prepared))
+    return [file for file in prepared if Path(file).name != EXPORTED] if isinstance(prepared, list) else prepared
 
 
 def check_files(model: ModelIdentity, folder: Path, files: Sequence[str]) -> None:

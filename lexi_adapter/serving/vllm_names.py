@@ -35,6 +35,9 @@ HOOKED: Mapping[str, tuple[str, ...]] = {
     "vllm.entrypoints.openai.models.serving": ("OpenAIServingModels.show_available_models",),
 }
 
+# Loaders beside the default one that read every safetensors file of a folder; the second in 0.26 only.
+OTHER_LOADERS = ("RunaiModelStreamerLoader", "BitsAndBytesModelLoader")
+
 # The names of the function that builds a MoE layer: in 0.32 and 0.33, then in 0.26.
 FACTORY_MODULE = "vllm.model_executor.layers.fused_moe.layer"
 FACTORY_NAMES = ("FusedMoEFactory", "FusedMoE")

@@ -1,19 +1,16 @@
 """Every family in vLLM's CPU engine under a mixed allocation, judged by transformers under the same allocation."""
 
-import json
 from dataclasses import replace
 
-import corrections
 import pytest
 import torch
-from engine import CHANGES, PROMPTS, allocate, export, make_job, make_servable, run_engines
+from engine import CHANGES, PROMPTS, allocate, compensate, export, make_job, make_servable, run_engines
 from tiny import FAMILIES, build_reference
 
 import lexi_adapter
 from lexi_search.artifacts.serialisation import to_document
 
 EXPONENT = 0.5
-HIDDEN = 64  # of every tiny model
 # One family for every way to weigh: as scored, renormalised, scaled after a choice by groups, in a block of its own.
 SHIFTED = ("olmoe", "qwen3_moe", "deepseek_v2", "minicpm")
 # As they are, without and with shared experts, for what an engine does without an allocation.
@@ -34,14 +31,6 @@ def run_reference(model):
 
 def flatten(result):
     return torch.tensor([value for prompt in result["logprobs"] for value in prompt])
-
-
-def compensate(allocation, folder):
-    """The path of the allocation with a gate exponent and random corrections, written into a folder of its own."""
-    folder.mkdir()
-    document = corrections.compensate(to_document(allocation), allocation.model, folder, hidden=HIDDEN)
-    (folder / "allocation.json").write_text(json.dumps(document))
-    return folder / "allocation.json"
 
 
 @pytest.fixture(scope="module")
