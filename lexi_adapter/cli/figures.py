@@ -134,7 +134,7 @@ def _find_level(variant: Mapping[str, Any]) -> str:
 STYLES = {
     "base": (("#333333",), "*"),
     "allocation": (("#2ca02c", "#1f77b4", "#9467bd", "#17becf", "#8c564b"), "o"),
-    "uniform": (("#ff7f0e",), "s"),
+    "uniform": (("#ff7f0e", "#a0522d", "#ffbb78"), "s"),
     "folder": (("#d62728", "#e377c2", "#bcbd22"), "D"),
 }
 

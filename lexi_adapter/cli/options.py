@@ -80,6 +80,12 @@ VARIANTS = (
     click.option(
         "--folder", "folders", multiple=True, help="Another folder to compare, such as a pruned checkpoint; repeat it."
     ),
+    click.option(
+        "--uncompensated",
+        is_flag=True,
+        show_default=False,
+        help="What has a compensation once more without, at the same k: what it costs and gains.",
+    ),
 )
 
 
@@ -92,14 +98,19 @@ class Chosen(NamedTuple):
     dropped: Sequence[float]
     narrowed: Sequence[float]
     folders: Sequence[str]
+    uncompensated: bool
 
     def make(self, model: str, **others: Any) -> tuple[Variant, ...]:
         """`make_variants` of these."""
-        return make_variants(model, **self._spell({file: read_allocation(file) for file in self.files}), **others)
+        allocations = {file: read_allocation(file) for file in self.files}
+        if self.uncompensated and not any(allocation.compensation for allocation in allocations.values()):
+            raise AdapterError("--uncompensated: no --allocation here has a compensation; leave it out")
+        named = self._spell(allocations)
+        return make_variants(model, **named, uncompensated=self.uncompensated, **others)
 
     def names(self, variant: str) -> bool:
         """Whether these name the variant of this name; if there are none, they name all."""
-        return not any(self) or is_one_of(variant, **self._spell(self.files))
+        return not any(self[:-1]) or is_one_of(variant, **self._spell(self.files))
 
     def _spell(self, allocations: Any) -> dict[str, Any]:
         return {

@@ -58,6 +58,31 @@ def tabulate_bench(document: Mapping[str, Any]) -> RenderableType:
     return _add_title(title, table)
 
 
+def tabulate_compensation(document: Mapping[str, Any]) -> RenderableType | None:
+    """One row a compensated variant whose k another has without; for every workload its throughput over the other's.
+
+    None where there is no such pair.
+    """
+    title, table = "throughput with compensation over the same k without", _make_table()
+    table.add_column("variant")
+    for workload in document["workloads"]:
+        table.add_column(workload, justify="right")
+    for variant in document["variants"]:
+        if variant.get("compensation") and (other := _find_uncompensated(document, variant)):
+            lines = [[find_line(document, name, w) for name in (variant["name"], other)] for w in document["workloads"]]
+            table.add_row(variant["name"], *(f"{one['median'] / two['median']:.3f}" for one, two in lines))
+    return _add_title(title, table) if table.row_count else None
+
+
+def _find_uncompensated(document: Mapping[str, Any], variant: Mapping[str, Any]) -> str | None:
+    """The name of a variant of the same weights and k as the model routes by itself."""
+    same = (variant["engine"]["top_k"], variant["pruning"], None, None)
+    for other in document["variants"]:
+        if (other["engine"]["top_k"], other["pruning"], other.get("compensation"), other.get("gate_exponent")) == same:
+            return other["name"]
+    return None
+
+
 def find_line(document: Mapping[str, Any], variant: str, workload: str) -> Mapping[str, Any]:
     """The line of one variant and workload in the summary of `bench`."""
     return next(line for line in document["summary"] if (line["variant"], line["workload"]) == (variant, workload))

@@ -45,6 +45,8 @@ def describe(variant: Variant) -> dict[str, Any]:
     if variant.allocation is not None:
         facts["top_k"] = {str(layer): k for layer, k in sorted(variant.allocation.top_k.items())}
         facts["gate_exponent"] = variant.allocation.gate_exponent
+        if variant.allocation.compensation is not None:
+            facts["compensation"] = variant.allocation.compensation.sha256
     return facts
 
 

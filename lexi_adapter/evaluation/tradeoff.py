@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.model.variants import COMPENSATED, UNCOMPENSATED
 
+COMPENSATION = ("gate_exponent", "compensation")  # keys of a variant in both documents
 BASE = "base"  # the name of the first variant, which is also a kind of its own
 NUMBER = r"\d+(?:\.\d+)?"
 
@@ -48,7 +50,7 @@ def match(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, str
     Variants that only one document has are left out.
 
     Raises:
-        AdapterError: variants of one name that ran with different k or gate exponents.
+        AdapterError: variants of one name that ran with different k, gate exponents or compensations.
     """
     benchmarked = {variant["name"]: variant for variant in speed["variants"]}
     pairs = {}
@@ -63,7 +65,7 @@ def match(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, str
             for other in benchmarked.values()
             if not other["overrides"]
             and top_k == other["engine"]["top_k"]
-            and variant.get("gate_exponent") == other.get("gate_exponent")
+            and not any(variant.get(key) != other.get(key) for key in COMPENSATION)
         )
         if (other_name := next(same, None)) is not None:
             pairs[name] = other_name
@@ -71,7 +73,7 @@ def match(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, str
 
 
 def _check_same(evaluated: Mapping[str, Any], benchmarked: Mapping[str, Any]) -> None:
-    """Raise AdapterError where variants of one name ran with different k or gate exponents in `eval` and `bench`."""
+    """Raise AdapterError where variants of one name ran with different k or compensation in `eval` and `bench`."""
     name, top_k, other = evaluated["name"], evaluated.get("top_k"), benchmarked["engine"]["top_k"]
     if top_k is None:
         return
@@ -81,8 +83,9 @@ def _check_same(evaluated: Mapping[str, Any], benchmarked: Mapping[str, Any]) ->
             f"{name!r} ran with top-k {top_k.get(layer)} of layer {layer} in eval, but {other.get(layer)} in bench; "
             "measure the same in both"
         )
-    if evaluated.get("gate_exponent") != benchmarked.get("gate_exponent"):
-        raise AdapterError(f"{name!r} ran with another gate exponent in eval than in bench; measure one in both")
+    if differing := next((key for key in COMPENSATION if evaluated.get(key) != benchmarked.get(key)), None):
+        what = differing.replace("_", " ")
+        raise AdapterError(f"{name!r} ran with another {what} in eval than in bench; measure one in both")
 
 
 def join(
@@ -155,6 +158,7 @@ def describe(name: str, other: str, quality: Mapping[str, Any], speed: Mapping[s
     running = {variant["name"]: variant["engine"]["top_k"] for variant in speed["variants"]}
     share = sum(running[other].values()) / sum(running[speed["variants"][0]["name"]].values())
     method = "uniform k" if kind == "uniform" else re.sub(NUMBER, "*", name.partition(", ")[0])
+    method += next((end for end in (COMPENSATED, UNCOMPENSATED) if name.endswith(end)), "")
     return method, f"{100 * share:.3g} %"
 
 

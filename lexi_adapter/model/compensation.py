@@ -56,6 +56,13 @@ def locate(allocation: Allocation, folder: str | os.PathLike[str]) -> Allocation
     return replace(allocation, folder=os.path.abspath(folder))
 
 
+def covers(allocation: Allocation, top_k: Mapping[int, int]) -> bool:
+    """Whether the file of a checked allocation's compensation has the maps for other k of the same model, too."""
+    names = read_whole_header(find_file(allocation))[0].keys()
+    needed = ((layer, k) for layer, k in top_k.items() if k < allocation.model.top_k)
+    return all(f"layers.{layer}.top_k.{k}.{part}" in names for layer, k in needed for part in DTYPES)
+
+
 def check_compensation(allocation: Allocation, *, hidden: int | None = None) -> int:
     """Check the whole file of an allocation's compensation; returns its size in bytes, 0 without one.
 

@@ -156,6 +156,12 @@ def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
     return {layer: tensor for layer, tensor in routers.items() if layer < model.num_hidden_layers}
 
 
+def find_hidden(model: ModelIdentity, folder: Path) -> int | None:
+    """The model's hidden size, from its routers; None without weights."""
+    routers = find_routers(model, folder) if has_weights(folder) else {}
+    return next((router.shape[1] for router in routers.values()), None)
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Name -> tensor of the folder's checkpoint, from headers alone, as `lexi_search` reads it.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lexi_adapter.allocation import Allocation, ModelIdentity
 from lexi_adapter.errors import AdapterError
+from lexi_adapter.model.compensation import check_compensation
 from lexi_adapter.model.folder import (
     READ_AS_STORED,
     check_config,
@@ -17,6 +18,7 @@ from lexi_adapter.model.folder import (
     check_folder,
     check_layers,
     compare,
+    find_hidden,
     find_routers,
     has_weights,
     read_config,
@@ -113,14 +115,18 @@ def describe_folder(folder: str, load_format: str) -> ModelIdentity:
 def check_allocation(allocation: Allocation, folder: str, load_format: str) -> None:
     """Check that an allocation was made for the model in a folder, by config.json and the weights that are loaded.
 
+    The file of its compensation is checked, too.
+
     Raises:
-        AllocationError: it was made for another model; the message names what differs.
+        AllocationError: it was made for another model, or its compensation is not whole; the message says how.
         AdapterError: the folder cannot be read.
     """
     model, place = allocation.model, f"{folder}/config.json"
     if load_format in READ_AS_STORED and has_weights(Path(folder)):
         check_folder(model, Path(folder))
+        check_compensation(allocation, hidden=find_hidden(model, Path(folder)))
         return
+    check_compensation(allocation)
     config = read_config(Path(folder))
     check_config(model, config, place)
     if config["model_type"] in FAMILIES or has_weights(Path(folder)):

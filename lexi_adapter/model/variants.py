@@ -15,8 +15,12 @@ from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.model.compensation import check_compensation, covers
 from lexi_adapter.model.folder import check_count, find_vocabulary, read_config
 from lexi_adapter.model.shapes import RANDOM, TOP_K, check_allocation, describe_folder, find_family
+
+# Ends of names, where one of the allocations that are compared has a compensation.
+COMPENSATED, UNCOMPENSATED = ", compensated", ", no compensation"
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,13 @@ def make_variants(
     folders: Sequence[str] = (),
     seed: int = 0,
     each_k: bool = False,
+    uncompensated: bool = False,
 ) -> tuple[Variant, ...]:
     """The base first; then allocations, uniform k, a mixed and a uniform k for every share, pruned models, folders.
 
     A share of the model's own budget that no uniform k has, or whose only allocation is uniform, gives one variant.
+    Beside allocations with one compensation, uniform and mixed k have it, too, where its file has the maps for their k;
+    the names of both kinds say so.
 
     Args:
         folder: the base.
@@ -129,28 +136,29 @@ def make_variants(
         folders: other models, named by their folders.
         seed: of mixed k.
         each_k: pruned models at every k of `uniform` as well.
+        uncompensated: every compensated variant once more as the model routes at the same k.
 
     Raises:
-        AllocationError: an allocation for another model.
+        AllocationError: an allocation for another model, or whose compensation is not whole.
         AdapterError: a k or a share that cannot be had, a config that does not tell what is pruned, or two variants of
             one name.
     """
     config = read_config(Path(folder))
     for allocation in allocations.values():
         check_allocation(allocation, folder, load_format)
-    if (dropped or narrowed) and load_format != RANDOM:
-        raise AdapterError(
-            f"a config alone prunes random weights only: add --load-format {RANDOM} where there is such an option, or "
-            f"write pruned weights by lexi-search prune {folder} -o pruned/ and name them by --folder pruned/"
-        )
+    if dropped or narrowed:
+        _check_prunable(folder, load_format)
     variants = [Variant("base", folder)]
     variants += [Variant(name, folder, allocation=allocation) for name, allocation in allocations.items()]
     if uniform or shares:
         # An allocation knows its model in families whose config alone does not tell.
         known = next(iter(allocations.values()), None)
         model = known.model if known else describe_folder(folder, load_format)
-        variants += [_give_uniform(name_uniform(k), folder, model, k) for k in uniform]
-        variants += [variant for share in shares for variant in _spend_share(folder, model, share, seed)]
+        made_up = [_give_uniform(name_uniform(k), folder, model, k) for k in uniform]
+        made_up += [variant for share in shares for variant in _spend_share(folder, model, share, seed)]
+        variants += _compensate(made_up, [a for a in allocations.values() if a.compensation is not None])
+    if uncompensated:
+        variants = [each for variant in variants for each in _add_uncompensated(variant)]
     pruned = [drop_experts(name_pruned("inter", share), folder, config, share) for share in dropped]
     pruned += [narrow_experts(name_pruned("intra", share), folder, config, share) for share in narrowed]
     variants += pruned
@@ -159,6 +167,14 @@ def make_variants(
     variants += [Variant(name, name) for name in folders]
     _check_names(variants)
     return tuple(variants)
+
+
+def _check_prunable(folder: str, load_format: str) -> None:
+    if load_format != RANDOM:
+        raise AdapterError(
+            f"a config alone prunes random weights only: add --load-format {RANDOM} where there is such an option, or "
+            f"write pruned weights by lexi-search prune {folder} -o pruned/ and name them by --folder pruned/"
+        )
 
 
 def name_uniform(k: int) -> str:
@@ -187,10 +203,38 @@ def is_one_of(
     folders: Sequence[str] = (),
 ) -> bool:
     """Whether `make_variants` gives this name to one of the variants that the arguments name, of any seed."""
+    name = name.removesuffix(COMPENSATED).removesuffix(UNCOMPENSATED)
     pruned = [name_pruned("inter", share) for share in dropped] + [name_pruned("intra", share) for share in narrowed]
     at_share = re.match(r"mixed k, |uniform k = \d+, ", name) and name.endswith(tuple(map(name_share, shares)))
     known = {*allocations, *map(name_uniform, uniform), *pruned, *folders}
     return bool(at_share) or name.partition(", k = ")[0] in known
+
+
+def _compensate(made_up: Sequence[Variant], compensated: Sequence[Allocation]) -> list[Variant]:
+    """The variants that were made up with the one compensation of the others, where its file has maps for their k."""
+    if not compensated:
+        return list(made_up)
+    first, *others = compensated
+    how = (first.gate_exponent, first.compensation.sha256)
+    one = all((other.gate_exponent, other.compensation.sha256) == how for other in others)
+    named = []
+    for variant in made_up:
+        allocation = variant.allocation
+        if one and covers(first, allocation.top_k):
+            shared = {name: getattr(first, name) for name in ("gate_exponent", "compensation", "folder")}
+            allocation = replace(allocation, **shared)
+            check_compensation(allocation)
+        end = UNCOMPENSATED if allocation.compensation is None else COMPENSATED
+        named.append(replace(variant, name=variant.name + end, allocation=allocation))
+    return named
+
+
+def _add_uncompensated(variant: Variant) -> Iterator[Variant]:
+    """The variant and, if it is compensated, the same k as the model routes by itself."""
+    yield variant
+    if variant.allocation is not None and variant.allocation.compensation is not None:
+        plain = allocate(variant.allocation.model, variant.allocation.top_k)
+        yield replace(variant, name=variant.name.removesuffix(COMPENSATED) + UNCOMPENSATED, allocation=plain)
 
 
 def _give_each_k(pruned: Variant, model: ModelIdentity, k: int) -> Variant:
@@ -230,14 +274,15 @@ def check_comparable(variants: Sequence[Variant]) -> None:
 
     Raises:
         AdapterError: a folder that is no model, or whose vocabulary is not the base's.
-        AllocationError: as `find_allocation`.
+        AllocationError: as `find_allocation`, or a folder's compensation is not whole.
     """
     base = variants[0].folder
     vocabulary = find_vocabulary(read_config(Path(base)))
     for variant in variants:
         if find_vocabulary(read_config(Path(variant.folder))) != vocabulary:
             raise AdapterError(f"{variant.folder} has another vocabulary than {base}: they do not read the same tokens")
-        find_allocation(variant)
+        if (allocation := find_allocation(variant)) is not None:
+            check_compensation(allocation)
 
 
 def find_allocation(variant: Variant) -> Allocation | None:
@@ -247,7 +292,7 @@ def find_allocation(variant: Variant) -> Allocation | None:
         AllocationError: both are there and ask for different things.
     """
     document = read_config(Path(variant.folder)).get(KEY)
-    exported = None if document is None else read_allocation(document)
+    exported = None if document is None else read_allocation(document, folder=variant.folder)
     if exported is not None and variant.allocation is not None and not exported.asks_the_same_as(variant.allocation):
         raise AllocationError(
             f"{variant.folder} was exported with another allocation than {variant.name}; name its origin"

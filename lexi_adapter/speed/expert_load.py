@@ -96,7 +96,7 @@ def measure(
             # Weights of one layer's experts decide what later layers route; here only k is changed.
             raise AllocationError(
                 f"{name} has a gate exponent of {allocation.gate_exponent:g}, under which loads cannot be counted; "
-                "search without a gate exponent"
+                "profile with --compensation none"
             )
     batch = Workload(len(prompts), max(map(len, prompts)), 1)
     options = make_options(Variant("base", folder), [batch], **engine)

@@ -247,6 +247,7 @@ def make_document(
             "overrides": dict(v.overrides),
             "pruning": _name_pruning(v, variants[0]),
             "gate_exponent": v.allocation and v.allocation.gate_exponent,
+            "compensation": v.allocation and v.allocation.compensation and v.allocation.compensation.sha256,
             "engine": _to_json(facts[v.name]),
             "answers": answers[v.name],
         }

@@ -140,9 +140,11 @@ def _estimate(variants: int, workloads: Sequence[Workload], rounds: int, seconds
 
 
 def _show(document: Mapping[str, Any], output: str, model: str, files: Sequence[str]) -> None:
-    from lexi_adapter.cli.tables import tabulate_bench, tabulate_kernels
+    from lexi_adapter.cli.tables import tabulate_bench, tabulate_compensation, tabulate_kernels
 
     print_table(tabulate_bench(document))
+    if (compensation := tabulate_compensation(document)) is not None:
+        print_table(compensation)
     if "kernels" in document:
         print_table(tabulate_kernels(document))
     others = [line for line in document["summary"] if line["variant"] != document["variants"][0]["name"]]

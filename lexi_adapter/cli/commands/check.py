@@ -1,6 +1,7 @@
 """`lexi-adapter check`."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from lexi_adapter.allocation import KEY, Allocation, check_reducible, describe_r
 from lexi_adapter.cli.console import conclude, echo
 from lexi_adapter.environment import find_vllm_version
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.model.folder import check_folder, find_part, has_weights, read_config
+from lexi_adapter.model.compensation import check_compensation
+from lexi_adapter.model.folder import check_folder, find_hidden, find_part, has_weights, read_config
 from lexi_adapter.serving.vllm_names import check_version
 from lexi_adapter.serving.vllm_plugin import ALIAS, check_lm_head
 from lexi_adapter.serving.vllm_status import Status, ask, compare_status
@@ -25,8 +27,8 @@ def check(allocation: str | None, folder: str | None, url: str | None, api_key: 
     """Check that ALLOCATION fits a model and the installed vLLM, before a long start-up; or what a server runs.
 
     ALLOCATION is a folder that lexi-search exported, or an allocation's file beside its --model. Compared are model
-    type, layers, experts, top-k, and the bytes of the router tensors; with --url the k of the server's layers, read
-    from the modules that vLLM built, and stated in its /v1/models.
+    type, layers, experts, top-k, and the bytes of the router tensors and of a compensation; with --url the k of the
+    server's layers, read from the modules that vLLM built, and stated in its /v1/models.
 
     \b
     Examples:
@@ -56,12 +58,17 @@ def _check_files(place: str, folder: str | None, *, alone: bool) -> Allocation:
         _check_export(wanted, model)
         check_lm_head(wanted.model.model_type, model)
     check_reducible(wanted)
+    size = check_compensation(wanted, hidden=next(map(partial(find_hidden, wanted.model), folders), None))
     version = find_vllm_version()
     if version is not None:
         check_version(version)
     if not folders:
         return wanted
     echo(f"fits: {wanted.model.model_type}, {describe_run(wanted, wanted.top_k)}")
+    if wanted.compensation is not None:
+        echo(
+            f"compensation: {wanted.compensation.file}, rank {wanted.compensation.rank}, {size / 1e6:.3g} MB, is whole"
+        )
     if not all(map(has_weights, folders)):
         echo("note: no safetensors files there, so the weights were not compared")
     if version is None:
@@ -92,7 +99,7 @@ def _read_export(folder: Path) -> Allocation:
             f"{folder}/config.json has no {KEY}: vLLM would serve the model's own k; export a folder with lexi-search, "
             "or name the allocation's file and this folder by --model"
         )
-    allocation = read_allocation(config[KEY])
+    allocation = read_allocation(config[KEY], folder=folder)
     *parents, key = allocation.model.top_k_key.split(".")
     layers = (find_part(config, parents) or {}).get("per_layer_config")
     for layer, values in layers.items() if isinstance(layers, Mapping) else ():

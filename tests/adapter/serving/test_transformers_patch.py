@@ -1,11 +1,14 @@
 """`lexi_adapter.apply`, judged by models put together from whole layers of models with one k each."""
 
 import copy
+import json
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from corrections import compensate
 from engine import allocate, export
 from tiny import FAMILIES, build_reference, find_moe_blocks, make_checkpoint
 
@@ -100,6 +103,7 @@ def refuse(model, allocation, expected, kind=AllocationError, **options):
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     assert read_top_k(model) == before
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_refuses_another_model_before_it_changes_anything(checkpoints, olmoe):
@@ -174,3 +178,63 @@ def test_changed_weights_need_to_be_meant(olmoe):
     refuse(trained, allocation, "pass check_weights=False if they were meant to change")
     lexi_adapter.apply(trained, allocation, check_weights=False)
     assert read_top_k(trained) == allocation.top_k
+
+
+@pytest.fixture
+def compensated(checkpoints, tmp_path):
+    """The path of an allocation of OLMoE with a gate exponent and corrections."""
+    allocation = allocate(checkpoints["olmoe"], (1, 3, 4))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(compensate(to_document(allocation), allocation.model, tmp_path, hidden=64)))
+    return path
+
+
+def test_corrections_go_with_the_model_and_are_undone(checkpoints, compensated):
+    model, plain = load(checkpoints["olmoe"]), read_allocation(compensated)
+    plain = replace(plain, compensation=None)
+    base, without = run(model), run(lexi_adapter.apply(model, plain))
+    corrected = run(lexi_adapter.apply(model, compensated))
+    assert (corrected - without).abs().max() > 0.1
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), lexi_adapter.apply(model, compensated)):
+        torch.testing.assert_close(run(other), corrected, rtol=0, atol=0)
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        torch.testing.assert_close(run(lexi_adapter.apply(model, plain)), without, rtol=0, atol=0)
+    torch.testing.assert_close(run(twin), corrected, rtol=0, atol=0)
+    full = replace(plain, top_k=dict.fromkeys(plain.top_k, 4), budget=12, gate_exponent=None)
+    torch.testing.assert_close(run(lexi_adapter.apply(twin, full)), base, rtol=0, atol=0)
+    assert not any(module._forward_hooks for module in twin.modules())
+    assert model.state_dict().keys() == load(checkpoints["olmoe"]).state_dict().keys()
+
+
+def test_corrections_are_added_in_the_type_of_the_model_and_lose_nothing(checkpoints, compensated):
+    model = lexi_adapter.apply(load(checkpoints["olmoe"]), compensated)
+    block, hidden = model.model.layers[0].mlp, torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(0))
+    weights = {name: value.clone() for name, value in block.state_dict().items()}
+    with torch.no_grad():
+        expected = block(hidden)
+        narrow = model.to(torch.bfloat16).model.layers[0].mlp(hidden.bfloat16())
+        assert narrow.dtype == torch.bfloat16 and (narrow - expected).abs().max() < 0.05 * expected.abs().max()
+        model.float()
+        block.load_state_dict(weights)
+        torch.testing.assert_close(block(hidden), expected, rtol=0, atol=0)
+
+
+def test_corrections_are_found_beside_the_allocation_or_in_the_models_folder(checkpoints, compensated, tmp_path):
+    document = json.loads(compensated.read_text())
+    expected = run(lexi_adapter.apply(load(checkpoints["olmoe"]), compensated))
+    model = load(checkpoints["olmoe"])
+    refuse(model, document, r"corrections.safetensors: cannot be read \(No such file")
+    model.config._name_or_path = ""
+    refuse(model, document, "not known where that is; give the allocation as a file")
+    model.config._name_or_path = str(tmp_path)
+    torch.testing.assert_close(run(lexi_adapter.apply(model, document)), expected, rtol=0, atol=0)
+
+
+def test_refuses_corrections_before_it_changes_anything(checkpoints, compensated):
+    model = load(checkpoints["olmoe"])
+    (compensated.parent / "corrections.safetensors").unlink()
+    refuse(model, compensated, "corrections.safetensors: cannot be read")
+    for layer in model.model.layers:
+        layer.mlp.experts = None
+    refuse(model, compensated, "no block with experts around model.layers.0.mlp.gate.weight")
