@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.compensation import Correction
-from lexi_adapter.serving.vllm_gates import compensate_layer, find_order, fuse, widen
+from lexi_adapter.serving.vllm_gates import check_layer, compensate_layer, find_order, fuse, widen
 from lexi_adapter.serving.vllm_names import LARGEST, LOCAL_FINALIZE, SCORED_BY_SOFTMAX
 
 REMEDY = "search in a profile made with --compensation exponent"
@@ -62,6 +62,7 @@ def correct_layer(
         raise AdapterError(f"{name}: {type(layer).__name__} has no {COMPUTE}: unknown vLLM; {REMEDY}")
     if layer.routed_output_transform is not None:
         raise AllocationError(f"{name}: its experts' output is projected, which takes no compensation; {REMEDY}")
+    check_layer(layer, name)
     choose = _make_choice(layer, top_k, own_top_k, exponent)
     compensate_layer(layer, name, top_k, own_top_k, exponent)
     hold(layer, correction, scale=layer.routed_scaling_factor, dtype=layer.moe_config.in_dtype, device=device)
@@ -107,15 +108,15 @@ def _make_choice(layer: Any, top_k: int, own_top_k: int, exponent: float) -> Cal
             return weigh(weights, ids, kept, exponent), kept, project(logits, weights, ids, kept, layer.lexi_A)
 
         return choosing
-    from lexi_adapter.serving.kernels import triton_correction as kernels
+    from lexi_adapter.serving.kernels.triton_correction import MOST_ROUTED, narrow
 
-    if (experts := layer.moe_config.num_logical_experts) <= kernels.MOST_ROUTED and _scores_by_softmax(router):
+    if layer.moe_config.num_logical_experts <= MOST_ROUTED and _scores_by_softmax(router):
         return _make_fused_choice(layer, top_k, own_top_k, exponent)
 
     def choosing(hidden_states: Any, logits: Any, indices_type: Any, **others: Any) -> tuple[Any, Any, Any]:
         weights, ids = wide._compute_routing(hidden_states, logits, indices_type, **others)
         options = {"top_k": top_k, "exponent": exponent, "ranked": order == LARGEST}
-        return kernels.narrow(logits[:, :experts], weights, ids, layer.lexi_A, **options)
+        return narrow(logits, weights, ids, layer.lexi_A, **options)
 
     return choosing
 
@@ -173,11 +174,11 @@ def _correct_runner(layer: Any, name: str, choose: Callable[..., tuple[Any, Any,
     compute, adds, add = getattr(layer, COMPUTE), _find_share(layer), _find_sum()
 
     def correcting(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if not adds():
-            return compute(hidden_states, router_logits, *args, **kwargs)
         indices_type = layer.routed_experts.quant_method.topk_indices_dtype
         weights, ids, sums = choose(hidden_states, router_logits, indices_type, input_ids=kwargs.get("input_ids"))
-        routed = Routed(weights, ids)
+        routed = Routed(weights, ids)  # by all workers, as they have to choose alike, equal logits included
+        if not adds():
+            return compute(hidden_states, routed, *args, **kwargs)
         if add is None:
             shared, output = compute(hidden_states, routed, *args, **kwargs)
             return shared, _add(_require_sum(output, name), sums, layer.lexi_B, layer.lexi_c)

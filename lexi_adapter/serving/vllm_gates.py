@@ -23,11 +23,16 @@ def compensate_layer(layer: Any, name: str, top_k: int, own_top_k: int, exponent
         AdapterError: its experts' kernel routes by itself.
     """
     if hasattr(layer, "router"):
-        _check_router(layer.router, name)
-        _check_kernel(layer.routed_experts, name)
+        check_layer(layer, name)
         _compensate_router(layer.router, own_top_k, exponent)
     else:  # of OWN_BLOCKS, which hold their top-k themselves
         _compensate_block(layer, top_k, own_top_k, exponent)
+
+
+def check_layer(layer: Any, name: str) -> None:
+    """Raise AllocationError or AdapterError for a layer with a router, or with a kernel, that takes no exponent."""
+    _check_router(layer.router, name)
+    _check_kernel(layer.routed_experts, name)
 
 
 def _check_router(router: Any, name: str) -> None:

@@ -14,7 +14,7 @@ from lexi_adapter.serving.kernels.gates import TINY
 from lexi_adapter.serving.kernels.triton_gates import ROWS, find_factor, find_rank
 
 MOST_ROUTED = 256  # experts of a layer whose scores one program of `route` holds
-BLOCK = 128  # experts whose features a program of `narrow` holds at once
+BLOCK = 128  # experts whose logits a program of `narrow` holds at once
 OUTPUT_ROWS, OUTPUT_COLUMNS = 64, 64  # of one program of `add`
 
 
@@ -173,30 +173,31 @@ def _route(
     score = score / tl.sum(score, axis=1)[:, None]
     score = tl.where(score == score, score, 0.0)  # padding rows may hold anything
     left = tl.where(there, score, -1.0)
-    kept, chosen = tl.zeros((rows, block), tl.float32), tl.zeros((rows, block), tl.float32)
+    mass, kept = tl.zeros((rows,), tl.float32), tl.zeros((rows,), tl.float32)
     weight, index = tl.zeros((rows, columns), tl.float32), tl.zeros((rows, columns), tl.int32)
+    sums = tl.zeros((rows, rank), tl.float32)
     for turn in tl.static_range(own_top_k):
         best, which = tl.max(left, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        is_it = expert[None, :] == which[:, None]
-        chosen = tl.where(is_it, score, chosen)
-        left = tl.where(is_it, -1.0, left)
+        left = tl.where(expert[None, :] == which[:, None], -1.0, left)
+        mass += best
         if turn < top_k:
-            kept = tl.where(is_it, score, kept)
+            kept += best
             weight = tl.where((column == turn)[None, :], best[:, None], weight)
             index = tl.where((column == turn)[None, :], which[:, None], index)
-    mass = tl.sum(chosen, axis=1)
+            sums += _gather(A, best, which + experts, rank)
+        else:
+            sums += _gather(A, best, which + 2 * experts, rank)
     unit = tl.zeros((rows,), tl.float32) + scale
     if renormalize:
         unit = unit / tl.maximum(mass, tiny)
-    factor = unit * find_factor(mass, tl.sum(kept, axis=1), exponent, tiny)
+    factor = unit * find_factor(mass, kept, exponent, tiny)
     if padded:
         real = tl.load(padding + row, mask=row < tokens, other=1) == 0
         factor, index = tl.where(real, factor, 0.0), tl.where(real[:, None], index, -1)
     stored = (row < tokens)[:, None] & (column < top_k)[None, :]
     tl.store(out_weights + place * top_k + column[None, :], weight * factor[:, None], mask=stored)
     tl.store(out_ids + place * top_k + column[None, :], index, mask=stored)
-    sums = tl.zeros((rows, rank), tl.float32)
-    sums = _project(sums, logit, kept * unit[:, None], chosen * unit[:, None], A, expert, experts, rank, precision)
+    sums = _project(logit, A, sums * unit[:, None], expert, experts, rank, precision)
     offsets = place * rank + tl.arange(0, rank)[None, :]
     tl.store(out_sums + offsets, sums, mask=(row < tokens)[:, None])
 
@@ -234,33 +235,33 @@ def _narrow(
     tl.store(out_weights + place * top_k + turn, weight * factor[:, None], mask=kept)
     tl.store(out_ids + place * top_k + turn, index, mask=kept)
     sums = tl.zeros((rows, rank), tl.float32)
+    for other in tl.static_range(own_top_k):
+        this = (column == other)[None, :]
+        value = tl.sum(tl.where(this, weight, 0.0), axis=1)
+        which = tl.sum(tl.where(this, index, 0), axis=1)
+        part = experts + experts * tl.sum(tl.where(this & (turn >= top_k), 1, 0), axis=1)
+        sums += _gather(A, tl.where(which < 0, 0.0, value), tl.maximum(which, 0) + part, rank)
     for start in tl.static_range(0, experts, block):
         expert = start + tl.arange(0, block)
         there = known & (expert < experts)[None, :]
         logit = tl.load(logits + place * experts + expert[None, :], mask=there, other=0.0).to(tl.float32)
-        held, chosen = tl.zeros((rows, block), tl.float32), tl.zeros((rows, block), tl.float32)
-        for other in tl.static_range(own_top_k):
-            this = (column == other)[None, :]
-            which = tl.sum(tl.where(this, index, 0), axis=1)[:, None]
-            value = tl.sum(tl.where(this, weight, 0.0), axis=1)[:, None]
-            stays = tl.sum(tl.where(this & kept, 1, 0), axis=1)[:, None] > 0
-            chosen = tl.where(expert[None, :] == which, value, chosen)
-            held = tl.where((expert[None, :] == which) & stays, value, held)
-        sums = _project(sums, logit, held, chosen, A, expert, experts, rank, precision)
+        sums = _project(logit, A, sums, expert, experts, rank, precision)
     tl.store(out_sums + place * rank + tl.arange(0, rank)[None, :], sums, mask=known)
 
 
 @triton.jit
-def _project(sums, logit, kept, chosen, A, expert, experts: tl.constexpr, rank: tl.constexpr, precision: tl.constexpr):
-    """`sums` plus the product of A with the features of these experts; `chosen` are the kept and the dropped ones."""
-    there = (expert < experts)[:, None]
+def _gather(A, weight, column, rank: tl.constexpr):
+    """For every token, the column of the map that it names, times its weight: [rows, rank]."""
+    values = tl.load(A + column[:, None] * rank + tl.arange(0, rank)[None, :])
+    return weight[:, None] * values.to(tl.float32)
+
+
+@triton.jit
+def _project(logit, A, sums, expert, experts: tl.constexpr, rank: tl.constexpr, precision: tl.constexpr):
+    """`sums` plus the product of the map with the logits of these experts."""
     offsets = expert[:, None] * rank + tl.arange(0, rank)[None, :]
-    part: tl.constexpr = experts * rank
-    sums = tl.dot(logit, tl.load(A + offsets, mask=there, other=0.0).to(tl.float32), sums, input_precision=precision)
-    rows = tl.load(A + part + offsets, mask=there, other=0.0).to(tl.float32)
-    sums = tl.dot(kept, rows, sums, input_precision=precision)
-    rows = tl.load(A + 2 * part + offsets, mask=there, other=0.0).to(tl.float32)
-    return tl.dot(chosen - kept, rows, sums, input_precision=precision)
+    values = tl.load(A + offsets, mask=(expert < experts)[:, None], other=0.0).to(tl.float32)
+    return tl.dot(logit, values, sums, input_precision=precision)
 
 
 @triton.jit(do_not_specialize=["tokens"])
