@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import click
 from lexi_adapter.allocation import KEY, read_allocation
 from lexi_adapter.errors import AdapterError
 from lexi_adapter.files import parse_json
+from lexi_adapter.model.compensation import find_file
 from lexi_adapter.model.variants import Variant, is_one_of, make_variants
 
 # Names that --engine may not set: arguments of `make_options` that the commands set, and the model.
@@ -121,6 +123,16 @@ class Chosen(NamedTuple):
             "narrowed": self.narrowed,
             "folders": list(dict.fromkeys(self.folders)),
         }
+
+
+def list_read(files: Sequence[str]) -> list[str]:
+    """The files of allocations and those of corrections that they name; what cannot be read is refused later."""
+    named = []
+    for file in files:
+        with suppress(AdapterError):
+            allocation = read_allocation(file)
+            named += [str(find_file(allocation))] if allocation.compensation is not None else []
+    return [*files, *named]
 
 
 def takes_variants(command: Callable[..., None]) -> Callable[..., None]:

@@ -122,8 +122,7 @@ def make_variants(
     """The base first; then allocations, uniform k, a mixed and a uniform k for every share, pruned models, folders.
 
     A share of the model's own budget that no uniform k has, or whose only allocation is uniform, gives one variant.
-    Beside allocations with one compensation, uniform and mixed k have it, too, where its file has the maps for their k;
-    the names of both kinds say so.
+    Beside allocations with one compensation, uniform and mixed k have it where its file has their maps; names say so.
 
     Args:
         folder: the base.
@@ -140,8 +139,7 @@ def make_variants(
 
     Raises:
         AllocationError: an allocation for another model, or whose compensation is not whole.
-        AdapterError: a k or a share that cannot be had, a config that does not tell what is pruned, or two variants of
-            one name.
+        AdapterError: a k or a share that cannot be had, a config that does not tell enough, or two of one name.
     """
     config = read_config(Path(folder))
     for allocation in allocations.values():
@@ -156,9 +154,9 @@ def make_variants(
         model = known.model if known else describe_folder(folder, load_format)
         made_up = [_give_uniform(name_uniform(k), folder, model, k) for k in uniform]
         made_up += [variant for share in shares for variant in _spend_share(folder, model, share, seed)]
-        variants += _compensate(made_up, [a for a in allocations.values() if a.compensation is not None])
+        variants += _compensate(made_up, allocations)
     if uncompensated:
-        variants = [each for variant in variants for each in _add_uncompensated(variant)]
+        variants = _add_uncompensated(variants)
     pruned = [drop_experts(name_pruned("inter", share), folder, config, share) for share in dropped]
     pruned += [narrow_experts(name_pruned("intra", share), folder, config, share) for share in narrowed]
     variants += pruned
@@ -210,8 +208,9 @@ def is_one_of(
     return bool(at_share) or name.partition(", k = ")[0] in known
 
 
-def _compensate(made_up: Sequence[Variant], compensated: Sequence[Allocation]) -> list[Variant]:
-    """The variants that were made up with the one compensation of the others, where its file has maps for their k."""
+def _compensate(made_up: Sequence[Variant], allocations: Mapping[str, Allocation]) -> list[Variant]:
+    """The variants that were made up with the one compensation of the allocations, where it has maps for their k."""
+    compensated = [allocation for allocation in allocations.values() if allocation.compensation is not None]
     if not compensated:
         return list(made_up)
     first, *others = compensated
@@ -229,12 +228,15 @@ def _compensate(made_up: Sequence[Variant], compensated: Sequence[Allocation]) -
     return named
 
 
-def _add_uncompensated(variant: Variant) -> Iterator[Variant]:
-    """The variant and, if it is compensated, the same k as the model routes by itself."""
-    yield variant
-    if variant.allocation is not None and variant.allocation.compensation is not None:
-        plain = allocate(variant.allocation.model, variant.allocation.top_k)
-        yield replace(variant, name=variant.name.removesuffix(COMPENSATED) + UNCOMPENSATED, allocation=plain)
+def _add_uncompensated(variants: Sequence[Variant]) -> list[Variant]:
+    """The variants and, after each that is compensated, the same k as the model routes by itself."""
+    more = []
+    for variant in variants:
+        more.append(variant)
+        if variant.allocation is not None and variant.allocation.compensation is not None:
+            plain = allocate(variant.allocation.model, variant.allocation.top_k)
+            more.append(replace(variant, name=variant.name.removesuffix(COMPENSATED) + UNCOMPENSATED, allocation=plain))
+    return more
 
 
 def _give_each_k(pruned: Variant, model: ModelIdentity, k: int) -> Variant:

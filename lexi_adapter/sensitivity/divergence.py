@@ -66,7 +66,7 @@ def judge_allocations(
     Args:
         model: a causal language model of transformers, in evaluation mode, on the device that is to compute.
         windows: token ids, [sequences, length], all predicted but the first of each; on any device.
-        allocations: of this model, read from files or made by `variants.allocate`; gate exponents apply.
+        allocations: of this model, read from files or made by `variants.allocate`; their compensation applies.
         batch: sequences in one forward pass. Memory holds their logits twice.
         check_weights: as of `transformers_patch.apply`.
 

@@ -25,10 +25,10 @@ def draw_tensors(model, pairs, *, hidden: int, rank: int = 4, seed: int = 0) -> 
     return tensors
 
 
-def describe(model, rank: int, **changes: str) -> dict[str, str]:
+def describe(model, rank: int) -> dict[str, str]:
     """The metadata of a file of corrections for `model`."""
     values = {"format": "lexi-compensation", "version": "1", "rank": str(rank)}
-    return values | {"model_type": model.model_type, "router_sha256": model.router_sha256} | changes
+    return values | {"model_type": model.model_type, "router_sha256": model.router_sha256}
 
 
 def write_corrections(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lexi_adapter.cli.console import conclude, echo, print_table
 from lexi_adapter.cli.options import (
     Chosen,
     FiniteRange,
+    list_read,
     read_engine_options,
     takes_engine_options,
     takes_locks,
@@ -100,7 +101,7 @@ def bench(
     """
     from lexi_adapter.speed import throughput
 
-    read = [model, *chosen.files, *chosen.folders, *locks]
+    read = [model, *list_read(chosen.files), *chosen.folders, *locks]
     figure_format = _check_outputs(output, plot, read)
     parsed = _parse_workloads(workloads)
     options = read_engine_options(**engine)

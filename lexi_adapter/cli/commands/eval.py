@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import click
 
 from lexi_adapter.cli.console import conclude, echo, print_table
-from lexi_adapter.cli.options import Chosen, read_engine_options, takes_variants
+from lexi_adapter.cli.options import Chosen, list_read, read_engine_options, takes_variants
 from lexi_adapter.cli.progress import Progress
 from lexi_adapter.environment import describe_call
 from lexi_adapter.errors import AdapterError
@@ -123,7 +123,7 @@ def eval_(
 
     task_options = TaskOptions(**options)
     _check_readers(task_options.names, apart_from=("seed",) if chosen.shares else ())
-    read = [model, tokenizer, *chosen.folders, *chosen.files, *task_options.texts, task_options.questions]
+    read = [model, tokenizer, *chosen.folders, *list_read(chosen.files), *task_options.texts, task_options.questions]
     check_writable(output, apart_from=read)
     variants = chosen.make(model, load_format="auto", seed=task_options.seed)
     check_comparable(variants)

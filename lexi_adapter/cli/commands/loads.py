@@ -8,7 +8,7 @@ import click
 
 from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli.console import conclude, print_table
-from lexi_adapter.cli.options import PRUNED_SHARE, read_engine_options, takes_engine_options
+from lexi_adapter.cli.options import PRUNED_SHARE, list_read, read_engine_options, takes_engine_options
 from lexi_adapter.cli.progress import Progress
 from lexi_adapter.environment import describe_call
 from lexi_adapter.errors import AdapterError
@@ -62,7 +62,7 @@ def loads(
     from lexi_adapter.cli.tables import tabulate_loads
     from lexi_adapter.speed import expert_load
 
-    read = [model, text, tokens, *files]
+    read = [model, text, tokens, *list_read(files)]
     check_writable(output, apart_from=read)
     if (text is None) == (tokens is None):
         raise AdapterError("give either --text or --tokens")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from copying import save_copying_model
+from corrections import compensate
 from engine import allocate, export
 from safetensors.torch import load_file, save_file
 from tiny import find_moe_blocks, make_checkpoint
@@ -549,3 +550,36 @@ def test_a_folder_that_lacks_a_tensor_is_refused(folder):
     save_file(tensors, "lacking/model.safetensors", metadata={"format": "pt"})
     found = refuse("lacking", "--task", "passkey", "--passkey-length", "120", "--depths", "1", "--trials", "1")
     assert "lacking lacks 1 tensors, such as model.layers.1.input_layernorm.weight" in found
+
+
+def test_a_compensated_allocation_is_evaluated_with_and_without(folder, tokenizer):
+    Path("text.txt").write_text(TEXT)
+    allocation = allocate(MODEL, MIXED)
+    hidden = json.loads((MODEL / "config.json").read_text())["hidden_size"]
+    document = compensate(to_document(allocation), allocation.model, folder, hidden=hidden)
+    Path("a.json").write_text(json.dumps(document))
+    what = ("--task", "perplexity", "--text", "text.txt", "--window", WINDOW, "--max-windows", "2")
+    options = ("--allocation", "a.json", "--uniform-k", "2", "--uncompensated", "--dtype", "float32", "--device", "cpu")
+    result = run(MODEL, *what, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(Path("eval.json").read_text())
+    windows = [tokenizer(TEXT)["input_ids"][start : start + WINDOW] for start in (0, WINDOW)]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    plain = {key: value for key, value in document.items() if key not in ("gate_exponent", "compensation")}
+    losses = {line["variant"]: line["value"] for line in found["summary"] if line["metric"] == "loss"}
+    assert list(losses) == ["base", "a.json", "a.json, no compensation", "uniform k = 2, no compensation"]
+    for name, source in (("a.json", "a.json"), ("a.json, no compensation", plain)):
+        lexi_adapter.apply(model, source)
+        assert losses[name] == pytest.approx(statistics.fmean(list_losses(model, windows)), abs=1e-4)
+    facts = {variant["name"]: variant for variant in found["variants"]}
+    assert facts["a.json"]["compensation"] == document["compensation"]["sha256"]
+    assert "compensation" not in facts["a.json, no compensation"]
+    for command in (["eval", str(MODEL), *map(str, what)], ["bench", str(MODEL)], ["loads", str(MODEL)]):
+        words = [*command, "--allocation", "a.json", "-o", "corrections.safetensors"]
+        refusal = CliRunner().invoke(main, words).stderr
+        assert "cannot write corrections.safetensors: the same command reads or writes it" in refusal
+    Path("corrections.safetensors").write_bytes(b"")
+    error = refuse(MODEL, *what, *options, "--restart")
+    assert "corrections.safetensors: not the file that the allocation names" in error
+    Path("a.json").write_text(json.dumps(plain))
+    assert "--uncompensated: no --allocation here has a compensation" in refuse(MODEL, *what, *options)

@@ -37,15 +37,33 @@ def test_variants_are_matched_by_name_or_by_k():
     assert [point.value for point in panel.points] == [20, 21, 22, 23]
 
 
-def test_another_gate_exponent_is_another_model():
+@pytest.mark.parametrize("key, value", [("gate_exponent", 0.5), ("compensation", "0f" * 32)])
+def test_another_compensation_is_another_model(key, value):
     quality, speed = make_quality(), make_speed()
-    quality["variants"][1]["gate_exponent"] = 0.5
+    quality["variants"][1][key] = value
     assert "mine.json" not in tradeoff.match(quality, speed)
-    speed["variants"][1]["gate_exponent"] = 0.5
+    speed["variants"][1][key] = value
     assert tradeoff.match(quality, speed)["mine.json"] == "./mine.json"
-    speed["variants"][1] |= {"name": "mine.json", "gate_exponent": None}
-    with pytest.raises(AdapterError, match="'mine.json' ran with another gate exponent in eval than in bench"):
+    speed["variants"][1] |= {"name": "mine.json", key: None}
+    what = key.replace("_", " ")
+    with pytest.raises(AdapterError, match=f"'mine.json' ran with another {what} in eval than in bench"):
         tradeoff.match(quality, speed)
+
+
+def test_the_same_k_with_and_without_compensation_are_two_methods():
+    names = ("base", "mine.json", "uniform k = 2, compensated", "uniform k = 2, no compensation")
+    quality, speed = make_quality(names), make_speed(names)
+    for variant in quality["variants"][2:]:
+        variant["top_k"] = {"0": 2, "1": 2}
+    methods = {}
+    for variant in speed["variants"][2:]:
+        variant["engine"]["top_k"] = {"0": 2, "1": 2}
+        name = variant["name"]
+        methods[name] = tradeoff.describe(name, name, quality, speed)
+    assert methods == {
+        names[2]: ("uniform k, compensated", "50 %"),
+        names[3]: ("uniform k, no compensation", "50 %"),
+    }
 
 
 def test_one_name_for_two_sets_of_k_is_refused():

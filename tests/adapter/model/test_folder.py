@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from corrections import compensate
 from engine import allocate, export
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, make_checkpoint
@@ -15,7 +16,14 @@ from lexi_adapter.allocation import read_allocation
 from lexi_adapter.cli import main
 from lexi_adapter.cli.commands import check as checking
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.model.folder import check_folder, find_limit, find_lm_head, find_routers, find_vocabulary
+from lexi_adapter.model.folder import (
+    check_folder,
+    find_limit,
+    find_lm_head,
+    find_routers,
+    find_vocabulary,
+    has_weights,
+)
 from lexi_adapter.serving.vllm_plugin import check_lm_head
 from lexi_adapter.tasks.texts import check_length
 from lexi_search.artifacts.serialisation import to_document, write_allocation
@@ -238,3 +246,39 @@ def test_check_command_takes_an_exported_folder_itself_and_says_what_is_wrong_wi
     assert "note: exported for transformers" in check(exported)
     rewrite_config(exported, num_experts_per_tok=2)
     assert "num_experts_per_tok is 2" in check(exported)
+
+
+def test_check_command_says_that_a_compensation_is_whole(olmoe, tmp_path):
+    folder, allocation = olmoe
+    document = compensate(to_document(allocation), allocation.model, tmp_path, hidden=64)
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    size = (tmp_path / "corrections.safetensors").stat().st_size
+    shutil.copy(tmp_path / "corrections.safetensors", folder)
+    config = json.loads((folder / "config.json").read_text())
+    exported = shutil.copytree(folder, tmp_path / "exported")
+    (exported / "config.json").write_text(json.dumps(config | {"lexi_allocation": document}))
+    for words in ((tmp_path / "a.json", "--model", folder), (exported,), (tmp_path / "a.json", "--model", exported)):
+        fits, said = check(*words).splitlines()[:2]
+        assert "gate exponent 0.5, compensation of rank 4, sha256" in fits
+        assert said == f"compensation: corrections.safetensors, rank 4, {size / 1e6:.3g} MB, is whole"
+    other = compensate(to_document(allocation), allocation.model, tmp_path, hidden=64, seed=1)
+    assert "not the file that the allocation names" in check(tmp_path / "a.json", "--model", folder)
+    (tmp_path / "a.json").write_text(json.dumps(other))
+    assert "exported with another allocation" in check(tmp_path / "a.json", "--model", exported)
+    narrow = compensate(to_document(allocation), allocation.model, tmp_path, hidden=32)
+    (tmp_path / "a.json").write_text(json.dumps(narrow))
+    assert "is BF16 [32, 4], BF16 [64, 4] expected" in check(tmp_path / "a.json", "--model", folder)
+    (exported / "corrections.safetensors").unlink()
+    assert "corrections.safetensors: cannot be read (No such file or directory)" in check(exported)
+
+
+def test_a_file_of_corrections_is_no_shard_of_the_model(olmoe):
+    """As in an exported folder without an index, whose shards are all safetensors files."""
+    folder, allocation = olmoe
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    compensate(to_document(allocation), allocation.model, folder, hidden=64)
+    (folder / "corrections.safetensors").rename(folder / "lexi_compensation.safetensors")
+    check_folder(model_of(allocation), folder)
+    assert len(find_routers(model_of(allocation), folder)) == 3
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    assert not has_weights(folder)

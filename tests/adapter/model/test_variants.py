@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from corrections import compensate, describe, draw_tensors, write_corrections
 from engine import allocate as allocate_from_weights
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from lexi_adapter.allocation import ModelIdentity, read_allocation, to_document
 from lexi_adapter.engines.workload import Workload, draw_prompts, parse_workload
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model import shapes, variants
+from lexi_search.artifacts.serialisation import to_document as to_search_document
 
 SHAPES = Path(lexi_adapter.__file__).parent.parent / "examples" / "benchmarks" / "configs"
 # Experts, k and MoE layers as the model cards have them; what remains of experts, width and shared experts at one half.
@@ -288,3 +290,60 @@ def test_variants_are_known_by_their_names():
         owners = [key for key, value in chosen.items() if variants.is_one_of(variant.name, **{key: value})]
         assert len(owners) == (variant.name != "base"), (variant.name, owners)
     assert variants.is_one_of("a.json", allocations=["a.json"]) and not variants.is_one_of("b, 50 %", shares=[0.5])
+
+
+def name_variants(folder, allocations, **options):
+    made = variants.make_variants(str(folder), load_format="auto", allocations=allocations, **options)
+    return {variant.name: variant.allocation for variant in made}
+
+
+def test_made_up_variants_share_the_compensation_whose_maps_they_find_and_say_so(tmp_path):
+    folder = make_checkpoint("olmoe", tmp_path / "olmoe")
+    document = to_search_document(allocate_from_weights(folder, (1, 3, 2)))
+    plain = read_allocation(document)
+    pairs = [(0, 1), (1, 3), *((layer, 2) for layer in range(3))]
+    tensors = draw_tensors(plain.model, pairs, hidden=64)
+    named = write_corrections(tmp_path / "a.safetensors", tensors, describe(plain.model, 4))
+    one = read_allocation(document | {"gate_exponent": 0.5, "compensation": named}, folder=tmp_path)
+    found = name_variants(folder, {"a.json": one}, uniform=(2, 3, 4), uncompensated=True)
+    assert list(found) == [
+        *("base", "a.json", "a.json, no compensation", "uniform k = 2, compensated", "uniform k = 2, no compensation"),
+        *("uniform k = 3, no compensation", "uniform k = 4, compensated", "uniform k = 4, no compensation"),
+    ]
+    how = {
+        name: allocation and (allocation.gate_exponent, allocation.compensation) for name, allocation in found.items()
+    }
+    assert all(value == (None if name == "base" else (None, None) if "no comp" in name else (0.5, one.compensation))
+               for name, value in how.items())  # fmt: skip
+    assert (
+        found["a.json, no compensation"].top_k == one.top_k and found["uniform k = 2, compensated"].folder == one.folder
+    )
+    other = read_allocation(document | {"gate_exponent": 1.0, "compensation": named}, folder=tmp_path)
+    two = name_variants(folder, {"a.json": one, "b.json": other}, uniform=(2,), shares=(0.5,))
+    assert [name for name in two if "k" in name] == [
+        f"{name}, no compensation" for name in ("uniform k = 2", "mixed k, 50 %", "uniform k = 2, 50 %")
+    ]
+    assert list(name_variants(folder, {"a.json": plain}, uniform=(2,))) == ["base", "a.json", "uniform k = 2"]
+    for name in two:
+        chosen = {"allocations": ["a.json", "b.json"], "uniform": [2], "shares": [0.5]}
+        assert variants.is_one_of(name, **chosen) is (name != "base")
+    assert variants.is_one_of("a.json, no compensation", allocations=["a.json"])
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(AllocationError, match="a.safetensors: not the file that the allocation names"):
+        name_variants(folder, {"a.json": one})
+    with pytest.raises(AllocationError, match="a.safetensors: not the file that the allocation names"):
+        variants.make_variants(str(folder), load_format="dummy", allocations={"a.json": one})
+
+
+def test_an_exported_folder_has_the_file_that_its_config_names(tmp_path):
+    folder = make_checkpoint("olmoe", tmp_path / "olmoe")
+    document = to_search_document(allocate_from_weights(folder, (1, 3, 2)))
+    document = compensate(document, read_allocation(document).model, folder, hidden=64)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"lexi_allocation": document}))
+    exported = variants.Variant("exported", str(folder))
+    assert variants.find_allocation(exported).folder == str(folder)
+    variants.check_comparable([exported])
+    (folder / "corrections.safetensors").unlink()
+    with pytest.raises(AllocationError, match="corrections.safetensors: cannot be read"):
+        variants.check_comparable([exported])

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lexi_adapter
-from lexi_adapter.allocation import ModelIdentity, to_document
-from lexi_adapter.cli import figures
+from lexi_adapter.allocation import CompensationFile, ModelIdentity, read_allocation, to_document
+from lexi_adapter.cli import figures, tables
 from lexi_adapter.cli.main import main
 from lexi_adapter.engines import options, worker
 from lexi_adapter.engines.measuring import describe_engine, switch_layers, time_run
@@ -256,6 +256,31 @@ def make_document():
     runs = [throughput.Run(v.name, str(w), t, 1.0 + t) for v in variants for w in (WORKLOAD,) for t in range(3)]
     facts = {v.name: {"device": "a card", "top_k": {0: 3, 1: 2}} for v in variants}
     return throughput.make_document(variants, [WORKLOAD], runs, facts, {v.name: [[1]] for v in variants})
+
+
+def test_the_cost_of_a_compensation_is_shown_beside_the_same_k_without():
+    def draw(*chosen):
+        document = throughput.make_document(variants, [WORKLOAD], runs, facts, {v.name: [[1]] for v in variants})
+        document["variants"] = [variant for variant in document["variants"] if variant["name"] in chosen]
+        return tables.tabulate_compensation(document)
+
+    corrected = allocate(MODEL, {0: 1, 1: 2, 2: 1})
+    corrected = replace(corrected, gate_exponent=0.5, compensation=CompensationFile("a.safetensors", 4, "0f" * 32))
+    variants = [*make_variants()[:3], Variant("corrected", "here", allocation=corrected)]
+    seconds = {"base": 4.0, "half": 2.0, "compensated": 3.0, "corrected": 2.5}
+    runs = [throughput.Run(name, str(WORKLOAD), turn, seconds[name] + turn) for name in seconds for turn in (0, 1, 2)]
+    facts = {name: {"top_k": {0: 3} if name == "base" else {0: 1}} for name in seconds}
+    _, table = draw(*seconds).renderables
+    assert [list(column.cells) for column in table.columns] == [["corrected"], [f"{3.0 / 3.5:.3f}"]]
+    assert draw("base", "compensated", "corrected") is None and draw("base", "half") is None
+
+
+def test_an_engine_gets_the_place_of_a_compensation(tmp_path):
+    named = CompensationFile("a.safetensors", 4, "0f" * 32)
+    half = replace(allocate(MODEL, {0: 1, 1: 2, 2: 1}), gate_exponent=0.5, compensation=named, folder=str(tmp_path))
+    made = make_options(Variant("half", "here", allocation=half), [WORKLOAD], load_format="dummy", parallel={})
+    sent = json.loads(json.dumps(made["additional_config"]["lexi_allocation"]))
+    assert read_allocation(sent).folder == str(tmp_path) and read_allocation(sent) == half
 
 
 @pytest.mark.parametrize("file_format, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
