@@ -165,7 +165,7 @@ def _find_parts(
         if missing:
             _refuse(path, f"has no {missing}, which the allocation's top-k of layer {layer} needs")
         found = {part: tensors[name] for part, name in names.items()}
-        hidden = hidden if hidden is not None else found["c"].shape[:1] and found["c"].shape[0]
+        hidden = next(iter(found["c"].shape), 0) if hidden is None else hidden
         rank = allocation.compensation.rank
         shapes = {"A": (rank, 3 * allocation.model.num_experts), "B": (hidden, rank), "c": (hidden,)}
         for part, tensor in found.items():

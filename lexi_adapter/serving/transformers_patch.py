@@ -46,7 +46,7 @@ def apply(
     Args:
         model: a causal language model of a mixture-of-experts family, or any module around one.
         allocation: the path of an allocation file, its JSON object, or an `Allocation`. The file of corrections that a
-            JSON object names is looked for in the folder that the model was loaded from.
+            JSON object names is looked for where the model was loaded from.
         check_weights: compare the routers' bytes with those the allocation was made from. Turn it off for weights that
             were meant to change (fine-tuned, cast to fewer bits).
 
@@ -54,7 +54,7 @@ def apply(
         AllocationError: the allocation is not valid, or not for this model.
         AdapterError: the family routes in an unknown way.
     """
-    allocation = locate(read_allocation(allocation), getattr(model.config, "_name_or_path", ""))
+    allocation = _locate(read_allocation(allocation), model.config)
     check_reducible(allocation)
     identity, place = allocation.model, type(model).__name__
     _check_config(identity, model.config, place)
@@ -85,6 +85,20 @@ def apply(
                 corrected = correct_block(blocks[layer], around[layer][0], corrections[layer])
             compensate_router(router, name, identity.top_k, allocation.gate_exponent, corrected)
     return model
+
+
+def _locate(allocation: Allocation, config: Any) -> Allocation:
+    """The allocation with the folder of its compensation's file: the model's, where nothing else says so."""
+    source = str(getattr(config, "_name_or_path", ""))
+    if allocation.compensation is None or allocation.folder is not None or not source or os.path.isdir(source):
+        return locate(allocation, source)
+    from transformers.utils import cached_file  # of a hub id, whose file is fetched beside its config
+
+    try:
+        file = cached_file(source, allocation.compensation.file, revision=getattr(config, "_commit_hash", None))
+    except OSError:
+        return allocation
+    return locate(allocation, os.path.dirname(file))
 
 
 def _check_config(identity: ModelIdentity, config: Any, place: str) -> None:

@@ -220,13 +220,22 @@ def test_corrections_are_added_in_the_type_of_the_model_and_lose_nothing(checkpo
         torch.testing.assert_close(block(hidden), expected, rtol=0, atol=0)
 
 
-def test_corrections_are_found_beside_the_allocation_or_in_the_models_folder(checkpoints, compensated, tmp_path):
+def test_corrections_are_found_beside_the_allocation_or_the_model(checkpoints, compensated, tmp_path, monkeypatch):
     document = json.loads(compensated.read_text())
     expected = run(lexi_adapter.apply(load(checkpoints["olmoe"]), compensated))
     model = load(checkpoints["olmoe"])
     refuse(model, document, r"corrections.safetensors: cannot be read \(No such file")
     model.config._name_or_path = ""
     refuse(model, document, "not known where that is; give the allocation as a file")
+    model.config._name_or_path = "nobody/nothing"  # no such thing in the hub's cache
+    refuse(model, document, "not known where that is; give the allocation as a file")
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "transformers.utils.cached_file", lambda *asked, **_: found.append(asked) or str(tmp_path / asked[1])
+        )
+        torch.testing.assert_close(run(lexi_adapter.apply(model, document)), expected, rtol=0, atol=0)
+    assert found == [("nobody/nothing", "corrections.safetensors")]
     model.config._name_or_path = str(tmp_path)
     torch.testing.assert_close(run(lexi_adapter.apply(model, document)), expected, rtol=0, atol=0)
 
