@@ -32,6 +32,7 @@ from lexi_adapter.serving.vllm_names import (
 )
 
 logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so that it prints as vLLM's do
+SHORT = 12  # digits of a SHA-256 that name a compensation
 UNCOMPARED = "LExI: the router weights of %s were not compared with the allocation's: %s"
 
 
@@ -275,7 +276,8 @@ def _compensate(build: Build, model: Any, device: Any) -> None:
         if (top_k := allocation.top_k[layer]) < own_top_k:
             name = f"{type(model).__name__}: layer {layer}"
             if corrections:
-                correct_layer(layer_made, name, top_k, own_top_k, exponent, corrections[layer], device=device)
+                whence = {"source": allocation.compensation.sha256[:SHORT], "device": device}
+                correct_layer(layer_made, name, top_k, own_top_k, exponent, corrections[layer], **whence)
             else:
                 compensate_layer(layer_made, name, top_k, own_top_k, exponent)
 

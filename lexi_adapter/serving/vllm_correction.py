@@ -45,9 +45,17 @@ _pending: ContextVar[Pending | None] = ContextVar("lexi_pending", default=None)
 
 
 def correct_layer(
-    layer: Any, name: str, top_k: int, own_top_k: int, exponent: float, correction: Correction, *, device: Any
+    layer: Any,
+    name: str,
+    top_k: int,
+    own_top_k: int,
+    exponent: float,
+    correction: Correction,
+    *,
+    source: str,
+    device: Any,
 ) -> None:
-    """Apply the gate exponent and the correction to one built MoE layer, in place.
+    """Apply the gate exponent and the correction to one built MoE layer, in place. `source` says where it came from.
 
     Raises:
         AllocationError: its router, or the way that its output goes, takes none.
@@ -56,7 +64,7 @@ def correct_layer(
     if not hasattr(layer, "router"):  # of OWN_BLOCKS, which hold their top-k themselves
         compensate_layer(layer, name, top_k, own_top_k, exponent)
         hold(layer, correction, scale=1.0, dtype=layer.params_dtype, device=device)
-        _correct_block(layer, top_k, own_top_k)
+        _correct_block(layer, top_k, own_top_k, source)
         return
     if not hasattr(layer, COMPUTE):
         raise AdapterError(f"{name}: {type(layer).__name__} has no {COMPUTE}: unknown vLLM; {REMEDY}")
@@ -67,7 +75,7 @@ def correct_layer(
     compensate_layer(layer, name, top_k, own_top_k, exponent)
     hold(layer, correction, scale=layer.routed_scaling_factor, dtype=layer.moe_config.in_dtype, device=device)
     _pass_choices(layer.router)
-    _correct_runner(layer, name, choose)
+    _correct_runner(layer, name, choose, source)
 
 
 def hold(layer: Any, correction: Correction, *, scale: float, dtype: Any, device: Any) -> None:
@@ -87,10 +95,9 @@ def hold(layer: Any, correction: Correction, *, scale: float, dtype: Any, device
         layer.register_buffer(f"lexi_{part}", value, persistent=False)
 
 
-def read_rank(layer: Any) -> int | None:
-    """The rank of the correction that a built MoE layer adds, as the kernels have it; None: it adds none."""
-    held = getattr(vars(layer).get(COMPUTE, vars(layer).get("forward")), "corrects", False)
-    return layer.lexi_A.shape[1] if held else None
+def read_source(layer: Any) -> str | None:
+    """The source of the correction that a built MoE layer adds; None: it adds none."""
+    return getattr(vars(layer).get(COMPUTE, vars(layer).get("forward")), "corrects", None)
 
 
 def _make_choice(layer: Any, top_k: int, own_top_k: int, exponent: float) -> Callable[..., tuple[Any, Any, Any]]:
@@ -170,7 +177,7 @@ def _pass_choices(router: Any) -> None:
     router._compute_routing = passing
 
 
-def _correct_runner(layer: Any, name: str, choose: Callable[..., tuple[Any, Any, Any]]) -> None:
+def _correct_runner(layer: Any, name: str, choose: Callable[..., tuple[Any, Any, Any]], source: str) -> None:
     compute, adds, add = getattr(layer, COMPUTE), _find_share(layer), _find_sum()
 
     def correcting(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -190,7 +197,7 @@ def _correct_runner(layer: Any, name: str, choose: Callable[..., tuple[Any, Any,
             add(flat, sums, layer.lexi_B, layer.lexi_c, flat)
         return shared, output
 
-    correcting.corrects = True
+    correcting.corrects = source
     setattr(layer, COMPUTE, correcting)
 
 
@@ -274,7 +281,7 @@ def adding(apply: Callable) -> Callable:
     return copying
 
 
-def _correct_block(block: Any, top_k: int, own_top_k: int) -> None:
+def _correct_block(block: Any, top_k: int, own_top_k: int, source: str) -> None:
     compensating = block.forward
 
     def correcting(hidden_states: Any) -> Any:
@@ -283,5 +290,5 @@ def _correct_block(block: Any, top_k: int, own_top_k: int) -> None:
         sums = _project(logits, weights / weights.sum(-1, keepdim=True), ids, ids[:, :top_k], block.lexi_A)
         return _add(compensating(hidden_states), sums, block.lexi_B, block.lexi_c)
 
-    correcting.gate_exponent, correcting.corrects = compensating.gate_exponent, True
+    correcting.gate_exponent, correcting.corrects = compensating.gate_exponent, source
     block.forward = correcting

@@ -11,7 +11,7 @@ from lexi_adapter.model.compensation import Correction
 from lexi_adapter.serving import vllm_gates
 from lexi_adapter.serving.kernels.correction import correct, find_features
 from lexi_adapter.serving.kernels.gates import compensate
-from lexi_adapter.serving.vllm_correction import adding, correct_layer, read_rank
+from lexi_adapter.serving.vllm_correction import adding, correct_layer, read_source
 from lexi_adapter.serving.vllm_gates import read_gate_exponent
 from lexi_adapter.serving.vllm_names import ROUTERS
 
@@ -129,7 +129,7 @@ def expect(scale=1.0, corrected=True):
 
 def build(*args, **options):
     runner = Runner(*args, **options)
-    correct_layer(runner, "layer 0", TOP_K, OWN, EXPONENT, CORRECTION, device="cpu")
+    correct_layer(runner, "layer 0", TOP_K, OWN, EXPONENT, CORRECTION, source="a", device="cpu")
     return runner
 
 
@@ -144,7 +144,7 @@ def test_a_layer_adds_the_correction_in_the_kernels_that_run_anyway(kernels, nam
     torch.testing.assert_close(output, expect(), rtol=1e-5, atol=1e-5)
     routed = {"FusedTopKRouter": ["route"], "FusedTopKBiasRouter": ["narrow"], "GroupedTopKRouter": ["narrow"]}
     assert shared is None and kernels == [*routed.get(name, []), "add"]
-    assert (read_gate_exponent(runner), read_rank(runner)) == (EXPONENT, 16)
+    assert (read_gate_exponent(runner), read_source(runner)) == (EXPONENT, "a")
     assert set(runner.state_dict()) == set() and len(dict(runner.named_buffers())) == 3  # nothing loads into them
 
 
@@ -192,11 +192,11 @@ def test_what_takes_no_correction_is_refused(kernels):
     projected = Runner()
     projected.routed_output_transform = torch.nn.Identity()
     with pytest.raises(AllocationError, match="layer 0: its experts' output is projected.*--compensation exponent"):
-        correct_layer(projected, "layer 0", TOP_K, OWN, EXPONENT, CORRECTION, device="cpu")
+        correct_layer(projected, "layer 0", TOP_K, OWN, EXPONENT, CORRECTION, source="a", device="cpu")
     with pytest.raises(AllocationError, match="in a ZeroExpertRouter; .*--compensation none"):
         build("ZeroExpertRouter")
     unfinished = Runner()
     unfinished._apply_quant_method = lambda *_, **__: (None, "pieces")
-    correct_layer(unfinished, "layer 0", TOP_K, OWN, EXPONENT, CORRECTION, device="cpu")
+    correct_layer(unfinished, "layer 0", TOP_K, OWN, EXPONENT, CORRECTION, source="a", device="cpu")
     with pytest.raises(AdapterError, match="layer 0: its kernel leaves the sum over experts to a later one"):
         run(unfinished)

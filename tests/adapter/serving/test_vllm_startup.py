@@ -112,7 +112,7 @@ def test_log_states_the_allocation_once_an_engine(served, ways):
     expected = "LExI allocation applied: 6 of 12 active experts per token over 3 MoE layers"
     assert lines[0].endswith(f"{expected}, sha256 {sha256}; top-k of each: 0:1 1:3 2:2")
     assert sum("over 3 MoE layers, gate exponent 0, sha256 " in line for line in lines) == 1
-    assert sum("gate exponent 0.5, compensation of rank 4, sha256 " in line for line in lines) == 3
+    assert sum("gate exponent 0.5, compensation of rank 4 (" in line for line in lines) == 3
 
 
 def test_a_gate_exponent_of_nought_is_what_a_family_that_does_not_renormalise_runs(ways):
@@ -174,6 +174,7 @@ def test_workers_of_their_own_run_the_same_or_stop_with_the_reason(served, ways)
         "own_top_k": 4,
         "top_k": {"0": 1, "1": 3, "2": 2},
         "gate_exponents": {},
+        "compensation": {},
         "workers": 2,
     }
     assert run.log.count("LExI allocation applied") == 2
