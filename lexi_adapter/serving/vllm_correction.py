@@ -87,7 +87,8 @@ def hold(layer: Any, correction: Correction, *, scale: float, dtype: Any, device
 
     A, B, c = (part.float() for part in correction)
     rank = max(LEAST_RANK, 1 << (A.shape[0] - 1).bit_length())
-    filled = torch.zeros(A.shape[1], rank, device="cpu"), torch.zeros(rank, B.shape[0], device="cpu")
+    # With type and device, as vLLM's defaults are the model's here.
+    filled = [torch.zeros(shape, dtype=A.dtype, device=A.device) for shape in ((A.shape[1], rank), (rank, B.shape[0]))]
     filled[0][:, : A.shape[0]], filled[1][: A.shape[0]] = A.T, B.T
     filled[0][: A.shape[1] // 3] /= scale
     kept = filled[0].to(device, dtype), filled[1].to(device, dtype), (c / scale).to(device)
