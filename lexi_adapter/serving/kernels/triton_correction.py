@@ -15,7 +15,7 @@ from lexi_adapter.serving.kernels.triton_gates import ROWS, find_factor, find_ra
 
 MOST_ROUTED = 256  # experts of a layer whose scores one program of `route` holds
 BLOCK = 128  # experts whose logits a program of `narrow` holds at once
-OUTPUT_ROWS, OUTPUT_COLUMNS = 64, 64  # of one program of `add`
+OUTPUT_ROWS, OUTPUT_COLUMNS = 64, 128  # of one program of `add`
 
 
 def route(
