@@ -378,7 +378,7 @@ def test_an_allocation_that_vllm_would_not_see_is_refused_before_an_engine_start
 
 
 def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
-    def refuse(worker, top_k, kept):
+    def refuse(worker, top_k, kept, compensated):
         if worker == 1 and 5 not in top_k:
             raise AllocationError("not this one")
         return {worker: top_k.get(worker)}
