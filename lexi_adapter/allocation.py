@@ -146,7 +146,7 @@ def describe_run(allocation: Allocation, top_k: Mapping[int, int]) -> str:
     """
     shift = "" if allocation.gate_exponent is None else f", gate exponent {allocation.gate_exponent:g}"
     if allocation.compensation is not None:
-        shift += f", compensation of rank {allocation.compensation.rank}"
+        shift += f", compensation of rank {allocation.compensation.rank} ({allocation.compensation.sha256[:12]})"
     each = " ".join(f"{layer}:{k}" for layer, k in sorted(top_k.items()))
     return (
         f"{sum(top_k.values())} of {len(top_k) * allocation.model.top_k} active experts per token "

@@ -14,7 +14,9 @@ os.environ.update(
 )
 
 import multiprocessing  # noqa: E402  (after the environment: plugins of hypothesis may import what reads it)
+import pickle  # noqa: E402
 from concurrent.futures import ProcessPoolExecutor  # noqa: E402
+from functools import partial  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -36,8 +38,11 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def narrow():
-    """`triton_gates.narrow` by Triton's interpreter, in a process of its own: it is all of Triton or nothing."""
+def interpret():
+    """A caller of kernels in Triton's interpreter, in a process of its own: it is all of Triton or nothing.
+
+    It takes module, function and arguments, and returns the result; what the function writes, it writes.
+    """
     import interpreted
     import torch
 
@@ -46,10 +51,19 @@ def narrow():
         pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         pool.submit(len, ()).result()  # its process begins, with this environment
 
-    def narrow(weights, ids, top_k, exponent, *, ranked):
-        arrays = weights.numpy(), ids.numpy()
-        found = pool.submit(interpreted.narrow, *arrays, top_k, exponent, ranked=ranked).result()
-        return tuple(map(torch.from_numpy, found))
+    def interpret(module, name, *args, **options):
+        data = pool.submit(interpreted.call, module, name, pickle.dumps((args, options))).result()
+        result, after = pickle.loads(data)
+        for one, other in zip(args, after, strict=True):
+            if isinstance(one, torch.Tensor):
+                one.copy_(other)
+        return result
 
     with pool:
-        yield narrow
+        yield interpret
+
+
+@pytest.fixture(scope="session")
+def narrow(interpret):
+    """`triton_gates.narrow` by Triton's interpreter."""
+    return partial(interpret, "triton_gates", "narrow")

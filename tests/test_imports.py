@@ -33,7 +33,7 @@ HOUSE = {
         "environment": "",
         "model": "tensors folder identity compensation shapes variants",
         "serving": "kernels transformers_gates transformers_patch "
-        "vllm_names vllm_gates vllm_build vllm_status vllm_plugin",
+        "vllm_names vllm_gates vllm_correction vllm_build vllm_status vllm_plugin",
         "engines": "workload locks kernels worker process options measuring",
         "speed": "throughput latency expert_load",
         "tasks": "scores texts perplexity passkey qasper harness hooks registry",
@@ -46,7 +46,7 @@ HOUSE = {
 FOLDERS = {
     "lexi_search/layers/kernels": "blocks hopper grouped",
     "lexi_search/profiling/paper": "moments gaussian",
-    "lexi_adapter/serving/kernels": "gates correction triton_gates",
+    "lexi_adapter/serving/kernels": "gates correction triton_gates triton_correction",
     "lexi_search/cli/report": "statements facts drawings pages",
 }
 MOST_ROOMS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 330, 60

@@ -93,10 +93,13 @@ def measure_engines(
 
 
 def switch_layers(
-    llm: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]] | None = None
+    llm: Any,
+    top_k: Mapping[int, int] | None,
+    kept: Mapping[str, tuple[int, int]] | None = None,
+    compensated: bool | None = None,
 ) -> dict[int, int]:
     """`worker.switch` in every worker; AdapterError unless `top_k` has the model's layers and no others."""
-    switched = _merge(_ask_workers(llm, worker.switch, top_k, dict(kept or {})))
+    switched = _merge(_ask_workers(llm, worker.switch, top_k, dict(kept or {}), compensated))
     others = sorted(set(top_k or ()) - set(switched))
     if others:
         raise AllocationError(f"layers {others} are no MoE layers of this model, which has {sorted(switched)}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.serving.vllm_build import find_holders, read_top_k
+from lexi_adapter.serving.vllm_correction import COMPUTE
 
 # The method that computes a layer, in every supported version; replaced to leave the layer out.
 FORWARD = "_forward_impl"
@@ -35,24 +36,36 @@ def attempt(worker: Any, function: Callable[..., Any], args: Sequence[Any]) -> t
         return str(error), None
 
 
-def switch(worker: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]]) -> dict[int, int]:
+def switch(
+    worker: Any,
+    top_k: Mapping[int, int] | None,
+    kept: Mapping[str, tuple[int, int]],
+    compensated: bool | None = None,
+) -> dict[int, int]:
     """Give this worker's MoE layers the k of `top_k`, or with None leave the layers out; returns their k now.
 
     A layer that is left out returns zeros, so that the time of everything else remains. `kept` says how many experts
     remain ("experts": kept, of) and how much of their width ("width": kept, of). Pruned layers use a part of the same
-    memory in the smaller shape: for random weights only, any part of which is as good as another.
+    memory in the smaller shape: for random weights only, any part of which is as good as another. `compensated` says of
+    layers that were built with a gate exponent whether they have it, and their correction, or route as the engine does.
 
     Raises:
-        AllocationError: `top_k` lacks one of this model's layers.
+        AllocationError: `top_k` lacks one of this model's layers, or is not what compensated layers were built for.
         AdapterError: the layers cannot change while the engine runs.
     """
     layers = _find_layers(worker)
-    _check_switchable(worker, layers)
+    hooks = {layer: _find_hooks(module) for layer, module in layers.items()}
+    _check_switchable(worker, layers, compensated is None and [layer for layer, found in hooks.items() if found])
     missing = [layer for layer in layers if top_k is not None and layer not in top_k]
     if missing:
         raise AllocationError(f"there is no k for MoE layers {missing} of this model, only for {sorted(top_k)}")
-    before = vars(worker).get("lexi_state") or _make_state(read_top_k(worker.get_model()), {})
+    running = read_top_k(worker.get_model())
+    built = vars(worker).setdefault("lexi_built", running)
+    if compensated and (kept or any((top_k or {}).get(layer) != k for layer, k in built.items())):
+        raise AllocationError(f"compensated layers keep the k that they were built for, {built}, and all experts")
+    before = vars(worker).get("lexi_state") or _make_state(running, {}, compensated is not None)
     for layer, module in layers.items():
+        _set_hooks(hooks[layer], there=bool(compensated))
         vars(module).pop(FORWARD, None)
         if top_k is None:
             setattr(module, FORWARD, _return_zeros)
@@ -60,13 +73,16 @@ def switch(worker: Any, top_k: Mapping[int, int] | None, kept: Mapping[str, tupl
             _set_top_k(module, top_k[layer])
         if kept or vars(module).get("lexi_unpruned"):
             _prune(module, kept)
-    now = vars(worker)["lexi_state"] = _make_state(top_k, kept)
+    now = vars(worker)["lexi_state"] = _make_state(top_k, kept, bool(compensated))
     _use_graphs(worker, before, now)
     return read_top_k(worker.get_model())
 
 
-def _make_state(top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]]) -> Any:
-    return top_k and tuple(sorted(top_k.items())), tuple(sorted((name, tuple(parts)) for name, parts in kept.items()))
+def _make_state(
+    top_k: Mapping[int, int] | None, kept: Mapping[str, tuple[int, int]], compensated: bool
+) -> tuple[Any, ...]:
+    parts = tuple(sorted((name, tuple(part)) for name, part in kept.items()))
+    return top_k and tuple(sorted(top_k.items())), parts, compensated
 
 
 def _find_layers(worker: Any) -> dict[int, Any]:
@@ -75,14 +91,33 @@ def _find_layers(worker: Any) -> dict[int, Any]:
     return dict(zip(read_top_k(model), modules, strict=True))
 
 
-def _check_switchable(worker: Any, layers: Mapping[int, Any]) -> None:
+def _find_hooks(module: Any) -> list[tuple[Any, str, Any]]:
+    """The functions by which a layer weighs or corrects: owner, name, function. They are looked up once."""
+    if "lexi_hooks" not in vars(module):
+        places = [(getattr(module, "router", module), "_compute_routing"), (module, COMPUTE), (module, "forward")]
+        there = [(owner, name, vars(owner).get(name)) for owner, name in places]
+        vars(module)["lexi_hooks"] = [
+            hook for hook in there if hasattr(hook[2], "gate_exponent") or hasattr(hook[2], "corrects")
+        ]
+    return vars(module)["lexi_hooks"]
+
+
+def _set_hooks(hooks: Sequence[tuple[Any, str, Any]], *, there: bool) -> None:
+    for owner, name, function in hooks:
+        if there:
+            setattr(owner, name, function)
+        else:
+            vars(owner).pop(name, None)
+
+
+def _check_switchable(worker: Any, layers: Mapping[int, Any], exponents: Sequence[int] | bool = ()) -> None:
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
-    for layer, module in layers.items():
-        routing = vars(getattr(module, "router", None) or module).get("_compute_routing")
-        if getattr(routing, "__module__", "").startswith("lexi_adapter") and routing.__module__ != __name__:
-            raise AdapterError(f"layer {layer} was built with a gate exponent and keeps its k; start an engine for it")
+    if exponents:
+        raise AdapterError(
+            f"layer {exponents[0]} was built with a gate exponent and keeps its k; start an engine for it"
+        )
     compiled = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
     opaque = current_platform.is_cuda_alike() and all(hasattr(layer, FORWARD) for layer in layers.values())
     if compiled and not opaque:

@@ -17,18 +17,22 @@ from typing import Any
 
 from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, describe_run, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.model.compensation import EXPORTED, read_corrections
 from lexi_adapter.model.folder import READ_AS_STORED, check_routers, find_routers, has_weights
+from lexi_adapter.serving.vllm_correction import adding, correct_layer
 from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_adapter.serving.vllm_names import (
     CUSTOM_ROUTING,
     FACTORY_MODULE,
     FACTORY_NAMES,
     HOLDERS,
+    OTHER_LOADERS,
     OWN_BLOCKS,
     ROUTING_AT_TOP_K,
 )
 
 logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so that it prints as vLLM's do
+SHORT = 12  # digits of a SHA-256 that name a compensation
 UNCOMPARED = "LExI: the router weights of %s were not compared with the allocation's: %s"
 
 
@@ -61,6 +65,7 @@ def hook_build() -> None:
     Raises:
         AdapterError: this vLLM has no factory of a known name.
     """
+    import vllm.model_executor.model_loader as loaders
     import vllm.model_executor.model_loader.utils as loader_module
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -71,6 +76,9 @@ def hook_build() -> None:
     _replace_everywhere(hook(factory_module, name, _allocating))
     _replace_everywhere(hook(loader_module, "initialize_model", _verifying))
     hook(DefaultModelLoader, "_prepare_weights", _comparing)
+    for other in OTHER_LOADERS:
+        if hasattr(loaders, other):
+            hook(getattr(loaders, other), "_prepare_weights", _leaving_out)
 
 
 def _replace_everywhere(replacement: Any) -> None:
@@ -141,7 +149,7 @@ def _verifying(initialize_model: Callable) -> Callable:
         finally:
             _current.reset(token)
         verify(build, model, _find_stage(vllm_config))
-        _compensate(build, model)
+        _compensate(build, model, vllm_config.device_config.device)
         _awaited[model_config.model] = build.allocation.model
         if _is_first(vllm_config.parallel_config):
             logger.info("LExI allocation applied: %s", describe_run(build.allocation, read_top_k(model)))
@@ -174,7 +182,7 @@ def _comparing(prepare_weights: Callable) -> Callable:
     signature = inspect.signature(prepare_weights)
 
     def comparing(*args: Any, **kwargs: Any) -> Any:
-        prepared = prepare_weights(*args, **kwargs)
+        prepared = leave_out(prepare_weights(*args, **kwargs))
         asked = signature.bind(*args, **kwargs).arguments
         model = asked["model_name_or_path"]
         others = (asked.get("subfolder"), asked.get("allow_patterns_overrides"))
@@ -183,6 +191,17 @@ def _comparing(prepare_weights: Callable) -> Callable:
         return prepared
 
     return comparing
+
+
+def _leaving_out(prepare_weights: Callable) -> Callable:
+    return lambda *args, **kwargs: leave_out(prepare_weights(*args, **kwargs))
+
+
+def leave_out(prepared: Any) -> Any:
+    """What a loader's search found, a list of files or a tuple with one, without the compensation of an export."""
+    if isinstance(prepared, tuple):
+        return tuple(map(leave_out, prepared))
+    return [file for file in prepared if Path(file).name != EXPORTED] if isinstance(prepared, list) else prepared
 
 
 def check_files(model: ModelIdentity, folder: Path, files: Sequence[str]) -> None:
@@ -245,15 +264,30 @@ def verify(build: Build, model: Any, stage: range) -> None:
                 raise AdapterError(f"{name}: layer {layer} has {holder} = {held}, not the allocation's {top_k}")
 
 
-def _compensate(build: Build, model: Any) -> None:
+def _compensate(build: Build, model: Any, device: Any) -> None:
     allocation = build.allocation
     own_top_k, exponent = allocation.model.top_k, allocation.gate_exponent
     if exponent is None:
         return
+    corrections = read_corrections(allocation)
+    if corrections:
+        _hook_copy()
     for layer, layer_made in build.layers.items():
-        if allocation.top_k[layer] < own_top_k:
+        if (top_k := allocation.top_k[layer]) < own_top_k:
             name = f"{type(model).__name__}: layer {layer}"
-            compensate_layer(layer_made, name, allocation.top_k[layer], own_top_k, exponent)
+            if corrections:
+                whence = {"source": allocation.compensation.sha256[:SHORT], "device": device}
+                correct_layer(layer_made, name, top_k, own_top_k, exponent, corrections[layer], **whence)
+            else:
+                compensate_layer(layer_made, name, top_k, own_top_k, exponent)
+
+
+def _hook_copy() -> None:
+    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():  # where the experts are opaque to vLLM's compiler
+        hook(TopKWeightAndReduceNoOP, "apply", adding)
 
 
 def read_top_k(model: Any) -> dict[int, int]:

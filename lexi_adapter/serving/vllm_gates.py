@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.serving.vllm_names import LARGEST, ORDERED_SCORES, ROUTERS
 
-REMEDY = "search without a gate exponent"
+REMEDY = "search in a profile made with --compensation none"
 
 
 def compensate_layer(layer: Any, name: str, top_k: int, own_top_k: int, exponent: float) -> None:
@@ -23,11 +23,16 @@ def compensate_layer(layer: Any, name: str, top_k: int, own_top_k: int, exponent
         AdapterError: its experts' kernel routes by itself.
     """
     if hasattr(layer, "router"):
-        _check_router(layer.router, name)
-        _check_kernel(layer.routed_experts, name)
+        check_layer(layer, name)
         _compensate_router(layer.router, own_top_k, exponent)
     else:  # of OWN_BLOCKS, which hold their top-k themselves
         _compensate_block(layer, top_k, own_top_k, exponent)
+
+
+def check_layer(layer: Any, name: str) -> None:
+    """Raise AllocationError or AdapterError for a layer with a router, or with a kernel, that takes no exponent."""
+    _check_router(layer.router, name)
+    _check_kernel(layer.routed_experts, name)
 
 
 def _check_router(router: Any, name: str) -> None:
@@ -53,13 +58,12 @@ def _check_kernel(routed_experts: Any, name: str) -> None:
 
 
 def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
-    top_k, route, order = router.top_k, router._compute_routing, _find_order(router)
-    wide = copy.copy(router)  # shares the bias, which is loaded later
-    wide.top_k = own_top_k
+    top_k, route, order = router.top_k, router._compute_routing, find_order(router)
+    wide = widen(router, own_top_k)
     if order is None:
         from lexi_adapter.serving.kernels.gates import pick
 
-        pick = _fuse(pick)
+        pick = fuse(pick)
     else:
         from lexi_adapter.serving.kernels.triton_gates import narrow
 
@@ -72,6 +76,13 @@ def _compensate_router(router: Any, own_top_k: int, exponent: float) -> None:
 
     compensating.gate_exponent = exponent
     router._compute_routing = compensating
+
+
+def widen(router: Any, own_top_k: int) -> Any:
+    """The router as the model has it, with its own k; it shares the selection bias, which is loaded later."""
+    wide = copy.copy(router)
+    wide.top_k = own_top_k
+    return wide
 
 
 def _compensate_block(block: Any, top_k: int, own_top_k: int, exponent: float) -> None:
@@ -93,7 +104,7 @@ def read_gate_exponent(layer: Any) -> float | None:
     return getattr(routing, "gate_exponent", None)
 
 
-def _find_order(router: Any) -> str | None:
+def find_order(router: Any) -> str | None:
     """Which of its own K experts the router would choose at top-k, as in `ROUTERS`; None where that is not certain."""
     from vllm.platforms import current_platform
 
@@ -104,7 +115,7 @@ def _find_order(router: Any) -> str | None:
 
 
 @functools.cache
-def _fuse(function: Callable) -> Callable:
+def fuse(function: Callable) -> Callable:
     """The function as one kernel on CUDA, where routers are opaque to vLLM's compiler; elsewhere itself."""
     from vllm.platforms import current_platform
 

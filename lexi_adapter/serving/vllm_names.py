@@ -18,12 +18,25 @@ HOOKED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.default_loader": ("DefaultModelLoader._prepare_weights",),
     "vllm.model_executor.layers.fused_moe.router.base_router": ("BaseRouter._compute_routing",),
     "vllm.model_executor.layers.fused_moe.routed_experts": ("RoutedExperts.forward_monolithic",),
-    "vllm.model_executor.layers.fused_moe.fused_moe_method_base": ("FusedMoEMethodBase.is_monolithic",),
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base": (
+        "FusedMoEMethodBase.is_monolithic",
+        "FusedMoEMethodBase.topk_indices_dtype",
+    ),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner": (
+        "MoERunner._apply_quant_method",
+        "MoERunner._fused_output_is_reduced",
+        "MoERunner.do_naive_dispatch_combine",
+    ),
+    "vllm.model_executor.layers.fused_moe.topk_weight_and_reduce": ("TopKWeightAndReduceNoOP.apply",),
+    "vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep": ("MoEPrepareAndFinalizeNoDPEPModular.finalize",),
     "vllm.model_executor.models.minicpm": ("MiniCPMMoE.__init__", "MiniCPMMoE.forward"),
     "vllm.v1.worker.worker_base": ("WorkerBase", "WorkerWrapperBase.__getattr__"),
     "vllm.engine.protocol": ("EngineClient.collective_rpc",),
     "vllm.entrypoints.openai.models.serving": ("OpenAIServingModels.show_available_models",),
 }
+
+# Loaders beside the default one that read every safetensors file of a folder; the second in 0.26 only.
+OTHER_LOADERS = ("RunaiModelStreamerLoader", "BitsAndBytesModelLoader")
 
 # The names of the function that builds a MoE layer: in 0.32 and 0.33, then in 0.26.
 FACTORY_MODULE = "vllm.model_executor.layers.fused_moe.layer"
@@ -61,6 +74,20 @@ ROUTERS: Mapping[str, str | None] = {
     "CustomRoutingRouter": None,
 }
 ORDERED_SCORES = ("softmax", "sigmoid")  # the scoring functions whose kernels were read for that
+
+# Routers whose choice is that of the largest of a softmax over all experts, by what their attributes have to be then.
+SCORED_BY_SOFTMAX: Mapping[str, Mapping[str, tuple]] = {
+    "FusedTopKRouter": {"scoring_func": ("softmax",)},
+    "GroupedTopKRouter": {
+        "scoring_func": ("softmax",),
+        "num_expert_group": (None, 0, 1),
+        "topk_group": (None, 0, 1),
+        "e_score_correction_bias": (None,),
+    },
+}
+
+# The class that ends the experts' computation with a copy of their output, for the tokens that it began with.
+LOCAL_FINALIZE = "MoEPrepareAndFinalizeNoDPEPModular"
 
 # Model types whose class in vLLM has an LM head of its own even where the checkpoint ties it to the embeddings. It is
 # then never loaded, and the engine serves noise.

@@ -10,12 +10,14 @@ vLLM hashes into its compile cache's key and pickles for its workers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import FORMAT, KEY, Allocation, check_reducible, read_allocation, to_document
 from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.model.compensation import check_compensation
 from lexi_adapter.model.folder import (
     READ_AS_STORED,
     check_config,
@@ -152,12 +154,28 @@ def prepare(vllm_config: Any) -> None:
     check_reducible(allocation)
     check_settings(vllm_config)
     check_model(allocation, vllm_config)
+    allocation = _locate(allocation, vllm_config.model_config)
+    check_compensation(allocation, hidden=vllm_config.model_config.get_hidden_size())
     hook_build()
     hook_worker()
     hook_server()
     vllm_config.additional_config = vllm_config.additional_config | {
         KEY: Document(to_document(allocation, located=True))
     }
+
+
+def _locate(allocation: Allocation, model_config: Any) -> Allocation:
+    """The allocation with the folder of its compensation's file: that of a hub id is fetched beside its config."""
+    if allocation.compensation is None or allocation.folder is not None or is_folder(model_config.model):
+        return allocation
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(model_config.model, allocation.compensation.file, revision=model_config.revision)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise AllocationError(f"{model_config.model}: its {KEY} names a file that is not there: {reason}") from error
+    return replace(allocation, folder=str(Path(path).parent))
 
 
 def _find_sources(vllm_config: Any) -> Iterator[tuple[str, Any]]:

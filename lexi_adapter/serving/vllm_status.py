@@ -2,11 +2,13 @@
 
 Every model's card in the answer to `GET /v1/models` of a server with an allocation has an object `lexi`:
 
-    {"sha256": "0123456789ab", "own_top_k": 8, "top_k": {"0": 5, ...}, "gate_exponents": {}, "workers": 2, "engines": 1}
+    {"sha256": "0123456789ab", "own_top_k": 8, "top_k": {"0": 5, ...}, "gate_exponents": {}, "compensation": {},
+     "workers": 2, "engines": 1}
 
-`top_k` and `gate_exponents` are what the built layers hold, in all workers of the first data-parallel engine of
-`engines` (vLLM hands on no other's answer; each has checked its own layers when it built them). `sha256` is that of the
-allocation which they were built under. A server without an allocation answers as vLLM does.
+`top_k`, `gate_exponents` and `compensation` (of each layer 12 digits of the SHA-256 of the file it came from) are what
+the built layers hold, in all workers of the first data-parallel engine of `engines` (vLLM hands on no other's answer;
+each has checked its own layers when it built them). `sha256` is that of the allocation which they were built under. A
+server without an allocation answers as vLLM does.
 """
 
 import json
@@ -19,7 +21,8 @@ from typing import Any, NamedTuple
 from lexi_adapter.allocation import KEY, Allocation, hash_allocation, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.files import parse_json
-from lexi_adapter.serving.vllm_build import find_holders, hook, read_top_k
+from lexi_adapter.serving.vllm_build import SHORT, find_holders, hook, read_top_k
+from lexi_adapter.serving.vllm_correction import read_source
 from lexi_adapter.serving.vllm_gates import read_gate_exponent
 
 FIELD, METHOD = "lexi", "lexi_describe_layers"  # the object's name in a model's card; the worker's method
@@ -35,6 +38,7 @@ class Status(NamedTuple):
     own_top_k: int
     top_k: Mapping[int, int]
     gate_exponents: Mapping[int, float]
+    compensation: Mapping[int, str]
     workers: int
     engines: int
 
@@ -63,12 +67,12 @@ def _describe(worker: Any) -> str:
 
 
 def describe_model(model: Any, allocation: Allocation) -> dict[str, Any]:
-    """The k and the gate exponents of a built model's MoE layers, read from its modules.
+    """The k, the gate exponents and the compensation of a built model's MoE layers, read from its modules.
 
     Raises:
         AdapterError: a layer that holds two different k.
     """
-    top_k, exponents = read_top_k(model), {}
+    top_k, exponents, sources = read_top_k(model), {}, {}
     layers = (module for module in model.modules() if find_holders(module))
     for layer, module in zip(top_k, layers, strict=True):
         for holder in find_holders(module):
@@ -76,7 +80,10 @@ def describe_model(model: Any, allocation: Allocation) -> dict[str, Any]:
                 raise AdapterError(f"layer {layer} has {holder} = {held} beside a top-k of {top_k[layer]}")
         if (exponent := read_gate_exponent(module)) is not None:
             exponents[layer] = exponent
-    return {"own_top_k": allocation.model.top_k, "top_k": top_k, "gate_exponents": exponents}
+        if (source := read_source(module)) is not None:
+            sources[layer] = source
+    own_top_k = allocation.model.top_k
+    return {"own_top_k": own_top_k, "top_k": top_k, "gate_exponents": exponents, "compensation": sources}
 
 
 def merge(workers: Sequence[str]) -> dict[str, Any]:
@@ -161,6 +168,7 @@ def _read(document: Any, url: str) -> Status:
             own_top_k=int(stated["own_top_k"]),
             top_k={int(layer): int(k) for layer, k in stated["top_k"].items()},
             gate_exponents={int(layer): float(b) for layer, b in stated["gate_exponents"].items()},
+            compensation={int(layer): str(source) for layer, source in stated.get("compensation", {}).items()},
             workers=int(stated["workers"]),
             engines=int(stated["engines"]),
         )
@@ -174,9 +182,15 @@ def compare_status(status: Status, allocation: Allocation, place: str) -> None:
         running, wanted = status.top_k.get(layer), allocation.top_k.get(layer)
         if running != wanted:
             raise AllocationError(f"layer {layer} runs k = {running} there, {place} says {wanted}; serve {place}")
-        exponent = allocation.gate_exponent if wanted < allocation.model.top_k else None
+        reduced = wanted < allocation.model.top_k
+        exponent = allocation.gate_exponent if reduced else None
+        source = allocation.compensation.sha256[:SHORT] if reduced and allocation.compensation else None
         if status.gate_exponents.get(layer) != exponent:
             raise AllocationError(
                 f"layer {layer} runs gate exponent {status.gate_exponents.get(layer)} there, {place} says {exponent}; "
                 f"serve {place}"
+            )
+        if (running := status.compensation.get(layer)) != source:
+            raise AllocationError(
+                f"layer {layer} runs compensation {running} there, {place} says {source}; serve {place}"
             )

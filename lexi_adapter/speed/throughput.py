@@ -60,15 +60,17 @@ Assignment = tuple[Variant, tuple[Variant, ...]]
 def assign(variants: Sequence[Variant], *, in_place: bool, experts_spread: bool = False) -> tuple[Assignment, ...]:
     """An engine for every variant; with `in_place`, one for all variants that have the weights of the first one.
 
-    A gate exponent is built into the layers, so an allocation that has one keeps an engine of its own; so does a pruned
-    model whose experts are spread over several cards.
+    A gate exponent and a correction are built into the layers, so an allocation that has them starts an engine of its
+    own; one that begins with them can leave them out. A pruned model whose experts are spread over several cards has an
+    engine of its own, too.
     """
     base = variants[0]
 
     def shares(variant: Variant) -> bool:
         same = (variant.folder, variant.environment) == (base.folder, base.environment)
         known = (variant.kept and not experts_spread) or variant.overrides == base.overrides
-        return same and known and (variant.allocation is None or variant.allocation.gate_exponent is None)
+        stated = base.allocation is None or variant.allocation is not None  # the engine's own k is its allocation's
+        return same and known and stated and not _has_exponent(variant)
 
     if not in_place:
         return tuple((variant, (variant,)) for variant in variants)
@@ -152,16 +154,20 @@ class _Results:
 
 @dataclass(frozen=True)
 class _Running:
-    """A variant on a running engine; `top_k` is to be set first, if the engine is shared with other variants."""
+    """A variant on a running engine; `top_k` is to be set first, if the engine is shared with other variants.
+
+    `compensated` says of an engine that was started with a gate exponent whether this variant has it.
+    """
 
     engine: Engine
     variant: Variant
     top_k: Mapping[int, int] | None
+    compensated: bool | None = None
 
     def activate(self) -> dict[str, Any]:
         """Switch the engine to this variant, and return its facts."""
         if self.top_k is not None:
-            self.engine.call(switch_layers, self.top_k, self.variant.kept)
+            self.engine.call(switch_layers, self.top_k, self.variant.kept, self.compensated)
         facts = self.engine.call(describe_engine)
         check_top_k(self.variant, facts["top_k"])
         return facts
@@ -176,11 +182,16 @@ class _Running:
 
 
 def _share_engine(engine: Engine, assignment: Assignment) -> Iterator[_Running]:
-    _, sharing = assignment
+    host, sharing = assignment
     own_top_k = engine.call(describe_engine)["top_k"]
     for variant in sharing:
         top_k = own_top_k if variant.allocation is None else dict(variant.allocation.top_k)
-        yield _Running(engine, variant, top_k if len(sharing) > 1 else None)
+        compensated = _has_exponent(variant) if _has_exponent(host) else None
+        yield _Running(engine, variant, top_k if len(sharing) > 1 else None, compensated)
+
+
+def _has_exponent(variant: Variant) -> bool:
+    return variant.allocation is not None and variant.allocation.gate_exponent is not None
 
 
 def _warm_up(engine: Engine, workloads: Sequence[Workload], answers: int) -> list[list[int]]:

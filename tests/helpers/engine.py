@@ -8,17 +8,21 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import corrections
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from lexi_adapter.model.compensation import EXPORTED
 from lexi_search.allocation.export import make_vllm_overrides, write_folder
 from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.serialisation import to_document
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.models.model import describe
 
+HIDDEN = 64  # of every tiny model
 WORKER = Path(__file__).with_name("engine_worker.py")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9, 10], [100, 90, 80, 70, 60, 50], [200, 3, 201, 5, 202, 7, 203]]
 
@@ -68,6 +72,27 @@ def allocate(folder, top_k=(1, 3, 2)):
     return Allocation(
         model=model, top_k=chosen, budget=sum(chosen.values()), loss=0.0, optimal_loss=0.0, made_by={"test": True}
     )
+
+
+def compensate(allocation, folder, name="corrections.safetensors"):
+    """The path of the allocation with a gate exponent and random corrections, written into a folder of its own."""
+    folder.mkdir()
+    document = corrections.compensate(to_document(allocation), allocation.model, folder, hidden=HIDDEN)
+    (folder / document["compensation"]["file"]).rename(folder / name)
+    document["compensation"]["file"] = name
+    (folder / "allocation.json").write_text(json.dumps(document))
+    return folder / "allocation.json"
+
+
+def export_compensated(allocation, folder, target):
+    """Write and return a folder exported with the allocation and random corrections."""
+    export(allocation, folder, target)
+    document = json.loads(compensate(allocation, target / "written", EXPORTED).read_text())
+    (target / "written" / EXPORTED).rename(target / EXPORTED)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config | {"lexi_allocation": document}))
+    return target
 
 
 def export(allocation, folder, target):

@@ -95,16 +95,34 @@ def simulated_routing():
 
 def corrupted_layer():
     """A vLLM that gives one layer's kernels another top-k than its router, once all are built."""
+
+    def corrupt(layers):
+        layers[1].mlp.experts.moe_config.experts_per_token = 4
+
+    return change_built_layers(corrupt)
+
+
+def projected_experts():
+    """A vLLM whose experts work on a projection of the layer's input."""
+    import torch
+
+    def project(layers):
+        layers[0].mlp.experts.routed_output_transform = torch.nn.Identity()
+
+    return change_built_layers(project)
+
+
+def change_built_layers(change):
     from vllm.model_executor.models.olmoe import OlmoeForCausalLM
 
     build = OlmoeForCausalLM.__init__
 
     @wraps(build)  # vLLM looks at the signature
-    def build_and_corrupt(self, *args, **kwargs):
+    def build_and_change(self, *args, **kwargs):
         build(self, *args, **kwargs)
-        self.model.layers[1].mlp.experts.moe_config.experts_per_token = 4
+        change(self.model.layers)
 
-    return mock.patch.object(OlmoeForCausalLM, "__init__", build_and_corrupt)
+    return mock.patch.object(OlmoeForCausalLM, "__init__", build_and_change)
 
 
 def hub_id():
@@ -123,8 +141,8 @@ def vanishing_file():
 
     read = vllm_plugin.read_allocation
 
-    def read_and_remove(source):
-        allocation = read(source)
+    def read_and_remove(source, **options):
+        allocation = read(source, **options)
         if isinstance(source, str):
             os.unlink(source)
         return allocation
@@ -142,6 +160,7 @@ SUBSTITUTES = {
     "monolithic_kernel": monolithic_kernel,
     "simulated_routing": simulated_routing,
     "corrupted_layer": corrupted_layer,
+    "projected_experts": projected_experts,
     "hub_id": hub_id,
     "vanishing_file": vanishing_file,
 }

@@ -1,11 +1,11 @@
 """Functions for a process in which Triton interprets its kernels; it imports them by name."""
 
-import torch
+import importlib
+import pickle
 
 
-def narrow(weights, ids, top_k, exponent, *, ranked):
-    """`triton_gates.narrow`, arrays in and out."""
-    from lexi_adapter.serving.kernels import triton_gates
-
-    found = triton_gates.narrow(torch.from_numpy(weights), torch.from_numpy(ids), top_k, exponent, ranked=ranked)
-    return [values.numpy() for values in found]
+def call(module, name, data):
+    """A function of `serving.kernels` with the pickled arguments; pickled, its result and the arguments after it."""
+    args, options = pickle.loads(data)
+    function = getattr(importlib.import_module(f"lexi_adapter.serving.kernels.{module}"), name)
+    return pickle.dumps((function(*args, **options), args))

@@ -128,6 +128,7 @@ def _check_server(status: Status, url: str, wanted: Allocation | None, place: st
         compare_status(status, wanted, str(place))
     each = " ".join(f"{layer}:{k}" for layer, k in sorted(status.top_k.items()))
     shift = "".join(f", gate exponent {b:g}" for b in sorted(set(status.gate_exponents.values())))
+    shift += "".join(f", compensation {source}" for source in sorted(set(status.compensation.values())))
     workers = f"{status.workers} worker{'s' * (status.workers > 1)}"
     workers += f" of engine 1 of {status.engines}" if status.engines > 1 else ""
     echo(

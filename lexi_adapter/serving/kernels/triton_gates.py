@@ -68,18 +68,30 @@ def _narrow(
     offsets = row[:, None].to(tl.int64) * own_top_k + column[None, :]
     weight = tl.load(weights + offsets, mask=valid, other=0.0).to(tl.float32)
     expert = tl.load(ids + offsets, mask=valid, other=0)
+    rank = find_rank(weight, column, own_top_k, ranked)
+    kept = valid & (rank < top_k)
+    factor = find_factor(tl.sum(weight, axis=1), tl.sum(tl.where(kept, weight, 0.0), axis=1), exponent, tiny)
+    out_offsets = row[:, None].to(tl.int64) * top_k + rank
+    tl.store(out_weights + out_offsets, weight * factor[:, None], mask=kept)
+    tl.store(out_ids + out_offsets, expert, mask=kept)
+
+
+@triton.jit
+def find_rank(weight, column, own_top_k: tl.constexpr, ranked: tl.constexpr):
+    """The place of each of the weights [rows, columns] in the order of selection; see `narrow` for `ranked`."""
+    rank = tl.zeros_like(weight).to(tl.int32)
     if ranked:
-        rank = tl.zeros((rows, columns), tl.int32)
         # One column at a time: the rank is the number of weights that are larger, or as large and to the left.
         for other in tl.static_range(own_top_k):
             value = tl.sum(tl.where((column == other)[None, :], weight, 0.0), axis=1)[:, None]
             rank += ((value > weight) | ((value == weight) & (other < column)[None, :])).to(tl.int32)
     else:
-        rank = tl.zeros((rows, columns), tl.int32) + column[None, :]
-    kept = valid & (rank < top_k)
-    mass = tl.sum(weight, axis=1) / tl.maximum(tl.sum(tl.where(kept, weight, 0.0), axis=1), tiny)
-    # Padding rows have no weights at all.
-    factor = tl.where(mass > 0.0, tl.exp2(exponent * tl.log2(tl.where(mass > 0.0, mass, 1.0))), 0.0)
-    out_offsets = row[:, None].to(tl.int64) * top_k + rank
-    tl.store(out_weights + out_offsets, weight * factor[:, None], mask=kept)
-    tl.store(out_ids + out_offsets, expert, mask=kept)
+        rank += column[None, :]
+    return rank
+
+
+@triton.jit
+def find_factor(whole, kept, exponent, tiny: tl.constexpr):
+    """(whole / kept)^exponent of each row; 0 in padding rows, which have no weights at all."""
+    mass = whole / tl.maximum(kept, tiny)
+    return tl.where(mass > 0.0, tl.exp2(exponent * tl.log2(tl.where(mass > 0.0, mass, 1.0))), 0.0)

@@ -58,7 +58,7 @@ def name_again(tensors, **changes):
 def test_what_was_written_is_read(document, folder):
     allocation = read_allocation("a.json")
     assert (to_document(allocation), allocation.folder) == (document, str(folder))
-    assert "gate exponent 0.5, compensation of rank 4, sha256" in describe_run(allocation, allocation.top_k)
+    assert "gate exponent 0.5, compensation of rank 4 (" in describe_run(allocation, allocation.top_k)
     assert check_compensation(allocation, hidden=HIDDEN) == os.path.getsize(FILE)
     corrections = read_corrections(allocation, hidden=HIDDEN)
     assert sorted(corrections) == [0, 1, 2]  # the last layer runs the model's own k

@@ -259,7 +259,7 @@ def test_check_command_says_that_a_compensation_is_whole(olmoe, tmp_path):
     (exported / "config.json").write_text(json.dumps(config | {"lexi_allocation": document}))
     for words in ((tmp_path / "a.json", "--model", folder), (exported,), (tmp_path / "a.json", "--model", exported)):
         fits, said = check(*words).splitlines()[:2]
-        assert "gate exponent 0.5, compensation of rank 4, sha256" in fits
+        assert "gate exponent 0.5, compensation of rank 4 (" in fits
         assert said == f"compensation: corrections.safetensors, rank 4, {size / 1e6:.3g} MB, is whole"
     other = compensate(to_document(allocation), allocation.model, tmp_path, hidden=64, seed=1)
     assert "not the file that the allocation names" in check(tmp_path / "a.json", "--model", folder)

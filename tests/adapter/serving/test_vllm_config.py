@@ -9,11 +9,11 @@ from engine import allocate
 from tiny import make_checkpoint
 from transformers import OlmoeConfig
 
-from lexi_adapter.allocation import read_allocation
+from lexi_adapter.allocation import CompensationFile, read_allocation
 from lexi_adapter.errors import AllocationError
 from lexi_adapter.model.folder import READ_AS_STORED
-from lexi_adapter.serving.vllm_build import _comparing, check_files, explain_uncompared
-from lexi_adapter.serving.vllm_plugin import _looks_like_key, check_model, prepare, restore
+from lexi_adapter.serving.vllm_build import _comparing, check_files, explain_uncompared, leave_out
+from lexi_adapter.serving.vllm_plugin import _locate, _looks_like_key, check_model, prepare, restore
 from lexi_search.allocation.export import make_vllm_overrides
 from lexi_search.artifacts.serialisation import to_document
 
@@ -237,3 +237,30 @@ def test_an_override_of_the_k_stops_the_start_before_a_worker_is_there(allocatio
     model = read_allocation(to_document(replace(allocation, model=allocate(folder).model)))
     with pytest.raises(AllocationError, match="num_experts_per_tok, after --hf-overrides, is 2, .*; leave"):
         check_model(model, serve(name or folder, "auto", num_experts_per_tok=2))
+
+
+def test_a_compensation_is_no_file_of_weights():
+    files = ["a/model.safetensors", "a/lexi_compensation.safetensors"]
+    assert leave_out(("a", files, True, None)) == ("a", files[:1], True, None)
+    assert leave_out(files) == files[:1]
+
+
+def test_the_compensation_of_a_hub_id_is_fetched_beside_its_config(allocation, monkeypatch, tmp_path):
+    named = replace(read_allocation(to_document(allocation)), gate_exponent=0.5)
+    named = replace(named, compensation=CompensationFile("lexi_compensation.safetensors", 4, "0" * 64))
+    fetched = []
+
+    def fetch(*asked, **others):
+        fetched.append((*asked, others["revision"]))
+        if others["revision"] != "main":
+            raise OSError("there is no such file\nand more")
+        return str(tmp_path / asked[1])
+
+    monkeypatch.setattr("transformers.utils.cached_file", fetch)
+    model = SimpleNamespace(model="somebody/olmoe", revision="main")
+    assert _locate(named, model).folder == str(tmp_path)
+    assert fetched == [("somebody/olmoe", "lexi_compensation.safetensors", "main")]
+    with pytest.raises(AllocationError, match="somebody/olmoe: its lexi_allocation names .* there is no such file$"):
+        _locate(named, SimpleNamespace(model="somebody/olmoe", revision="other"))
+    here = replace(named, folder="/here")
+    assert _locate(here, model) is here

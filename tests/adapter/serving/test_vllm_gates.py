@@ -45,9 +45,9 @@ def cuda(monkeypatch, narrow):
     platform = SimpleNamespace(is_cuda=lambda: True, simple_compile_backend="eager")
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
     monkeypatch.setitem(sys.modules, "lexi_adapter.serving.kernels.triton_gates", SimpleNamespace(narrow=narrow))
-    vllm_gates._fuse.cache_clear()
+    vllm_gates.fuse.cache_clear()
     yield
-    vllm_gates._fuse.cache_clear()
+    vllm_gates.fuse.cache_clear()
 
 
 def expect():

@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, start
+from engine import allocate, compensate, export, job_with, make_job, make_overrides, make_served, run_engines, start
 from tiny import make_checkpoint
 
 from lexi_adapter.errors import AdapterError
@@ -226,6 +226,52 @@ def kernel_that_routes(served):
 @refusal("a router that guesses", "layer 0: no gate exponent can be applied in a RoutingSimulatorRouter")
 def router_that_guesses(served):
     return shifted(served, substitute="simulated_routing")
+
+
+def compensated(served, name, **changes):
+    """A job under an allocation with corrections whose document has `changes`; and the folder that holds both."""
+    path = compensate(served.allocation, served.root / name)
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {key: document[key] | value for key, value in changes.items()}))
+    return job_with(served, str(path)), path.parent
+
+
+@refusal("a compensation whose file is missing", "corrections.safetensors: cannot be read (No such file")
+def missing_corrections(served):
+    job, folder = compensated(served, "missing")
+    (folder / "corrections.safetensors").unlink()
+    return job
+
+
+@refusal("a compensation of another file", "not the file that the allocation names: its SHA-256 is")
+def swapped_corrections(served):
+    job, folder = compensated(served, "swapped")
+    file = folder / "corrections.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+    return job
+
+
+@refusal("a compensation of another rank", "its rank is '4', the allocation's is '8'")
+def other_rank(served):
+    return compensated(served, "rank", compensation={"rank": 8})[0]
+
+
+@refusal("a compensation whose place is not known", "it is not known where that is; give the allocation as a file")
+def corrections_from_nowhere(served):
+    path = compensate(served.allocation, served.root / "nowhere")
+    return job_with(served, json.loads(path.read_text()))
+
+
+@refusal("a compensation in a kernel that routes", "routes by itself and would ignore", "AdapterError")
+def corrected_kernel_that_routes(served):
+    path = compensate(served.allocation, served.root / "monolithic")
+    return job_with(served, str(path), substitute="monolithic_kernel")
+
+
+@refusal("a compensation of experts that are projected", "layer 0: its experts' output is projected, which takes no")
+def projected_experts(served):
+    path = compensate(served.allocation, served.root / "projected")
+    return job_with(served, str(path), substitute="projected_experts")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine import allocate, export, job_with, make_job, make_overrides, make_served, run_engines, two_workers
+from engine import (
+    allocate,
+    compensate,
+    export,
+    export_compensated,
+    job_with,
+    make_job,
+    make_overrides,
+    make_served,
+    run_engines,
+    two_workers,
+)
 from tiny import FAMILIES, make_checkpoint
 
 import lexi_adapter
@@ -31,6 +42,7 @@ def ways(served):
     path = served.root / "allocation.json"
     write_allocation(path, served.allocation)
     document = to_document(served.allocation)
+    corrected = str(compensate(served.allocation, served.root / "compensated"))
     draft = {"method": "draft_model", "model": str(served.folder), "num_speculative_tokens": 2}
     jobs = {
         "exported folder": make_job(served.exported),
@@ -43,6 +55,11 @@ def ways(served):
         "none": make_job(served.folder),
         "chunked prefill, prefix caching": make_job(served.exported, **CHUNKED),
         "gate exponent that changes nothing": job_with(served, document | {"gate_exponent": 0.0}),
+        "compensated": job_with(served, corrected),
+        "compensated, exported folder": make_job(
+            export_compensated(served.allocation, served.folder, served.root / "exported-compensated")
+        ),
+        "compensated, chunked prefill": job_with(served, corrected, **CHUNKED),
         "full k in every layer": job_with(served, to_document(allocate(served.folder, (4,)))),
     }
     run = run_engines(*jobs.values())
@@ -71,9 +88,17 @@ def test_every_way_in_gives_the_same(served, ways, way):
     assert results[way] == results["exported folder"]
 
 
-@pytest.mark.parametrize("name", ["transformers backend", "chunked prefill, prefix caching"])
-def test_other_ways_to_run_it_come_to_the_same(ways, name):
-    other, native = ways[0][name], ways[0]["exported folder"]
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("transformers backend", "exported folder"),
+        ("chunked prefill, prefix caching", "exported folder"),
+        ("compensated, exported folder", "compensated"),
+        ("compensated, chunked prefill", "compensated"),
+    ],
+)
+def test_other_ways_to_run_it_come_to_the_same(ways, name, reference):
+    other, native = ways[0][name], ways[0][reference]
     assert (other.get("top_k"), other.get("tokens")) == (native["top_k"], native["tokens"]), other
     assert measure_distance(other, native) < 1e-3
 
@@ -87,6 +112,7 @@ def test_log_states_the_allocation_once_an_engine(served, ways):
     expected = "LExI allocation applied: 6 of 12 active experts per token over 3 MoE layers"
     assert lines[0].endswith(f"{expected}, sha256 {sha256}; top-k of each: 0:1 1:3 2:2")
     assert sum("over 3 MoE layers, gate exponent 0, sha256 " in line for line in lines) == 1
+    assert sum("gate exponent 0.5, compensation of rank 4 (" in line for line in lines) == 3
 
 
 def test_a_gate_exponent_of_nought_is_what_a_family_that_does_not_renormalise_runs(ways):
@@ -134,10 +160,13 @@ def test_workers_of_their_own_run_the_same_or_stop_with_the_reason(served, ways)
     path = served.root / "vanishing.json"  # the configuration carries its content to the workers
     write_allocation(path, served.allocation)
     vanishing = job_with(served, str(path), substitute="vanishing_file", status=True, **options)
+    corrected = job_with(served, str(served.root / "compensated" / "allocation.json"), **options)
     broken = make_job(served.exported, load_format="dummy", hf_overrides={"num_experts": 8})
-    run = run_engines(vanishing, broken, **environment)
+    run = run_engines(vanishing, corrected, broken, **environment)
     assert not path.exists()
-    (parallel, failed), alone = run.results, ways[0]["exported folder"]
+    (parallel, corrected, failed), alone = run.results, ways[0]["exported folder"]
+    assert corrected.get("tokens") == ways[0]["compensated"]["tokens"], corrected
+    assert measure_distance(corrected, ways[0]["compensated"]) < 1e-3  # two workers add the correction once
     assert (parallel.get("top_k"), parallel.get("tokens")) == (alone["top_k"], alone["tokens"]), parallel
     assert measure_distance(parallel, alone) < 1e-3
     assert parallel["status"] == {
@@ -145,9 +174,10 @@ def test_workers_of_their_own_run_the_same_or_stop_with_the_reason(served, ways)
         "own_top_k": 4,
         "top_k": {"0": 1, "1": 3, "2": 2},
         "gate_exponents": {},
+        "compensation": {},
         "workers": 2,
     }
-    assert run.log.count("LExI allocation applied") == 1
+    assert run.log.count("LExI allocation applied") == 2
     assert "error" in failed
     reason = "vLLM builds model.layers.0.mlp.experts with num_experts = 8, but the allocation was made for 16"
     assert reason in run.log
@@ -161,15 +191,17 @@ def test_a_worker_without_the_adapter_cannot_receive_an_allocation(served):
 
 
 def test_two_allocations_share_a_compile_cache(served, ways):
-    path = served.root / "changing.json"  # one path for both: what differs is the file's content
     other = replace(allocate(served.folder, (3, 1, 4)), gate_exponent=0.5)
-    compiled = []
+    path = compensate(other, served.root / "changing")  # one path for both: what differs is the file's content
+    corrected, compiled = path.read_text(), []
     for allocation in (served.allocation, other):
-        write_allocation(path, allocation)
+        path.write_text(corrected)
+        if allocation is not other:
+            write_allocation(path, allocation)
         job = job_with(served, str(path), enforce_eager=False)
         compiled += run_engines(job, VLLM_CACHE_ROOT=str(served.root / "cache")).results
         assert compiled[-1].get("top_k") == allocation.top_k, compiled[-1]
-    eager = [ways[0]["exported folder"], *run_engines(job_with(served, to_document(other))).results]
+    eager = [ways[0]["exported folder"], *run_engines(job_with(served, str(path))).results]
     for one, two in zip(compiled, eager, strict=True):
         assert one["tokens"] == two["tokens"]
         assert measure_distance(one, two) < 1e-3

@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from engine import allocate
 from tiny import make_checkpoint
 
-from lexi_adapter.allocation import hash_allocation, read_allocation
+from lexi_adapter.allocation import CompensationFile, hash_allocation, read_allocation
 from lexi_adapter.allocation import to_document as write_document
 from lexi_adapter.cli.main import main
 from lexi_adapter.errors import AdapterError, AllocationError
+from lexi_adapter.serving.vllm_correction import _correct_block
 from lexi_adapter.serving.vllm_gates import _compensate_block
 from lexi_adapter.serving.vllm_status import METHOD, _describe, _stating, ask, compare_status, merge
 from lexi_search.artifacts.serialisation import to_document, write_allocation
@@ -65,12 +66,14 @@ def test_a_worker_describes_what_its_modules_hold_and_not_what_the_file_says(all
     block = MiniCPMMoE(2)
     block.forward = None
     _compensate_block(block, 2, 4, 0.5)
+    _correct_block(block, 2, 4, "0123456789ab")
     stated = json.loads(_describe(make_worker(allocation, {0: MoERunner(3), 1: block, 2: MoERunner(4)})))
     assert stated == {
         "sha256": hash_allocation(allocation),
         "own_top_k": 4,
         "top_k": {"0": 3, "1": 2, "2": 4},
         "gate_exponents": {"1": 0.5},
+        "compensation": {"1": "0123456789ab"},
     }
 
 
@@ -194,7 +197,12 @@ def test_a_server_is_asked_with_its_key_and_compared(allocation):
     exponent = replace(allocation, gate_exponent=0.5)
     with pytest.raises(AllocationError, match=r"layer 0 runs gate exponent None there, a.json says 0.5"):
         compare_status(status, exponent, "a.json")
-    compare_status(status._replace(gate_exponents=dict.fromkeys(allocation.top_k, 0.5)), exponent, "a.json")
+    status = status._replace(gate_exponents=dict.fromkeys(allocation.top_k, 0.5))
+    compare_status(status, exponent, "a.json")
+    compensated = replace(exponent, compensation=CompensationFile("a.safetensors", 4, "ab" * 32))
+    with pytest.raises(AllocationError, match=r"layer 0 runs compensation None there, a.json says abababababab"):
+        compare_status(status, compensated, "a.json")
+    compare_status(status._replace(compensation=dict.fromkeys(allocation.top_k, "ab" * 6)), compensated, "a.json")
 
 
 @pytest.mark.parametrize(
@@ -237,5 +245,9 @@ def test_the_command_says_what_runs_and_whose_it_is(searched, allocation, tmp_pa
     assert says[0][1:] == [f"done: {url} runs an allocation", f"next: lexi-adapter check served/ --url {url}"]
     assert says[1][-1] == f"done: {url} runs {tmp_path}/a.json"
     assert says[2][-1].startswith(f"done: {url} runs the k of {tmp_path}/again.json, whose sha256 is ")
-    with answering(list_cards(allocation, gate_exponents=exponents)) as (url, _):
-        assert ", gate exponent 0.5, sha256" in CliRunner().invoke(main, ["check", "--url", url]).output
+    sources = dict.fromkeys(exponents, "0123456789ab")
+    with answering(list_cards(allocation, gate_exponents=exponents, compensation=sources)) as (url, _):
+        assert (
+            ", gate exponent 0.5, compensation 0123456789ab, sha256"
+            in CliRunner().invoke(main, ["check", "--url", url]).output
+        )

@@ -51,6 +51,9 @@ def test_every_variant_has_an_engine_and_in_place_those_of_the_same_weights_shar
     assert [variant.name for variant, _ in others] == ["compensated", "elsewhere", "alone"]
     (_, guests), *others = throughput.assign(variants, in_place=True, experts_spread=True)
     assert [variant.name for variant in guests] == ["base", "half"] and "pruned" in [v.name for v, _ in others]
+    whole, half, compensated = variants[0], variants[1], next(v for v in variants if v.name == "compensated")
+    (host, guests), *others = throughput.assign((compensated, half, whole), in_place=True)
+    assert host is compensated and guests == (compensated, half) and [variant for variant, _ in others] == [whole]
 
 
 @given(st.lists(seconds, min_size=3, max_size=3), st.lists(seconds, min_size=3, max_size=3))
@@ -375,7 +378,7 @@ def test_an_allocation_that_vllm_would_not_see_is_refused_before_an_engine_start
 
 
 def test_what_a_worker_refuses_comes_back_as_it_said_it(monkeypatch):
-    def refuse(worker, top_k, kept):
+    def refuse(worker, top_k, kept, compensated):
         if worker == 1 and 5 not in top_k:
             raise AllocationError("not this one")
         return {worker: top_k.get(worker)}

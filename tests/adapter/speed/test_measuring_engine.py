@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine import allocate, export, make_servable, start
+from engine import allocate, compensate, export, make_servable, start
 from tiny import build_reference, find_moe_blocks
 
+import lexi_adapter
+from lexi_adapter.allocation import read_allocation
 from lexi_adapter.engines import worker
 from lexi_adapter.engines.measuring import (
     answer_greedily,
@@ -125,6 +127,25 @@ def test_pruned_layers_run_and_come_back(engine):
     assert all(sum(step[12:]) == 0 < sum(step) for step in engine.call(read_expert_counts)[0])
     engine.call(switch_layers, own, {})
     assert engine.call(answer_greedily, WORKLOAD) == before
+
+
+def test_a_compensated_engine_leaves_its_corrections_out_and_takes_them_back(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    path = compensate(allocate(folder), tmp_path / "compensated")
+    variant = Variant("compensated", str(folder), allocation=read_allocation(path))
+    options = make_options(variant, [WORKLOAD], load_format="auto", parallel={}, **ENGINE)
+    top_k = dict(variant.allocation.top_k)
+    plain = answer(give(build_reference("olmoe"), top_k))
+    corrected = answer(lexi_adapter.apply(build_reference("olmoe"), path))
+    with start_engines([("compensated", options, {})]) as (running,):
+        assert running.call(answer_greedily, WORKLOAD) == corrected != plain
+        for compensated, expected in ((False, plain), (True, corrected), (False, plain)):
+            assert running.call(switch_layers, top_k, {}, compensated) == top_k
+            assert running.call(answer_greedily, WORKLOAD) == expected
+        with pytest.raises(EngineError, match="compensated layers keep the k that they were built for"):
+            running.call(switch_layers, dict.fromkeys(top_k, 2), {}, True)
+        with pytest.raises(EngineError, match="layer 0 was built with a gate exponent and keeps its k"):
+            running.call(switch_layers, top_k)
 
 
 def test_a_function_that_fails_says_so_and_the_engine_lives_on(engine):

@@ -1,0 +1,91 @@
+"""The kernels of the correction, interpreted, judged by torch's definition."""
+
+import pytest
+import torch
+
+from lexi_adapter.serving.kernels.correction import correct, find_features
+from lexi_adapter.serving.kernels.gates import compensate
+
+EXPONENT = 0.5
+# experts, own k, k, rank, tokens, type of the logits and the map, renormalised, scale
+LAYERS = [
+    (64, 8, 4, 32, 20, torch.bfloat16, False, 1.0),
+    (60, 4, 2, 16, 5, torch.float32, True, 2.5),
+    (128, 8, 3, 16, 33, torch.float16, True, 1.0),
+    (8, 2, 1, 16, 1, torch.float32, True, 1.0),
+    (160, 6, 5, 64, 17, torch.float32, False, 16.0),
+]
+
+
+def draw(experts, own, rank, tokens, dtype, renormalize, scale):
+    """Logits without ties, a map, and the router's weights and ids at its own k, best first."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.rand(tokens, experts, generator=generator).argsort(-1)
+    logits = ((steps - experts / 2) / 16).to(dtype)
+    A = torch.randn(3 * experts, rank, generator=generator).to(dtype)
+    weights, ids = logits.float().softmax(-1).topk(own)
+    return logits, A, scale * (weights / weights.sum(-1, keepdim=True) if renormalize else weights), ids
+
+
+def spread(ids, weights, experts):
+    return torch.zeros(len(ids), experts).scatter(1, ids.long(), weights)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_softmax_router_is_that_of_the_definition(interpret, layer):
+    experts, own, top_k, *others, renormalize, scale = layer
+    logits, A, weights, ids = draw(experts, own, *others, renormalize, scale)
+    rule = {"renormalize": renormalize, "scale": scale, "ids_dtype": torch.int64}
+    options = {"top_k": top_k, "own_top_k": own, "exponent": EXPONENT} | rule
+    found, kept, sums = interpret("triton_correction", "route", logits, A, **options)
+    assert torch.equal(kept, ids[:, :top_k])
+    torch.testing.assert_close(found, compensate(weights, weights[:, :top_k], EXPONENT))
+    torch.testing.assert_close(sums, find_features(logits, weights, ids, kept) @ A.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("ranked", [False, True])
+def test_behind_another_router_it_is_that_of_the_definition(interpret, layer, ranked):
+    experts, own, top_k, *others = layer
+    logits, A, weights, ids = draw(experts, own, *others)
+    order = torch.randperm(own, generator=torch.Generator().manual_seed(1)) if ranked else torch.arange(own)
+    options = {"top_k": top_k, "exponent": EXPONENT, "ranked": ranked}
+    found, kept, sums = interpret("triton_correction", "narrow", logits, weights[:, order], ids[:, order], A, **options)
+    expected = compensate(weights, weights[:, :top_k], EXPONENT)
+    torch.testing.assert_close(spread(kept, found, experts), spread(ids[:, :top_k], expected, experts))
+    torch.testing.assert_close(sums, find_features(logits, weights, ids, kept) @ A.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_of_equal_logits_the_first_are_chosen_and_padding_harms_no_other_row(interpret):
+    logits = torch.zeros(4, 16)
+    logits[1] = float("nan")
+    A = torch.ones(48, 16)
+    padding = torch.tensor([False, True, True, False])
+    options = {"top_k": 2, "own_top_k": 4, "exponent": 0.0, "renormalize": True, "scale": 1.0}
+    weights, ids, sums = interpret(
+        "triton_correction", "route", logits, A, **options, ids_dtype=torch.int32, padding=padding
+    )
+    assert ids.tolist() == [[0, 1], [-1, -1], [-1, -1], [0, 1]]
+    assert weights.tolist() == [[0.25, 0.25], [0.0, 0.0], [0.0, 0.0], [0.25, 0.25]]
+    assert (sums[[0, 3]] == 1.0).all()  # all weights together, and logits of 0
+    blank = torch.zeros(4, 4), torch.full((4, 4), -1)
+    options = {"top_k": 2, "exponent": 0.5, "ranked": True}
+    weights, ids, sums = interpret("triton_correction", "narrow", logits.nan_to_num(), *blank, A, **options)
+    assert (weights == 0).all() and (ids == -1).all() and (sums == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "hidden", "width"), [(1, 64, 64), (70, 200, 208)])
+def test_the_sum_is_that_of_the_definition_in_place_or_not(interpret, dtype, tokens, hidden, width):
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(tokens, width + 8, generator=generator).to(dtype)[:, :width]  # rows apart
+    phi, A = torch.randn(tokens, 48, generator=generator), torch.randn(16, 48, generator=generator)
+    B, c = torch.randn(hidden, 16, generator=generator).to(dtype), torch.randn(hidden, generator=generator)
+    arguments = phi @ A.T, B.T.contiguous(), c
+    expected = correct(source[:, :hidden].float(), phi, A, B, c).to(dtype)
+    output = torch.empty(tokens, width, dtype=dtype)
+    interpret("triton_correction", "add", source, *arguments, output)
+    torch.testing.assert_close(output[:, :hidden], expected)
+    assert torch.equal(output[:, hidden:], source[:, hidden:])
+    interpret("triton_correction", "add", output, *(part * 0 for part in arguments), output)
+    torch.testing.assert_close(output[:, :hidden], expected)
