@@ -106,22 +106,23 @@ def main(model: Path, tokens: Path | None, judge: int, output: Path) -> None:
     windows = judged.tokens.numpy().astype(np.int32)
     texts = {"own": draw_tokens(run, sequences=most, length=LENGTH, seed=0)}
     texts["real"] = real.tokens.numpy().astype(np.int32)
-    plain = measure_increase(run, windows, [Variant((k,) * layers) for k in ks])
-    alone = measure_increase(run, windows, [Variant((k,) * layers, 0.5) for k in ks])
-    lines = [("without", *plain), ("exponent 0.5 alone", *alone)]
-    for name, setting in list_settings():
-        maps = fit(run, texts[setting.text], setting)
-        lines.append(
-            (name, *measure_increase(run, windows, [Variant((k,) * layers, setting.exponent, maps) for k in ks]))
-        )
-        shares = " ".join(f"{loss / base:.3f}" for loss, base in zip(lines[-1][1:], plain, strict=True))
-        click.echo(f"{name:16s} {shares}   {time.monotonic() - started:.0f} s")
     facts = {"model": model.resolve().name, "judged_tokens": windows.size, "top_k": described.top_k}
     facts |= describe_run("cuda" if jax.default_backend() == "gpu" else "cpu")
-    text = [f"# {name}: {value}" for name, value in facts.items()]
-    text += [",".join(["setting", *(f"k={k}" for k in ks)])]
-    text += [",".join([name, *(f"{loss:.6g}" for loss in losses)]) for name, *losses in lines]
-    write_atomically(output, ("\n".join(text) + "\n").encode())
+    lines = [f"# {name}: {value}" for name, value in facts.items()] + [",".join(["setting", *(f"k={k}" for k in ks)])]
+    plain = measure_increase(run, windows, [Variant((k,) * layers) for k in ks])
+    alone = measure_increase(run, windows, [Variant((k,) * layers, 0.5) for k in ks])
+    lines += [_format("without", plain), _format("exponent 0.5 alone", alone)]
+    for name, setting in list_settings():
+        maps = fit(run, texts[setting.text], setting)
+        losses = measure_increase(run, windows, [Variant((k,) * layers, setting.exponent, maps) for k in ks])
+        lines.append(_format(name, losses))
+        write_atomically(output, ("\n".join(lines) + "\n").encode())
+        shares = " ".join(f"{loss / base:.3f}" for loss, base in zip(losses, plain, strict=True))
+        click.echo(f"{name:18s} {shares}   {time.monotonic() - started:.0f} s")
+
+
+def _format(name: str, losses: Sequence[float]) -> str:
+    return ",".join([name, *(f"{loss:.6g}" for loss in losses)])
 
 
 if __name__ == "__main__":
