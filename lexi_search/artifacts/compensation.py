@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lexi_search.artifacts.codec import require, short
-from lexi_search.artifacts.files import check_writable, open_regular, write_atomically
+from lexi_search.artifacts.files import check_writable, open_regular, read_json_object, write_atomically
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.errors import InputError
 
@@ -100,12 +100,15 @@ def parse_maps(data: bytes, model: ModelIdentity, *, needed: Collection[tuple[in
         known = {"format": FORMAT, "version": VERSION, "router_sha256": model.router_sha256}
         for name, value in known.items():
             require(metadata.get(name) == value, f"its {name} is {short(metadata.get(name))}, expected {short(value)}")
-        entries = {name: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()}
+        entries = sorted((*_read_offsets(name, entry), name) for name, entry in header.items())
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"not a whole safetensors file ({str(error)[:80]})") from error
+        raise InputError(f"not a whole safetensors file ({short(error)})") from error
     body, found = memoryview(data)[8 + length :], {}
     position = 0
-    for name, (dtype, shape, start, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+    for start, end, name in entries:
+        dtype, shape = header[name]["dtype"], header[name]["shape"]
         match = _NAME.fullmatch(name)
         require(match, f"it has a tensor {short(name)}, which is of no correction")
         layer, k, part = int(match[1]), int(match[2]), match[3]
@@ -125,6 +128,13 @@ def parse_maps(data: bytes, model: ModelIdentity, *, needed: Collection[tuple[in
     wrong = [rank for rank, _, _ in sizes if metadata.get("rank") != str(rank)]
     require(not wrong, f"its rank is {short(metadata.get('rank'))}, that of its corrections {wrong}")
     return maps
+
+
+def _read_offsets(name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
+    start, end = entry["data_offsets"]
+    whole = type(start) is type(end) is int and 0 <= start <= end
+    require(whole and {"dtype", "shape"} <= entry.keys(), f"{name} is not where a tensor can be")
+    return start, end
 
 
 def _read_array(name: str, part: str, shape: Any, data: memoryview) -> Any:
@@ -185,23 +195,77 @@ def read_maps(
     return maps
 
 
+def merge_maps(parts: Mapping[str, Maps]) -> Maps:
+    """The corrections of all `parts` (name -> maps); InputError where two of them differ in one layer and k."""
+    merged: dict[tuple[int, int], Correction] = {}
+    owners: dict[tuple[int, int], str] = {}
+    for name, maps in parts.items():
+        for (layer, k), correction in maps.items():
+            first, owner = merged.setdefault((layer, k), correction), owners.setdefault((layer, k), name)
+            if any(one.tobytes() != other.tobytes() for one, other in zip(correction, first, strict=True)):
+                where = f"the correction of layer {layer} at k = {k} differs from that in {owner}"
+                raise InputError(f"{name}: {where}; leave one of them out")
+    return merged
+
+
+def list_maps(path: str | os.PathLike[str]) -> tuple[Mapping[str, str], list[tuple[int, int]]]:
+    """What a file of corrections says of itself, and the (layer, k) that it has, by its header alone."""
+    header = _read_header(path)
+    require(header is not None, f"{path}: no file of corrections, or not a whole one")
+    found = map(_NAME.fullmatch, header)
+    return header["__metadata__"], sorted({(int(name[1]), int(name[2])) for name in found if name})
+
+
 def check_maps_place(
-    path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = (), force: bool = True
+    path: str | os.PathLike[str],
+    model: ModelIdentity,
+    *,
+    owners: Sequence[str | os.PathLike[str]],
+    apart_from: Sequence[str | os.PathLike[str] | None] = (),
+    force: bool = True,
 ) -> None:
-    """Raise InputError where no corrections can be written to `path`: without `force` something else is there."""
+    """Raise InputError where no corrections can be written to `path`, which the JSON files `owners` are to name.
+
+    Without `force` that is also where something else is there, corrections of another model among it, or those that
+    another JSON file in the folder names.
+    """
+    try:
+        CompensationFile(Path(path).name, 1, "0" * 64)
+    except InputError as error:
+        raise InputError(f"cannot write {path}: {error}; choose another name") from error
     check_writable(path, apart_from=apart_from)
-    if not force and os.path.exists(path) and os.path.getsize(path) and not _is_ours(path):
-        raise InputError(f"cannot write {path}: there is another file; choose another name, or replace it with --force")
+    if force or not os.path.exists(path) or not os.path.getsize(path):
+        return
+    header = _read_header(path)
+    if header is None or header["__metadata__"].get("router_sha256") != model.router_sha256:
+        found = "another file" if header is None else "a file of another model"
+        raise InputError(f"cannot write {path}: there is {found}; choose another name, or replace it with --force")
+    for other in sorted(set(Path(path).parent.glob("*.json")) - set(map(Path, owners))):
+        if _find_named(other) == Path(path).name:
+            raise InputError(
+                f"cannot write {path}: {other} names it and would lose its corrections; choose another name, or "
+                "replace it with --force"
+            )
 
 
-def _is_ours(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's header says that it holds corrections."""
+def _read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The header of a file of corrections; None for any other."""
     try:
         with open_regular(path) as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 28)))
-            return header["__metadata__"]["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+            told = header["__metadata__"]
+            return header if told["format"] == FORMAT and {"rank", "model_type"} <= told.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _find_named(path: Path) -> str | None:
+    """The file of corrections that a JSON file names, if it is one that can be read."""
+    try:
+        named = read_json_object(path).get("compensation")
+    except InputError:
+        return None
+    return named.get("file") if isinstance(named, dict) else None
 
 
 def write_maps(
@@ -209,13 +273,17 @@ def write_maps(
     maps: Maps,
     model: ModelIdentity,
     *,
+    owners: Sequence[str | os.PathLike[str]],
     apart_from: Sequence[str | os.PathLike[str] | None] = (),
     force: bool = True,
 ) -> CompensationFile | None:
-    """Write corrections to `path`, whole or not at all, and return what is to name them; None where there are none."""
+    """Write corrections to `path`, whole or not at all, and return what is to name them; None where there are none.
+
+    InputError as from `check_maps_place`.
+    """
     if not maps:
         return None
-    check_maps_place(path, apart_from=apart_from, force=force)
+    check_maps_place(path, model, owners=owners, apart_from=apart_from, force=force)
     data = format_maps(maps, model)
     write_atomically(path, data, apart_from=apart_from)
     return name_maps(path, maps, data)

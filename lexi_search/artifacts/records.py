@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lexi_search.artifacts.codec import short
+from lexi_search.artifacts.compensation import FORMAT, SUFFIX, list_maps
 from lexi_search.artifacts.cost_table import CostTable
 from lexi_search.artifacts.files import read_bytes, read_json_object
 from lexi_search.artifacts.profile import format_layers
@@ -37,12 +38,14 @@ def read_record(path: str) -> Record:
     if os.path.isdir(path):
         return _read_folder(path)
     kind = _find_kind(path)
+    if kind == FORMAT:
+        return _describe_maps(path)
     if kind == "journal":
         return _read_journal(path)
     if kind == "lexi-cost":
         return _describe_costs(read_cost_table(path))
     if kind not in _READERS:
-        known = ", ".join(["lexi-profile", "lexi-allocation", "lexi-cost", *_READERS])
+        known = ", ".join(["lexi-profile", "lexi-allocation", "lexi-cost", FORMAT, *_READERS])
         raise InputError(f"{path}: its format is {short(kind)}, expected one of {known}")
     try:
         return Record(kind, *_READERS[kind](path, read_json_object(path, finite=False)))
@@ -51,7 +54,9 @@ def read_record(path: str) -> Record:
 
 
 def _find_kind(path: str) -> str | None:
-    """The format of a JSON file; "journal" for the unfinished parts of `lexi-adapter sensitivity`."""
+    """The format of a file; "journal" for the unfinished parts of `lexi-adapter sensitivity`."""
+    if path.endswith(SUFFIX):
+        return FORMAT
     try:
         data = read_bytes(path)
     except OSError as error:
@@ -90,6 +95,16 @@ def _read_journal(path: str) -> Record:
     ]
     title = f"{path}: what a profile of lexi-adapter sensitivity that was cut short has finished"
     return Record("journal", title, ("what", "value"), rows)
+
+
+def _describe_maps(path: str) -> Record:
+    told, places = list_maps(path)
+    ks: dict[int, list[int]] = {}
+    for layer, k in places:
+        ks.setdefault(layer, []).append(k)
+    rows = [(layer, " ".join(map(str, held))) for layer, held in ks.items()]
+    title = f"{told['model_type']}: corrections of rank {told['rank']}, {os.path.getsize(path) / 1e6:.1f} MB"
+    return Record(FORMAT, title, ("layer", "k"), rows)
 
 
 def _describe_costs(table: CostTable) -> Record:

@@ -117,7 +117,7 @@ def write_allocations(
     if maps is not None and used:
         place = shared or name_beside(files[0])
         chosen = {key: maps[key] for key in used}
-        named = write_maps(place, chosen, allocations[0].model, apart_from=apart_from, force=force)
+        named = write_maps(place, chosen, allocations[0].model, owners=files, apart_from=apart_from, force=force)
     written = [replace(one, compensation=named if one.corrected else None) for one in allocations]
     for file, allocation in zip(files, written, strict=True):
         write_allocation(file, allocation, apart_from=apart_from, force=force)

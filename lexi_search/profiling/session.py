@@ -165,7 +165,8 @@ def _check_output(output: str | os.PathLike[str], session: _Session, *, force: b
     nature = None if force else describe_nature(Profile, session.model.identity)
     check_writable(output, nature=nature)
     if session.settings.compensation_rank is not None:
-        check_maps_place(name_beside(output), apart_from=[session.checkpoint.folder], force=force)
+        place, apart_from = name_beside(output), [session.checkpoint.folder]
+        check_maps_place(place, session.model.identity, owners=[output], apart_from=apart_from, force=force)
 
 
 def _find_finished(output: str | os.PathLike[str], session: _Session) -> Profile | None:
@@ -275,7 +276,9 @@ def _write(session: _Session, output: str | os.PathLike[str], maps: Maps | None,
     losses = {layer: partials.layers[layer] for layer in session.layers}
     apart_from, compensation = [session.checkpoint.folder], None
     if maps is not None:
-        compensation = write_maps(name_beside(output), maps, header.model, apart_from=apart_from, force=force)
+        compensation = write_maps(
+            name_beside(output), maps, header.model, owners=[output], apart_from=apart_from, force=force
+        )
     profile = Profile(header.model, header.settings, losses, header.made_by, compensation)
     write_profile(output, profile, apart_from=apart_from, force=force)
     partials.drop(session.layers)

@@ -4,7 +4,11 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from lexi_search.artifacts.allocation import Allocation
+from lexi_search.artifacts.compensation import Correction, Maps
 from lexi_search.artifacts.cost_table import CostTable, StepTime
 from lexi_search.artifacts.identity import ModelIdentity, ModelShape
 from lexi_search.artifacts.profile import LayerLoss, Profile, ProfileSettings
@@ -52,6 +56,20 @@ def add_model_losses(profile: Profile) -> Profile:
         errors = {f"{name}_stderr": stderr for name in values}
         added[layer] = replace(loss, **values, **errors)
     return replace(profile, layers=added)
+
+
+def make_maps(model: ModelIdentity, *, rank: int = 2, hidden: int = 6, seed: int = 0) -> Maps:
+    """A correction of every MoE layer at every k below the model's own."""
+    draw = np.random.default_rng(seed).standard_normal
+    return {
+        (layer, k): Correction(
+            draw((rank, 3 * model.num_experts)).astype(ml_dtypes.bfloat16),
+            draw((hidden, rank)).astype(ml_dtypes.bfloat16),
+            draw(hidden).astype(np.float32),
+        )
+        for layer in model.moe_layers
+        for k in range(1, model.top_k)
+    }
 
 
 def make_allocation(

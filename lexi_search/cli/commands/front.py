@@ -103,9 +103,9 @@ def front(
     measured = read_profile(profile)
     maps = read_profile_maps(profile, measured)
     if maps is not None and any(wishes):
-        own = Path(profile).parent / measured.compensation.file
-        kept_apart[allocation] += [own]
-        check_maps_place(name_beside(allocation), apart_from=[*kept_apart[allocation], *names], force=force)
+        kept_apart[allocation] += [Path(profile).parent / measured.compensation.file]
+        others = [*kept_apart[allocation], *names]
+        check_maps_place(name_beside(allocation), measured.model, owners=[allocation], apart_from=others, force=force)
     if not force:
         _check_replaceable(outputs, allocation if any(wishes) else None, measured)
     loss = loss or measured.default_loss

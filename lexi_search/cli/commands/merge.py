@@ -1,13 +1,12 @@
 """`lexi-search merge`."""
 
-from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from lexi_search.artifacts.compensation import name_beside, write_maps
+from lexi_search.artifacts.compensation import merge_maps, name_beside, write_maps
 from lexi_search.artifacts.files import check_writable
 from lexi_search.artifacts.profile import Profile, find_missing, format_layers, merge
 from lexi_search.artifacts.serialisation import describe_nature, read_profile, read_profile_maps, write_profile
@@ -37,11 +36,11 @@ def merge_profiles(profiles: tuple[str, ...], output: str, force: bool) -> None:
     parts = _read_parts(profiles)
     merged = merge(parts)
     check_writable(output, nature=None if force else describe_nature(Profile, merged.model))
-    maps = [read_profile_maps(path, part) for path, part in parts.items()]
-    if maps[0] is not None:
+    maps = {path: read_profile_maps(path, part) for path, part in parts.items()}
+    if merged.settings.compensation_rank is not None:
         apart_from = [*profiles, *(Path(path).parent / part.compensation.file for path, part in parts.items())]
         place = name_beside(output)
-        named = write_maps(place, dict(ChainMap(*maps)), merged.model, apart_from=apart_from, force=force)
+        named = write_maps(place, merge_maps(maps), merged.model, owners=[output], apart_from=apart_from, force=force)
         merged = replace(merged, compensation=named)
     write_profile(output, merged, apart_from=profiles, force=force)
     echo(output)

@@ -131,8 +131,8 @@ def search(
     several = bool(ranges) or len(names) > 1
     destination = Path(output or ("allocations" if several else "allocation.json"))
     inputs = [profile, cost_file, *([] if maps is None else [Path(profile).parent / measured.compensation.file])]
-    corrected, own = maps is not None, None if force else measured
-    files = _check_outputs(destination, names if several else None, history, inputs, own, corrected=corrected)
+    own = names if several else None
+    files = _check_outputs(destination, own, history, inputs, measured, corrected=maps is not None, force=force)
     prepare_environment()
     from lexi_search.allocation.allocate import allocate
 
@@ -208,29 +208,28 @@ def _check_outputs(
     names: Sequence[str] | None,
     history: str | None,
     inputs: Sequence[str | os.PathLike[str] | None],
-    profile: Profile | None,
+    profile: Profile,
     *,
     corrected: bool,
+    force: bool,
 ) -> list[Path]:
     """The files to write: for `names` in the folder `destination`, without them that alone.
 
-    With a `profile`, files that are no results of its model are not replaced. If `corrected`, corrections are written
-    beside them.
+    Without `force`, only results of the profile's model are replaced. If `corrected`, corrections are written, too.
     """
-    result = describe_nature(Allocation, profile.model) if profile else None
+    result = None if force else describe_nature(Allocation, profile.model)
     files = [destination]
     if names is not None:
         check_writable_folder(destination)
         files = [destination / f"allocation-{name}.json" for name in names]
     for file in files if names is None or destination.exists() else ():
         check_writable(file, apart_from=inputs, nature=result)
-    if corrected and (names is None or destination.exists()):
-        shared = name_beside(destination) if names is None else destination / SHARED
-        check_maps_place(shared, apart_from=[*inputs, *files], force=profile is None)
+    shared = [name_beside(destination) if names is None else destination / SHARED] if corrected else []
+    for place in shared if names is None or destination.exists() else ():
+        check_maps_place(place, profile.model, owners=files, apart_from=[*inputs, *files], force=force)
     if history:
-        taken = files if destination.is_dir() else [destination, *files]
-        nature = result and Nature(HISTORY, result.model)
-        check_writable(history, apart_from=[*inputs, *taken], nature=nature)
+        taken = [*files, *shared, *([] if destination.is_dir() else [destination])]
+        check_writable(history, apart_from=[*inputs, *taken], nature=result and Nature(HISTORY, result.model))
     return files
 
 
