@@ -36,7 +36,7 @@ class AllocationResult(NamedTuple):
     against the model's own k, over the whole mix of steps. `share` and `regret` are the profile's uncertainty
     (`solvers.uncertainty.Certainty`), None without resampling; `history` is the best and the mean fitness after each
     generation, None for the exact method. `expected_gain` is that of the allocation found over the most even one of the
-    budget, which takes its place where that is too little (`solvers.robust.Choice`); None where the rule does not apply.
+    budget, which takes its place where that is too little (`solvers.robust.Choice`); None where that was not asked.
     """
 
     allocation: Allocation
@@ -99,21 +99,19 @@ def allocate(
     if caution is not None and fitness is None and needs_caution(profile, loss):
         choice = choose_carefully(profile, problem, caution, loss=loss, seed=seed, find=find)
         origins = [made_by | note for note in describe_fallbacks(choice, caution)]
-    found = choice.found if choice else find(problem)
-    top_k = choice.top_k if choice else found.top_k
+    found = choice.found if choice is not None else find(problem)
+    top_k = choice.top_k if choice is not None else found.top_k
     results = _make_results(profile, problem, budgets, top_k, optimum, origins=origins, cost=cost)
+    more = {} if choice is None else {"expected_gain": choice.expected_gain.tolist()}
+    if method == "evolution":
+        more["history"] = list(zip(found.best_history, found.mean_history, strict=True))
     if resamples:
         repose = _find_reposing(problem, budgets, cost, constraints)
         sure = judge(problem, np.asarray(profile.errors(loss)), top_k, resamples=resamples, seed=seed, **repose)
-        pairs = zip(results, sure.share.tolist(), sure.regret.tolist(), strict=True)
-        results = [result._replace(share=tuple(share), regret=regret) for result, share, regret in pairs]
-    if method == "evolution":
-        histories = zip(results, found.best_history, found.mean_history, strict=True)
-        results = [result._replace(history=(best, mean)) for result, best, mean in histories]
-    if choice:
-        gains = zip(results, choice.expected_gain.tolist(), strict=True)
-        results = [result._replace(expected_gain=gain) for result, gain in gains]
-    return tuple(results)
+        more |= {"share": list(map(tuple, sure.share.tolist())), "regret": sure.regret.tolist()}
+    return tuple(
+        result._replace(**{name: values[i] for name, values in more.items()}) for i, result in enumerate(results)
+    )
 
 
 def _make_results(
