@@ -111,7 +111,7 @@ def front(
     loss = loss or measured.default_loss
     prepare_environment()
     from lexi_search.allocation import tradeoff
-    from lexi_search.cli.tables import UNITS, describe_result, tabulate_front
+    from lexi_search.cli.tables import UNITS, describe_result, explain_fallbacks, tabulate_front
 
     cost, constraints = read_cost(measured, cost_file, mix), make_constraints(measured, **options)
     pareto = tradeoff.find_front(measured, cost=cost, constraints=constraints, loss=loss)
@@ -130,6 +130,8 @@ def front(
     apart_from = kept_apart[allocation]
     write_allocations([allocation], [result.allocation], maps, apart_from=apart_from, force=force)
     echo(allocation)
+    if line := explain_fallbacks({str(chosen.budget): result}):
+        echo(line, err=True)
     export = ["lexi-search", "export", allocation, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
     conclude(describe_result(result), ["lexi-search", "plot", profile, allocation], export)
 
@@ -138,8 +140,18 @@ def _make_result(
     chosen: "Point", error: float, profile: Profile, constraints: "Constraints", cost: "Cost | None", loss: str
 ) -> "AllocationResult":
     """The allocation of a point of a front that may be off by the relative `error`."""
-    from lexi_search.allocation.allocate import AllocationResult, describe_origin, describe_spending, make_allocation
+    from lexi_search.allocation.allocate import (
+        AllocationResult,
+        allocate,
+        describe_origin,
+        describe_spending,
+        make_allocation,
+        needs_caution,
+    )
 
+    if needs_caution(profile, loss):
+        [result] = allocate(profile, [chosen.limit], cost=cost, constraints=constraints, loss=loss, method="exact")
+        return result
     made_by = describe_origin(profile, constraints, loss=loss, method="exact")
     made_by |= describe_spending(cost, chosen.ms, chosen.speedup)
     optimal = chosen.loss / (1 + error)
