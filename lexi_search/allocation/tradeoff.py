@@ -68,7 +68,7 @@ def find_front(
         problem = replace_losses(problem, shrunk)
     frontier = trace(problem)
     top_k = read_top_k(frontier, problem, np.arange(len(frontier.cost)))
-    limits = top_k.sum(axis=1) if cost is None else cost.time(top_k)
+    limits = (top_k.sum(axis=1) if cost is None else cost.time(top_k)).tolist()
     if cautious:
         problem = pose_profile(profile, limits, cost=cost, constraints=constraints, loss=loss)
         top_k = choose_carefully(profile, problem, caution, loss=loss, seed=seed).top_k
@@ -76,7 +76,7 @@ def find_front(
     uniform = np.tile(np.arange(1, last_k + 1)[:, None], layers)
     points = [
         point._replace(limit=limit)
-        for point, limit in zip(_make_points(top_k, problem.losses, cost), limits.tolist(), strict=True)
+        for point, limit in zip(_make_points(top_k, problem.losses, cost), limits, strict=True)
     ]
     return Front(_drop_dominated(points), _make_points(uniform, problem.losses, cost), frontier.error)
 

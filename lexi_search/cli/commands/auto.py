@@ -136,7 +136,7 @@ def _report(outcome: "Outcome") -> None:
     facts = gather(outcome)
     print_table(tabulate_rows(facts.columns, facts.rows, title=facts.title))
     if line := explain_fallbacks({str(outcome.result.allocation.budget): outcome.result}):
-        echo(line, err=True)
+        echo(line)
     echo(facts.verdict)
     echo(f"report: {outcome.job.folder / REPORTS[0]} and {REPORTS[1]}")
     conclude(facts.decision, outcome.command)

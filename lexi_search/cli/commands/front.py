@@ -111,7 +111,7 @@ def front(
     loss = loss or measured.default_loss
     prepare_environment()
     from lexi_search.allocation import tradeoff
-    from lexi_search.cli.tables import UNITS, describe_result, explain_fallbacks, tabulate_front
+    from lexi_search.cli.tables import UNITS, describe_result, tabulate_front
 
     cost, constraints = read_cost(measured, cost_file, mix), make_constraints(measured, **options)
     pareto = tradeoff.find_front(measured, cost=cost, constraints=constraints, loss=loss)
@@ -129,9 +129,7 @@ def front(
     result = _make_result(chosen, pareto.error, measured, constraints, cost, loss)
     apart_from = kept_apart[allocation]
     write_allocations([allocation], [result.allocation], maps, apart_from=apart_from, force=force)
-    echo(allocation)
-    if line := explain_fallbacks({str(chosen.budget): result}):
-        echo(line, err=True)
+    _report(allocation, result)
     export = ["lexi-search", "export", allocation, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
     conclude(describe_result(result), ["lexi-search", "plot", profile, allocation], export)
 
@@ -157,6 +155,15 @@ def _make_result(
     optimal = chosen.loss / (1 + error)
     point = make_allocation(profile, chosen.top_k, loss=chosen.loss, optimal_loss=optimal, made_by=made_by)
     return AllocationResult(point, None, chosen.ms, chosen.speedup)
+
+
+def _report(file: str, result: "AllocationResult") -> None:
+    """Print the name of the allocation's file; on stderr, if k are as even as can be since nothing is surely better."""
+    from lexi_search.cli.tables import explain_fallbacks
+
+    echo(file)
+    if line := explain_fallbacks({str(result.allocation.budget): result}):
+        echo(line, err=True)
 
 
 def _check_replaceable(outputs: Sequence[str], allocation: str | None, profile: Profile) -> None:
