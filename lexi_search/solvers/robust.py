@@ -2,11 +2,13 @@
 
 The exact optimum of a noisy table is the winner of many comparisons, and looks better than it is: near the model's own
 k, where losses are small, it is often worse than a uniform k. Two things hold it back. Losses are shrunk towards their
-mean over layers, as far as their standard errors, or a floor for what errors do not cover, justify (empirical Bayes).
+mean over layers, as far as their standard errors, or a floor for what errors do not cover, justify (empirical Bayes);
+of layers that are equal, even k are then the optimum.
 And an allocation has to be better than the even one of its budget by an expected gain, from a parametric bootstrap.
 """
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from lexi_search.solvers.uncertainty import resample
 
 # The most numbers in the allocations of the resampled tables that are solved at once.
 BLOCK = 2**25
+ROUNDING = 1e-12  # losses that differ by less than this share are equal
 
 
 class Caution(NamedTuple):
@@ -55,15 +58,28 @@ class Choice(NamedTuple):
 def shrink(
     losses: Float64[np.ndarray, "*tables layers ks"], errors: Float64[np.ndarray, "layers ks"], *, floor: float = 0.0
 ) -> Float64[np.ndarray, "*tables layers ks"]:
-    """The losses, moved towards their mean over layers at the same k.
+    """The losses, moved towards their mean over layers at the same k, which is made convex in k.
 
-    By the share of their variance over layers that is measurement error, at least by `floor`, at most all the way.
+    By the share of their variance over layers that is measurement error, at least by `floor`, at most all the way. A
+    mean that noise has bent would have layers that are equal take different k.
     """
     mean = losses.mean(axis=-2, keepdims=True)
     spread = ((losses - mean) ** 2).sum(axis=-2) / max(losses.shape[-2] - 1, 1)
     noise = np.broadcast_to((errors**2).mean(axis=0), spread.shape)
-    share = np.clip(np.divide(noise, spread, where=spread > 0, out=np.ones_like(spread)), floor, 1.0)
-    return losses + share[..., None, :] * (mean - losses)
+    differ = spread > (ROUNDING * mean[..., 0, :]) ** 2
+    share = np.clip(np.divide(noise, spread, where=differ, out=np.ones_like(spread)), floor, 1.0)
+    return losses + share[..., None, :] * (_make_convex(mean) - losses)
+
+
+def _make_convex(curves: Float64[np.ndarray, "*curves ks"]) -> Float64[np.ndarray, "*curves ks"]:
+    """The largest convex curve that is nowhere above each."""
+    convex = curves.copy()
+    for first, last in combinations(range(curves.shape[-1]), 2):
+        ends, inner = curves[..., [first, last]], slice(first + 1, last)
+        weight = np.arange(1, last - first) / (last - first)
+        line = (1 - weight) * ends[..., :1] + weight * ends[..., 1:]
+        convex[..., inner] = np.minimum(convex[..., inner], line)
+    return convex
 
 
 def find_even(problem: Problem) -> Int32[np.ndarray, "budgets layers"]:

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -85,6 +85,16 @@ def test_losses_are_shrunk_by_the_share_of_their_spread_that_is_error():
     np.testing.assert_array_equal(shrink(losses, np.zeros_like(errors)), losses)
 
 
+def test_the_mean_is_made_convex():
+    losses, errors = np.random.default_rng(0).random((6, 5)), np.full((6, 5), 10.0)  # all is noise
+    mean, hull = losses.mean(axis=0), []
+    for k in range(5):
+        ends = [(i, j) for i in range(k + 1) for j in range(k, 5)]
+        hull.append(min(np.interp(k, (i, j), mean[[i, j]]) for i, j in ends))
+    assert (mean > np.array(hull) + 1e-3).any() and (np.diff(hull, n=2) > -1e-12).all()
+    np.testing.assert_allclose(shrink(losses, errors), np.tile(hull, (6, 1)), rtol=1e-12)
+
+
 @pytest.mark.parametrize("case", POSED)
 def test_the_expected_gain_is_that_of_a_loop(case):
     budgets, more = POSED[case]
@@ -152,7 +162,7 @@ def test_what_is_returned_is_expected_to_be_better_or_even(case, seed, threshold
     seed=st.integers(0, 5),
 )
 def test_layers_that_are_alike_stay_even(steps, noise, seed):
-    row = np.concatenate([np.cumsum(np.sort(steps))[::-1], [0.0]])  # convex in k
+    row = np.concatenate([np.cumsum(steps)[::-1], [0.0]])  # convex in k or not
     losses, budgets = np.tile(row, (6, 1)), np.arange(6, 25)
     problem = pose(losses, budgets)
     choice = choose(problem, noise * losses, resamples=8, seed=seed)
@@ -162,10 +172,11 @@ def test_layers_that_are_alike_stay_even(steps, noise, seed):
 
 @given(table=hnp.arrays(np.float64, (5, 4), elements=st.floats(0.1, 10)))
 def test_a_table_without_errors_and_prior_gives_its_optimum(table):
+    assume(np.ptp(table, axis=0).min() > 1e-3)
     problem = pose(table, np.arange(5, 21))
     choice = choose(problem, np.zeros((5, 4)), threshold=0.0, floor=0.0, resamples=2)
     np.testing.assert_allclose(sum_over_layers(table, choice.top_k), solve(problem).loss, rtol=1e-12)
-    np.testing.assert_array_equal(choice.expected_gain, choice.gain)
+    np.testing.assert_allclose(choice.expected_gain, choice.gain, atol=1e-12)
 
 
 def test_layers_that_differ_much_get_their_optimum_despite_noise():
