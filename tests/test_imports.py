@@ -16,7 +16,7 @@ HOUSE = {
     "lexi_search": {
         "errors": "",
         "artifacts": "files codec identity compensation profile allocation cost_table serialisation records",
-        "solvers": "problem pareto exact operators evolution uncertainty",
+        "solvers": "problem pareto exact operators evolution uncertainty robust",
         "layers": "spec weights routing ffn experts moe attention decoder kernels",
         "checkpoint": "folder config dequantise quantisation_methods quantisation_config quantisation_formats "
         "tensors reader writer",

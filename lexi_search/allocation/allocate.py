@@ -12,10 +12,11 @@ from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.serialisation import sha256
 from lexi_search.errors import InputError
-from lexi_search.solvers.evolution import search
-from lexi_search.solvers.exact import solve
+from lexi_search.solvers.evolution import Evolved, search
+from lexi_search.solvers.exact import Optimum, solve
 from lexi_search.solvers.operators import Fitness
 from lexi_search.solvers.problem import Constraints, Problem, find_uniform, pose, sum_over_layers
+from lexi_search.solvers.robust import CAUTION, Caution, Choice, choose
 from lexi_search.solvers.uncertainty import judge
 
 METHODS = ("evolution", "exact")
@@ -34,7 +35,8 @@ class AllocationResult(NamedTuple):
     `uniform` is the best uniform k of the same budget, None where there is none. With a cost: `ms` and `speedup`
     against the model's own k, over the whole mix of steps. `share` and `regret` are the profile's uncertainty
     (`solvers.uncertainty.Certainty`), None without resampling; `history` is the best and the mean fitness after each
-    generation, None for the exact method.
+    generation, None for the exact method. `expected_gain` is that of the allocation found over the most even one of the
+    budget, which takes its place where that is too little (`solvers.robust.Choice`); None where that was not asked.
     """
 
     allocation: Allocation
@@ -44,6 +46,7 @@ class AllocationResult(NamedTuple):
     share: tuple[float, ...] | None = None
     regret: float | None = None
     history: tuple[np.ndarray, np.ndarray] | None = None
+    expected_gain: float | None = None
 
     def __repr__(self) -> str:
         uniform = "" if self.uniform is None else f", k = {self.uniform.k} everywhere {self.uniform.loss:.4g}"
@@ -63,6 +66,7 @@ def allocate(
     fitness: Fitness | None = None,
     resamples: int = 0,
     seed: int = 0,
+    caution: Caution | None = CAUTION,
     **settings: int | float,
 ) -> tuple[AllocationResult, ...]:
     """One allocation per budget, in the order of `budgets`.
@@ -71,55 +75,96 @@ def allocate(
     `loss` is one that the profile holds, its `default_loss` if None. `settings` and `fitness` are those of
     `evolution.search`; optima are of the summed loss for any fitness. `resamples` tables give a result's certainty.
 
+    Where `needs_caution`, an allocation is the best by losses shrunk towards their mean, or as even as can be, as
+    `caution` says; its loss and optimum are by the profile's own table. If None, it is the best by that.
+
     Raises InputError where the profile lacks a layer, for an unknown method, and as `problem.pose`.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown, expected one of {', '.join(METHODS)}")
+    if method != "evolution" and fitness is not None:
+        raise InputError("the exact method minimises the summed loss only; use evolution for another fitness")
     loss = loss or profile.default_loss
     problem = pose_profile(profile, budgets, cost=cost, constraints=constraints, loss=loss)
     optimum = solve(problem)
-    made_by, solution = describe_origin(profile, constraints, loss=loss, method=method), optimum
-    histories = shares = regrets = times = speedups = [None] * len(optimum.loss)
+    made_by = describe_origin(profile, constraints, loss=loss, method=method)
     if method == "evolution":
-        solution = search(problem, fitness=fitness, optimum=optimum, seed=seed, **settings)
-        histories = list(zip(solution.best_history, solution.mean_history, strict=True))
         made_by |= {"seed": seed, **settings}
-    elif fitness is not None:
-        raise InputError("the exact method minimises the summed loss only; use evolution for another fitness")
-    uniform = find_uniform(problem)
+
+    def find(posed: Problem) -> Optimum | Evolved:
+        best = optimum if posed is problem else solve(posed)
+        return search(posed, fitness=fitness, optimum=best, seed=seed, **settings) if method == "evolution" else best
+
+    choice, origins = None, [made_by] * len(optimum.loss)
+    if caution is not None and fitness is None and needs_caution(profile, loss):
+        choice = choose_carefully(profile, problem, caution, loss=loss, seed=seed, find=find)
+        origins = [made_by | note for note in describe_fallbacks(choice, caution)]
+    found = choice.found if choice is not None else find(problem)
+    top_k = choice.top_k if choice is not None else found.top_k
+    results = _make_results(profile, problem, budgets, top_k, optimum, origins=origins, cost=cost)
+    more = {} if choice is None else {"expected_gain": choice.expected_gain.tolist()}
+    if method == "evolution":
+        more["history"] = list(zip(found.best_history, found.mean_history, strict=True))
     if resamples:
         repose = _find_reposing(problem, budgets, cost, constraints)
-        shares, regrets = _judge(profile, problem, solution.top_k, loss=loss, resamples=resamples, seed=seed, **repose)
-    if cost is not None:
-        times = cost.time(solution.top_k).tolist()
-        speedups = [cost.base_ms / ms for ms in times]
+        sure = judge(problem, np.asarray(profile.errors(loss)), top_k, resamples=resamples, seed=seed, **repose)
+        more |= {"share": list(map(tuple, sure.share.tolist())), "regret": sure.regret.tolist()}
     return tuple(
+        result._replace(**{name: values[i] for name, values in more.items()}) for i, result in enumerate(results)
+    )
+
+
+def _make_results(
+    profile: Profile,
+    problem: Problem,
+    budgets: Sequence[float],
+    top_k: Int[np.ndarray, "budgets layers"],
+    optimum: Optimum,
+    *,
+    origins: Sequence[dict[str, Any]],
+    cost: Cost | None,
+) -> list[AllocationResult]:
+    """The allocations `top_k` with their losses, each beside the optimum and the uniform k of its budget."""
+    uniform, losses = find_uniform(problem), sum_over_layers(problem.losses, top_k)
+    times = speedups = [None] * len(top_k)
+    if cost is not None:
+        times = cost.time(top_k).tolist()
+        speedups = [cost.base_ms / ms for ms in times]
+    return [
         AllocationResult(
             allocation=make_allocation(
                 profile,
-                top_k.tolist(),
-                loss=solution.loss[i],
+                row.tolist(),
+                loss=losses[i],
                 # Grouped layers are added in another order: the smaller of two roundings of the same sum counts.
-                optimal_loss=min(optimum.loss[i], solution.loss[i]) / (1 + optimum.error),
-                made_by=made_by | describe_spending(cost, times[i], speedups[i], budget_ms=budgets[i]),
+                optimal_loss=min(optimum.loss[i], losses[i]) / (1 + optimum.error),
+                made_by=origins[i] | describe_spending(cost, times[i], speedups[i], budget_ms=budgets[i]),
             ),
             uniform=_make_uniform(problem, int(uniform[i])),
             ms=times[i],
             speedup=speedups[i],
-            share=shares[i],
-            regret=regrets[i],
-            history=histories[i],
         )
-        for i, top_k in enumerate(solution.top_k)
-    )
+        for i, row in enumerate(top_k)
+    ]
 
 
-def _judge(
-    profile: Profile, problem: Problem, top_k: Int[np.ndarray, "budgets layers"], *, loss: str, **settings: Any
-) -> tuple[list[tuple[float, ...]], list[float]]:
-    """The shares and regrets of the allocations `top_k`, by the profile's standard errors; settings of `judge`."""
-    certainty = judge(problem, np.asarray(profile.errors(loss)), top_k, **settings)
-    return [tuple(row) for row in certainty.share.tolist()], certainty.regret.tolist()
+def needs_caution(profile: Profile, loss: str) -> bool:
+    """Whether the most even allocation takes the place of one that is not surely better: for the default loss of a
+    profile with corrections."""
+    return profile.settings.compensation_rank is not None and loss == profile.default_loss == "divergence"
+
+
+def choose_carefully(profile: Profile, problem: Problem, caution: Caution, *, loss: str, **settings: Any) -> Choice:
+    """The choice for each of the problem's budgets, by the profile's standard errors; settings of `robust.choose`."""
+    return choose(problem, np.asarray(profile.errors(loss)), **caution._asdict(), **settings)
+
+
+def describe_fallbacks(choice: Choice, caution: Caution) -> list[dict[str, Any]]:
+    """What each allocation records that is as even as can be, since none was expected to be better by enough."""
+    return [
+        {"fallback": {"expected_gain": gain, "threshold": float(caution.threshold)}} if fallback else {}
+        for gain, fallback in zip(choice.expected_gain.tolist(), choice.fallback, strict=True)
+    ]
 
 
 def _find_reposing(

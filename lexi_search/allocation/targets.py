@@ -60,15 +60,16 @@ def find_limit(profile: Profile, target: Target) -> float:
 
 def search_target(profile: Profile, target: Target, cost: Cost) -> tuple[AllocationResult, Front]:
     """The exact optimum within the target with its certainty, and the front of loss over the sum of k."""
-    front = find_front(profile)
-    search = partial(allocate, profile, method="exact", resamples=RESAMPLES, seed=profile.settings.seed)
+    seed = profile.settings.seed
+    front = find_front(profile, seed=seed)
+    search = partial(allocate, profile, method="exact", resamples=RESAMPLES, seed=seed)
     if target.kind == "budget":
         [result] = search([int(target.value)])
         return result, front
     if target.kind == "speedup":
         [result] = search([cost.base_ms / target.value], cost=cost)
         return result, front
-    timed, limit = find_front(profile, cost=cost), find_limit(profile, target)
+    timed, limit = find_front(profile, cost=cost, seed=seed), find_limit(profile, target)
     point = find_fastest_within(timed, limit)
     if all(k == profile.model.top_k for k in point.top_k):
         least = min((other.loss for other in timed.points if other != point), default=0.0)
@@ -79,7 +80,7 @@ def search_target(profile: Profile, target: Target, cost: Cost) -> tuple[Allocat
             f"--max-loss {asked} is out of reach: the least that a faster allocation loses is "
             f"{_round_up(least):g}{share}"
         )
-    [result] = search([point.ms], cost=cost)
+    [result] = search([point.limit], cost=cost)
     return result, front
 
 

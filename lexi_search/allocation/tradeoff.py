@@ -6,22 +6,27 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
-from lexi_search.allocation.allocate import pose_profile
+from lexi_search.allocation.allocate import choose_carefully, needs_caution, pose_profile
 from lexi_search.allocation.costs import Cost
 from lexi_search.artifacts.profile import Profile
 from lexi_search.errors import InputError
 from lexi_search.solvers.pareto import read_top_k, trace
-from lexi_search.solvers.problem import CAP_TOLERANCE, Constraints, sum_over_layers
+from lexi_search.solvers.problem import CAP_TOLERANCE, Constraints, replace_losses, sum_over_layers
+from lexi_search.solvers.robust import CAUTION, Caution, shrink
 
 
 class Point(NamedTuple):
-    """One allocation with its cost and loss. `ms` and `speedup` are None without a measured cost."""
+    """One allocation with its cost and loss. `ms` and `speedup` are None without a measured cost.
+
+    `limit` is the budget that it was chosen for, of which it may leave a rest; None for a uniform k.
+    """
 
     budget: int
     loss: float
     ms: float | None
     speedup: float | None
     top_k: tuple[int, ...]
+    limit: float | None = None
 
     def __repr__(self) -> str:
         time = "" if self.ms is None else f", {self.ms:.4g} ms"
@@ -48,15 +53,31 @@ def find_front(
     cost: Cost | None = None,
     constraints: Constraints | None = None,
     loss: str | None = None,
+    caution: Caution | None = CAUTION,
+    seed: int = 0,
 ) -> Front:
-    """All Pareto points of cost and loss: cost is milliseconds or, without `cost`, the sum of k."""
+    """All Pareto points of cost and loss: cost is milliseconds or, without `cost`, the sum of k.
+
+    Each is what `allocate` makes of its `limit` by the exact method, with the same `caution` and `seed`.
+    """
     loss = loss or profile.default_loss
     problem = pose_profile(profile, None, cost=cost, constraints=constraints, loss=loss)
+    cautious = caution is not None and needs_caution(profile, loss)
+    if cautious:
+        shrunk = shrink(problem.losses, np.asarray(profile.errors(loss)), floor=caution.floor)
+        problem = replace_losses(problem, shrunk)
     frontier = trace(problem)
-    on_front = read_top_k(frontier, problem, np.arange(len(frontier.cost)))
+    top_k = read_top_k(frontier, problem, np.arange(len(frontier.cost)))
+    limits = (top_k.sum(axis=1) if cost is None else cost.time(top_k)).tolist()
+    if cautious:
+        problem = pose_profile(profile, limits, cost=cost, constraints=constraints, loss=loss)
+        top_k = choose_carefully(profile, problem, caution, loss=loss, seed=seed).top_k
     layers, last_k = problem.losses.shape
     uniform = np.tile(np.arange(1, last_k + 1)[:, None], layers)
-    points = _make_points(on_front, problem.losses, cost)
+    points = [
+        point._replace(limit=limit)
+        for point, limit in zip(_make_points(top_k, problem.losses, cost), limits, strict=True)
+    ]
     return Front(_drop_dominated(points), _make_points(uniform, problem.losses, cost), frontier.error)
 
 

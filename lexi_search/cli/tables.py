@@ -123,6 +123,8 @@ def summarise_result(result: AllocationResult) -> dict[str, Any]:
     if result.share is not None:
         layers = map(str, sorted(result.allocation.top_k))
         summary |= {"share": dict(zip(layers, result.share, strict=True)), "regret": result.regret}
+    if result.expected_gain is not None:
+        summary |= {"expected_gain": result.expected_gain, "fallback": "fallback" in result.allocation.made_by}
     uniform = result.uniform
     return summary | {"uniform_k": uniform and uniform.k, "uniform_loss": uniform and uniform.loss}
 
@@ -276,6 +278,18 @@ def describe_result(result: AllocationResult) -> str:
         against = f", {format_share(1 - allocation.loss / uniform.loss)} less than k = {uniform.k} in every layer"
     loss = f"loss {allocation.loss:.4g}{_name_unit(allocation)}{against}"
     return f"{describe_budget(allocation)}{times}: {spread}, {loss}"
+
+
+def explain_fallbacks(named: Mapping[str, AllocationResult]) -> str | None:
+    """The line that says for which budgets, by name, k are as even as can be, and why; None where for none."""
+    gains = {name: result.expected_gain for name, result in named.items() if "fallback" in result.allocation.made_by}
+    if not gains:
+        return None
+    most = format_share(max(0.0, *gains.values()))
+    return (
+        f"budget {', '.join(gains)}: k as even as can be, for the profile cannot tell a better one: "
+        f"expected gain {'at most ' if len(gains) > 1 else ''}{most}"
+    )
 
 
 def find_share(allocation: Allocation) -> float:

@@ -107,6 +107,14 @@ def pose(
     return Problem(losses, costs, budgets, unit_of, ks, num_levels, unit_losses, unit_costs, sums_to_budget)
 
 
+def replace_losses(problem: Problem, losses: Float64[np.ndarray, "layers ks"]) -> Problem:
+    """The problem with other losses; its units and their levels stay as they are."""
+    rows = losses[np.arange(len(losses))[:, None], problem.ks[problem.unit_of] - 1]
+    summed = np.zeros(problem.ks.shape)
+    np.add.at(summed, problem.unit_of, rows)
+    return problem._replace(losses=losses, unit_losses=summed)
+
+
 def drop_dominated(problem: Problem) -> Problem:
     """The problem without dominated levels, which cost no less and lose no less than another level of their unit.
 

@@ -1,5 +1,6 @@
 """Profiles, allocations and cost tables without a model, for tests of everything that follows profiling."""
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -95,3 +96,20 @@ def make_cost_table(layers: int = 4, top_k: int = 4, **changes: Any) -> CostTabl
         steps[tokens] = StepTime(float(tokens) ** 0.5, times)
     shape = ModelShape(**{name: getattr(identity, name) for name in names})
     return CostTable(shape, "a device", steps, {"lexi_adapter": "0.1.0"})
+
+
+def make_corrected_profile(layers: int = 12, top_k: int = 8, *, spread: float, error: float, seed: int = 0) -> Profile:
+    """A profile whose losses are with corrections, as divergences that fall as squares; without the file of those.
+
+    Layers differ by a factor of about e to the `spread`; each entry is off by a relative standard error of `error`.
+    """
+    plain, draw = make_profile(layers, top_k), random.Random(seed)
+    measured = {}
+    for layer, loss in plain.layers.items():
+        scale = 0.01 * math.exp(spread * draw.gauss(0, 1))
+        values = [scale * (top_k - k) ** 2 * (1 + error * draw.gauss(0, 1)) for k in range(1, top_k + 1)]
+        divergence = tuple(max(value, 0.0) for value in values)
+        stderr = tuple(error * value for value in divergence)
+        measured[layer] = replace(loss, divergence=divergence, divergence_stderr=stderr)
+    settings = replace(SETTINGS, input="weights", gate_exponent=0.5, compensation_rank=4)
+    return replace(plain, settings=settings, layers=measured)

@@ -129,12 +129,14 @@ def _report(outcome: "Outcome") -> None:
     """Write both forms of the report; say what was decided, and what to type next."""
     from lexi_search.cli.report.facts import gather
     from lexi_search.cli.report.pages import format_html, format_markdown
-    from lexi_search.cli.tables import tabulate_rows
+    from lexi_search.cli.tables import explain_fallbacks, tabulate_rows
 
     for name, text in zip(REPORTS, (format_html(outcome), format_markdown(outcome)), strict=True):
         outcome.job.keep(name, text.encode())
     facts = gather(outcome)
     print_table(tabulate_rows(facts.columns, facts.rows, title=facts.title))
+    if line := explain_fallbacks({str(outcome.result.allocation.budget): outcome.result}):
+        echo(line)
     echo(facts.verdict)
     echo(f"report: {outcome.job.folder / REPORTS[0]} and {REPORTS[1]}")
     conclude(facts.decision, outcome.command)

@@ -129,7 +129,7 @@ def front(
     result = _make_result(chosen, pareto.error, measured, constraints, cost, loss)
     apart_from = kept_apart[allocation]
     write_allocations([allocation], [result.allocation], maps, apart_from=apart_from, force=force)
-    echo(allocation)
+    _report(allocation, result)
     export = ["lexi-search", "export", allocation, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
     conclude(describe_result(result), ["lexi-search", "plot", profile, allocation], export)
 
@@ -138,13 +138,32 @@ def _make_result(
     chosen: "Point", error: float, profile: Profile, constraints: "Constraints", cost: "Cost | None", loss: str
 ) -> "AllocationResult":
     """The allocation of a point of a front that may be off by the relative `error`."""
-    from lexi_search.allocation.allocate import AllocationResult, describe_origin, describe_spending, make_allocation
+    from lexi_search.allocation.allocate import (
+        AllocationResult,
+        allocate,
+        describe_origin,
+        describe_spending,
+        make_allocation,
+        needs_caution,
+    )
 
+    if needs_caution(profile, loss):
+        [result] = allocate(profile, [chosen.limit], cost=cost, constraints=constraints, loss=loss, method="exact")
+        return result
     made_by = describe_origin(profile, constraints, loss=loss, method="exact")
     made_by |= describe_spending(cost, chosen.ms, chosen.speedup)
     optimal = chosen.loss / (1 + error)
     point = make_allocation(profile, chosen.top_k, loss=chosen.loss, optimal_loss=optimal, made_by=made_by)
     return AllocationResult(point, None, chosen.ms, chosen.speedup)
+
+
+def _report(file: str, result: "AllocationResult") -> None:
+    """Print the name of the allocation's file; on stderr, if k are as even as can be since nothing is surely better."""
+    from lexi_search.cli.tables import explain_fallbacks
+
+    echo(file)
+    if line := explain_fallbacks({str(result.allocation.budget): result}):
+        echo(line, err=True)
 
 
 def _check_replaceable(outputs: Sequence[str], allocation: str | None, profile: Profile) -> None:

@@ -309,11 +309,15 @@ def _conclude(
     quiet: bool,
     source: str,
 ) -> None:
-    """Warn where the profile, of the input `source`, is noisy; unless `quiet` say what was found and how to go on."""
+    """Say where nothing is better than even k, or the profile, of the input `source`, is noisy; unless `quiet` what was
+    found and how to go on."""
+    from lexi_search.cli.tables import describe_result, explain_fallbacks
+
+    if line := explain_fallbacks(named):
+        echo(line, err=True)
     _warn_of_noise(named, source)
     if quiet:
         return
-    from lexi_search.cli.tables import describe_result
 
     steps = [["lexi-search", "plot", history, "-o", "history.png"]] if history else []
     if len(files) == 1:

@@ -21,6 +21,7 @@ from lexi_search.allocation.baselines import PAPER as PAPER_NAME
 from lexi_search.allocation.targets import RESAMPLES, find_limit, sum_largest
 from lexi_search.artifacts.serialisation import sha256
 from lexi_search.cli.console import format_share
+from lexi_search.cli.tables import explain_fallbacks
 from lexi_search.solvers.uncertainty import NOISY, find_saving
 
 _UNITS = {"divergence": "nats per token", "increase": "nats per token"}
@@ -52,14 +53,17 @@ def find_unit(outcome: Outcome) -> str:
 def state_certainty(outcome: Outcome) -> Iterator[str]:
     sure, regret, settings = outcome.result.share, outcome.result.regret, outcome.profile.settings
     least = min(range(len(sure)), key=sure.__getitem__)
-    yield (
-        f"{100 * sum(sure) / len(sure):.0f} % of the layers' k would be the same, had the profile drawn another "
-        f"sample as large ({RESAMPLES} resampled profiles); least sure is layer {outcome.job.model.layers[least]}, "
-        f"{100 * sure[least]:.0f} %."
-    )
-    remedy = "; a larger profile (--samples) would pay" if regret > NOISY else ""
-    saving = format_share(find_saving(regret))
-    yield f"Another sample would have led to a summed loss {saving} smaller, in the mean{remedy}."
+    if line := explain_fallbacks({str(outcome.result.allocation.budget): outcome.result}):
+        yield f"{line[0].upper()}{line[1:]}."
+    else:
+        yield (
+            f"{100 * sum(sure) / len(sure):.0f} % of the layers' k would be the same, had the profile drawn another "
+            f"sample as large ({RESAMPLES} resampled profiles); least sure is layer {outcome.job.model.layers[least]}, "
+            f"{100 * sure[least]:.0f} %."
+        )
+        remedy = "; a larger profile (--samples) would pay" if regret > NOISY else ""
+        saving = format_share(find_saving(regret))
+        yield f"Another sample would have led to a summed loss {saving} smaller, in the mean{remedy}."
     if outcome.settings is None:
         yield "The whole model was not measured under the allocation: summed losses of single layers are all there is."
     else:
@@ -165,6 +169,14 @@ def explain(outcome: Outcome) -> Iterator[str]:
     yield f"A budget of 100 % is the model's own k = {full} in every MoE layer."
 
 
+def _name_choice(outcome: Outcome) -> str:
+    """What the allocation is, in words."""
+    if outcome.result.expected_gain is None:
+        return "exact optimum"
+    even = "fallback" in outcome.result.allocation.made_by
+    return "as even as can be" if even else "exact optimum of losses shrunk towards their mean over layers"
+
+
 def list_origin(outcome: Outcome) -> Iterator[tuple[str, str]]:
     """Where the figures are from, by name."""
     settings, job, allocation = outcome.profile.settings, outcome.job, outcome.result.allocation
@@ -179,7 +191,7 @@ def list_origin(outcome: Outcome) -> Iterator[tuple[str, str]]:
     )
     yield (
         "allocation",
-        f"{ALLOCATION}, loss {allocation.made_by['loss']}, exact optimum, SHA-256 {sha256(allocation)[:12]}",
+        f"{ALLOCATION}, loss {allocation.made_by['loss']}, {_name_choice(outcome)}, SHA-256 {sha256(allocation)[:12]}",
     )
     yield (
         "costs",
