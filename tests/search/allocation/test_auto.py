@@ -314,7 +314,9 @@ def test_another_target_replaces_nothing_without_force_and_never_the_profile(aga
     after = read_all(again)
     assert sum(read_json_object("served/config.json")["lexi_allocation"]["top_k"].values()) == 8
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {f"served.lexi/{name}" for name in ("allocation.json", "allocation.safetensors", "judged.json", *REPORTS)} | {
+    assert changed == {
+        f"served.lexi/{name}" for name in ("allocation.json", "allocation.safetensors", "judged.json", *REPORTS)
+    } | {
         "served/config.json",
         "served/lexi_compensation.safetensors",
         "served/lexi-export.json",
