@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lexi_search.artifacts.codec import require, short
-from lexi_search.artifacts.files import check_writable, open_regular, read_json_object, write_atomically
+from lexi_search.artifacts.files import check_writable, open_regular, parse_json, read_json_object, write_atomically
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.errors import InputError
 
@@ -23,7 +23,8 @@ FORMAT, VERSION, SUFFIX = "lexi-compensation", "1", ".safetensors"
 EXPORTED = f"lexi_compensation{SUFFIX}"  # its name in an exported folder
 SHARED = f"compensation{SUFFIX}"  # for all allocations of a folder
 TYPES = {"A": "BF16", "B": "BF16", "c": "F32"}  # of the parts of a correction
-MOST_BYTES = 1 << 36
+SIZES = {"BF16": 2, "F32": 4}  # bytes of an element
+MOST_BYTES, MOST_HEADER_BYTES = 1 << 36, 100_000_000
 REMEDY = "put the file there that was written with it, or make both again"
 _NAME = re.compile(r"layers\.(0|[1-9]\d{0,8})\.top_k\.([1-9]\d{0,8})\.([ABc])")
 
@@ -91,73 +92,93 @@ def format_maps(maps: Maps, model: ModelIdentity) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def parse_maps(data: bytes, model: ModelIdentity, *, needed: Collection[tuple[int, int]] | None = None) -> Maps:
-    """The corrections in the bytes of a file: those that are `needed`, or all; InputError says what is wrong."""
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        metadata = header.pop("__metadata__")
-        known = {"format": FORMAT, "version": VERSION, "router_sha256": model.router_sha256}
-        for name, value in known.items():
-            require(metadata.get(name) == value, f"its {name} is {short(metadata.get(name))}, expected {short(value)}")
-        entries = sorted((*_read_offsets(name, entry), name) for name, entry in header.items())
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"not a whole safetensors file ({short(error)})") from error
-    body, found = memoryview(data)[8 + length :], {}
-    position = 0
-    for start, end, name in entries:
-        dtype, shape = header[name]["dtype"], header[name]["shape"]
-        match = _NAME.fullmatch(name)
-        require(match, f"it has a tensor {short(name)}, which is of no correction")
-        layer, k, part = int(match[1]), int(match[2]), match[3]
-        require(layer in model.moe_layers and k < model.top_k, f"{name} is of no layer and k that can be corrected")
-        require(dtype == TYPES[part], f"{name} is {short(dtype)}, expected {TYPES[part]}")
-        require(start == position and end <= len(body), f"{name} lies where it should not: truncated")
-        position = end
-        if needed is None or (layer, k) in needed:
-            found.setdefault((layer, k), {})[part] = _read_array(name, part, shape, body[start:end])
-    require(position == len(body), "it is longer than its header says")
-    maps = {place: _join(place, parts, model) for place, parts in sorted(found.items())}
-    missing = sorted(set(needed or ()) - set(maps))
-    require(not missing, f"it lacks layer {missing[0][0]} at k = {missing[0][1]}" if missing else "")
-    require(maps or needed is not None, "it holds no corrections")
-    sizes = {(len(one.A), *one.B.shape) for one in maps.values()}
-    require(len(sizes) <= 1, "its corrections have different shapes")
-    wrong = [rank for rank, _, _ in sizes if metadata.get("rank") != str(rank)]
-    require(not wrong, f"its rank is {short(metadata.get('rank'))}, that of its corrections {wrong}")
+class _Entry(NamedTuple):
+    """A tensor as the header of a file describes it: its bytes are those from `start` to `end` behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def parse_maps(
+    data: bytes, model: ModelIdentity, *, needed: Collection[tuple[int, int]] | None = None, rank: int | None = None
+) -> Maps:
+    """The corrections in the bytes of a file: those that are `needed`, or all; InputError says what is wrong.
+
+    They are of `rank`, or of the one that the file says.
+    """
+    metadata, entries, body = _read_header(data)
+    rank = rank or int(metadata["rank"] if re.fullmatch(r"[1-9]\d{0,8}", metadata.get("rank", "")) else 0)
+    known = {"format": FORMAT, "version": VERSION, "model_type": model.model_type}
+    known |= {"router_sha256": model.router_sha256, "rank": str(rank)}
+    for name, value in known.items():
+        require(metadata.get(name) == value, f"its {name} is {short(metadata.get(name))}, expected {short(value)}")
+    places = {_find_place(name, model) for name in entries} if needed is None else set(needed)
+    require(places or needed is not None, "it holds no corrections")
+    maps, hidden = {}, None
+    for layer, k in sorted(places):
+        names = {part: f"layers.{layer}.top_k.{k}.{part}" for part in Correction._fields}
+        missing = [name for name in names.values() if name not in entries]
+        require(not missing, f"it lacks {missing[0]}" if missing else "")
+        hidden = hidden or next(iter(entries[names["c"]].shape), 0)
+        shapes = {"A": (rank, 3 * model.num_experts), "B": (hidden, rank), "c": (hidden,)}
+        for part, name in names.items():
+            found, wanted = entries[name][:2], (TYPES[part], shapes[part])
+            require(found == wanted, f"{name} is {found[0]} {list(found[1])}, expected {wanted[0]} {list(wanted[1])}")
+        maps[layer, k] = Correction(*(_read_array(name, entries[name], body) for name in names.values()))
     return maps
 
 
-def _read_offsets(name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
-    start, end = entry["data_offsets"]
-    whole = type(start) is type(end) is int and 0 <= start <= end
-    require(whole and {"dtype", "shape"} <= entry.keys(), f"{name} is not where a tensor can be")
-    return start, end
+def _read_header(data: bytes) -> tuple[dict[str, str], dict[str, _Entry], memoryview]:
+    """Metadata, entries by name, and all that follows the header; InputError unless these fill the file."""
+    length = int.from_bytes(data[:8], "little")
+    require(8 <= len(data) and length <= min(len(data) - 8, MOST_HEADER_BYTES), "not a whole safetensors file")
+    try:
+        header = parse_json(data[8 : 8 + length])
+        metadata = header.pop("__metadata__")
+        json.dumps(header, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+        entries = {
+            name: _Entry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+        }
+        require(all(isinstance(text, str) for text in metadata.values()), "its __metadata__ holds what is not text")
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"not a whole safetensors file ({str(error)[:80]})") from error
+    for name, entry in entries.items():
+        numbers = (*entry.shape, entry.start, entry.end)
+        whole = all(type(number) is int and number >= 0 for number in numbers)
+        known = isinstance(entry.dtype, str) and entry.dtype in SIZES
+        require(whole and known, f"tensor {short(name)} is of no correction: {short(entry[:2])}")
+        size = math.prod(entry.shape) * SIZES[entry.dtype]
+        require(size == entry.end - entry.start, f"tensor {short(name)} does not fill its bytes")
+    position, body = 0, memoryview(data)[8 + length :]
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        require(entry.start == position, f"tensor {short(name)} overlaps its neighbour or leaves a hole")
+        position = entry.end
+    require(position == len(body), f"it has {len(body)} bytes of tensors, its header says {position}")
+    return metadata, entries, body
 
 
-def _read_array(name: str, part: str, shape: Any, data: memoryview) -> Any:
+def _find_place(name: str, model: ModelIdentity) -> tuple[int, int]:
+    """The layer and k of a tensor's correction."""
+    match = _NAME.fullmatch(name)
+    require(match, f"it has a tensor {short(name)}, which is of no correction")
+    layer, k = int(match[1]), int(match[2])
+    require(layer in model.moe_layers and k < model.top_k, f"{name} is of no layer and k that can be corrected")
+    return layer, k
+
+
+def _read_array(name: str, entry: _Entry, body: memoryview) -> Any:
     import ml_dtypes
     import numpy as np
 
-    dtype = np.dtype({"BF16": ml_dtypes.bfloat16, "F32": np.float32}[TYPES[part]])
-    whole = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
-    require(whole and math.prod(shape) * dtype.itemsize == len(data), f"{name} of shape {short(shape)} is not whole")
-    array = np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
-    require(np.isfinite(array.astype(np.float32)).all(), f"{name} holds numbers that are not finite")
-    return array
-
-
-def _join(place: tuple[int, int], parts: Mapping[str, Any], model: ModelIdentity) -> Correction:
-    layer, k = place
-    where = f"the correction of layer {layer} at k = {k}"
-    require(parts.keys() == {"A", "B", "c"}, f"{where} lacks {', '.join(sorted({'A', 'B', 'c'} - parts.keys()))}")
-    A, B, c = (parts[name] for name in Correction._fields)
-    fits = (A.ndim, B.ndim, c.ndim) == (2, 2, 1) and B.shape == (len(c), len(A)) and A.shape[1] == 3 * model.num_experts
-    shapes = f"{A.shape}, {B.shape} and {c.shape}"
-    require(fits, f"{where} has shapes {shapes}, which do not fit {model.num_experts} experts")
-    return Correction(A, B, c)
+    dtype = np.dtype({"BF16": ml_dtypes.bfloat16, "F32": np.float32}[entry.dtype])
+    stored = np.frombuffer(body[entry.start : entry.end], dtype.newbyteorder("<"))
+    require(np.isfinite(stored.astype(np.float32)).all(), f"{name} holds numbers that are not finite")
+    return stored.astype(dtype, copy=False).reshape(entry.shape)
 
 
 def read_maps(
@@ -187,9 +208,7 @@ def read_maps(
     if found != named.sha256:
         raise InputError(f"{place} is not the file that {path} names (its SHA-256 is {found[:12]}..); {REMEDY}")
     try:
-        maps = parse_maps(data, model, needed=needed)
-        ranks = {len(one.A) for one in maps.values()}
-        require(ranks <= {named.rank}, f"its rank is {ranks}, {path} says {named.rank}")
+        maps = parse_maps(data, model, needed=needed, rank=named.rank)
     except InputError as error:
         raise InputError(f"{place}: {error}; {REMEDY}") from error
     return maps
@@ -210,7 +229,7 @@ def merge_maps(parts: Mapping[str, Maps]) -> Maps:
 
 def list_maps(path: str | os.PathLike[str]) -> tuple[Mapping[str, str], list[tuple[int, int]]]:
     """What a file of corrections says of itself, and the (layer, k) that it has, by its header alone."""
-    header = _read_header(path)
+    header = _peek_header(path)
     require(header is not None, f"{path}: no file of corrections, or not a whole one")
     found = map(_NAME.fullmatch, header)
     return header["__metadata__"], sorted({(int(name[1]), int(name[2])) for name in found if name})
@@ -236,7 +255,7 @@ def check_maps_place(
     check_writable(path, apart_from=apart_from)
     if force or not os.path.exists(path) or not os.path.getsize(path):
         return
-    header = _read_header(path)
+    header = _peek_header(path)
     if header is None or header["__metadata__"].get("router_sha256") != model.router_sha256:
         found = "another file" if header is None else "a file of another model"
         raise InputError(f"cannot write {path}: there is {found}; choose another name, or replace it with --force")
@@ -248,7 +267,7 @@ def check_maps_place(
             )
 
 
-def _read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def _peek_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The header of a file of corrections; None for any other."""
     try:
         with open_regular(path) as file:

@@ -39,10 +39,8 @@ def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> di
 
     A model's config.json is read with `finite` off: Nemotron-H's has an Infinity, in a value that is not used here.
     """
-    checks = {"parse_constant": _refuse_non_finite, "parse_float": _parse_finite} if finite else {}
     try:
-        document = json.loads(read_bytes(path).decode(), object_pairs_hook=_require_unique, **checks)
-        _check_levels(document)
+        document = parse_json(read_bytes(path), finite=finite)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except InputError as error:
@@ -51,6 +49,17 @@ def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> di
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(document, dict):
         raise InputError(f"{path}: not a JSON object")
+    return document
+
+
+def parse_json(data: bytes, *, finite: bool = True) -> Any:
+    """JSON in UTF-8; unlike Python's parser, refuse repeated keys, deep nesting and, if `finite`, NaN and infinities.
+
+    InputError, ValueError or RecursionError say what is wrong.
+    """
+    checks = {"parse_constant": _refuse_non_finite, "parse_float": _parse_finite} if finite else {}
+    document = json.loads(data.decode(), object_pairs_hook=_require_unique, **checks)
+    _check_levels(document)
     return document
 
 

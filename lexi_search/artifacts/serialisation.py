@@ -131,7 +131,8 @@ def read_profile_maps(path: str | os.PathLike[str], profile: Profile) -> Maps | 
     """
     if profile.settings.compensation_rank is not None and profile.compensation is None:
         raise InputError(f"{path}: its losses are with corrections, and it names no file of them; profile again")
-    return read_maps(path, profile.compensation, profile.model)
+    needed = [(layer, k) for layer in profile.layers for k in range(1, profile.model.top_k)]
+    return read_maps(path, profile.compensation, profile.model, needed=needed)
 
 
 def read_allocation_maps(path: str | os.PathLike[str], allocation: Allocation) -> Maps | None:

@@ -6,6 +6,7 @@ layer at every k in turn (`forward`). That takes no data, but every computation 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from lexi_search.profiling.compensation import choose_ks
 from lexi_search.profiling.forward import Losses, Run, Variant, check_room, measure_losses
 from lexi_search.profiling.sampling import draw_tokens
 
-EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried without corrections
 Report = Callable[[int], None]
 
 
@@ -108,32 +109,51 @@ def draw_samples(
     )
 
 
-def choose_exponent(
+class Compensation(NamedTuple):
+    """The compensation with which uniform k diverges least: a gate exponent, with corrections or without."""
+
+    exponent: float
+    corrected: bool
+
+
+def choose_compensation(
     run: Run,
     tokens: Int[np.ndarray, "sequences length"],
     *,
-    corrected: Mapping[float, Maps] | None = None,
+    corrected: Mapping[float, Maps] = MappingProxyType({}),
+    alone: bool = True,
     report: Report = lambda layer: None,
-) -> float:
-    """The gate exponent with which uniform k diverges least from the model, at a few k taken together, two digits.
+) -> Compensation:
+    """The compensation with which uniform k diverges least from the model, at a few k taken together.
 
-    Each k counts alike: the divergence is taken relative to the smallest that any of `EXPONENTS` leads to. Between them
-    it is a parabola through the best and its neighbours. With `corrected`, each of its exponents has maps, for every
-    layer and each of `choose_ks`, and those are the exponents that are tried.
+    Tried are the exponents of `corrected`, each with its maps for every layer and each of `choose_ks`, and unless
+    `alone` is false `EXPONENTS` without any. Each k counts alike: the divergence is taken relative to the smallest that
+    any of them leads to. The exponent has two digits: between those that are tried it is the vertex of a parabola.
     """
     layers, ks = len(run.model.layers), choose_ks(run.model.top_k)
-    exponents = EXPONENTS if corrected is None else tuple(corrected)
+    tried = [Compensation(exponent, True) for exponent in corrected]
+    tried += [Compensation(exponent, False) for exponent in EXPONENTS] if alone else []
     variants = [
-        Variant((k,) * layers, exponent, corrected and corrected[exponent]) for exponent in exponents for k in ks
+        Variant((k,) * layers, exponent, corrected[exponent] if with_maps else None)
+        for exponent, with_maps in tried
+        for k in ks
     ]
     losses = measure_losses(run, tokens, variants, report=report)
-    divergence = losses.divergence.mean(axis=1).reshape(len(exponents), len(ks))
+    divergence = losses.divergence.mean(axis=1).reshape(len(tried), len(ks))
     least = divergence.min(axis=0)
     relative = np.divide(divergence, least, where=least > 0, out=np.ones_like(divergence)).mean(axis=1)
-    best = int(relative.argmin())
+    best = tried[int(relative.argmin())]
+    alike = [index for index, one in enumerate(tried) if one.corrected == best.corrected]
+    exponent = _refine([tried[index].exponent for index in alike], relative[alike])
+    return Compensation(exponent, best.corrected)
+
+
+def _refine(exponents: Sequence[float], losses: Float64[np.ndarray, " exponents"]) -> float:
+    """Where a parabola through the least loss and its neighbours is least; an end where that has the least."""
+    best = int(losses.argmin())
     if best in (0, len(exponents) - 1):
         return exponents[best]
-    curve = np.polyfit(exponents[best - 1 : best + 2], relative[best - 1 : best + 2], 2)
+    curve = np.polyfit(exponents[best - 1 : best + 2], losses[best - 1 : best + 2], 2)
     return exponents[best] if curve[0] <= 0 else round(float(-curve[1] / (2 * curve[0])), 2)
 
 

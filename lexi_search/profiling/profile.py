@@ -71,7 +71,7 @@ def choose_dtype(dtype: str, source: str, stored: str) -> str:
     return "float32" if source != "paper" and jax.default_backend() == "cpu" else stored
 
 
-def choose_compensation(compensation: str | None, exponent: float | str | None, input: str, routing: Routing) -> str:
+def decide_compensation(compensation: str | None, exponent: float | str | None, input: str, routing: Routing) -> str:
     """One of `COMPENSATIONS`: the one that is asked for, or the most that the input and the family's routing allow.
 
     Without one asked for, a gate exponent on the paper's input is taken as it is. Raises InputError for what is not

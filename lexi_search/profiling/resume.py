@@ -24,6 +24,8 @@ from lexi_search.errors import InputError
 
 LOCK = "lock"
 LAYERS, FINDINGS = "*.json", "*.found"  # files
+COMPENSATION = "compensation"  # the name of a finding: what `divergence.choose_compensation` chose
+FOUND = ("gate_exponent", "compensation_rank")  # settings that it decides
 MAPS = "maps"  # the name of a finding, before a layer's index
 # Names of the files of this module, and of what a write that was cut short leaves.
 OURS = re.compile(r"\w+-[0-9a-f]{16}\.(json|found)|\.lexi-.*\.tmp")
@@ -67,7 +69,7 @@ class Partials:
     def _check(self, theirs: dict[str, Any], but_exponent: bool) -> None:
         ours = self.header.to_document()
         if but_exponent:
-            theirs["settings"]["gate_exponent"] = ours["settings"]["gate_exponent"]
+            theirs["settings"] |= {name: ours["settings"][name] for name in FOUND}
         if difference := find_difference(theirs, ours):
             raise InputError(
                 f"{self.folder} has finished layers of another run, whose {difference} now; repeat that run to "

@@ -23,19 +23,19 @@ from lexi_search.errors import InputError
 from lexi_search.models.model import Model, describe, find_dtype
 from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers, try_exponents
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
-from lexi_search.profiling.divergence import EXPONENTS, choose_exponent, draw_samples, open_run
+from lexi_search.profiling.divergence import EXPONENTS, choose_compensation, draw_samples, open_run
 from lexi_search.profiling.forward import Run
 from lexi_search.profiling.profile import (
     AUTO,
     check_layers,
     check_settings,
-    choose_compensation,
     choose_dtype,
+    decide_compensation,
     find_end,
     profile_layers,
     read_exponent,
 )
-from lexi_search.profiling.resume import Partials, find_partials, keep_partials
+from lexi_search.profiling.resume import COMPENSATION, FOUND, Partials, find_partials, keep_partials
 from lexi_search.profiling.sampling import PASSES
 
 
@@ -87,6 +87,7 @@ class _Session(NamedTuple):
     observer: Observer
     made_by: Mapping[str, Any]
     find_exponent: bool  # it is to be found on the text
+    may_drop: bool  # corrections, too, where an exponent alone is better
     partials: Partials | None = None
 
     @property
@@ -179,7 +180,7 @@ def _find_finished(output: str | os.PathLike[str], session: _Session) -> Profile
     profile = read_profile(output)
     theirs, ours = read_header(profile).to_document(), session.header.to_document()
     if session.find_exponent:  # it is not known yet
-        ours["settings"]["gate_exponent"] = theirs["settings"]["gate_exponent"]
+        ours["settings"] |= {name: theirs["settings"][name] for name in FOUND}
     if difference := find_difference(theirs, ours):
         raise InputError(f"{output} is the profile of another run, whose {difference} now; choose another place")
     if missing := find_missing(profile):
@@ -194,7 +195,7 @@ def _open(
     dtype: str,
     group: Group,
     observer: Observer,
-    compensation: str | None,
+    asked: str | None,
     exponent: float | str | None,
     rank: int | None,
     **settings: Any,
@@ -203,7 +204,7 @@ def _open(
     model = describe(checkpoint, max_k=settings["max_k"], gate_exponent=None if exponent == AUTO else exponent)
     chosen = tuple(layers or model.layers)
     check_layers(checkpoint, model, chosen)
-    compensation = choose_compensation(compensation, exponent, settings["input"], model.routing)
+    compensation = decide_compensation(asked, exponent, settings["input"], model.routing)
     if compensation == "full":
         settings["compensation_rank"] = find_rank(model.hidden_size, model.identity.num_experts, rank)
     elif rank is not None:
@@ -213,7 +214,8 @@ def _open(
     run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype)
     made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
     find_exponent = compensation != "none" and exponent in (None, AUTO)
-    return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by, find_exponent)
+    may_drop = find_exponent and asked is None
+    return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by, find_exponent, may_drop)
 
 
 def _plan(session: _Session) -> Plan:
@@ -227,12 +229,12 @@ def _plan(session: _Session) -> Plan:
         tokens = settings.batch * settings.length * (1 + model.top_k)
         return Plan((), len(model.layers), read, tokens * row + largest, largest)
     layers, others = len(session.run.decoder.blocks), model.top_k - 1
-    chooses = session.find_exponent and "exponent" not in partials.findings
+    chooses = session.find_exponent and COMPENSATION not in partials.findings
     work = (1,) * layers * (PASSES if (missing or chooses) and "text" not in partials.findings else 0)
     corrects = settings.compensation_rank is not None
     work += (1,) * layers if chooses and corrects else ()
-    tried = CORRECTED_EXPONENTS if corrects else EXPONENTS
-    work += (1 + len(tried) * len(choose_ks(model.top_k)),) * layers if chooses else ()
+    tried = len(CORRECTED_EXPONENTS) * corrects + len(EXPONENTS) * (session.may_drop or not corrects)
+    work += (1 + tried * len(choose_ks(model.top_k)),) * layers if chooses else ()
     work += (1,) * layers if corrects and not partials.maps.keys() >= set(session.layers) else ()
     # A variant has states of its own from the layer on in which it differs.
     work += tuple(1 + others * sum(layer <= at for layer in missing) for at in range(layers)) if missing else ()
@@ -246,7 +248,7 @@ def _measure(session: _Session, output: str | os.PathLike[str], *, force: bool) 
     group, layers, partials = session.group, session.layers, session.partials
     get_text = cache(lambda: _get_text(session))
     if session.find_exponent:
-        session = _find_exponent(session, get_text)
+        session = _find_compensation(session, get_text)
     missing = share(group, "missing", lambda: [layer for layer in layers if layer not in partials.layers])
     costs = estimate_costs(session.checkpoint, session.model, missing, session.settings.input)
     assigned = spread(costs, group.size)[group.index]
@@ -313,17 +315,20 @@ def _get_text(session: _Session) -> Int32[np.ndarray, "sequences length"]:
     return np.asarray(share(session.group, "text", lambda: session.partials.find("text", sample)), np.int32)
 
 
-def _find_exponent(session: _Session, get_text: Callable[[], Int32[np.ndarray, "sequences length"]]) -> _Session:
-    """The session with the gate exponent of an earlier run, of process 0, or the best one on the text."""
+def _find_compensation(session: _Session, get_text: Callable[[], Int32[np.ndarray, "sequences length"]]) -> _Session:
+    """The session with the compensation of an earlier run, of process 0, or the best one on the text."""
 
-    def choose() -> float:
+    def choose() -> dict[str, Any]:
         run, rank, report = session.run, session.settings.compensation_rank, session.observer.advance_pass
-        corrected = None if rank is None else try_exponents(run, get_text(), rank=rank, report=report)
-        return choose_exponent(run, get_text(), corrected=corrected, report=report)
+        tried = {} if rank is None else {"corrected": try_exponents(run, get_text(), rank=rank, report=report)}
+        alone = rank is None or session.may_drop
+        return choose_compensation(run, get_text(), **tried, alone=alone, report=report)._asdict()
 
-    exponent = share(session.group, "exponent", lambda: session.partials.find("exponent", choose))
-    model = session.model._replace(routing=session.model.routing._replace(exponent=exponent))
-    session = session._replace(model=model, settings=replace(session.settings, gate_exponent=exponent))
+    found = share(session.group, COMPENSATION, lambda: session.partials.find(COMPENSATION, choose))
+    model = session.model._replace(routing=session.model.routing._replace(exponent=found["exponent"]))
+    rank = session.settings.compensation_rank if found["corrected"] else None
+    settings = replace(session.settings, gate_exponent=found["exponent"], compensation_rank=rank)
+    session = session._replace(model=model, settings=settings)
     if session.partials is not None:
         session.partials.load(session.header)
     return session

@@ -34,7 +34,7 @@ class Caution(NamedTuple):
     """
 
     threshold: float = 0.03
-    floor: float = 0.25
+    floor: float = 0.5
     resamples: int = 200
 
 

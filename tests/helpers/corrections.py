@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
+from lexi_search.artifacts.compensation import Correction
+
 
 def draw_correction(rng: np.random.Generator, *, num_experts: int, hidden: int, rank: int, scale: float = 0.1):
     """A, B and c of one layer at one k, with their stored types."""
@@ -23,6 +25,15 @@ def draw_tensors(model, pairs, *, hidden: int, rank: int = 4, seed: int = 0) -> 
         drawn = draw_correction(rng, num_experts=model.num_experts, hidden=hidden, rank=rank)
         tensors |= {f"layers.{layer}.top_k.{k}.{name}": value for name, value in drawn.items()}
     return tensors
+
+
+def draw_maps(model, pairs, *, hidden: int, rank: int = 4, seed: int = 0) -> dict[tuple[int, int], Correction]:
+    """The same as `lexi_search` has it in memory."""
+    tensors = draw_tensors(model, pairs, hidden=hidden, rank=rank, seed=seed)
+    parts = Correction._fields
+    return {
+        (layer, k): Correction(*(tensors[f"layers.{layer}.top_k.{k}.{part}"] for part in parts)) for layer, k in pairs
+    }
 
 
 def describe(model, rank: int) -> dict[str, str]:

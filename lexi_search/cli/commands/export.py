@@ -15,7 +15,7 @@ EXAMPLES = """\b
 Examples:
   lexi-search export allocation.json --to vllm --model weights/ -o served
   lexi-search export allocation.json --to vllm --model weights/
-  lexi-search export allocation.json --to csv -o k.csv
+  lexi-search export allocation.json --to transformers --model weights/ -o loaded
 """
 
 

@@ -1,5 +1,7 @@
 """`lexi-search auto` from end to end: its targets, runs that were cut short, what is never replaced, the report."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -30,6 +32,7 @@ from lexi_search.errors import InputError
 SETTINGS = {"batch": 2, "length": 16, "samples": 64}
 OPTIONS = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
 FILES = {"allocation.json", "estimate.json", "judged.json", "profile-paper.json", "profile.json"}
+CORRECTIONS = {"allocation.safetensors", "profile.safetensors"}
 REPORTS = {"report.html", "report.md"}
 LAYERS, TOP_K = 3, 4
 
@@ -84,13 +87,18 @@ def read_top_k(name="served.lexi/allocation.json"):
 
 def test_a_budget_leads_to_a_folder_and_a_report(finished, weights):
     place = finished / "served.lexi"
-    assert set(os.listdir(place)) == FILES | REPORTS
+    assert set(os.listdir(place)) == FILES | CORRECTIONS | REPORTS
     profile, allocation = read_profile(place / "profile.json"), read_allocation(place / "allocation.json")
     assert allocation.budget == 7  # 58 % of 12 to the nearest
     assert allocation.loss == pytest.approx(min(loss for top_k, loss in list_all(profile) if sum(top_k) == 7))
     assert allocation.made_by["profile_sha256"] == sha256(profile)
     config = read_json_object(finished / "served/config.json")
     assert config["lexi_allocation"]["top_k"] == {str(layer): k for layer, k in allocation.top_k.items()}
+    served = dataclasses.replace(allocation.compensation, file="lexi_compensation.safetensors")
+    assert config["lexi_allocation"]["compensation"] == dataclasses.asdict(served)
+    data = (finished / "served" / served.file).read_bytes()
+    assert data == (place / "allocation.safetensors").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == served.sha256
     assert os.readlink(finished / "served/model.safetensors") == str(weights / "model.safetensors")
     assert (finished / "said").read_text().splitlines()[-1] == "report: served.lexi/report.html and report.md"
     told = (finished / "told").read_text().splitlines()
@@ -122,7 +130,9 @@ def test_figures_of_the_report_are_those_of_the_files(finished):
         if sum(top_k) == 7
     )[1]
     variants = [tuple(variant["top_k"]) for variant in judged["variants"]]
-    assert variants == [read_top_k(place / "allocation.json"), even, of_paper]
+    assert variants == [read_top_k(place / "allocation.json"), even, even, of_paper]
+    exponent = profile.settings.gate_exponent
+    assert [variant["gate_exponent"] for variant in judged["variants"]] == [exponent, None, exponent, None]
     divergence = np.array(judged["divergence"])
     for row, top_k in enumerate(variants):
         loss = sum(table[layer, k - 1] for layer, k in enumerate(top_k))
@@ -298,14 +308,17 @@ def test_the_nearest_reachable_loss_is_within_reach(again, weights):
 def test_another_target_replaces_nothing_without_force_and_never_the_profile(again, weights):
     before = read_all(again)
     message = refuse("auto", weights, "--budget", 8, "-o", "served/", *OPTIONS)
-    assert message.startswith("served.lexi/allocation.json is there with other content; --force replaces it")
+    assert message.startswith("served.lexi/allocation.safetensors is there with other content; --force replaces it")
     assert read_all(again) == before
     succeed("auto", weights, "--budget", 8, "-o", "served/", "--force", *OPTIONS)
     after = read_all(again)
     assert sum(read_json_object("served/config.json")["lexi_allocation"]["top_k"].values()) == 8
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {f"served.lexi/{name}" for name in ("allocation.json", "judged.json", *REPORTS)} | {
+    assert changed == {
+        f"served.lexi/{name}" for name in ("allocation.json", "allocation.safetensors", "judged.json", *REPORTS)
+    } | {
         "served/config.json",
+        "served/lexi_compensation.safetensors",
         "served/lexi-export.json",
     }
 
@@ -363,7 +376,7 @@ def test_two_runs_to_one_place_are_kept_apart(again, weights):
 
 def test_without_comparison_and_judgement_less_is_measured_and_said(folder, weights):
     succeed("auto", weights, "--budget", 7, "-o", "served", "--no-paper", "--no-judge", *OPTIONS)
-    assert set(os.listdir("served.lexi")) == FILES - {"judged.json", "profile-paper.json"} | REPORTS
+    assert set(os.listdir("served.lexi")) == FILES - {"judged.json", "profile-paper.json"} | CORRECTIONS | REPORTS
     text = Path("served.lexi/report.md").read_text()
     assert "paper's method" not in text
     assert "the whole model was not measured" in text
@@ -377,7 +390,7 @@ def test_on_the_papers_input_losses_have_no_nats(folder, weights):
 
 
 def test_a_gate_exponent_is_part_of_what_is_judged_and_served(folder, weights):
-    options = ["--gate-exponent", "0.5", "--no-paper"]
+    options = ["--compensation", "exponent", "--gate-exponent", "0.5", "--no-paper"]
     succeed("auto", weights, "--budget", 7, "-o", "served", *options, *OPTIONS)
     assert read_json_object("served/config.json")["lexi_allocation"]["gate_exponent"] == 0.5
     variants = read_json_object("served.lexi/judged.json")["variants"]

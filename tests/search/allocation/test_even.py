@@ -1,13 +1,9 @@
 """Allocations of profiles with corrections are as even as can be unless another is surely better, however made."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import list_warnings, run
-from corrections import describe, draw_tensors, write_corrections
 from synthetic import make_corrected_profile, make_cost_table
 
 from lexi_search.allocation.allocate import allocate
@@ -15,8 +11,7 @@ from lexi_search.allocation.baselines import spread_evenly
 from lexi_search.allocation.costs import weigh
 from lexi_search.allocation.targets import Target, search_target
 from lexi_search.allocation.tradeoff import find_front
-from lexi_search.artifacts.compensation import CompensationFile
-from lexi_search.artifacts.serialisation import read_allocation, to_bytes
+from lexi_search.artifacts.serialisation import to_bytes
 from lexi_search.solvers.problem import Constraints
 from lexi_search.solvers.robust import Caution
 

@@ -265,9 +265,10 @@ def test_show_refuses(folder):
 
 def test_a_profile_shows_its_plan_and_plain_lines_of_progress_in_a_pipe(folder, checkpoint):
     small = ["--batch", 2, "--length", 8, "--samples", 32]
-    for options, total in ((FAST, "layers: {} of 3"), (small, "percent of the work: {} of 100")):
+    plain, percent = [*small, "--compensation", "none"], "percent of the work: {} of 100"
+    for options, passes, total in ((FAST, 0, "layers: {} of 3"), (small, 10, percent), (plain, 7, percent)):
         plan, *lines, done, plot, search = run("profile", checkpoint, *options).stderr.splitlines()
-        passes = "" if options is FAST else " in 7 passes over 3 decoder layers"
+        passes = f" in {passes} passes over 3 decoder layers" if passes else ""
         assert re.fullmatch(rf"plan: read [\d.]+ [kM]B of weights{passes}; memory for .*", plan)
         assert lines[0] == f"{total.format(0)}, elapsed 0:00:00"
         last = total.format(100 if "percent" in total else 3)

@@ -51,10 +51,10 @@ def test_examples_work_in_the_order_of_the_commands(request, workplace, monkeypa
                 monkeypatch.setattr(option, "default", SMALL[option.name])
     monkeypatch.setitem(SAMPLES, "weights", SMALL["samples"])
     if name == "search":
-        profile = serialisation.read_profile("profile.json")
-        table = make_cost_table(len(profile.model.moe_layers), profile.model.top_k)
+        model = serialisation.read_profile("profile.json").model
+        table = make_cost_table(len(model.moe_layers), model.top_k)
         table = serialisation.CostTable(
-            table.model.__class__(**{name: getattr(profile.model, name) for name in vars(table.model)}),
+            table.model.__class__(**{name: getattr(model, name) for name in vars(table.model)}),
             *(table.device, table.steps, table.made_by),
         )
         (place / "cost.json").write_bytes(serialisation.to_bytes(table))

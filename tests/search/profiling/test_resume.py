@@ -163,9 +163,10 @@ def test_another_input_is_refused_before_anything_is_drawn(cut_short, checkpoint
 
 
 def test_a_found_exponent_must_be_that_of_the_finished_layers(folder, checkpoint):
-    small = ["--batch", "2", "--length", "16", "--samples", "64"]
-    found = command_line.read_warnings(run(checkpoint, *small, "--gate-exponent", "auto")).split()[-1]
+    small = ["--batch", "2", "--length", "16", "--samples", "64", "--compensation", "exponent"]
+    assert run(checkpoint, *small).exit_code == 0
     unbroken = serialisation.read_profile("profile.json")
+    found = str(unbroken.settings.gate_exponent)
     for exponent, code in ((found, 0), ("0.4", 2)):
         with pytest.MonkeyPatch.context() as patch:
             interrupt_after(patch, 1)
@@ -173,6 +174,7 @@ def test_a_found_exponent_must_be_that_of_the_finished_layers(folder, checkpoint
         done = run(checkpoint, *small, "--gate-exponent", "auto")
         assert done.exit_code == code
         assert ("1 of 3 layers are finished" if code == 0 else "gate_exponent is 0.4, not ") in done.stderr
+    assert found != "0.4"
     again = serialisation.read_profile("profile.json")
     for layer, loss in unbroken.layers.items():
         assert again.layers[layer].divergence == pytest.approx(loss.divergence, rel=1e-3)
@@ -277,7 +279,7 @@ def test_what_others_put_into_the_folder_stays(folder, checkpoint, unbroken):
     assert os.listdir(STORE) == ["notes.txt"]
 
 
-WRITES = ["--length", "32", "--samples", "256", "--dtype", "float32"]
+WRITES = ["--length", "32", "--samples", "256", "--dtype", "float32", "--compensation", "none"]
 
 
 @pytest.fixture
@@ -321,7 +323,7 @@ def test_a_text_that_is_damaged_is_drawn_again_and_another_runs_is_refused(text_
 
 
 def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, monkeypatch):
-    auto = [*WRITES, "--gate-exponent", "auto"]
+    auto = [*WRITES, "--compensation", "exponent"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
         assert run(checkpoint, *auto).exit_code == 130

@@ -72,10 +72,10 @@ def test_a_finished_profile_of_the_same_run_is_taken_and_no_other(folder, checkp
 
 def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint):
     recorder = Recorder()
-    settings = {"batch": 2, "length": 16, "samples": 64, "gate_exponent": "auto", "layers": [1]}
+    settings = {"batch": 2, "length": 16, "samples": 64, "compensation": "exponent", "layers": [1]}
     profile = lexi_search.profile_checkpoint(checkpoint, "profile.json", observer=recorder, **settings)
     kinds = [kind for kind, *_ in recorder.events]
-    assert kinds[0] == "open" and kinds[-1] == "layer" and kinds.count("exponent") == 1
+    assert kinds[0] == "open" and kinds[-1] == "layer"
     passes = [layer for kind, layer in recorder.events[1:] if kind == "pass"]
     assert passes == [0, 1, 2] * 8  # six for the text, one for the exponent, one for the losses
     work = recorder.planned.work
@@ -84,8 +84,20 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
     assert work[18:] == (1 + 5 * others,) * 3 + (1, 1 + others, 1 + others)
     size = sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors"))
     assert 0.9 * 8 * size < recorder.planned.read_bytes <= 8 * size
-    assert ("exponent", profile.settings.gate_exponent) in recorder.events
     assert tuple(profile.layers) == (1,)
+    recorder = Recorder()
+    profile = lexi_search.profile_checkpoint(
+        checkpoint, "full.json", observer=recorder, **settings | {"compensation": "full"}
+    )
+    assert recorder.planned.work == (
+        (1,) * 18  # the text
+        + (1,) * 3  # corrections with four exponents
+        + (1 + 4 * others,) * 3  # each tried at three k
+        + (1,) * 3  # corrections with the best of them
+        + (1, 1 + others, 1 + others)
+    )
+    assert [layer for kind, layer in recorder.events[1:] if kind == "pass"] == [0, 1, 2] * 10
+    assert profile.settings.compensation_rank == profile.compensation.rank == 32
 
 
 @pytest.mark.parametrize(
