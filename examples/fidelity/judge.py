@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from judging import Choice, Judge, load
 from records import MEASURES, Results, Row, describe_run, find_neighbours, interpolate_uniform, write_results
-from tables import PROFILES, make_profile, search
+from tables import PROFILES, make_profile, search, search_default
 from windows import cut, read_streams
 
 from lexi_search.artifacts.profile import Profile
@@ -35,7 +35,8 @@ def judge_profiles(judge: Judge, profiles: Mapping[Path, Profile], budgets: Sequ
         if exponent is not None:
             named += [(f"uniform with {file.stem}", Choice((k,) * judge.layers, exponent, own)) for k in near]
         for kind in profile.loss_kinds:
-            found = search(np.array(profile.losses(kind)), budgets)
+            default = kind == profile.default_loss
+            found = search_default(profile, budgets) if default else search(np.array(profile.losses(kind)), budgets)
             named += [(f"{file.stem}/{kind}", Choice(top_k, exponent, own)) for top_k in found]
     return judge.judge(named)
 

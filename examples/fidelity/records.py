@@ -19,7 +19,7 @@ import lexi_search
 from lexi_adapter.files import write_atomically
 
 MEASURES = ("increase", "divergence")  # of the cross-entropy; KL divergence from the model with its own k
-MINUS = "{}/divergence minus uniform with it"  # a row of differences, to uniform k with the same compensation
+MINUS = "{}/default minus uniform with it"  # a row of differences, to uniform k with the same compensation
 LEAST_GAIN = 0.1  # where brute force gains less over uniform k, relative to it, a share of that gain says little
 
 Loss = TypeVar("Loss", float, np.ndarray)

@@ -19,10 +19,21 @@ import numpy as np
 import torch
 from judging import Choice, Judge, Loaded, find_losses, load
 from records import MINUS, Results, Row, describe_run, find_budgets, read_results, write_results
-from tables import PROFILES, Failed, make_profile, measure_windows, read_tables, run_search, search, tabulate
+from tables import (
+    PROFILES,
+    Failed,
+    make_profile,
+    measure_windows,
+    read_tables,
+    run_search,
+    search,
+    search_default,
+    tabulate,
+)
 from windows import Windows, cut_what_fits, read_streams
 
 from lexi_adapter.errors import AdapterError
+from lexi_search.artifacts.serialisation import read_profile
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the model's own sum of k
 EXPONENT, EXPONENTS = 0.5, (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)  # for allocations from profiles, and for uniform k
@@ -76,19 +87,21 @@ def judge_profile(study: Study, source: str) -> list[Row]:
     named = {f"{source}/{kind}": table for kind, table in held.items()}
     rows = judge_tables(study, named, exponent, file)
     if exponent is not None:
-        rows += judge_compensation(study, source, Choice((1,) * study.judge.layers, exponent, file), held["divergence"])
+        rows += judge_compensation(study, source, Choice((1,) * study.judge.layers, exponent, file))
     if exponent is None:
         named = {WITH_EXPONENT.format(name, EXPONENT): table for name, table in named.items()}
         rows += judge_tables(study, named, EXPONENT)
     return rows
 
 
-def judge_compensation(study: Study, source: str, like: Choice, table: np.ndarray) -> list[Row]:
-    """Every uniform k with the compensation of `like`, and how much more the optima of `table` lose than that."""
+def judge_compensation(study: Study, source: str, like: Choice) -> list[Row]:
+    """Every uniform k with the compensation of `like`, what a search chooses, and how much more that loses."""
     ks = range(1, study.loaded.identity.top_k + 1)
     rows = study.judge.judge([(f"uniform with {source}", like.spread(k)) for k in ks])
-    optima = [like._replace(top_k=top_k) for top_k in search(table, list(study.budgets.values()))]
-    return rows + [study.judge.subtract(MINUS.format(source), choice) for choice in optima]
+    found = search_default(read_profile(like.profile), list(study.budgets.values()))
+    chosen = [like._replace(top_k=top_k) for top_k in found]
+    rows += study.judge.judge([(f"{source}/default", choice) for choice in chosen])
+    return rows + [study.judge.subtract(MINUS.format(source), choice) for choice in chosen]
 
 
 def judge_tables(

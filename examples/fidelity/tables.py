@@ -11,6 +11,8 @@ from judging import Loaded
 from windows import Windows
 
 from lexi_adapter.sensitivity.ablation import measure
+from lexi_search.allocation.allocate import allocate
+from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.serialisation import read_profile
 from lexi_search.solvers.exact import solve
 from lexi_search.solvers.problem import pose
@@ -76,6 +78,12 @@ def read_tables(source: str, file: Path) -> tuple[dict[str, np.ndarray], float |
     profile = read_profile(file)
     held = {kind: np.array(profile.losses(kind)) for kind in PROFILES[source][1] if kind in profile.loss_kinds}
     return held, profile.settings.gate_exponent
+
+
+def search_default(profile: Profile, budgets: Sequence[int]) -> list[tuple[int, ...]]:
+    """The k of every layer that `lexi-search search` chooses at each budget, by its default loss and rules."""
+    results = allocate(profile, list(budgets), method="exact")
+    return [tuple(result.allocation.top_k[layer] for layer in profile.model.moe_layers) for result in results]
 
 
 def search(table: np.ndarray, budgets: Sequence[int]) -> list[tuple[int, ...]]:

@@ -239,7 +239,7 @@ def check_maps_place(
     path: str | os.PathLike[str],
     model: ModelIdentity,
     *,
-    owners: Sequence[str | os.PathLike[str]],
+    owners: Sequence[str | os.PathLike[str]] = (),
     apart_from: Sequence[str | os.PathLike[str] | None] = (),
     force: bool = True,
 ) -> None:
@@ -292,7 +292,7 @@ def write_maps(
     maps: Maps,
     model: ModelIdentity,
     *,
-    owners: Sequence[str | os.PathLike[str]],
+    owners: Sequence[str | os.PathLike[str]] = (),
     apart_from: Sequence[str | os.PathLike[str] | None] = (),
     force: bool = True,
 ) -> CompensationFile | None:

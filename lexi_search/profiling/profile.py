@@ -139,6 +139,15 @@ def _profile_each(
             yield layer, summarise(moments)
 
 
+def read_settings(
+    input: str, iterations: int | None, samples: int | None, *, batch: int, length: int, seed: int, **paper: Any
+) -> dict[str, Any]:
+    """Keywords for `ProfileSettings`, of which `paper` are for that input alone; InputError where they do not fit."""
+    check_settings(input, iterations=iterations, **paper)
+    end = find_end(input, paper["relative_error"], samples, iterations, batch * length)
+    return {"input": input, "seed": seed, "batch": batch, "length": length} | paper | end
+
+
 def check_settings(input: str, **settings: object) -> None:
     """Raise InputError for an input that is not known, or one of the paper's `settings` with another input."""
     if input not in SAMPLES:

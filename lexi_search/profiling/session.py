@@ -28,12 +28,11 @@ from lexi_search.profiling.forward import Run
 from lexi_search.profiling.profile import (
     AUTO,
     check_layers,
-    check_settings,
     choose_dtype,
     decide_compensation,
-    find_end,
     profile_layers,
     read_exponent,
+    read_settings,
 )
 from lexi_search.profiling.resume import COMPENSATION, FOUND, Partials, find_partials, keep_partials
 from lexi_search.profiling.sampling import PASSES
@@ -123,35 +122,32 @@ def profile_checkpoint(
 
     Args:
         layers: decoder-layer indices; by default all MoE layers.
-        input: `weights`, text sampled from the model, or `paper`, N(0, 1). Settings are those of `ProfileSettings`.
-        iterations: exactly so many on the paper's input, its N_iter, in place of `relative_error` and `samples`.
+        input: `weights`, text sampled from the model, or `paper`, N(0, 1); settings are of `ProfileSettings`.
+        iterations: exactly so many on the paper's input, its N_iter, for `relative_error` and `samples`.
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
         compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
-            method. By default the most that input and family allow.
-        restart: throw away what a run that was cut short left in `<output>.partial/`, instead of going on from there.
-        reuse: return the profile in `output` where this very run has written it before; without several processes.
+            method. By default what is measured to lose least of all that input and family allow.
+        restart: throw away what a run that was cut short left in `<output>.partial/`.
+        reuse: return the profile in `output` where this very run has written it before; in one process.
         force: replace a file of another model or kind in `output`, too.
         group: this process among others, from `distributed.join`; process 0 writes `output`, others return None.
 
     Raises:
         InputError: bad settings, a checkpoint that cannot be read or is not known, an `output` that cannot be written,
-            results of another run in `<output>.partial/` or, with `reuse`, in `output`, another process that has
-            stopped.
+            results of another run in `<output>.partial/` or, with `reuse`, in `output`, a process that has stopped.
     """
     paper = {"relative_error": relative_error, "control_variate": control_variate, "max_k": max_k}
-    check_settings(input, iterations=iterations, **paper)
+    settings = read_settings(input, iterations, samples, batch=batch, length=length, seed=seed, **paper)
     exponent = read_exponent(gate_exponent, input)
     if group.index == 0:
         check_writable(output, apart_from=[source], nature=None if force else describe_nature(Profile))
         refuse_inputs(find_partials(output), [source])
-    settings = {"input": input, "seed": seed, "batch": batch, "length": length} | paper
-    settings |= find_end(input, relative_error, samples, iterations, batch * length)
     session = _open(source, layers, dtype, group, observer or _Silent(), compensation, exponent, rank, **settings)
     if reuse and (finished := _find_finished(output, session)):
         return finished
     agree(group, session.header)
     if group.index == 0:
-        _check_output(output, session, force=force)
+        _check_output(output, session, force)
     with ExitStack() as stack:
         if group.index == 0:
             kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
@@ -161,10 +157,9 @@ def profile_checkpoint(
         return _measure(session, output, force=force)
 
 
-def _check_output(output: str | os.PathLike[str], session: _Session, *, force: bool) -> None:
+def _check_output(output: str | os.PathLike[str], session: _Session, force: bool) -> None:
     """Raise InputError where what will be written may not replace what is there."""
-    nature = None if force else describe_nature(Profile, session.model.identity)
-    check_writable(output, nature=nature)
+    check_writable(output, nature=None if force else describe_nature(Profile, session.model.identity))
     if session.settings.compensation_rank is not None:
         place, apart_from = name_beside(output), [session.checkpoint.folder]
         check_maps_place(place, session.model.identity, owners=[output], apart_from=apart_from, force=force)
@@ -214,8 +209,8 @@ def _open(
     run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype)
     made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
     find_exponent = compensation != "none" and exponent in (None, AUTO)
-    may_drop = find_exponent and asked is None
-    return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by, find_exponent, may_drop)
+    finds = find_exponent, find_exponent and asked is None
+    return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by, *finds)
 
 
 def _plan(session: _Session) -> Plan:

@@ -322,15 +322,15 @@ def test_allocations_share_one_file_of_what_they_use(folder, maps):
 
 def test_only_corrections_are_replaced_without_force(named):
     for path in ("p.safetensors", "new.safetensors"):
-        check_maps_place(path, force=False)
+        check_maps_place(path, MODEL, force=False)
     Path("other.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     Path("text.safetensors").write_text("mine")
     for path in ("other.safetensors", "text.safetensors"):
         with pytest.raises(InputError, match=f"cannot write {path}: there is another file; choose another name, or"):
-            check_maps_place(path, force=False)
-        check_maps_place(path, force=True)
+            check_maps_place(path, MODEL, force=False)
+        check_maps_place(path, MODEL, force=True)
     with pytest.raises(InputError, match="the same command reads or writes it as another file"):
-        check_maps_place("p.safetensors", apart_from=["p.safetensors"])
+        check_maps_place("p.safetensors", MODEL, apart_from=["p.safetensors"])
 
 
 @pytest.mark.parametrize(
