@@ -1,12 +1,13 @@
 """Allocations of profiles with corrections are as even as can be unless another is surely better, however made."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import list_warnings, run
+from command_line import list_warnings, run, write
 from corrections import describe, draw_tensors, write_corrections
 from synthetic import make_corrected_profile, make_cost_table
 
@@ -107,3 +108,53 @@ def test_a_target_is_met_with_caution_as_well(profile):
         assert result.expected_gain >= 0.03 or len(set(read_k(result.allocation))) <= 2
     result, _ = search_target(profile, Target("speedup", 1.2), cost)
     assert result.speedup >= 1.2 * (1 - 1e-9)
+
+
+@pytest.fixture
+def profiles(folder):
+    """Files of both profiles, with the corrections that they name."""
+    for name, profile in (("alike", ALIKE), ("apart", APART)):
+        pairs = [(layer, k) for layer in range(12) for k in range(1, 8)]
+        tensors = draw_tensors(profile.model, pairs, hidden=8)
+        named = write_corrections(folder / f"{name}.safetensors", tensors, describe(profile.model, 4))
+        write(folder / f"{name}.json", replace(profile, compensation=CompensationFile(**named)))
+    return folder
+
+
+def test_search_says_in_one_line_where_it_fell_back(profiles):
+    result = run("search", "alike.json", "--budget", 54, "--method", "exact", "-o", "a.json")
+    assert result.exit_code == 0
+    (line,) = list_warnings(result.stderr)
+    told = r"budget 54: k as even as can be, for the profile cannot tell a better one: expected gain [\d.]+ %"
+    assert re.fullmatch(told, line), line
+    written = read_allocation("a.json")
+    assert read_k(written) == spread_evenly(54, 12)
+    assert set(written.made_by["fallback"]) == {"expected_gain", "threshold"}
+
+    result = run("search", "alike.json", "--budget", 30, "--budget", 54, "--budget", 96, "--json", "-o", "several")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("budget 30, 54: k as even as can be, ") and "expected gain at most " in line
+    rows = json.loads(result.stdout)
+    assert [row["fallback"] for row in rows] == [True, True, False]
+    assert all(row["expected_gain"] < 0.03 for row in rows)
+    before = [Path(f"several/allocation-{budget}.json").read_bytes() for budget in (30, 54, 96)]
+    assert run("search", "alike.json", "--budgets", "30:54:24", "--budget", 96, "-o", "several").exit_code == 0
+    assert [Path(f"several/allocation-{budget}.json").read_bytes() for budget in (30, 54, 96)] == before
+
+
+def test_search_says_nothing_where_it_found_a_better_one(profiles):
+    result = run("search", "apart.json", "--budget", 54, "--json")
+    (row,) = json.loads(result.stdout)
+    assert "even" not in result.stderr and row["fallback"] is False and row["expected_gain"] >= 0.03
+    assert "fallback" not in read_allocation("allocation.json").made_by
+
+
+def test_front_writes_what_search_does(profiles):
+    result = run("front", "alike.json", "--max-loss", "30%", "--allocation", "a.json")
+    assert result.exit_code == 0
+    written = read_allocation("a.json")
+    (line,) = [line for line in list_warnings(result.stderr) if "even" in line]
+    assert line.startswith(f"budget {written.budget}: k as even as can be, for the profile cannot tell")
+    assert written.loss <= 0.3 * sum(row[0] for row in ALIKE.losses("divergence"))
+    assert run("search", "alike.json", "--budget", written.budget, "--method", "exact", "-o", "b.json").exit_code == 0
+    assert replace(read_allocation("b.json"), compensation=written.compensation) == written
