@@ -1,7 +1,7 @@
 """The Pareto front of cost and loss that a profile offers, and ways to choose one of its points."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -13,6 +13,9 @@ from lexi_search.errors import InputError
 from lexi_search.solvers.pareto import read_top_k, trace
 from lexi_search.solvers.problem import CAP_TOLERANCE, Constraints, replace_losses, sum_over_layers
 from lexi_search.solvers.robust import CAUTION, Caution, shrink
+
+# The most points of a front that are each compared with even k, which takes milliseconds.
+MOST_COMPARED = 2048
 
 
 class Point(NamedTuple):
@@ -58,7 +61,8 @@ def find_front(
 ) -> Front:
     """All Pareto points of cost and loss: cost is milliseconds or, without `cost`, the sum of k.
 
-    Each is what `allocate` makes of its `limit` by the exact method, with the same `caution` and `seed`.
+    Each is what `allocate` makes of its `limit` by the exact method, with the same `caution` and `seed`. With caution
+    there are `MOST_COMPARED` of them at most, evenly spaced.
     """
     loss = loss or profile.default_loss
     problem = pose_profile(profile, None, cost=cost, constraints=constraints, loss=loss)
@@ -67,7 +71,8 @@ def find_front(
         shrunk = shrink(problem.losses, np.asarray(profile.errors(loss)), floor=caution.floor)
         problem = replace_losses(problem, shrunk)
     frontier = trace(problem)
-    top_k = read_top_k(frontier, problem, np.arange(len(frontier.cost)))
+    places = range(len(frontier.cost))
+    top_k = read_top_k(frontier, problem, np.array(thin(places, MOST_COMPARED) if cautious else places))
     limits = (top_k.sum(axis=1) if cost is None else cost.time(top_k)).tolist()
     if cautious:
         problem = pose_profile(profile, limits, cost=cost, constraints=constraints, loss=loss)
@@ -145,7 +150,7 @@ def find_knee(front: Front) -> Point:
     return front.points[int(below.argmax())]
 
 
-def thin(points: Sequence[Point], count: int) -> tuple[Point, ...]:
+def thin(points: Sequence[Any], count: int) -> tuple[Any, ...]:
     """At most `count` of the points, evenly spaced in their order, with both ends."""
     if len(points) <= count:
         return tuple(points)

@@ -233,3 +233,19 @@ def parse_mix(text: str) -> dict[int, float]:
     except ValueError:
         raise InputError(f"--mix {text!r} is not understood; write TOKENS:STEPS, such as 16:1024,16384:1") from None
     return mix
+
+
+def find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
+    """The milliseconds that a target allows; InputError where every allocation takes longer."""
+    value = ms if speedup is None else speedup
+    name = "--target-ms" if speedup is None else "--target-speedup"
+    if not 0 < value < float("inf"):
+        raise InputError(f"{name} {value:g} must be above 0, and finite")
+    limit = ms if speedup is None else cost.base_ms / speedup
+    fastest = cost.other_ms + float(cost.ms.min(axis=1).sum())
+    if limit < fastest:
+        raise InputError(
+            f"{name} {value:g} is out of reach: the fastest k in every layer takes {fastest:g} ms, "
+            f"a speed-up of {cost.base_ms / fastest:.3f}"
+        )
+    return limit

@@ -28,6 +28,7 @@ from lexi_search.cli.options import (
     CONSTRAINTS,
     COSTS,
     add_options,
+    find_time,
     force_option,
     make_constraints,
     parse_budget,
@@ -38,7 +39,6 @@ from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
     from lexi_search.allocation.allocate import AllocationResult
-    from lexi_search.allocation.costs import Cost
 
 EVOLUTION = ("population", "generations", "mutation_rate", "restarts")  # options of this method alone
 # Remedies for a noisy profile, by its input; profiles of other inputs come from `lexi-adapter sensitivity`.
@@ -140,7 +140,7 @@ def search(
     cost = read_cost(measured, cost_file, mix)
     results = allocate(
         measured,
-        [_find_time(cost, *target) for target in targets] or budgets,
+        [find_time(cost, *target) for target in targets] or budgets,
         cost=cost,
         constraints=make_constraints(measured, **options),
         loss=loss,
@@ -250,22 +250,6 @@ def _print_results(
     else:
         print_table(tabulate_search(results, list(named) if timed else ()))
         echo(destination)
-
-
-def _find_time(cost: "Cost", ms: float | None, speedup: float | None) -> float:
-    """The milliseconds that a target allows; InputError where every allocation takes longer."""
-    value = ms if speedup is None else speedup
-    name = "--target-ms" if speedup is None else "--target-speedup"
-    if not 0 < value < float("inf"):
-        raise InputError(f"{name} {value:g} must be above 0, and finite")
-    limit = ms if speedup is None else cost.base_ms / speedup
-    fastest = cost.other_ms + float(cost.ms.min(axis=1).sum())
-    if limit < fastest:
-        raise InputError(
-            f"{name} {value:g} is out of reach: the fastest k in every layer takes {fastest:g} ms, "
-            f"a speed-up of {cost.base_ms / fastest:.3f}"
-        )
-    return limit
 
 
 def _format_history(profile: Profile, named: Mapping[str, "AllocationResult"]) -> bytes:

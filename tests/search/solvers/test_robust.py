@@ -182,7 +182,7 @@ def test_a_table_without_errors_and_prior_gives_its_optimum(table):
 def test_layers_that_differ_much_get_their_optimum_despite_noise():
     losses = draw_losses(12, 8, spread=1.0, seed=4)
     problem = pose(losses, np.array([24, 48, 72]))
-    choice = choose(problem, 0.05 * losses)
+    choice = choose(problem, 0.05 * losses, floor=0.25)
     even = sum_over_layers(losses, find_even(problem))
     assert not choice.fallback.any() and (choice.expected_gain > 0.1).all()
     assert (sum_over_layers(losses, choice.top_k) < even - 0.8 * (even - solve(problem).loss)).all()
