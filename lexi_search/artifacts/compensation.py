@@ -38,14 +38,18 @@ class CompensationFile:
     sha256: str
 
     def __post_init__(self) -> None:
-        bare = self.file == os.path.basename(self.file) and "\\" not in self.file and not self.file.startswith(".")
         require(
-            bare and self.file.endswith(SUFFIX) and self.file.isprintable(),
+            _is_bare(self.file) and self.file.endswith(SUFFIX),
             f"compensation file is {short(self.file)}, expected the bare name of a {SUFFIX} file",
         )
         require(self.rank >= 1, f"compensation rank is {self.rank}, at least 1 expected")
         whole = re.fullmatch("[0-9a-f]{64}", self.sha256)
         require(whole, f"compensation sha256 is {short(self.sha256)}, expected 64 digits of 0-9 and a-f")
+
+
+def _is_bare(name: str) -> bool:
+    """Whether a name is one of a file in the same folder, that any system can hold and show."""
+    return name == os.path.basename(name) and "\\" not in name and not name.startswith(".") and name.isprintable()
 
 
 class Correction(NamedTuple):
@@ -217,7 +221,12 @@ def read_maps(
 def check_maps_place(
     path: str | os.PathLike[str], *, apart_from: Sequence[str | os.PathLike[str] | None] = (), force: bool = True
 ) -> None:
-    """Raise InputError where no corrections can be written to `path`: without `force` something else is there."""
+    """Raise InputError where no corrections can be written to `path`: without `force` something else is there.
+
+    Also for a name that no `CompensationFile` can have.
+    """
+    name = Path(path).name
+    require(_is_bare(name), f"cannot write corrections to {short(name)}, a hidden or odd name; choose another -o")
     check_writable(path, apart_from=apart_from)
     if not force and os.path.exists(path) and os.path.getsize(path) and not _is_ours(path):
         raise InputError(f"cannot write {path}: there is another file; choose another name, or replace it with --force")

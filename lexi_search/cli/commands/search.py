@@ -131,8 +131,8 @@ def search(
     several = bool(ranges) or len(names) > 1
     destination = Path(output or ("allocations" if several else "allocation.json"))
     inputs = [profile, cost_file, *([] if maps is None else [Path(profile).parent / measured.compensation.file])]
-    corrected, own = maps is not None, None if force else measured
-    files = _check_outputs(destination, names if several else None, history, inputs, own, corrected=corrected)
+    own = None if force else measured
+    files = _check_outputs(destination, names if several else None, history, inputs, own, corrected=maps is not None)
     prepare_environment()
     from lexi_search.allocation.allocate import allocate
 
@@ -214,8 +214,7 @@ def _check_outputs(
 ) -> list[Path]:
     """The files to write: for `names` in the folder `destination`, without them that alone.
 
-    With a `profile`, files that are no results of its model are not replaced. If `corrected`, corrections are written
-    beside them.
+    With a `profile`, no others than results of its model are replaced. If `corrected`, corrections lie beside them.
     """
     result = describe_nature(Allocation, profile.model) if profile else None
     files = [destination]
@@ -224,11 +223,11 @@ def _check_outputs(
         files = [destination / f"allocation-{name}.json" for name in names]
     for file in files if names is None or destination.exists() else ():
         check_writable(file, apart_from=inputs, nature=result)
-    if corrected and (names is None or destination.exists()):
-        shared = name_beside(destination) if names is None else destination / SHARED
-        check_maps_place(shared, apart_from=[*inputs, *files], force=profile is None)
+    maps = [name_beside(destination) if names is None else destination / SHARED] if corrected else []
+    if maps and (names is None or destination.exists()):
+        check_maps_place(maps[0], apart_from=[*inputs, *files], force=profile is None)
     if history:
-        taken = files if destination.is_dir() else [destination, *files]
+        taken = [*files, *maps] if destination.is_dir() else [destination, *files, *maps]
         nature = result and Nature(HISTORY, result.model)
         check_writable(history, apart_from=[*inputs, *taken], nature=nature)
     return files

@@ -329,6 +329,9 @@ def test_only_corrections_are_replaced_without_force(named):
         with pytest.raises(InputError, match=f"cannot write {path}: there is another file; choose another name, or"):
             check_maps_place(path, force=False)
         check_maps_place(path, force=True)
+    for name in (".a.safetensors", "a\n.safetensors", "a\\b.safetensors", "a\udce9.safetensors"):
+        with pytest.raises(InputError, match="a hidden or odd name; choose another -o"):
+            check_maps_place(name)
     with pytest.raises(InputError, match="the same command reads or writes it as another file"):
         check_maps_place("p.safetensors", apart_from=["p.safetensors"])
 
