@@ -125,8 +125,7 @@ def profile_checkpoint(
         input: `weights`, text sampled from the model, or `paper`, N(0, 1). Settings are those of `ProfileSettings`.
         iterations: exactly so many on the paper's input, its N_iter, in place of `relative_error` and `samples`.
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
-        compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
-            method. By default the most that input and family allow.
+        compensation: "full" (an exponent, and corrections of a `rank`), "exponent" or "none"; else the most possible.
         restart: throw away what a run that was cut short left in `<output>.partial/`, instead of going on from there.
         reuse: return the profile in `output` where this very run has written it before; without several processes.
         force: replace a file of another model or kind in `output`, too.
@@ -134,25 +133,22 @@ def profile_checkpoint(
 
     Raises:
         InputError: bad settings, a checkpoint that cannot be read or is not known, an `output` that cannot be written,
-            results of another run in `<output>.partial/` or, with `reuse`, in `output`, another process that has
-            stopped.
+            results of another run in `<output>.partial/` or, with `reuse`, in `output`, a process that has stopped.
     """
     paper = {"relative_error": relative_error, "control_variate": control_variate, "max_k": max_k}
     check_settings(input, iterations=iterations, **paper)
-    exponent = read_exponent(gate_exponent, input)
     if group.index == 0:
         check_writable(output, apart_from=[source], nature=None if force else describe_nature(Profile))
         refuse_inputs(find_partials(output), [source])
     settings = {"input": input, "seed": seed, "batch": batch, "length": length} | paper
     settings |= find_end(input, relative_error, samples, iterations, batch * length)
-    session = _open(source, layers, dtype, group, observer or _Silent(), compensation, exponent, rank, **settings)
+    session = _open(source, layers, dtype, group, observer or _Silent(), compensation, gate_exponent, rank, **settings)
     if reuse and (finished := _find_finished(output, session)):
         return finished
     agree(group, session.header)
-    if group.index == 0:
-        _check_output(output, session, force=force)
     with ExitStack() as stack:
         if group.index == 0:
+            _check_output(output, session, force=force)
             kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
             session = session._replace(partials=stack.enter_context(kept))
             session.observer.open(session.partials, session.layers)
@@ -198,6 +194,7 @@ def _open(
     rank: int | None,
     **settings: Any,
 ) -> _Session:
+    exponent = read_exponent(exponent, settings["input"])
     checkpoint = open_checkpoint(source)
     model = describe(checkpoint, max_k=settings["max_k"], gate_exponent=None if exponent == AUTO else exponent)
     chosen = tuple(layers or model.layers)
