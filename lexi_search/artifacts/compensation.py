@@ -38,14 +38,18 @@ class CompensationFile:
     sha256: str
 
     def __post_init__(self) -> None:
-        bare = self.file == os.path.basename(self.file) and "\\" not in self.file and not self.file.startswith(".")
         require(
-            bare and self.file.endswith(SUFFIX) and self.file.isprintable(),
+            _is_bare(self.file) and self.file.endswith(SUFFIX),
             f"compensation file is {short(self.file)}, expected the bare name of a {SUFFIX} file",
         )
         require(self.rank >= 1, f"compensation rank is {self.rank}, at least 1 expected")
         whole = re.fullmatch("[0-9a-f]{64}", self.sha256)
         require(whole, f"compensation sha256 is {short(self.sha256)}, expected 64 digits of 0-9 and a-f")
+
+
+def _is_bare(name: str) -> bool:
+    """Whether a name is one of a file in the same folder, that any system can hold and show."""
+    return name == os.path.basename(name) and "\\" not in name and not name.startswith(".") and name.isprintable()
 
 
 class Correction(NamedTuple):

@@ -58,7 +58,7 @@ def profile_layers(
     if settings.input == "paper":
         return _profile_each(checkpoint, model, layers, settings)
     run = open_run(checkpoint, model, settings.dtype)
-    return _profile_text(run, layers, settings, tokens, maps, report) if layers else iter(())
+    return _profile_text(run, layers, settings, tokens, maps, report)
 
 
 def choose_dtype(dtype: str, source: str, stored: str) -> str:
@@ -109,6 +109,8 @@ def _profile_text(
     maps: Maps | None,
     report: Callable[[int], None],
 ) -> Iterator[tuple[int, LayerLoss]]:
+    if not layers:
+        return
     if tokens is None:
         tokens = draw_samples(run, settings, layers=len(layers), report=report)
     yield from measure_layers(run, tokens, layers, settings, maps=maps, report=report)

@@ -138,18 +138,16 @@ def profile_checkpoint(
     """
     paper = {"relative_error": relative_error, "control_variate": control_variate, "max_k": max_k}
     settings = read_settings(input, iterations, samples, batch=batch, length=length, seed=seed, **paper)
-    exponent = read_exponent(gate_exponent, input)
     if group.index == 0:
         check_writable(output, apart_from=[source], nature=None if force else describe_nature(Profile))
         refuse_inputs(find_partials(output), [source])
-    session = _open(source, layers, dtype, group, observer or _Silent(), compensation, exponent, rank, **settings)
+    session = _open(source, layers, dtype, group, observer or _Silent(), compensation, gate_exponent, rank, **settings)
     if reuse and (finished := _find_finished(output, session)):
         return finished
     agree(group, session.header)
-    if group.index == 0:
-        _check_output(output, session, force)
     with ExitStack() as stack:
         if group.index == 0:
+            _check_output(output, session, force)
             kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
             session = session._replace(partials=stack.enter_context(kept))
             session.observer.open(session.partials, session.layers)
@@ -195,6 +193,7 @@ def _open(
     rank: int | None,
     **settings: Any,
 ) -> _Session:
+    exponent = read_exponent(exponent, settings["input"])
     checkpoint = open_checkpoint(source)
     model = describe(checkpoint, max_k=settings["max_k"], gate_exponent=None if exponent == AUTO else exponent)
     chosen = tuple(layers or model.layers)
@@ -209,7 +208,7 @@ def _open(
     run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype)
     made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
     find_exponent = compensation != "none" and exponent in (None, AUTO)
-    finds = find_exponent, find_exponent and asked is None
+    finds = find_exponent, find_exponent and asked is None and rank is None
     return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by, *finds)
 
 

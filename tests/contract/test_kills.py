@@ -10,18 +10,21 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import tiny
 from command_line import write
+from corrections import draw_maps
 from engine import allocate
 from results import make_quality, make_speed
 from synthetic import make_allocation, make_profile
 
 import lexi_search
-from lexi_search.artifacts.serialisation import write_allocation
+from lexi_search.artifacts.compensation import write_maps
+from lexi_search.artifacts.serialisation import write_allocation, write_allocations
 
 ROOT = Path(lexi_search.__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-olmoe"
@@ -31,16 +34,22 @@ COMMANDS = {
     "lexi_search": [
         f"profile model --input paper --relative-error 0.3 {SMALL} -o out.json",
         f"profile model --samples 64 {SMALL} -o out.json",
+        f"profile model --samples 64 {SMALL} --compensation none -o out.json",
         "search p.json --budgets 8:10:1 --resamples 20 --history history.json -o out",
+        "search c.json --budgets 8:10:1 --resamples 20 -o out",
         "front p.json -o out.json -o out.csv --knee",
+        "front c.json --max-loss 50% --allocation chosen.json",
         "plot p.json a.json -o out.png",
         "compare p.json q.json",
         "merge p.json -o out.json",
+        "merge c.json -o out.json",
         "export own.json --to vllm --model model -o out",
+        "export corrected.json --to vllm --model model -o out",
         "export own.json --to transformers --model model -o out --force",
         "export a.json --to json -o out.json",
         "prune model --experts 50% --samples 64 -o out",
         "show p.json",
+        "show c.json",
     ],
     "lexi_adapter": [
         "sensitivity model --tokens t.json --length 8 --batch 1 -o out.json",
@@ -88,7 +97,15 @@ def bench(tmp_path_factory):
     for seed, name in enumerate(("p.json", "q.json")):
         write(template / name, make_profile(seed=seed))
     write(template / "a.json", make_allocation())
-    write_allocation(template / "own.json", allocate(template / "model"))
+    own = allocate(template / "model")
+    write_allocation(template / "own.json", own)
+    maps = draw_maps(own.model, own.corrected, hidden=64)
+    write_allocations([template / "corrected.json"], [replace(own, gate_exponent=0.5)], maps)
+    profile = make_profile()
+    pairs = [(layer, k) for layer in profile.layers for k in range(1, profile.model.top_k)]
+    named = write_maps(template / "c.safetensors", draw_maps(profile.model, pairs, hidden=8), profile.model)
+    settings = replace(profile.settings, gate_exponent=0.5, compensation_rank=named.rank)
+    write(template / "c.json", replace(profile, settings=settings, compensation=named))
     (template / "t.json").write_text(json.dumps([list(range(3, 11)), list(range(13, 21))]))
     (template / "text").write_text("def method(self):\n    return self.value\n" * 20)
     for name, document in (("e.json", make_quality()), ("b.json", make_speed())):

@@ -8,10 +8,12 @@ in `tests/search/models/test_config_mutations.py`, of headers in `tests/search/c
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from corrections import draw_maps
 from mutation import mutate_bytes, mutate_text
 from results import make_quality, make_speed
 from synthetic import add_model_losses, make_allocation, make_cost_table, make_identity, make_profile
@@ -30,6 +32,7 @@ from lexi_adapter.sensitivity.journal import keep_journal
 from lexi_adapter.tasks.scores import Outcome, Score, Task
 from lexi_search.allocation.costs import weigh
 from lexi_search.artifacts import serialisation
+from lexi_search.artifacts.compensation import format_maps, write_maps
 from lexi_search.artifacts.profile import read_header
 from lexi_search.cli.main import main
 from lexi_search.errors import InputError
@@ -98,6 +101,23 @@ def test_cost_tables_are_weighed_or_refused(folder):
     assert 0 < accepted < COUNT
 
 
+def test_corrections_are_taken_along_or_refused(folder):
+    profile = make_profile()
+    settings = replace(profile.settings, gate_exponent=0.5, compensation_rank=2)
+    pairs = [(layer, k) for layer in profile.layers for k in range(1, profile.model.top_k)]
+    named = write_maps("p.safetensors", draw_maps(profile.model, pairs, hidden=8, rank=2), profile.model)
+    data = serialisation.to_bytes(replace(profile, settings=settings, compensation=named))
+    Path("p.json").write_bytes(data)
+    for name, change in (("p.json", mutate_text), ("p.safetensors", mutate_bytes)):
+        original, accepted = Path(name).read_bytes(), 0
+        for _ in mutate(name, original, change):
+            same = Path(name).read_bytes() == original
+            accepted += run("show", "p.json") and not same
+            assert not run("merge", "p.json", "-o", "merged.json", "--force") or same or name == "p.json"
+        assert 0 < accepted < COUNT if name == "p.json" else accepted == 0
+        Path(name).write_bytes(original)
+
+
 class Stop(Exception):
     """The end of a run that is cut short."""
 
@@ -156,16 +176,22 @@ def test_what_has_changed_in_results_is_not_believed(folder):
     assert 0 < accepted < COUNT
 
 
+def same_maps(one, other):
+    return format_maps(one, make_identity()) == format_maps(other, make_identity())
+
+
 def test_what_has_changed_of_a_finished_layer_is_measured_again(folder):
     profile = make_profile()
     header, made = read_header(profile), {"tokens": [1, 2, 3]}
+    maps = draw_maps(profile.model, [(0, 1), (0, 2), (0, 3)], hidden=8, rank=2)
     with pytest.raises(Stop), keep_partials("p", header) as kept:
         assert kept.find("text", lambda: made) == made
+        assert same_maps(kept.add_maps(0, maps), maps)
         for layer, loss in profile.layers.items():
             kept.add(layer, loss)
         raise Stop
     rng, files = random.Random(0), {path: path.read_bytes() for path in Path("p.partial").glob("*-*")}
-    assert len(files) == len(profile.layers) + 1
+    assert len(files) == len(profile.layers) + 2
     for number in range(COUNT):
         path = rng.choice(list(files))
         path.write_bytes(mutate_text(rng, files[path]))
@@ -173,7 +199,8 @@ def test_what_has_changed_of_a_finished_layer_is_measured_again(folder):
         with pytest.raises(Stop), keep_partials("p", header) as kept:
             assert kept.layers.items() <= profile.layers.items(), number
             assert kept.findings in ({}, {"text": made})
-            assert (kept.damaged, len(kept.layers) + len(kept.findings)) == (
+            assert kept.maps == {} or same_maps(kept.maps[0], maps)
+            assert (kept.damaged, len(kept.layers) + len(kept.findings) + len(kept.maps)) == (
                 (0, len(files)) if unchanged else (1, len(files) - 1)
             )
             raise Stop

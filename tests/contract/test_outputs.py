@@ -2,14 +2,18 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from command_line import write
+from corrections import draw_maps
 from synthetic import make_allocation, make_profile
 
 from lexi_adapter.cli.main import main as adapter
+from lexi_search.artifacts.compensation import write_maps
+from lexi_search.artifacts.serialisation import write_allocations
 from lexi_search.cli.main import main as search
 
 # Command -> the files that it reads, with what it takes to name them; OUT is the output.
@@ -31,6 +35,10 @@ COMMANDS = {
     "loads model --text t -o OUT": "t model/config.json",
     "sensitivity model --text t --tokenizer other -o OUT": "t model/config.json other/config.json",
     "tradeoff p q -o OUT": "p q",
+    "search c.json --budget 9 --history OUT": "c.json c.safetensors",
+    "bench model --allocation b.json -o OUT": "b.json b.safetensors",
+    "eval model --task perplexity --text t --allocation b.json -o OUT": "b.json b.safetensors",
+    "loads model --text t --allocation b.json -o OUT": "b.json b.safetensors",
 }
 ADAPTER = ("bench", "eval", "latency", "loads", "sensitivity", "tradeoff")
 WAYS = {
@@ -46,6 +54,13 @@ def folder(tmp_path, monkeypatch):
     for name in ("p", "q"):
         write(tmp_path / name, make_profile())
     write(tmp_path / "a", make_allocation())
+    profile, allocation = make_profile(), make_allocation(gate_exponent=0.5)
+    pairs = [(layer, k) for layer in profile.layers for k in range(1, profile.model.top_k)]
+    maps = draw_maps(profile.model, pairs, hidden=8)
+    write_allocations([tmp_path / "b.json"], [allocation], maps)
+    named = write_maps(tmp_path / "c.safetensors", maps, profile.model)
+    settings = replace(profile.settings, gate_exponent=0.5, compensation_rank=named.rank)
+    write(tmp_path / "c.json", replace(profile, settings=settings, compensation=named))
     for name in ("cost", "t"):
         (tmp_path / name).write_text("{}")
     config = {"model_type": "olmoe", "num_hidden_layers": 4, "num_experts_per_tok": 4}

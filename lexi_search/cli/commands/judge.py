@@ -8,7 +8,7 @@ import click
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.compensation import Maps
 from lexi_search.artifacts.identity import ModelIdentity
-from lexi_search.artifacts.profile import Profile, ProfileSettings
+from lexi_search.artifacts.profile import Profile, ProfileSettings, find_missing
 from lexi_search.artifacts.serialisation import read_allocation, read_allocation_maps, read_profile, read_profile_maps
 from lexi_search.cli.console import (
     conclude,
@@ -122,6 +122,8 @@ def _check_models(
             raise InputError(f"{path} has layers with more experts than the model's own k, which cannot be judged yet")
     if measured is not None and (measured.model != model or measured.settings.gate_exponent is None):
         raise InputError(f"{profile} is no profile of {weights} with compensation; leave --profile out")
+    if measured is not None and find_missing(measured):
+        raise InputError(f"{profile} lacks layers, the first is {find_missing(measured)[0]}; merge its parts first")
 
 
 def _list_uniform(

@@ -138,14 +138,16 @@ def profile(
         if rest := len(observer.kept.layers):
             echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
     echo(output)
-    _conclude(output, made)
+    _conclude(output, made, by_default=settings["compensation"] is None)
 
 
-def _conclude(output: str, profile: Profile) -> None:
-    """Say what was measured, and how to go on."""
+def _conclude(output: str, profile: Profile, *, by_default: bool) -> None:
+    """Say what was measured, and how to go on; `by_default` nobody asked for a compensation or for none."""
     from lexi_search.cli.tables import describe_profile
 
     said = describe_profile(profile, profile.default_loss)
+    if by_default and profile.settings.input == "weights" and profile.settings.gate_exponent is None:
+        said += "; without compensation, as this family's gate weights are not the scores up to one factor a token"
     if missing := find_missing(profile):
         rest = format_layers(missing)
         merge = ["lexi-search", "merge", output, "rest.json", "-o", "whole.json"]

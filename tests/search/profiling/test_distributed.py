@@ -108,16 +108,26 @@ def test_two_processes_make_what_one_makes(start, checkpoint, alone, tmp_path):
     assert os.listdir(tmp_path / "0") == ["profile.json"] and os.listdir(tmp_path / "1") == []
 
 
-def test_two_processes_share_a_text_and_measure_their_layers_on_it(start, checkpoint, tmp_path):
-    """Equal up to rounding: what goes through a layer together decides in what order it is summed."""
-    call = [checkpoint, "--batch", 2, "--length", 16, "--samples", 64, "--gate-exponent", "auto"]
-    alone = run_here("profile", *call, "-o", tmp_path / "alone.json")
+@pytest.mark.parametrize("compensation", ["full", "exponent"])
+def test_two_processes_share_a_text_and_measure_their_layers_on_it(start, checkpoint, tmp_path, compensation):
+    """Equal up to rounding: what goes through a layer together decides in what order it is summed.
+
+    Corrections are of sums over the text alone: they have the same bytes.
+    """
+    call = [checkpoint, "--batch", 2, "--length", 16, "--samples", 64, "--compensation", compensation]
+    (tmp_path / "alone").mkdir()
+    alone = run_here("profile", *call, "-o", tmp_path / "alone/profile.json")
     assert start(call, call) == [(0, "profile.json\n", read_warnings(alone)), (0, "", "")]
-    whole, shared = (read_profile(tmp_path / path) for path in ("alone.json", "0/profile.json"))
+    whole, shared = (read_profile(tmp_path / path / "profile.json") for path in ("alone", "0"))
     assert (shared.settings, shared.layers.keys()) == (whole.settings, whole.layers.keys())
     for layer, loss in shared.layers.items():
         assert loss.rms == pytest.approx(whole.layers[layer].rms, rel=1e-5)
         assert loss.divergence == pytest.approx(whole.layers[layer].divergence, rel=1e-3)
+    names = ["profile.json", *(["profile.safetensors"] if compensation == "full" else [])]
+    assert sorted(os.listdir(tmp_path / "0")) == sorted(os.listdir(tmp_path / "alone")) == names
+    assert os.listdir(tmp_path / "1") == [] and shared.compensation == whole.compensation
+    if compensation == "full":
+        assert (tmp_path / "0" / names[1]).read_bytes() == (tmp_path / "alone" / names[1]).read_bytes()
 
 
 def test_a_lost_process_ends_the_others_and_the_rest_is_kept(start, checkpoint, alone, tmp_path):

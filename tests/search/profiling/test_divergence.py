@@ -9,6 +9,7 @@ from pathlib import Path
 
 import command_line
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -25,7 +26,8 @@ from lexi_search.errors import InputError
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import describe
 from lexi_search.profiling import forward
-from lexi_search.profiling.divergence import EXPONENTS, choose_exponent, measure_layers, summarise
+from lexi_search.profiling.compensation import fit_layers
+from lexi_search.profiling.divergence import EXPONENTS, choose_compensation, measure_layers, summarise
 from lexi_search.profiling.forward import Run, Variant, measure_losses
 from lexi_search.profiling.profile import profile_layers
 from lexi_search.profiling.sampling import draw_tokens
@@ -103,10 +105,9 @@ def test_divergence_is_that_of_transformers(opened):
     assert (found.divergence[variants.index(Variant((run.model.top_k,) * len(run.model.layers)))] == 0).all()
 
 
-def test_local_movement_is_that_of_transformers_blocks(opened):
-    run, model = opened
-    tokens, whole = make_tokens(), run.model.top_k
-    found = measure_losses(run, tokens, [])
+def find_movements(model, run, tokens, exponent=None, maps=None):
+    """Squares and relative squares as in `Losses`, of the outputs of transformers' own blocks."""
+    whole, found = run.model.top_k, []
     inputs, streams = {}, {}
     blocks = tiny.find_moe_blocks(model)
     norms = {layer: dict(model.named_modules())[f"model.layers.{layer}.post_attention_layernorm"] for layer in blocks}
@@ -118,18 +119,76 @@ def test_local_movement_is_that_of_transformers_blocks(opened):
     find_log_probabilities(model, run, tokens)
     for hook in hooks:
         hook.remove()
-    for place, layer in enumerate(run.model.layers):
+    for layer in run.model.layers:
         results = []
         for k in range(1, whole + 1):
-            variant = Variant(tuple(k if own == layer else whole for own in run.model.layers))
+            variant = Variant(tuple(k if own == layer else whole for own in run.model.layers), exponent, maps)
             find_log_probabilities(model, run, tokens[:1, :2], variant)  # sets the layer's k
             with torch.no_grad():
                 result = blocks[layer](inputs[layer])
             results.append((result[0] if type(result) is tuple else result).double().reshape(*tokens.shape, -1))
         squares = np.stack([((result - results[-1]) ** 2).sum(-1).numpy() for result in results], axis=-1)
         sizes = (streams[layer].double() ** 2).sum(-1).numpy()[..., None]
-        np.testing.assert_allclose(found.squares[place], squares.mean(1), rtol=5e-3, atol=1e-7)
-        np.testing.assert_allclose(found.relative[place], (squares / sizes).mean(1), rtol=5e-3, atol=1e-7)
+        found.append((squares.mean(1), (squares / sizes).mean(1)))
+    return (np.stack(arrays) for arrays in zip(*found, strict=True))
+
+
+def test_local_movement_is_that_of_transformers_blocks(opened):
+    run, model = opened
+    tokens = make_tokens()
+    found = measure_losses(run, tokens, [])
+    squares, relative = find_movements(model, run, tokens)
+    np.testing.assert_allclose(found.squares, squares, rtol=5e-3, atol=1e-7)
+    np.testing.assert_allclose(found.relative, relative, rtol=5e-3, atol=1e-7)
+
+
+def fit(run, exponent, rank=4):
+    """Corrections of every layer at every k, fitted to some text, and the run with the exponent that they are for."""
+    settings = {"exponents": [exponent], "ks": range(1, run.model.top_k), "rank": rank}
+    maps = {}
+    for _, [found] in fit_layers(run, make_tokens(16, seed=2), run.model.layers, **settings):
+        maps |= found
+    model = run.model._replace(routing=run.model.routing._replace(exponent=exponent))
+    return run._replace(model=model), maps
+
+
+def test_corrected_losses_are_those_of_transformers(opened):
+    """Maps of a fit, served by the adapter from the files that are written here, against the forward passes of both."""
+    run, model = opened
+    exponent = 0.3
+    run, maps = fit(run, exponent)
+    whole, layers, tokens = run.model.top_k, len(run.model.layers), make_tokens()
+    mixed = Variant(tuple(1 + n % whole for n in range(layers)), exponent, maps)
+    single = [mixed._replace(top_k=tuple(1 if n == own else whole for n in range(layers))) for own in range(layers)]
+    variants = [mixed, *single, mixed._replace(top_k=(2,) * layers), mixed._replace(maps=None)]
+    variants.append(mixed._replace(top_k=(whole,) * layers))
+    found = measure_losses(run, tokens, variants, maps=maps)
+    own = find_log_probabilities(model, run, tokens)
+    for variant, divergence in zip(variants, found.divergence, strict=True):
+        other = find_log_probabilities(model, run, tokens, variant)
+        expected = (np.exp(own) * (own - other)).sum(-1).mean(1)
+        np.testing.assert_allclose(divergence, expected, rtol=2e-3, atol=1e-7)
+    assert (found.divergence[-1] == 0).all() and (found.divergence[:-1] > 0).any(axis=1).all()
+    squares, relative = find_movements(model, run, tokens, exponent, maps)
+    np.testing.assert_allclose(found.squares, squares, rtol=5e-3, atol=1e-7)
+    np.testing.assert_allclose(found.relative, relative, rtol=5e-3, atol=1e-7)
+    plain = measure_losses(run, tokens, [])
+    assert (np.abs(found.squares - plain.squares) > 1e-3 * plain.squares)[..., :-1].mean() > 0.9  # they are corrected
+
+
+def test_logits_are_those_of_the_served_allocation(opened):
+    run, model = opened
+    run, maps = fit(run, 0.0)
+    layers, tokens = len(run.model.layers), make_tokens()
+    variant = Variant(tuple(1 + n % 3 for n in range(layers)), 0.0, maps)
+    [states] = forward.forward(run, tokens, [variant])
+    ends = forward.read_tensors(run.checkpoint, run.decoder.ends._replace(embedding=()))
+    hidden = jnp.asarray(states[0]).reshape(-1, run.model.hidden_size)
+    found = np.asarray(forward.read_log_probabilities(run.decoder, ends, hidden)).reshape(*tokens.shape, -1)
+    expected = find_log_probabilities(model, run, tokens, variant)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    plain = find_log_probabilities(model, run, tokens, variant._replace(maps=None))
+    assert np.abs(plain - expected).max() > 1e-2  # what the corrections do is far above that
 
 
 def test_what_goes_through_at_once_changes_nothing(olmoe, monkeypatch):
@@ -216,13 +275,27 @@ def test_the_gate_exponent_is_that_which_diverges_least(olmoe):
         for k in range(1, whole):
             other = find_log_probabilities(model, run, tokens, Variant((k,) * len(run.model.layers), exponent))
             divergence[i, k - 1] = (np.exp(own) * (own - other)).sum(-1).mean()
-    mean = (divergence / divergence.min(axis=0)).mean(axis=1)
-    best = int(mean.argmin())
-    assert 0 < best < len(EXPONENTS) - 1  # so that there is a parabola through it and its neighbours
-    before, least, after = mean[best - 1 : best + 2]
-    vertex = EXPONENTS[best] + 0.25 * (before - after) / (2 * (before - 2 * least + after))
-    assert choose_exponent(run, tokens) == pytest.approx(vertex, abs=0.0051)
-    assert choose_exponent(run, tokens) == round(choose_exponent(run, tokens), 2)
+    best = (divergence / divergence.min(axis=0)).mean(axis=1).argmin()
+    assert best in (0, len(EXPONENTS) - 1) and choose_compensation(run, tokens) == (EXPONENTS[best], False)
+
+
+@pytest.mark.parametrize(("curve", "least"), [(1.0, 0.4), (3.0, 0.06), (2.0, 0.94)])
+def test_between_the_exponents_that_are_tried_it_is_where_a_parabola_is_lowest(olmoe, monkeypatch, curve, least):
+    tried = []
+
+    def measure(run, tokens, variants, report):
+        tried.extend(variant.exponent for variant in variants)
+        rows = [[(sum(variant.top_k) + curve * (variant.exponent - least) ** 2)] * 2 for variant in variants]
+        return forward.Losses(np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), np.array(rows))
+
+    monkeypatch.setattr("lexi_search.profiling.divergence.measure_losses", measure)
+    found = choose_compensation(olmoe[0], make_tokens()).exponent
+    assert tuple(dict.fromkeys(tried)) == EXPONENTS
+    nearest = min(EXPONENTS, key=lambda exponent: abs(exponent - least))
+    assert found == (pytest.approx(least) if 0 < nearest < 1 else nearest)
+    maps = {0.0: {}, 0.5: {}, 1.0: {}}
+    with_maps = choose_compensation(olmoe[0], make_tokens(), corrected=maps, alone=False).exponent
+    assert with_maps == (least if least == 0.4 else nearest)
 
 
 # --- the command

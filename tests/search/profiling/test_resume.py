@@ -327,11 +327,138 @@ def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
         assert run(checkpoint, *auto).exit_code == 130
-    assert sorted(path.name.partition("-")[0] for path in STORE.glob("*.found")) == ["exponent", "text"]
-    for name in ("draw_samples", "choose_exponent"):
+    assert sorted(path.name.partition("-")[0] for path in STORE.glob("*.found")) == ["compensation", "text"]
+    for name in ("draw_samples", "choose_compensation"):
         monkeypatch.setattr(f"lexi_search.profiling.session.{name}", interrupt)
     assert run(checkpoint, *auto).exit_code == 0 and not STORE.exists()
     assert run(checkpoint, *WRITES, "-o", "other").exit_code == 130  # which draws, so that the above did not
+
+
+FULL = ["--batch", "2", "--length", "16", "--samples", "64", "--rank", "4"]
+FITTED = ["compensation", "maps0", "maps1", "maps2", "text"]
+# Ends after the n-th file that it writes, or, where that is 0, before the first.
+AFTER_A_FILE = """
+import os, signal, sys
+from lexi_search.artifacts import files
+from lexi_search.cli.main import main
+left = int(sys.argv.pop(1))
+def replace(*paths, replace=os.replace):
+    global left
+    replace(*paths)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+files.os.replace = replace
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def corrected(tmp_path_factory, checkpoint):
+    """The folder of a profile with corrections, made in one go."""
+    place = tmp_path_factory.mktemp("corrected")
+    done = run(checkpoint, *FULL, "-o", place / "profile.json")
+    assert (done.exit_code, command_line.read_warnings(done)) == (0, "")
+    return read_all(place)
+
+
+def read_all(place):
+    return {path.name: path.read_bytes() for path in Path(place).iterdir() if path.is_file()}
+
+
+def list_kept(pattern="*.found"):
+    return sorted(path.name.partition("-")[0] for path in STORE.glob(pattern))
+
+
+def test_killed_after_every_finding_it_makes_the_same_bytes(folder, checkpoint, corrected):
+    """Text, exponent, corrections of three layers, three layers, corrections of all: eight files before the last."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(lexi_search.__file__).parent.parent),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(left):
+        command = [sys.executable, "-c", AFTER_A_FILE, str(left), "profile", str(checkpoint), *FULL]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    kept = (
+        ["text"],
+        FITTED[::4],
+        ["compensation", "maps0", "text"],
+        *[["compensation", "maps0", "maps1", "text"]],
+        FITTED,
+    )
+    for found in kept:
+        assert start(1).returncode == -signal.SIGKILL
+        assert (list_kept(), list_kept("*.json")) == (found, [])
+    assert start(2).returncode == -signal.SIGKILL  # two of the three layers
+    assert (list_kept(), list_kept("*.json")) == (FITTED, ["0", "1"])
+    assert start(2).returncode == -signal.SIGKILL  # the third, and the corrections of all
+    assert sorted(os.listdir()) == ["cache", "profile.json.partial", "profile.safetensors"]
+    done = start(-1)
+    assert (done.returncode, done.stdout) == (0, "profile.json\n"), done.stderr
+    told = f"the text and 3 of 3 layers are finished in {folder / STORE}\n"
+    assert command_line.read_warnings(done) == told
+    assert read_all(folder) == corrected and not STORE.exists()
+
+
+def test_corrections_that_are_kept_are_not_fitted_again(folder, checkpoint, corrected, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
+        assert run(checkpoint, *FULL).exit_code == 130
+    assert list_kept() == FITTED
+    with monkeypatch.context() as patch:
+        for name in ("draw_samples", "choose_compensation", "try_exponents", "fit_layers"):
+            patch.setattr(f"lexi_search.profiling.session.{name}", interrupt)
+        assert run(checkpoint, *FULL).exit_code == 0
+    assert read_all(folder) == corrected and not STORE.exists()
+
+
+@pytest.mark.parametrize("name", ["compensation", "maps1"])
+def test_a_finding_that_is_damaged_is_made_again(folder, checkpoint, corrected, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
+        assert run(checkpoint, *FULL).exit_code == 130
+    [kept] = STORE.glob(f"{name}-*.found")
+    kept.write_bytes(kept.read_bytes()[:-3])
+    done = run(checkpoint, *FULL)
+    assert done.exit_code == 0 and "files that are damaged there, and made again: 1\n" in done.stderr
+    assert read_all(folder) == corrected and not STORE.exists()
+
+
+def test_corrections_for_another_exponent_are_refused(folder, checkpoint, corrected):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
+        assert run(checkpoint, *FULL, "--gate-exponent", "0.8").exit_code == 130
+    assert list_kept() == ["maps0", "maps1", "maps2", "text"]  # nothing was looked for
+    for options, words in (
+        (["--gate-exponent", "0.4"], "settings.gate_exponent is 0.8, not 0.4 as now"),
+        (["--gate-exponent", "0.8", "--rank", "3"], "settings.compensation_rank is 4, not 3 as now"),
+        (["--compensation", "none"], "settings."),
+        ([], "settings.gate_exponent is 0.8, not "),
+    ):
+        options = options if options[:1] == ["--compensation"] else [*FULL, *options]
+        done = run(checkpoint, *(options if options[0] != "--compensation" else [*FULL[:-2], *options]))
+        assert done.exit_code == 2 and words in done.stderr and "--restart" in done.stderr
+        assert list_kept()[-4:] == ["maps0", "maps1", "maps2", "text"]
+    assert run(checkpoint, *FULL, "--restart").exit_code == 0
+    assert read_all(folder) == corrected and not STORE.exists()
+
+
+def test_layers_in_parts_leave_the_corrections_of_the_others(folder, checkpoint, corrected):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert run(checkpoint, *FULL).exit_code == 130
+    assert (list_kept(), list_kept("*.json")) == (FITTED, ["0", "1"])
+    assert run(checkpoint, *FULL, "--layers", "1:2", "-o", "profile.json").exit_code == 0
+    part = serialisation.read_profile("profile.json")
+    assert {layer for layer, _ in serialisation.read_profile_maps("profile.json", part)} == {1, 2}
+    assert list_kept() == ["compensation", "maps0", "text"] and list_kept("*.json") == ["0"]
+    assert run(checkpoint, *FULL).exit_code == 0
+    whole = serialisation.read_profile("profile.json")
+    assert Path("profile.safetensors").read_bytes() == corrected["profile.safetensors"]
+    assert whole.layers.keys() == {0, 1, 2} and not STORE.exists()
 
 
 def test_a_folder_that_is_read_is_never_the_place_for_finished_layers(checkpoint, tmp_path):
