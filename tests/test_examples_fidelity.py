@@ -5,13 +5,14 @@ import gzip
 import itertools
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
+from corrections import draw_maps
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import make_profile
@@ -36,6 +37,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from lexi_adapter.model.variants import allocate  # noqa: E402
 from lexi_adapter.serving.transformers_patch import apply  # noqa: E402
+from lexi_search.artifacts.allocation import Allocation  # noqa: E402
+from lexi_search.artifacts.compensation import write_maps  # noqa: E402
+from lexi_search.artifacts.serialisation import write_allocations, write_profile  # noqa: E402
 
 DOMAINS = {"code": 3, "prose": 2}
 
@@ -145,6 +149,36 @@ def test_the_judge_says_what_a_plain_loop_says(loaded, monkeypatch):
     assert judge.judge([("mixed", choices[0]), ("own", choices[1])]) == [found, own] and len(asked) == known == 4
     [same] = judge.judge([("uniform", judging.Choice((2, 2, 2)))])
     assert same.increase_difference_error == same.divergence_difference_error == 0 and len(asked) == known
+
+
+def test_the_judge_applies_the_corrections_of_a_profile(loaded, tmp_path):
+    """As the adapter does with the file of an allocation; and uniform k beside it has the same ones."""
+    model, identity = loaded
+    known = {name: value for name, value in asdict(identity).items() if name != "top_k"}
+    profile = make_profile(3, identity.top_k, **known)
+    pairs = [(layer, k) for layer in identity.moe_layers for k in range(1, identity.top_k)]
+    maps = draw_maps(identity, pairs, hidden=model.config.hidden_size)
+    named = write_maps(tmp_path / "p.safetensors", maps, profile.model)
+    settings = replace(profile.settings, gate_exponent=0.5, compensation_rank=named.rank)
+    write_profile(tmp_path / "p.json", replace(profile, settings=settings, compensation=named))
+    tokens = torch.randint(0, model.config.vocab_size, (4, 12), generator=torch.Generator().manual_seed(2))
+    judge = judging.Judge(loaded, windows.Windows(tokens, ("code", "prose") * 2), batch=3)
+    choice = judging.Choice((1, 2, 1), 0.5, tmp_path / "p.json")
+    [found] = judge.judge([("mixed", choice)])
+    base, losses = judging.find_losses(model, tokens, batch=4), {}
+    for k in (choice.top_k, (1, 1, 1), (2, 2, 2)):
+        top_k = dict(zip(identity.moe_layers, k, strict=True))
+        allocation = Allocation(profile.model, top_k, sum(k), 0.0, 0.0, {}, 0.5)
+        write_allocations([tmp_path / "a.json"], [allocation], maps)
+        apply(model, tmp_path / "a.json")
+        losses[k] = judging.find_losses(model, tokens, batch=4) - base
+    apply(model, allocate(identity, dict.fromkeys(identity.moe_layers, identity.top_k)))
+    assert found.increase == pytest.approx(losses[choice.top_k].mean(), abs=1e-5) and abs(found.increase) > 1e-4
+    excess = judge.subtract("mixed", choice)
+    even = losses[1, 1, 1] + (losses[2, 2, 2] - losses[1, 1, 1]) / 3
+    assert excess.increase == pytest.approx((losses[choice.top_k] - even).mean(), abs=1e-5)
+    [plain] = judge.judge([("mixed", choice._replace(profile=None))])
+    assert plain.increase != pytest.approx(found.increase, abs=1e-5)
 
 
 def test_brute_force_of_one_layer_is_the_judges_answer_for_it(loaded):

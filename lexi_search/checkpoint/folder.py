@@ -74,10 +74,14 @@ def _list_entries(folder: Path, prefix: str = "") -> dict[str, str]:
         elif entry.is_dir():
             entries |= {name: "folder", **_list_entries(entry, f"{name}/")}
         elif name != RECORD and entry.is_file() and (status := entry.stat()).st_size < LARGE:
-            entries[name] = hashlib.sha256(entry.read_bytes()).hexdigest()
+            entries[name] = _hash(entry)
         elif name != RECORD:
             entries[name] = f"{status.st_size} bytes of {status.st_mtime_ns}" if entry.is_file() else "other"
     return entries
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _check_replaceable(target: Path) -> None:
@@ -224,6 +228,8 @@ def is_export(folder: str, model: str, config: Mapping[str, Any], *, files: Mapp
     links = {entry.name: f"link to {origin / entry.name}" for entry in _list_linked(source, UNLINKED)}
     links |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     entries = _list_entries(Path(folder))
+    for name in files.keys() & entries.keys():  # hashed however large they are
+        entries[name] = entries[name] if Path(folder, name).is_symlink() else _hash(Path(folder, name))
     kind = entries.pop("config.json", "link")
     same = entries == links and not kind.startswith("link")
     return same and read_json_object(Path(folder) / "config.json", finite=False) == config

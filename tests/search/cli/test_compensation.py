@@ -15,6 +15,7 @@ from command_line import list_warnings, refuse, run, succeed, write
 
 import lexi_adapter
 from lexi_adapter.model.compensation import check_compensation
+from lexi_search.allocation import export
 from lexi_search.artifacts import serialisation
 from lexi_search.artifacts.compensation import format_maps
 from lexi_search.checkpoint.reader import open_checkpoint
@@ -176,6 +177,20 @@ def test_exports_carry_the_file(place, weights):
     Path("out", EXPORTED).write_bytes(data + b"x")
     message = f"{EXPORTED} there is not as the earlier export left it"
     assert message in refuse(*other, "--force")
+
+
+def test_an_export_is_known_again_however_large_its_corrections_are(place, weights, monkeypatch):
+    search("profile.json", "--budget", 7, "-o", "a.json")
+    monkeypatch.setattr("lexi_search.checkpoint.folder.LARGE", 1)
+    allocation, files = export.carry(serialisation.read_allocation("a.json"), "a.json")
+    overrides = export.make_vllm_overrides(allocation, export.read_config(str(weights)))
+    export.write_folder("out", str(weights), overrides, files=files)
+    assert export.holds_folder("out", str(weights), overrides, files=files)
+    for other in ({}, {EXPORTED: files[EXPORTED] + b"x"}):
+        assert not export.holds_folder("out", str(weights), overrides, files=other)
+    os.rename(f"out/{EXPORTED}", "elsewhere")
+    os.symlink(place / "elsewhere", f"out/{EXPORTED}")
+    assert not export.holds_folder("out", str(weights), overrides, files=files)
 
 
 def test_a_command_for_the_hub_names_the_allocation_in_its_place(place, weights, monkeypatch):
