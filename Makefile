@@ -21,7 +21,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 quickstart: $(SEARCH)/installed
 	mkdir -p $(OUT)
-	$(SEARCH)/bin/lexi-search profile $(CHECKPOINT) -o $(OUT)/profile.json
+	$(SEARCH)/bin/lexi-search profile $(CHECKPOINT) --compensation none -o $(OUT)/profile.json
 	$(SEARCH)/bin/lexi-search search $(OUT)/profile.json --budgets 16:64:8 -o $(OUT)/allocations
 	$(SEARCH)/bin/lexi-search plot $(OUT)/profile.json -o $(OUT)/heatmap.png
 	$(SEARCH)/bin/lexi-search front $(OUT)/profile.json -o $(OUT)/front.png -o $(OUT)/front.csv >$(OUT)/front.txt
