@@ -168,7 +168,7 @@ def test_one_of_another_model_or_rank_or_without_a_needed_place_is_refused(tmp_p
     for options, said in (
         ({"model": OTHER}, "its router_sha256 is"),
         ({"named": dataclasses.replace(named, rank=3)}, "its rank is"),
-        ({"needed": [(0, 1), (1, 2)]}, "it lacks layer 1 at k = 2"),
+        ({"needed": [(0, 1), (1, 2)]}, r"it lacks layers\.1\.top_k\.2\.A"),
     ):
         with pytest.raises(InputError, match=said):
             read_maps(tmp_path / "p.json", **({"named": named, "model": MODEL} | options))

@@ -316,7 +316,7 @@ def test_other_files_are_replaced_by_force_only(place, weights):
 def test_names_that_no_file_of_corrections_can_have_are_refused_before_anything_is_read(folder, weights, monkeypatch):
     monkeypatch.setattr("lexi_search.profiling.session.draw_samples", None)
     for name in (".hidden.json", "two\nlines.json"):
-        assert "a hidden or odd name; choose another -o" in refuse("profile", weights, *QUICK, "-o", name)
+        assert "expected the bare name of a .safetensors file" in refuse("profile", weights, *QUICK, "-o", name)
 
 
 @pytest.mark.parametrize(
