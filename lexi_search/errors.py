@@ -1,10 +1,15 @@
-"""The exception for input that cannot be used, as opposed to a bug in this package, and a check that raises it."""
+"""The exception for input that cannot be used, as opposed to a bug in this package, and what makes and raises it."""
 
 import os
 
 
 class InputError(ValueError):
     """Input that cannot be used. `str(error)` is one line: the thing, the place and the remedy."""
+
+
+def explain_overflow(what: str, dtype: str) -> InputError:
+    """The exception for `what`, such as "the output of layer 0 overflows", in the element type `dtype`."""
+    return InputError(f"{what} in {dtype}{'' if dtype == 'float32' else '; try --dtype float32'}")
 
 
 def check_memory(what: str, size: float | int, remedy: str, *, most: int | None = None) -> None:

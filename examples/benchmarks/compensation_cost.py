@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import torch
+from cuda_graphs import time_calls
 from safetensors.torch import save_file
 
 from lexi_adapter.allocation import CompensationFile
@@ -29,7 +30,7 @@ from lexi_adapter.model.variants import UNCOMPENSATED, Variant, allocate, draw_t
 from lexi_adapter.serving.kernels.correction import correct, find_features
 from lexi_adapter.speed import throughput
 
-EXPONENT, RANK, CALLS, REPLAYS = 0.5, 32, 50, 20
+EXPONENT, RANK = 0.5, 32
 WORKLOADS = ("16x32x128", "16x1024x8", "256x32x64", "256x256x4")  # decode- and prefill-heavy at both batches
 SIZES = (16, 256, 8192)  # tokens for the kernels alone
 HIDDEN, EXPERTS, OWN, KEPT = 2048, 128, 8, 4
@@ -90,26 +91,6 @@ def find_ratios(document):
         ratio = lines[workload, with_it] / lines[workload, without]
         ratios[workload] = {"ratio": ratio, "lowest": min(rounds), "highest": max(rounds)}
     return ratios
-
-
-def time_calls(call):
-    """Microseconds of one call in a CUDA graph."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / CALLS)
-    return sorted(times)[REPLAYS // 2]
 
 
 def time_kernels(tokens):

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import click
 import torch
+from cuda_graphs import time_calls
 
 from lexi_adapter.environment import describe_call
 from lexi_adapter.files import write_json
 from lexi_adapter.serving.vllm_gates import compensate_layer
 
-EXPONENT, CALLS, REPLAYS = 0.5, 50, 50
+EXPONENT = 0.5
 
 
 class Case(NamedTuple):
@@ -66,26 +67,6 @@ def find_difference(case, logits, bias, wide, weights, ids):
     mass = scores.gather(1, chosen.long()).sum(-1, keepdim=True) / scores.gather(1, ids.long()).sum(-1, keepdim=True)
     expected = own.gather(1, ids.long()) * mass**EXPONENT
     return float(((weights.double() - expected).abs() / expected.amax(-1, keepdim=True)).max())
-
-
-def time_calls(call):
-    """Microseconds of one call in a CUDA graph."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 1000 * sorted(times)[REPLAYS // 2] / CALLS
 
 
 def measure(case, tokens):

@@ -22,7 +22,6 @@ from lexi_adapter.files import write_atomically
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.models.loading import read_tensors
 from lexi_search.models.model import describe
-from lexi_search.profiling import compensation
 from lexi_search.profiling.compensation import RIDGES, choose_ks, find_rank, fit_layers
 from lexi_search.profiling.divergence import open_run
 from lexi_search.profiling.forward import MODEL, Run, Variant, forward, read_log_probabilities, split_tokens
@@ -78,9 +77,8 @@ def measure_increase(run: Run, tokens: np.ndarray, variants: Sequence[Variant]) 
 def fit(run: Run, text: np.ndarray, setting: Setting) -> Mapping[tuple[int, int], Any]:
     """The corrections of all layers at `choose_ks`, fitted by a setting."""
     model = run.model
-    compensation.RIDGES = setting.ridges
     rank = find_rank(model.hidden_size, model.identity.num_experts, setting.rank)
-    settings = {"exponents": [setting.exponent], "ks": choose_ks(model.top_k), "rank": rank}
+    settings = {"exponents": [setting.exponent], "ks": choose_ks(model.top_k), "rank": rank, "ridges": setting.ridges}
     return {
         key: value
         for _, [maps] in fit_layers(run, text[: setting.sequences], model.layers, **settings)

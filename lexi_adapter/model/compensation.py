@@ -56,6 +56,14 @@ def locate(allocation: Allocation, folder: str | os.PathLike[str]) -> Allocation
     return replace(allocation, folder=os.path.abspath(folder))
 
 
+def locate_on_hub(allocation: Allocation, hub_id: str, *, revision: str | None) -> Allocation:
+    """The allocation, whose file is fetched beside the config of a hub id; OSError where it is not there."""
+    from transformers.utils import cached_file
+
+    file = cached_file(hub_id, allocation.compensation.file, revision=revision)
+    return replace(allocation, folder=os.path.dirname(os.path.abspath(file)))
+
+
 def covers(allocation: Allocation, top_k: Mapping[int, int]) -> bool:
     """Whether the file of a checked allocation's compensation has the maps for other k of the same model, too."""
     names = read_whole_header(find_file(allocation))[0].keys()

@@ -14,7 +14,7 @@ import torch
 
 from lexi_adapter.allocation import Allocation, ModelIdentity, check_reducible, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.model.compensation import locate, read_corrections
+from lexi_adapter.model.compensation import locate, locate_on_hub, read_corrections
 from lexi_adapter.model.folder import REMEDY, check_layers, check_routers, compare, has_weights
 from lexi_adapter.model.identity import ROUTER_WEIGHTS
 from lexi_adapter.serving.transformers_gates import (
@@ -92,13 +92,10 @@ def _locate(allocation: Allocation, config: Any) -> Allocation:
     source = str(getattr(config, "_name_or_path", ""))
     if allocation.compensation is None or allocation.folder is not None or not source or os.path.isdir(source):
         return locate(allocation, source)
-    from transformers.utils import cached_file  # of a hub id, whose file is fetched beside its config
-
     try:
-        file = cached_file(source, allocation.compensation.file, revision=getattr(config, "_commit_hash", None))
+        return locate_on_hub(allocation, source, revision=getattr(config, "_commit_hash", None))
     except OSError:
         return allocation
-    return locate(allocation, os.path.dirname(file))
 
 
 def _check_config(identity: ModelIdentity, config: Any, place: str) -> None:

@@ -10,14 +10,13 @@ vLLM hashes into its compile cache's key and pickles for its workers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from lexi_adapter.allocation import FORMAT, KEY, Allocation, check_reducible, read_allocation, to_document
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.model.compensation import check_compensation
+from lexi_adapter.model.compensation import check_compensation, locate_on_hub
 from lexi_adapter.model.folder import (
     READ_AS_STORED,
     check_config,
@@ -168,14 +167,11 @@ def _locate(allocation: Allocation, model_config: Any) -> Allocation:
     """The allocation with the folder of its compensation's file: that of a hub id is fetched beside its config."""
     if allocation.compensation is None or allocation.folder is not None or is_folder(model_config.model):
         return allocation
-    from transformers.utils import cached_file
-
     try:
-        path = cached_file(model_config.model, allocation.compensation.file, revision=model_config.revision)
+        return locate_on_hub(allocation, model_config.model, revision=model_config.revision)
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise AllocationError(f"{model_config.model}: its {KEY} names a file that is not there: {reason}") from error
-    return replace(allocation, folder=str(Path(path).parent))
 
 
 def _find_sources(vllm_config: Any) -> Iterator[tuple[str, Any]]:

@@ -182,7 +182,7 @@ def carry(allocation: Allocation, path: str | os.PathLike[str]) -> tuple[Allocat
     maps = read_allocation_maps(path, allocation)
     if not maps:
         return allocation, {}
-    data = format_maps({key: maps[key] for key in allocation.corrected}, allocation.model)
+    data = format_maps(maps, allocation.model)
     return replace(allocation, compensation=name_maps(EXPORTED, maps, data)), {EXPORTED: data}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from lexi_search.artifacts.compensation import Correction, Maps
-from lexi_search.errors import InputError
+from lexi_search.errors import InputError, explain_overflow
 from lexi_search.layers.moe import find_features, mixing_changes
 from lexi_search.layers.routing import Choice
 from lexi_search.layers.spec import Routing
@@ -30,7 +30,6 @@ CORRECTED_EXPONENTS = (0.0, 0.25, 0.5, 0.75)  # tried with corrections, which le
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of features scaled to unit variance
 FOLDS = 2  # of sequences: one half chooses the ridge of the other
 JITTER = 1e-6  # of the largest variance, below which a feature does not vary
-REMEDY = "; try --dtype float32"
 
 
 class Sums(NamedTuple):
@@ -51,6 +50,7 @@ def fit_layers(
     exponents: Sequence[float],
     ks: Sequence[int],
     rank: int,
+    ridges: Sequence[float] = RIDGES,
     report: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[tuple[int, list[Maps]]]:
     """Yield (decoder-layer index, corrections at `ks` for each of the gate `exponents`) of `layers`, in order.
@@ -81,17 +81,18 @@ def fit_layers(
             sums[layer] = jax.tree.map(jnp.add, sums[layer], found) if layer in sums else found
             seen[layer] += sequences
             if seen[layer] == len(tokens):  # solved while the device goes on
+                whole = [Sums(*map(np.asarray, one)) for one in sums.pop(layer)]
+                if not all(np.isfinite(array).all() for array in jax.tree.leaves(whole)):
+                    raise explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
                 solved[layer] = [
-                    [pool.submit(solve, whole, at, rank=rank) for at in range(len(ks))]
-                    for whole in (Sums(*map(np.asarray, one)) for one in sums.pop(layer))
+                    [pool.submit(solve, one, at, rank=rank, ridges=ridges) for at in range(len(ks))] for one in whole
                 ]
 
         forward(run, tokens, observe=observe, report=report)
         for layer, futures in sorted(solved.items()):
             corrections = [[future.result() for future in row] for row in futures]
             if not all(np.isfinite(array.astype(np.float32)).all() for array in jax.tree.leaves(corrections)):
-                place = f"{run.checkpoint.folder}: the output of layer {layer}"
-                raise InputError(f"{place} overflows in {run.dtype}{'' if run.dtype == 'float32' else REMEDY}")
+                raise explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
             yield layer, [{(layer, k): one for k, one in zip(ks, row, strict=True)} for row in corrections]
 
 
@@ -168,21 +169,19 @@ class Ridges(NamedTuple):
         return self.map @ (self.rows / (self.values + ridge)[:, None])
 
 
-def solve(sums: Sums, at: int, *, rank: int) -> Correction:
-    """The correction at the `at`-th k, with the ridge of `RIDGES` with which each fold predicts the others best.
+def solve(sums: Sums, at: int, *, rank: int, ridges: Sequence[float] = RIDGES) -> Correction:
+    """The correction at the `at`-th k, with the one of `ridges` with which each fold predicts the others best.
 
-    `c` is right for `A` and `B` as they are stored, in bfloat16. Not finite where the sums are not. All in float64 on
-    the host: the matrices are small, and nearly singular.
+    `sums` are finite. `c` is right for `A` and `B` as they are stored, in bfloat16. All in float64 on the host: the
+    matrices are small, and nearly singular.
     """
-    if not all(np.isfinite(array).all() for array in sums):
-        return Correction(*(np.full((1, 1), np.nan, ml_dtypes.bfloat16),) * 2, np.full(1, np.nan, np.float32))
     folds = [_find_moments(sums, at, [fold]) for fold in range(FOLDS)]
-    errors = np.zeros(len(RIDGES))
+    errors = np.zeros(len(ridges))
     for index, own in enumerate(folds):
         regressed = _regress(own)
-        errors += sum(_judge(own, regressed, other) for other in folds[:index] + folds[index + 1 :])
+        errors += sum(_judge(own, regressed, other, ridges) for other in folds[:index] + folds[index + 1 :])
     whole = _find_moments(sums, at, list(range(FOLDS)))
-    weights = _regress(whole).solve(RIDGES[int(errors.argmin())])
+    weights = _regress(whole).solve(ridges[int(errors.argmin())])
     A, B = (array.astype(ml_dtypes.bfloat16) for array in _cut(whole, weights, rank))
     c = whole.rest - B.astype(np.float64) @ (A.astype(np.float64) @ whole.features)
     return Correction(A, B, c.astype(np.float32))
@@ -204,7 +203,7 @@ def _regress(moments: Moments) -> Ridges:
     return Ridges(values, vectors, vectors.T @ moments.products)
 
 
-def _judge(own: Moments, regressed: Ridges, other: Moments) -> Float64[np.ndarray, " ridges"]:
+def _judge(own: Moments, regressed: Ridges, other: Moments, ridges: Sequence[float]) -> Float64[np.ndarray, " ridges"]:
     """The mean squared error of `own`'s regressions on the tokens of `other`, less what no ridge changes.
 
     With W = map @ D @ rows, where the diagonal D is all that depends on the ridge, traces of products with W are sums
@@ -215,7 +214,7 @@ def _judge(own: Moments, regressed: Ridges, other: Moments) -> Float64[np.ndarra
     linear = ((vectors.T @ other.products) * rows).sum(axis=1)
     shift, moved = other.rest - own.rest, (other.features - own.features) @ vectors
     errors = []
-    for ridge in RIDGES:
+    for ridge in ridges:
         diagonal = 1 / (values + ridge)
         missed = shift - (moved * diagonal) @ rows
         errors.append(diagonal @ quadratic @ diagonal - 2 * linear @ diagonal + missed @ missed)

@@ -15,7 +15,7 @@ from jaxtyping import Float64, Int
 from lexi_search.artifacts.compensation import Maps
 from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.errors import InputError
+from lexi_search.errors import InputError, explain_overflow
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import Model
 from lexi_search.profiling.compensation import choose_ks
@@ -62,8 +62,7 @@ def measure_layers(
     ]
     losses = measure_losses(run, tokens, variants, maps=maps, report=report)
     if not np.isfinite(losses.divergence).all():
-        remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
-        raise InputError(f"{run.checkpoint.folder}: hidden states overflow in {settings.dtype}{remedy}")
+        raise explain_overflow(f"{run.checkpoint.folder}: hidden states overflow", settings.dtype)
     divergence = losses.divergence.reshape(len(layers), full - 1, -1)
     for number, layer in enumerate(layers):
         yield layer, summarise(losses, run.model.layers.index(layer), divergence[number], settings)

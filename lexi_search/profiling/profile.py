@@ -14,7 +14,7 @@ from lexi_search.artifacts.codec import require_gate_exponent
 from lexi_search.artifacts.compensation import Maps
 from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.errors import InputError, check_memory
+from lexi_search.errors import InputError, check_memory, explain_overflow
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.spec import Routing
 from lexi_search.models.loading import stream_layers
@@ -135,9 +135,7 @@ def _profile_each(
         for layer, weights in streamed:
             moments = measure_layer(model, weights, layer, settings)
             if not np.isfinite(moments.squares).all():
-                remedy = "" if settings.dtype == "float32" else "; try --dtype float32"
-                place = f"{checkpoint.folder}: the output of layer {layer}"
-                raise InputError(f"{place} overflows in {settings.dtype}{remedy}")
+                raise explain_overflow(f"{checkpoint.folder}: the output of layer {layer} overflows", settings.dtype)
             yield layer, summarise(moments)
 
 
@@ -145,12 +143,12 @@ def read_settings(
     input: str, iterations: int | None, samples: int | None, *, batch: int, length: int, seed: int, **paper: Any
 ) -> dict[str, Any]:
     """Keywords for `ProfileSettings`, of which `paper` are for that input alone; InputError where they do not fit."""
-    check_settings(input, iterations=iterations, **paper)
-    end = find_end(input, paper["relative_error"], samples, iterations, batch * length)
+    _check_settings(input, iterations=iterations, **paper)
+    end = _find_end(input, paper["relative_error"], samples, iterations, batch * length)
     return {"input": input, "seed": seed, "batch": batch, "length": length} | paper | end
 
 
-def check_settings(input: str, **settings: object) -> None:
+def _check_settings(input: str, **settings: object) -> None:
     """Raise InputError for an input that is not known, or one of the paper's `settings` with another input."""
     if input not in SAMPLES:
         raise InputError(f"input {input!r} is not known; known are {', '.join(SAMPLES)}")
@@ -159,7 +157,7 @@ def check_settings(input: str, **settings: object) -> None:
         raise InputError(f"{given[0]} is for --input paper; add that, or leave {given[0]} out")
 
 
-def find_end(
+def _find_end(
     input: str, relative_error: float | None, samples: int | None, iterations: int | None, size: int
 ) -> dict[str, Any]:
     """The settings that say when to stop; `iterations` of `size` tokens stand for both of them."""

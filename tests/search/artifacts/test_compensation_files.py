@@ -104,26 +104,27 @@ NAME = "layers.1.top_k.2.A"
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "said"),
     [
-        {"__metadata__": {"format": "pt"}},
-        {"__metadata__": 3},
-        {NAME: {"dtype": "F32", "shape": [2, 24], "data_offsets": [528, 624]}},
-        {NAME: {"dtype": "BF16", "shape": [2, 24]}},
-        {NAME: {"shape": [2, 24], "data_offsets": [0, 96]}},
-        {NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": [0, 96, 7]}},
-        {NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": [0.0, 96]}},
-        {NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": ["0", 96]}},
-        {NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": [-1, 96]}},
-        {NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": [0, 1 << 40]}},
-        {NAME: None},
-        {"layers.9.top_k.1.A": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 0]}},
+        ({"__metadata__": {"format": "pt"}}, "its format is 'pt'"),
+        ({"__metadata__": 3}, "not a whole safetensors file"),
+        ({NAME: {"dtype": "F32", "shape": [1, 24], "data_offsets": [576, 672]}}, "A is F32 [1, 24], expected BF16"),
+        ({NAME: {"dtype": "F32", "shape": [2, 24], "data_offsets": [528, 624]}}, "A' does not fill its bytes"),
+        ({NAME: {"dtype": "BF16", "shape": [2, 24]}}, "not a whole safetensors file"),
+        ({NAME: {"shape": [2, 24], "data_offsets": [0, 96]}}, "not a whole safetensors file"),
+        ({NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": [0, 96, 7]}}, "not a whole safetensors file"),
+        ({NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": [0.0, 96]}}, "A' is of no correction"),
+        ({NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": ["0", 96]}}, "A' is of no correction"),
+        ({NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": [-1, 96]}}, "A' is of no correction"),
+        ({NAME: {"dtype": "BF16", "shape": [2, 24], "data_offsets": [0, 1 << 40]}}, "A' does not fill its bytes"),
+        ({NAME: None}, "not a whole safetensors file"),
+        ({"layers.9.top_k.1.A": {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}}, "is of no layer and k"),
     ],
 )
-def test_a_damaged_header_is_refused_in_one_line(change):
+def test_a_damaged_header_is_refused_in_one_line(change, said):
     with pytest.raises(InputError) as refusal:
         parse_maps(change_header(lambda header: header.update(change)), MODEL)
-    assert str(refusal.value) and "\n" not in str(refusal.value)
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -85,6 +85,11 @@ def make_layer(seed=0, parts="gate up down"):
     )
 
 
+def choose(inputs, router, bias, routing):
+    stored = jnp.asarray(bias, jnp.float32) if routing.bias else None
+    return route(inputs, jnp.asarray(router, jnp.float32), stored, routing=routing, top_k=TOP_K)
+
+
 def as_weights(experts, dtype=jnp.float32):
     return tuple(
         ExpertWeights(*(None if part is None else jnp.asarray(part, dtype) for part in expert)) for expert in experts
@@ -95,13 +100,7 @@ def as_weights(experts, dtype=jnp.float32):
 def test_every_k_from_one_pass_equals_the_loop(routing):
     router, bias, experts, x = make_layer()
     inputs, activation = jnp.asarray(x, jnp.float32), Activation()
-    choice = route(
-        inputs,
-        jnp.asarray(router, jnp.float32),
-        jnp.asarray(bias, jnp.float32) if routing.bias else None,
-        routing=routing,
-        top_k=TOP_K,
-    )
+    choice = choose(inputs, router, bias, routing)
     outputs = compute_outputs(inputs, choice, as_weights(experts), routing=routing, activation=activation)
     distances = squared_distances(outputs, choice.scores, routing=routing)
     expected = [reference.moe_output(x, router, bias, experts, routing, activation, k) for k in range(1, TOP_K + 1)]
@@ -120,13 +119,7 @@ def test_every_k_from_one_pass_equals_the_loop(routing):
 def test_corrections_equal_the_loop(routing):
     router, bias, experts, x = make_layer()
     inputs, draw = jnp.asarray(x, jnp.float32), np.random.default_rng(1)
-    choice = route(
-        inputs,
-        jnp.asarray(router, jnp.float32),
-        jnp.asarray(bias, jnp.float32) if routing.bias else None,
-        routing=routing,
-        top_k=TOP_K,
-    )
+    choice = choose(inputs, router, bias, routing)
     shapes = (TOP_K - 1, 2, 3 * EXPERTS), (TOP_K - 1, HIDDEN, 2), (TOP_K - 1, HIDDEN)
     correction = Correction(*(jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes))
     outputs = compute_outputs(inputs, choice, as_weights(experts), routing=routing, activation=Activation())
