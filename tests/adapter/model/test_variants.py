@@ -39,6 +39,7 @@ PUBLIC = {
         {"moe_intermediate_size": 448, "n_shared_experts": 4},
     ),
     "minicpm-moe-8x2b": (8, 2, 40, {"num_experts": 4}, {"intermediate_size": 2880}),
+    "qwen3-30b-a3b": (128, 8, 48, {"num_experts": 64}, {"moe_intermediate_size": 384}),
     "mixtral-8x7b": (8, 2, 32, {"num_local_experts": 4}, {"intermediate_size": 7168}),
 }
 
