@@ -161,9 +161,9 @@ def _scores_by_softmax(router: Any) -> bool:
 
 
 def _project(logits: Any, weights: Any, ids: Any, kept: Any, A: Any) -> Any:
-    from lexi_adapter.serving.kernels.correction import find_features
+    from lexi_adapter.serving.kernels.correction import find_features, project
 
-    return find_features(logits, weights, ids, kept) @ A.float()
+    return project(find_features(logits, weights, ids, kept), A)
 
 
 def _pass_choices(router: Any) -> None:
@@ -236,7 +236,9 @@ def _find_sum() -> Callable[..., None] | None:
 def _add(output: Any, sums: Any, B: Any, c: Any) -> Any:
     import torch
 
-    change = (sums @ B.float() + c).to(output.dtype)
+    from lexi_adapter.serving.kernels.correction import expand
+
+    change = expand(sums, B, c).to(output.dtype)
     return output + torch.nn.functional.pad(change, (0, output.shape[-1] - change.shape[-1])).view_as(output)
 
 

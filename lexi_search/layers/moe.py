@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lexi_search.layers.experts import expert_outputs
 from lexi_search.layers.ffn import find_precision
@@ -83,7 +83,8 @@ def mix(
 class Correction(NamedTuple):
     """B A phi + c, which is added to a layer's output at each of some values of k; float32.
 
-    phi is of `find_features`. `A` maps it to `rank` numbers, and `B` those to the layer's output.
+    phi is of `find_features`. `A` maps it to `rank` numbers, and `B` those to the layer's output. Tokens of which the
+    router sees nothing, `find_seen`, get nothing.
     """
 
     A: Float[Array, "variants rank features"]
@@ -104,6 +105,15 @@ def find_features(choice: Choice, k: Int[Array, "..."], *, routing: Routing) -> 
     return jnp.concatenate([choice.logits, *spread], axis=1)
 
 
+def find_seen(choice: Choice) -> Bool[Array, " tokens"]:
+    """The tokens that have any logit but zero.
+
+    The hidden state of a token whose embedding is zero, as of padding, stays zero in every layer; what its experts add
+    is zero, and a constant would move it.
+    """
+    return (choice.logits != 0).any(axis=1)
+
+
 @partial(jax.jit, static_argnames="routing")
 def correct(
     choice: Choice, k: Int[Array, "..."], correction: Correction, *, routing: Routing
@@ -113,7 +123,7 @@ def correct(
     precision = jax.lax.Precision.HIGHEST
     inner = jnp.einsum("vtf,vrf->vtr", features, correction.A, precision=precision)
     added = jnp.einsum("vtr,vhr->vth", inner, correction.B, precision=precision) + correction.c[:, None]
-    return added.reshape(-1, added.shape[-1])
+    return jnp.where(find_seen(choice)[:, None], added.reshape(-1, added.shape[-1]), 0.0)
 
 
 @partial(jax.jit, static_argnames="routing")

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float64, Int
 
 from lexi_search.artifacts.compensation import Correction, Maps
 from lexi_search.errors import InputError, explain_overflow
-from lexi_search.layers.moe import find_features, mixing_changes
+from lexi_search.layers.moe import find_features, find_seen, mixing_changes
 from lexi_search.layers.routing import Choice
 from lexi_search.layers.spec import Routing
 from lexi_search.profiling.forward import MoEOutputs, Run, forward
@@ -130,9 +130,9 @@ def _sum(
     *,
     routing: Routing,
 ) -> Sums:
-    """The sums of some tokens, of which `folds` says the fold."""
+    """The sums of those tokens that get a correction; `folds` says the fold of each."""
     change = mixing_changes(choice.scores, routing=routing._replace(exponent=exponent))
-    member = (jnp.arange(FOLDS)[:, None] == folds[None, :]).astype(jnp.float32)
+    member = (find_seen(choice)[None, :] & (jnp.arange(FOLDS)[:, None] == folds[None, :])).astype(jnp.float32)
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     def sum_at(k: Int[Array, ""]) -> tuple[Array, ...]:

@@ -4,6 +4,7 @@ A layer that runs k of the model's own K experts adds B A phi + c to its routed 
 [tokens, 3 * experts]: the router's logits (with the router's own bias, before softmax or sigmoid, without a selection
 bias); the weights of the k kept experts, each at its expert's place; those of the K - k dropped ones likewise. These
 are the weights by which the model at K multiplies its experts' outputs: renormalised and scaled as the family does.
+A token all of whose logits are zero gets nothing: its hidden state is zero, as that of padding, and stays so.
 Shapes are static and no branch depends on values. Engines may compute it otherwise; these functions are their judge.
 """
 
@@ -30,4 +31,15 @@ def find_features(logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
 
 def correct(output: torch.Tensor, phi: torch.Tensor, A: torch.Tensor, B: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """`output` [tokens, hidden] plus B A phi + c, in the output's type; A [rank, 3 * experts], B [hidden, rank]."""
-    return output + (phi @ A.float().T @ B.float().T + c.float()).to(output.dtype)
+    return output + expand(project(phi, A.T), B.T, c).to(output.dtype)
+
+
+def project(phi: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """A phi [tokens, rank], float32, of A [3 * experts, rank]; NaN for a token that gets no correction."""
+    seen = (phi[:, : phi.shape[1] // 3] != 0).any(-1, keepdim=True)
+    return torch.where(seen, phi @ A.float(), torch.nan)
+
+
+def expand(sums: torch.Tensor, B: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """The correction [tokens, hidden], float32, from what `project` returns; B [rank, hidden]."""
+    return torch.where(sums[:, :1].isnan(), 0.0, sums @ B.float() + c.float())

@@ -2,8 +2,9 @@
 
 For layers that are opaque to vLLM's compiler; `gates` and `correction` have the formulas. `route` stands for a
 softmax router and all that follows, `narrow` goes behind any other router, `add` takes the place of the copy that ends
-the experts' computation. A is [3 * experts, rank] and B [rank, hidden] here, the rank a power of two from 16; `prepare`
-makes them. Imported only where it runs, or where a test interprets it (TRITON_INTERPRET=1).
+the experts' computation. A is [3 * experts, rank] and B [rank, hidden] here, the rank a power of two from 16; `hold` of
+`vllm_correction` makes them. A phi is NaN for a token all of whose logits are zero, which gets no correction. Imported
+only where it runs, or where a test interprets it (TRITON_INTERPRET=1).
 """
 
 import torch
@@ -198,6 +199,7 @@ def _route(
     tl.store(out_weights + place * top_k + column[None, :], weight * factor[:, None], mask=stored)
     tl.store(out_ids + place * top_k + column[None, :], index, mask=stored)
     sums = _project(logit, A, sums * unit[:, None], expert, experts, rank, precision)
+    sums = tl.where(_find_largest(logit)[:, None] > 0.0, sums, float("nan"))
     offsets = place * rank + tl.arange(0, rank)[None, :]
     tl.store(out_sums + offsets, sums, mask=(row < tokens)[:, None])
 
@@ -241,12 +243,21 @@ def _narrow(
         which = tl.sum(tl.where(this, index, 0), axis=1)
         part = experts + experts * tl.sum(tl.where(this & (turn >= top_k), 1, 0), axis=1)
         sums += _gather(A, tl.where(which < 0, 0.0, value), tl.maximum(which, 0) + part, rank)
+    largest = tl.zeros((rows,), tl.float32)
     for start in tl.static_range(0, experts, block):
         expert = start + tl.arange(0, block)
         there = known & (expert < experts)[None, :]
         logit = tl.load(logits + place * experts + expert[None, :], mask=there, other=0.0).to(tl.float32)
         sums = _project(logit, A, sums, expert, experts, rank, precision)
+        largest = tl.maximum(largest, _find_largest(logit))
+    sums = tl.where(largest[:, None] > 0.0, sums, float("nan"))
     tl.store(out_sums + place * rank + tl.arange(0, rank)[None, :], sums, mask=known)
+
+
+@triton.jit
+def _find_largest(logit):
+    """The largest absolute value of each row."""
+    return tl.max(tl.abs(logit), axis=1)
 
 
 @triton.jit
@@ -287,6 +298,7 @@ def _add(
     left = tl.load(sums + place * rank + inner[None, :], mask=known, other=0.0)
     right = tl.load(B + inner[:, None] * hidden + column[None, :], mask=real, other=0.0).to(tl.float32)
     change = tl.dot(left, right, input_precision=precision) + tl.load(c + column[None, :], mask=real, other=0.0)
+    change = tl.where(change == change, change, 0.0)
     stored = known & (column < width)[None, :]
     value = tl.load(source + place * source_stride + column[None, :], mask=stored, other=0.0)
     result = (value.to(tl.float32) + change).to(output.dtype.element_ty)

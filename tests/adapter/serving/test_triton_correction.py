@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lexi_adapter.serving.kernels.correction import correct, find_features
+from lexi_adapter.serving.kernels.correction import correct, find_features, project
 from lexi_adapter.serving.kernels.gates import compensate
 
 EXPONENT = 0.5
@@ -67,11 +67,29 @@ def test_of_equal_logits_the_first_are_chosen_and_padding_harms_no_other_row(int
     )
     assert ids.tolist() == [[0, 1], [-1, -1], [-1, -1], [0, 1]]
     assert weights.tolist() == [[0.25, 0.25], [0.0, 0.0], [0.0, 0.0], [0.25, 0.25]]
-    assert (sums[[0, 3]] == 1.0).all()  # all weights together, and logits of 0
+    assert sums[[0, 3]].isnan().all()  # of logits that are all zero
     blank = torch.zeros(4, 4), torch.full((4, 4), -1)
     options = {"top_k": 2, "exponent": 0.5, "ranked": True}
-    weights, ids, sums = interpret("triton_correction", "narrow", logits.nan_to_num(), *blank, A, **options)
-    assert (weights == 0).all() and (ids == -1).all() and (sums == 0).all()
+    weights, ids, sums = interpret("triton_correction", "narrow", torch.ones(4, 16), *blank, A, **options)
+    assert (weights == 0).all() and (ids == -1).all() and (sums == 16).all()
+
+
+def test_a_token_of_which_the_router_sees_nothing_gets_no_correction(interpret):
+    experts, own, rank = 160, 6, 16  # more than one block of logits
+    logits, A, _, _ = draw(experts, own, rank, 3, torch.float32, True, 1.0)
+    logits[1], logits[2] = 0.0, -1.0 * (torch.arange(experts) == experts - 1)
+    weights, ids = logits.softmax(-1).topk(own)
+    sums = project(find_features(logits, weights, ids, ids[:, :2]), A)
+    assert sums.isnan().any(-1).tolist() == sums.isnan().all(-1).tolist() == [False, True, False]
+    rule = {"renormalize": False, "scale": 1.0, "ids_dtype": torch.int64, "own_top_k": own}
+    for name, arguments, options in (("route", [], rule), ("narrow", [weights, ids], {"ranked": False})):
+        options = {"top_k": 2, "exponent": 0.0} | options
+        *_, found = interpret("triton_correction", name, logits, *arguments, A, **options)
+        torch.testing.assert_close(found[[0, 1]], sums[[0, 1]], equal_nan=True, rtol=1e-5, atol=1e-4)
+        assert not found[2].isnan().any()
+    output = torch.ones(3, 64)
+    interpret("triton_correction", "add", output, sums, torch.ones(rank, 64), torch.ones(64), output)
+    assert (output[1] == 1).all() and (output[[0, 2]] != 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

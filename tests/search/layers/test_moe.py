@@ -146,6 +146,22 @@ def test_corrections_equal_the_loop(routing):
     )
 
 
+def test_a_token_of_which_the_router_sees_nothing_gets_no_correction():
+    router, _, experts, x = make_layer()
+    x[1] = 0.0
+    routing = Routing()
+    choice = choose(jnp.asarray(x, jnp.float32), router, None, routing)
+    shapes = (TOP_K - 1, 2, 3 * EXPERTS), (TOP_K - 1, HIDDEN, 2), (TOP_K - 1, HIDDEN)
+    correction = Correction(*(jnp.ones(shape, jnp.float32) for shape in shapes))
+    own = jax.tree.map(lambda array: array[:1], correction)
+    added = correct(choice, jnp.int32(1), own, routing=routing)
+    assert not added[1].any() and (added[jnp.arange(TOKENS) != 1] != 0).any(axis=1).all()
+    outputs = compute_outputs(
+        jnp.asarray(x, jnp.float32), choice, as_weights(experts), routing=routing, activation=Activation()
+    )
+    assert not corrected_distances(outputs, choice, correction, routing=routing)[1].any()
+
+
 def test_shapes_and_types_that_do_not_fit_are_refused():
     """By the checker that `conftest` puts on every function; JAX itself would broadcast such a bias and such a k."""
     router, _, experts, x = make_layer()

@@ -96,6 +96,16 @@ def test_an_expert_that_is_never_chosen_gets_no_weight():
         assert not A[:, unused].any()  # its kept and its dropped weight
 
 
+def test_tokens_of_which_the_router_sees_nothing_have_no_part_in_the_fit():
+    (x, *others), folds = make_layer(ROUTINGS[0]), np.arange(TOKENS) % 2
+    blank = np.arange(TOKENS) % 8 == 0
+    sums = sum_all((np.where(blank[:, None], 0.0, x), *others), ROUTINGS[0], folds)
+    assert sums.count.tolist() == [(~blank & (folds == fold)).sum() for fold in (0, 1)]
+    elsewhere = sum_all((np.where(blank[:, None], 0.0, x), *others), ROUTINGS[0], np.where(blank, 2, folds))
+    for found, expected in zip(sums, elsewhere, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+
+
 def test_the_rank_is_at_most_what_the_layer_has():
     assert find_rank(4096, 64, None) == 32
     assert find_rank(4096, 8, 100) == 24
