@@ -20,6 +20,8 @@ from lexi_search.artifacts.compensation import (
     CompensationFile,
     check_maps_place,
     format_maps,
+    list_maps,
+    merge_maps,
     name_beside,
     parse_maps,
     read_maps,
@@ -70,6 +72,7 @@ def rename(data):
 
 
 def test_what_is_written_is_read_and_safetensors_reads_it_too(named, maps):
+    assert list_maps("p.safetensors")[1] == PAIRS
     data = Path("p.safetensors").read_bytes()
     assert named == CompensationFile("p.safetensors", RANK, hashlib.sha256(data).hexdigest())
     read = read_maps("p.json", named, MODEL)
@@ -331,6 +334,39 @@ def test_only_corrections_are_replaced_without_force(named):
         check_maps_place(path, MODEL, force=True)
     with pytest.raises(InputError, match="the same command reads or writes it as another file"):
         check_maps_place("p.safetensors", MODEL, apart_from=["p.safetensors"])
+
+
+def test_parts_merge_unless_they_disagree(maps):
+    one, two = ({place: maps[place] for place in maps if place[0] in layers} for layers in ((0, 1), (1, 2)))
+    assert equal(merge_maps({"one": one, "two": two}), maps)
+    other = draw_maps(MODEL, PAIRS, hidden=HIDDEN, rank=RANK, seed=1)
+    with pytest.raises(InputError, match="other: the correction of layer 0 at k = 1 differs from that in one"):
+        merge_maps({"one": one, "other": {(0, 1): other[0, 1]}})
+
+
+def test_corrections_that_another_file_names_are_not_replaced_without_force(named, maps):
+    other = dataclasses.replace(MODEL, router_sha256="f" * 64)
+    write_maps("other.safetensors", maps, other, owners=["other.json"])
+    with pytest.raises(InputError, match="there is a file of another model; .*--force"):
+        write_maps("other.safetensors", maps, MODEL, owners=["other.json"], force=False)
+    document = serialisation.to_document(make_allocation(3, 3, gate_exponent=0.5)) | {"compensation": vars(named)}
+    for name in ("p.json", "twin.json"):
+        Path(name).write_text(json.dumps(document))
+    before, changed = Path("p.safetensors").read_bytes(), draw_maps(MODEL, PAIRS, hidden=HIDDEN, rank=RANK, seed=1)
+    with pytest.raises(InputError, match=r"twin\.json names it and would lose its corrections"):
+        write_maps("p.safetensors", changed, MODEL, owners=["p.json"], force=False)
+    assert Path("p.safetensors").read_bytes() == before
+    Path("twin.json").write_text("{")
+    assert write_maps("p.safetensors", changed, MODEL, owners=["p.json"], force=False) != named
+
+
+@pytest.mark.parametrize("name", [".p.json", "a\nb.json"])
+def test_a_name_that_no_json_may_hold_is_refused_before_anything_is_written(folder, maps, name):
+    with pytest.raises(InputError, match="choose another name"):
+        check_maps_place(name_beside(name), MODEL, owners=[name])
+    with pytest.raises(InputError, match="choose another name"):
+        write_maps(name_beside(name), maps, MODEL, owners=[name])
+    assert not os.listdir()
 
 
 @pytest.mark.parametrize(
