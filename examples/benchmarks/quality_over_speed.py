@@ -2,9 +2,9 @@
 
     python examples/benchmarks/quality_over_speed.py [-o FIGURE]
 
-The loss is that of an OLMoE of 45 M parameters on held-out text, the speed that of OLMoE-1B-7B's shape with the same
+The loss is that of an OLMoE of 43 M parameters on held-out text, the speed that of OLMoE-1B-7B's shape with the same
 share of its active experts, from the times that `lexi-adapter latency` measured. Both models have k = 8, so a share is
-the same k in each. Mixed allocations are drawn at the speed of uniform k with as many active experts.
+the same k in each. Every method is drawn at the speed of uniform k with as many active experts.
 """
 
 import sys
@@ -25,14 +25,13 @@ sys.path.insert(0, str(HERE.parent / "fidelity"))
 
 from records import read_results  # noqa: E402  (after its folder is on the path)
 
-LOSSES = HERE.parent / "fidelity" / "results" / "longer" / "olmoe-45m-seed-3.csv"
+LOSSES = HERE.parent / "fidelity" / "results" / "compensated" / "olmoe-43m.csv"
 TIMES = HERE / "results" / "h100" / "serving_latency_olmoe-1b-7b.json"
 WORKLOAD, MIX = "16 prompts of 512 tokens, 128 new ones", {16: 128, 8192: 1}
 CURVES = {
     "paper/frobenius": ("LExI as in the paper", "#c2410c", "s"),
     "uniform": ("the same k in every layer", "#6b7280", "o"),
-    "weights/divergence": ("lexi-search profile", "#2563eb", "^"),
-    "weights+b/divergence": ("lexi-search profile --gate-exponent auto", "#15803d", "D"),
+    "compensated/divergence": ("lexi-search", "#15803d", "D"),
 }
 
 
@@ -71,7 +70,7 @@ def draw(points: Mapping[str, list[tuple[float, float]]], device: str) -> Figure
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot(
         xlabel=f"times as fast: OLMoE-1B-7B's shape in vLLM on one {card}, {WORKLOAD}",
-        ylabel="loss increase [nats per token]\nan OLMoE of 45 M parameters",
+        ylabel="loss increase [nats per token]\nan OLMoE of 43 M parameters",
         yscale="log",
     )
     for method, (label, colour, marker) in CURVES.items():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "lexi-compensation", "1"
 EXPORTED = "lexi_compensation.safetensors"  # its name in an exported folder: no shard of the model
-MOST_BYTES = 2**32
+MOST_BYTES = 1 << 34
 DTYPES = {"A": "BF16", "B": "BF16", "c": "F32"}
 REMEDY = "put the file there that was written with the allocation, or search again"
 
@@ -140,7 +140,7 @@ def _check_bytes(path: Path, sha256: str) -> None:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MOST_BYTES:
-                _refuse(path, f"larger than {MOST_BYTES >> 20} MiB")
+                _refuse(path, f"larger than {MOST_BYTES >> 30} GiB")
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         _refuse(path, f"cannot be read ({getattr(error, 'strerror', None) or error})")

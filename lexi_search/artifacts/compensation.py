@@ -24,7 +24,7 @@ EXPORTED = f"lexi_compensation{SUFFIX}"  # its name in an exported folder
 SHARED = f"compensation{SUFFIX}"  # for all allocations of a folder
 TYPES = {"A": "BF16", "B": "BF16", "c": "F32"}  # of the parts of a correction
 SIZES = {"BF16": 2, "F32": 4}  # bytes of an element
-MOST_BYTES, MOST_HEADER_BYTES = 1 << 36, 100_000_000
+MOST_BYTES, MOST_HEADER_BYTES = 1 << 34, 100_000_000
 REMEDY = "put the file there that was written with it, or make both again"
 _NAME = re.compile(r"layers\.(0|[1-9]\d{0,8})\.top_k\.([1-9]\d{0,8})\.([ABc])")
 

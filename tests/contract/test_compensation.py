@@ -193,3 +193,10 @@ def test_both_read_regular_files_only(document):
     Path("elsewhere").write_bytes(data)
     os.symlink("elsewhere", FILE)
     assert read_both().keys() == {0, 1, 2}
+
+
+def test_both_read_up_to_the_same_size(document):
+    os.truncate(FILE, (1 << 34) + 1)  # sparse
+    for read, error in ((read_searching, InputError), (read_serving, AdapterError)):
+        with pytest.raises(error, match="larger than 16 GiB"):
+            read("a.json")
