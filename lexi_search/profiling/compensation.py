@@ -108,6 +108,12 @@ def try_exponents(
     return found
 
 
+def split(tokens: Int[np.ndarray, "sequences length"]) -> tuple[np.ndarray, np.ndarray]:
+    """Text to fit corrections on, and text to try them on: halves, or the whole twice where either half would be one
+    sequence, of which no fold is left to choose a ridge by."""
+    return (tokens[::2], tokens[1::2]) if len(tokens) >= 2 * FOLDS else (tokens, tokens)
+
+
 def choose_ks(top_k: int) -> list[int]:
     """A quarter, a half and three quarters of the model's own k, as far as they differ and are whole."""
     return sorted({max(1, share * top_k // 4) for share in (1, 2, 3)})

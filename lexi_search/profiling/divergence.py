@@ -18,7 +18,7 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError, explain_overflow
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import Model
-from lexi_search.profiling.compensation import choose_ks
+from lexi_search.profiling.compensation import choose_ks, split, try_exponents
 from lexi_search.profiling.forward import Losses, Run, Variant, check_room, measure_losses
 from lexi_search.profiling.sampling import draw_tokens
 
@@ -113,6 +113,21 @@ class Compensation(NamedTuple):
 
     exponent: float
     corrected: bool
+
+
+def find_compensation(
+    run: Run, tokens: Int[np.ndarray, "sequences length"], *, rank: int | None, alone: bool, report: Report
+) -> Compensation:
+    """The best compensation on this text: an exponent, with corrections of `rank` where that is not None.
+
+    Corrections are tried on another half of the text than they are fitted on, so that they have no advantage over an
+    exponent `alone`.
+    """
+    if rank is None:
+        return choose_compensation(run, tokens, report=report)
+    fitted, other = split(tokens)
+    corrected = try_exponents(run, fitted, rank=rank, report=report)
+    return choose_compensation(run, other, corrected=corrected, alone=alone, report=report)
 
 
 def choose_compensation(

@@ -21,9 +21,9 @@ from lexi_search.artifacts.serialisation import describe_nature, read_profile, w
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
 from lexi_search.models.model import Model, describe, find_dtype
-from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers, try_exponents
+from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
-from lexi_search.profiling.divergence import EXPONENTS, choose_compensation, draw_samples, open_run
+from lexi_search.profiling.divergence import EXPONENTS, draw_samples, find_compensation, open_run
 from lexi_search.profiling.forward import Run
 from lexi_search.profiling.profile import (
     AUTO,
@@ -228,7 +228,8 @@ def _plan(session: _Session) -> Plan:
     corrects = settings.compensation_rank is not None
     work += (1,) * layers if chooses and corrects else ()
     tried = len(CORRECTED_EXPONENTS) * corrects + len(EXPONENTS) * (session.may_drop or not corrects)
-    work += (1 + tried * len(choose_ks(model.top_k)),) * layers if chooses else ()
+    halves = 2 if corrects else 1  # of the text, on one of which corrections are tried
+    work += (1 + tried * len(choose_ks(model.top_k)) // halves,) * layers if chooses else ()
     work += (1,) * layers if corrects and not partials.maps.keys() >= set(session.layers) else ()
     # A variant has states of its own from the layer on in which it differs.
     work += tuple(1 + others * sum(layer <= at for layer in missing) for at in range(layers)) if missing else ()
@@ -313,10 +314,9 @@ def _find_compensation(session: _Session, get_text: Callable[[], Int32[np.ndarra
     """The session with the compensation of an earlier run, of process 0, or the best one on the text."""
 
     def choose() -> dict[str, Any]:
-        run, rank, report = session.run, session.settings.compensation_rank, session.observer.advance_pass
-        tried = {} if rank is None else {"corrected": try_exponents(run, get_text(), rank=rank, report=report)}
+        rank, report = session.settings.compensation_rank, session.observer.advance_pass
         alone = rank is None or session.may_drop
-        return choose_compensation(run, get_text(), **tried, alone=alone, report=report)._asdict()
+        return find_compensation(session.run, get_text(), rank=rank, alone=alone, report=report)._asdict()
 
     found = share(session.group, COMPENSATION, lambda: session.partials.find(COMPENSATION, choose))
     model = session.model._replace(routing=session.model.routing._replace(exponent=found["exponent"]))

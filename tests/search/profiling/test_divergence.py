@@ -27,7 +27,14 @@ from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import describe
 from lexi_search.profiling import forward
 from lexi_search.profiling.compensation import fit_layers
-from lexi_search.profiling.divergence import EXPONENTS, choose_compensation, measure_layers, summarise
+from lexi_search.profiling.divergence import (
+    EXPONENTS,
+    Compensation,
+    choose_compensation,
+    find_compensation,
+    measure_layers,
+    summarise,
+)
 from lexi_search.profiling.forward import Run, Variant, measure_losses
 from lexi_search.profiling.profile import profile_layers
 from lexi_search.profiling.sampling import draw_tokens
@@ -296,6 +303,24 @@ def test_between_the_exponents_that_are_tried_it_is_where_a_parabola_is_lowest(o
     maps = {0.0: {}, 0.5: {}, 1.0: {}}
     with_maps = choose_compensation(olmoe[0], make_tokens(), corrected=maps, alone=False).exponent
     assert with_maps == (least if least == 0.4 else nearest)
+
+
+@pytest.mark.parametrize("sequences", [2, 3, 4, 7])
+def test_corrections_are_tried_on_other_text_than_they_are_fitted_on(olmoe, monkeypatch, sequences):
+    seen, tokens = {}, np.arange(8 * sequences, dtype=np.int32).reshape(sequences, 8)
+    monkeypatch.setattr(
+        "lexi_search.profiling.divergence.try_exponents",
+        lambda run, tokens, **others: seen.update(fitted=tokens) or {0.25: {}},
+    )
+    monkeypatch.setattr(
+        "lexi_search.profiling.divergence.choose_compensation",
+        lambda run, tokens, **others: seen.update(tried=tokens, **others) or Compensation(0.25, True),
+    )
+    report = print
+    assert find_compensation(olmoe[0], tokens, rank=2, alone=False, report=report) == (0.25, True)
+    fitted, tried = set(seen["fitted"].flat), set(seen["tried"].flat)
+    assert fitted | tried == set(tokens.flat) and not (sequences > 3 and fitted & tried)
+    assert (seen["corrected"], seen["alone"]) == ({0.25: {}}, False)
 
 
 # --- the command

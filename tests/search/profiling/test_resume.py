@@ -328,7 +328,7 @@ def test_an_exponent_that_was_found_is_not_looked_for_again(folder, checkpoint, 
         patch.setattr("lexi_search.profiling.profile.measure_layers", interrupt)
         assert run(checkpoint, *auto).exit_code == 130
     assert sorted(path.name.partition("-")[0] for path in STORE.glob("*.found")) == ["compensation", "text"]
-    for name in ("draw_samples", "choose_compensation"):
+    for name in ("draw_samples", "find_compensation"):
         monkeypatch.setattr(f"lexi_search.profiling.session.{name}", interrupt)
     assert run(checkpoint, *auto).exit_code == 0 and not STORE.exists()
     assert run(checkpoint, *WRITES, "-o", "other").exit_code == 130  # which draws, so that the above did not
@@ -409,7 +409,7 @@ def test_corrections_that_are_kept_are_not_fitted_again(folder, checkpoint, corr
         assert run(checkpoint, *FULL).exit_code == 130
     assert list_kept() == FITTED
     with monkeypatch.context() as patch:
-        for name in ("draw_samples", "choose_compensation", "try_exponents", "fit_layers"):
+        for name in ("draw_samples", "find_compensation", "fit_layers"):
             patch.setattr(f"lexi_search.profiling.session.{name}", interrupt)
         assert run(checkpoint, *FULL).exit_code == 0
     assert read_all(folder) == corrected and not STORE.exists()
