@@ -380,9 +380,10 @@ def test_profile_of_the_models_own_text(folder, checkpoint):
 
 
 def test_parts_make_the_same_profile(folder, checkpoint):
-    succeed("profile", checkpoint, *QUICK)
+    full = (*QUICK, "--compensation", "full")
+    succeed("profile", checkpoint, *full)
     for name, layers in (("a", "0"), ("b", "1")):
-        succeed("profile", checkpoint, *QUICK, "--layers", layers, "-o", f"{name}.json")
+        succeed("profile", checkpoint, *full, "--layers", layers, "-o", f"{name}.json")
     whole = serialisation.read_profile("profile.json")
     parts = [serialisation.read_profile(f"{name}.json") for name in "ab"]
     for part in parts:
@@ -390,7 +391,7 @@ def test_parts_make_the_same_profile(folder, checkpoint):
             assert loss.rms == whole.layers[layer].rms
             assert loss.divergence == pytest.approx(whole.layers[layer].divergence, rel=1e-4)
     every = list(range(2, len(whole.model.moe_layers)))
-    succeed("profile", checkpoint, *QUICK, "--layers", ",".join(map(str, every)), "-o", "c.json")
+    succeed("profile", checkpoint, *full, "--layers", ",".join(map(str, every)), "-o", "c.json")
     succeed("merge", "a.json", "c.json", "b.json", "-o", "merged.json")
     merged = serialisation.read_profile("merged.json")
     assert merged.compensation == replace(whole.compensation, file="merged.safetensors")
