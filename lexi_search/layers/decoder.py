@@ -1,4 +1,4 @@
-"""The forward pass of a decoder without its experts: embedding, attention, residual stream, logits.
+"""The forward pass of a decoder without its experts: embedding, token mixers, residual stream, logits.
 
 A layer is `attend`, then the experts on the input that it returns, which the caller computes (`moe` has every k from
 one pass), then `finish`. Hidden states keep their element type. Several variants of a model go through as more
@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lexi_search.errors import InputError
-from lexi_search.layers.attention import apply_affine, normalise
-from lexi_search.layers.attention import attend as attend_causally
 from lexi_search.layers.ffn import apply_ffn, find_precision
-from lexi_search.layers.spec import Block, Norm
-from lexi_search.layers.weights import Affine, BlockWeights, EndWeights
+from lexi_search.layers.mixers.attention import apply_affine, normalise
+from lexi_search.layers.mixers.attention import attend as attend_causally
+from lexi_search.layers.mixers.recurrent import mix_delta
+from lexi_search.layers.spec import Block, GatedDeltaNet, Mixer, Norm
+from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, MixerWeights
 
 
 class Decoder(NamedTuple):
@@ -53,7 +54,7 @@ def embed(
 def attend(
     block: Block, weights: BlockWeights, hidden: Float[Array, "sequences length hidden"]
 ) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
-    """The hidden states after attention, and the normalised input of the layer's MLP or MoE for every token."""
+    """The hidden states after the token mixer, and the normalised input of the layer's MLP or MoE for every token."""
     return _attend(weights._replace(moe=None), hidden, block=block)
 
 
@@ -83,9 +84,18 @@ def _attend(
     weights: BlockWeights, hidden: Float[Array, "sequences length hidden"], *, block: Block
 ) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
     normed = _normalise(hidden, weights.norms.attention_input, block)
-    output = attend_causally(normed, weights.attention, attention=block.attention)
+    output = _mix(normed, weights.mixer, block.mixer)
     hidden = _add(hidden, _normalise(output, weights.norms.attention_output, block), block)
     return hidden, _normalise(hidden, weights.norms.ffn_input, block).reshape(-1, hidden.shape[-1])
+
+
+def _mix(
+    x: Float[Array, "sequences length hidden"], weights: MixerWeights, mixer: Mixer
+) -> Float[Array, "sequences length hidden"]:
+    """The token mixer's output for every position."""
+    if isinstance(mixer, GatedDeltaNet):
+        return mix_delta(x, weights, mixer=mixer)
+    return attend_causally(x, weights, attention=mixer)
 
 
 @partial(jax.jit, static_argnames="block")

@@ -1,4 +1,4 @@
-"""Static descriptions of a decoder layer: routing, activation, norm, rotary embedding and attention.
+"""Static descriptions of a decoder layer: routing, activation, norm, rotary embedding and token mixer.
 
 All are hashable, static under `jit`.
 """
@@ -53,10 +53,14 @@ class Activation(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """RMSNorm, x / rms(x) * gain; LayerNorm if `centred`, of x minus its mean; plus a bias if there is one."""
+    """RMSNorm, x / rms(x) * gain; LayerNorm if `centred`, of x minus its mean; plus a bias if there is one.
+
+    The gain is the stored weight plus `offset`.
+    """
 
     eps: float
     centred: bool = False
+    offset: float = 0.0
 
 
 class Rope(NamedTuple):
@@ -79,6 +83,7 @@ class GroupedAttention(NamedTuple):
     Scores are `scale` times the products. A query sees the last `window` positions, itself included, or all. `clip`
     bounds queries, keys and values on both sides. Queries and keys are normalised by `norm` if there are gains for it,
     one for each value of a head or of all heads together: before the rotary embedding, or after it if `norm_last`.
+    If `gated`, the projection of queries has a head's gate after its query: the sigmoid scales the head's output.
     """
 
     num_heads: int
@@ -90,6 +95,7 @@ class GroupedAttention(NamedTuple):
     window: int | None = None
     clip: float = math.inf
     norm_last: bool = False
+    gated: bool = False
 
 
 class LatentAttention(NamedTuple):
@@ -111,10 +117,29 @@ class LatentAttention(NamedTuple):
 Attention = GroupedAttention | LatentAttention
 
 
+class GatedDeltaNet(NamedTuple):
+    """A layer of gated delta nets (arXiv 2412.06464): `num_heads` of values in `num_groups` of queries and keys.
+
+    Queries, keys and values pass a short convolution and `activation`. Each head's output is normalised, and scaled by
+    the function called `gate` of a projection of the input.
+    """
+
+    num_groups: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    activation: str
+    norm: Norm
+    gate: str = "silu"
+
+
+Mixer = Attention | GatedDeltaNet
+
+
 class Block(NamedTuple):
     """One decoder layer without its routed experts; equal for most layers of a model."""
 
-    attention: Attention
+    mixer: Mixer
     norm: Norm
     activation: Activation  # of the dense MLP or the shared expert
     residual_scale: float = 1.0

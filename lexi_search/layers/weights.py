@@ -82,8 +82,26 @@ class LatentWeights(NamedTuple):
     q_norm: Affine | None = None
 
 
+class DeltaWeights(NamedTuple):
+    """Those of `GatedDeltaNet`: `inputs` are projections to qkv, gate, rates and decays, or two grouped by key head.
+
+    The latter are [groups * (query, key, values, gates)] and [groups * (rates, decays)]. `conv` is
+    [channels, 1, width]; `decay_rate` and `decay_bias` have one value for each head, `norm` one for each of a head's.
+    """
+
+    inputs: tuple[Affine, ...]
+    conv: Affine
+    decay_rate: Any
+    decay_bias: Any
+    norm: Affine
+    o: Affine
+
+
+MixerWeights = GroupedWeights | LatentWeights | DeltaWeights
+
+
 class Norms(NamedTuple):
-    """The norms before and after attention, and before and after the MLP or MoE; None where a family has none."""
+    """The norms before and after the token mixer, and before and after the MLP or MoE; None where a family has none."""
 
     attention_input: Any = None
     attention_output: Any = None
@@ -98,7 +116,7 @@ class BlockWeights(NamedTuple):
     is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer.
     """
 
-    attention: GroupedWeights | LatentWeights
+    mixer: MixerWeights
     norms: Norms
     ffn: ExpertWeights | None
     ffn_gate: Affine | None

@@ -20,6 +20,7 @@ ROPES = ("rope_parameters", "rope_scaling")  # the new name and the old
 SIZES = (
     *("num_attention_heads", "num_key_value_heads"),
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
 )
 TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
 
@@ -65,7 +66,15 @@ DEEPSEEK_V3 = (
     | LATENT
     | GROUPED_ROUTING
 )
-QWEN3_NEXT = _list_defaults(k=10)
+LINEAR = dict(
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+)
+QWEN3_NEXT = (
+    _list_defaults(k=10, heads=16, kv_heads=2, partial_rotary_factor=0.25, max_position_embeddings=32768) | LINEAR
+)
 GRANITE = _list_defaults(k=2, heads=32, max_position_embeddings=2048, bos_token_id=1)
 GLM4 = _list_defaults(
     k=8,
@@ -97,9 +106,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen2_moe": _list_defaults(k=4, heads=16, kv_heads=16, sliding_window=4096, max_position_embeddings=32768),
         "qwen3_moe": _list_defaults(k=8, heads=32, kv_heads=4, sliding_window=4096, max_position_embeddings=32768),
         "qwen3_next": QWEN3_NEXT,
-        "qwen4_exp": QWEN3_NEXT,
-        "qwen3_5_moe": _list_defaults(k=8),
-        "qwen3_5_moe_text": _list_defaults(k=8),
+        "qwen4_exp": _list_defaults(k=10),
+        "qwen3_5_moe": QWEN3_NEXT | {"num_experts_per_tok": 8},
+        "qwen3_5_moe_text": QWEN3_NEXT | {"num_experts_per_tok": 8},
         "qwen3_vl_moe": _list_defaults(
             k=4, heads=16, kv_heads=16, rope_theta=5e5, max_position_embeddings=128000, tie_word_embeddings=True
         ),

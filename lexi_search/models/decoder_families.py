@@ -2,7 +2,7 @@
 
 A family is one `Family` below; without an entry, no tokens can be run through its models. Properties that the tensors
 show (biases, norms of queries and keys, low-rank queries, shared experts, dense layers) are not listed here:
-`decoder_stack` reads them from the checkpoint.
+`decoder_stack` reads them from the checkpoint. So are layers with a recurrence in the place of attention (`mixers`).
 """
 
 import math
@@ -81,6 +81,8 @@ class Family(NamedTuple):
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
     eps: Any = Key("rms_norm_eps", 1e-6)
     centred: bool = False  # norms that subtract the mean
+    offset: float = 0.0  # of the gains of norms, which are stored without it
+    gated: Any = False  # the projection of queries has their gates as well
     norm_last: bool = False  # queries and keys are normalised after the rotary embedding
     interleaved: Any = False  # the rotary embedding rotates pairs of neighbours
     interleaved_latent: Any = True  # the same in latent attention
@@ -127,6 +129,7 @@ DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
 )
 BY_TYPE = Family("mellum", kinds=_attend_by_type)
+QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
 
 
 _FAMILIES = (
@@ -178,5 +181,8 @@ _FAMILIES = (
         embedding_scale=_mup_scale,
         rotates_windows_only=True,
     ),
+    QWEN3_NEXT,
+    QWEN3_NEXT._replace(model_type="qwen3_5_moe"),
+    QWEN3_NEXT._replace(model_type="qwen3_5_moe_text"),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _FAMILIES})

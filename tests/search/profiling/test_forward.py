@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.layers import attention as attention_module
 from lexi_search.layers.decoder import attend, embed, finish, read_logits
+from lexi_search.layers.mixers import attention as attention_module
+from lexi_search.layers.mixers.scans import CHUNK
 from lexi_search.layers.moe import compute_outputs, mix
 from lexi_search.layers.routing import route
 from lexi_search.layers.spec import GroupedAttention, Norm
@@ -94,6 +95,19 @@ SETTINGS |= {
             original_max_position_embeddings=64,
         )
     ),
+}
+DELTA = GROUPED | dict(
+    num_hidden_layers=3,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=24,
+    linear_value_head_dim=16,
+)
+SETTINGS |= {
+    "qwen3_next": DELTA | dict(mlp_only_layers=[1]),
+    "qwen3_5_moe": DELTA,
+    "qwen3_5_moe_text": DELTA,
 }
 KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
 
@@ -181,6 +195,17 @@ def test_sixteen_bits_are_near_float32(tmp_path):
     states, logits = run(tmp_path, tokens, dtype="bfloat16")
     assert (states[-1] == states[-1].astype(ml_dtypes.bfloat16)).all() and logits.dtype == np.float32
     assert_same((states, logits), run_reference(model, tokens), tolerance=0.05)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next"])
+def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
+    """Of a length that the chunks of the recurrence do not divide."""
+    model = build(name, max_position_embeddings=256)
+    tokens = np.random.default_rng(0).integers(3, 256, (2, 2 * CHUNK + 7))
+    tiny.save_checkpoint(name, model, tmp_path)
+    expected = run_reference(model, tokens)
+    assert_same(run(tmp_path, tokens), expected)
+    assert_same(run(tmp_path, tokens, dtype="bfloat16"), expected, tolerance=0.1)
 
 
 def test_minicpm_scales(tmp_path):
@@ -280,7 +305,7 @@ def rewrite_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["jamba", "nemotron_h", "qwen3_next"])
+@pytest.mark.parametrize("name", ["jamba", "nemotron_h", "laguna"])
 def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
     message = (

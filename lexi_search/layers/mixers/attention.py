@@ -23,13 +23,15 @@ def attend(
 ) -> Float[Array, "sequences length hidden"]:
     """The attention layer's output for every position, each seeing itself and those before it, in `x`'s type."""
     project = _project_latent if isinstance(attention, LatentAttention) else _project_grouped
-    queries, keys, values = project(x, weights, attention)
+    queries, keys, values, *gates = project(x, weights, attention)
     grouped = isinstance(weights, GroupedWeights)
     sinks = None if not grouped or weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
     mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, window=attention.window)
     at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
     outputs = _map(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
     outputs = outputs.reshape(*x.shape[:2], -1)
+    for gate in gates:
+        outputs = outputs * jax.nn.sigmoid(gate.reshape(outputs.shape))
     if grouped and weights.gate is not None:
         outputs = outputs * jax.nn.sigmoid(apply_affine(x, weights.gate))
     return apply_affine(outputs, weights.o)
@@ -48,7 +50,7 @@ def normalise(x: Float[Array, "*rows width"], weights: Affine, *, norm: Norm) ->
     if norm.centred:
         wide = wide - wide.mean(axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + norm.eps)
-    wide = wide * _align(weights.weight.astype(jnp.float32), x)
+    wide = wide * _align(weights.weight.astype(jnp.float32) + jnp.float32(norm.offset), x)
     if weights.bias is not None:
         wide = wide + _align(weights.bias.astype(jnp.float32), x)
     return wide.astype(x.dtype)
@@ -62,15 +64,19 @@ def _align(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Fl
 def _project_grouped(
     x: Float[Array, "sequences length hidden"], weights: GroupedWeights, attention: GroupedAttention
 ) -> tuple[Float[Array, "sequences length kv_heads group head"], ...]:
-    """Queries [.., kv_heads, heads / kv_heads, head_dim], keys and values [.., kv_heads, 1, head_dim]."""
+    """Queries [.., kv_heads, heads / kv_heads, head_dim], keys and values [.., kv_heads, 1, head_dim].
+
+    If attention is gated, also the gates, of the queries' shape.
+    """
     kv_heads, group = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
     queries, keys, values = (
         apply_affine(x, part).reshape(*x.shape[:2], kv_heads, count, -1)
         for part, count in ((weights.q, group), (weights.k, 1), (weights.v, 1))
     )
+    queries, *gates = jnp.split(queries, 2, axis=-1) if attention.gated else (queries,)
     gains = weights.q_norm, weights.k_norm
     queries, keys = (_prepare(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
-    return queries, keys, _clip(values, attention.clip)
+    return queries, keys, _clip(values, attention.clip), *gates
 
 
 def _prepare(

@@ -1,0 +1,114 @@
+"""The attention of one layer, described from its tensors and the config: grouped-query or latent."""
+
+from collections.abc import Sequence
+
+from lexi_search.checkpoint.config import Config
+from lexi_search.errors import InputError
+from lexi_search.layers.spec import GroupedAttention, LatentAttention, Norm, Rope
+from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
+from lexi_search.models.decoder_families import SLIDING
+from lexi_search.models.finder import Finder
+from lexi_search.models.mixers.rope import find_temperature, make_rope, read_parameters
+from lexi_search.models.mixers.source import Source, resolve
+
+# Module names below `layers.N.`; the first one present counts.
+QUERIES, KEYS = ("self_attn.q_proj",), ("self_attn.k_proj",)
+VALUES, OUTPUTS = ("self_attn.v_proj",), ("self_attn.o_proj",)
+QUERY_NORMS = ("self_attn.q_norm", "self_attn.query_layernorm")
+KEY_NORMS = ("self_attn.k_norm", "self_attn.key_layernorm")
+GATES, SINKS = ("self_attn.gate_proj",), "self_attn.sinks"
+LATENT_QUERIES, LOW_RANK_QUERIES = ("self_attn.q_proj", "self_attn.q_b_proj"), ("self_attn.q_a_proj",)
+LOW_RANK_QUERY_NORMS = ("self_attn.q_a_layernorm",)
+LATENTS, LATENT_NORMS = ("self_attn.kv_a_proj_with_mqa",), ("self_attn.kv_a_layernorm",)
+LATENT_KEYS_VALUES = ("self_attn.kv_b_proj",)
+LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says for others
+
+
+def describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, GroupedWeights]:
+    finder, config, family, hidden = source.finder, source.config, source.family, source.hidden_size
+    heads = config.read_count("num_attention_heads")
+    kv_heads = config.read_count("num_key_value_heads", "num_attention_heads")
+    q = finder.need(QUERIES, (None, hidden))
+    gated = resolve(config, family.gated)
+    rows = finder.get_shape(q.weight)[0]
+    if rows % (heads * (1 + gated)) or heads % kv_heads:
+        thing = f"{heads} heads and {kv_heads} of keys"
+        raise InputError(f"{config.place}: {thing} do not fit {q.weight.name} of {rows} rows")
+    rows //= 1 + gated
+    dim = rows // heads
+    weights = GroupedWeights(
+        q=q,
+        k=finder.need(KEYS, (kv_heads * dim, hidden)),
+        v=finder.need(VALUES, (kv_heads * dim, hidden)),
+        o=finder.need(OUTPUTS, (hidden, rows)),
+        q_norm=_take_gains(finder, QUERY_NORMS, (dim, rows)),
+        k_norm=_take_gains(finder, KEY_NORMS, (dim, kv_heads * dim)),
+        gate=finder.take(GATES, (rows, hidden)),
+        sinks=finder.take_tensor(SINKS, (heads,)),
+    )
+    rotates = kind == SLIDING or not family.rotates_windows_only or not config.values.get("sliding_window")
+    attention = GroupedAttention(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        scale=dim**-0.5 if family.scale is None else resolve(config, family.scale),
+        norm=source.norm,
+        rope=_read_rope(source, dim, kind)[0] if rotates else None,
+        window=_read_window(config, kind),
+        clip=resolve(config, family.clip),
+        norm_last=family.norm_last,
+        gated=gated,
+    )
+    return attention, weights
+
+
+def _take_gains(finder: Finder, modules: Sequence[str], extents: tuple[int, int]) -> Affine | None:
+    """The gains of a norm of queries or keys: of one head, the same for all, or of all heads together."""
+    gains = finder.take(modules, (None,))
+    per_head = gains is None or finder.get_shape(gains.weight) == extents[:1]
+    return gains if per_head else finder.take(modules, extents[1:])
+
+
+def describe_latent(source: Source, kind: str) -> tuple[LatentAttention, LatentWeights]:
+    finder, config, hidden = source.finder, source.config, source.hidden_size
+    heads = config.read_count("num_attention_heads")
+    nope_dim, rope_dim, value_dim = map(config.read_count, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    q_a = finder.take(LOW_RANK_QUERIES, (None, hidden))
+    width = finder.get_shape(q_a.weight)[0] if q_a else hidden
+    kv_norm = finder.need(LATENT_NORMS, (None,))
+    [rank] = finder.get_shape(kv_norm.weight)
+    weights = LatentWeights(
+        q=finder.need(LATENT_QUERIES, (heads * (nope_dim + rope_dim), width)),
+        kv_a=finder.need(LATENTS, (rank + rope_dim, hidden)),
+        kv_norm=kv_norm,
+        kv=finder.need(LATENT_KEYS_VALUES, (heads * (nope_dim + value_dim), rank)),
+        o=finder.need(OUTPUTS, (hidden, heads * value_dim)),
+        q_a=q_a,
+        q_norm=finder.need(LOW_RANK_QUERY_NORMS, (width,)) if q_a else None,
+    )
+    rope, temperature = _read_rope(source, rope_dim, kind, latent=True)
+    attention = LatentAttention(
+        num_heads=heads,
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        scale=(nope_dim + rope_dim) ** -0.5 * temperature,
+        norm=Norm(LATENT_EPS),
+        rope=rope,
+        window=_read_window(config, kind),
+    )
+    return attention, weights
+
+
+def _read_rope(source: Source, dim: int, kind: str, *, latent: bool = False) -> tuple[Rope, float]:
+    """The rotary embedding in layers of that kind, and DeepSeek's factor on attention scores."""
+    config, family = source.config, source.family
+    parameters = read_parameters(config, layer_type=kind)
+    if latent:  # the rotary embedding has values of its own, and rotates all of them
+        parameters = {**parameters, "partial_rotary_factor": 1.0, "rotary_dim": None}
+    interleaved = resolve(config, family.interleaved_latent if latent else family.interleaved)
+    rope = make_rope(parameters, dim, place=config.place, interleaved=interleaved)
+    return rope, find_temperature(parameters, place=config.place)
+
+
+def _read_window(config: Config, kind: str) -> int | None:
+    return config.read_count("sliding_window") if kind == SLIDING else None
