@@ -28,7 +28,7 @@ def attend(
     sinks = None if not grouped or weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
     mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, window=attention.window)
     at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
-    outputs = _map(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
+    outputs = map_rows(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
     outputs = outputs.reshape(*x.shape[:2], -1)
     for gate in gates:
         outputs = outputs * jax.nn.sigmoid(gate.reshape(outputs.shape))
@@ -175,11 +175,11 @@ def _attend_sequence(
         return jnp.einsum("kgnm,mkd->nkgd", shares.astype(values.dtype), values[:, :, 0], precision=precision)
 
     starts = jnp.arange(count) * size
-    outputs = _map(attend_chunk, (starts, padded.reshape(count, size, *queries.shape[1:])), at_once=1)
+    outputs = map_rows(attend_chunk, (starts, padded.reshape(count, size, *queries.shape[1:])), at_once=1)
     return outputs.reshape(count * size, *outputs.shape[2:])[:length]
 
 
-def _map(function: Callable, arguments: tuple[Array, ...], *, at_once: int) -> Array:
+def map_rows(function: Callable, arguments: tuple[Array, ...], *, at_once: int) -> Array:
     """The function mapped over the first axis, `at_once` rows at a time (at least one)."""
     if at_once >= len(arguments[0]) or len(arguments[0]) == 1:
         return jax.vmap(function)(arguments)

@@ -3,16 +3,19 @@
 Whatever the type of the hidden states, convolutions, decays, recurrences and norms are float32.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lexi_search.layers.ffn import ACTIVATIONS, find_precision
-from lexi_search.layers.mixers.attention import apply_affine, normalise
+from lexi_search.layers.mixers.attention import apply_affine, map_rows, normalise
 from lexi_search.layers.mixers.scans import scan_delta
 from lexi_search.layers.spec import GatedDeltaNet
 from lexi_search.layers.weights import Affine, DeltaWeights
 
+SCAN_BYTES = 512 << 20  # of the values of all heads, float32, at a time; a scan holds about ten arrays of that size
 EPS = 1e-6  # of the lengths of queries and keys, as the kernels have it
 
 
@@ -26,14 +29,14 @@ def mix_delta(
     queries, keys, values = jnp.split(joined, (sizes[0], 2 * sizes[0]), axis=-1)
     queries, keys = (_cut_heads(part, mixer.num_groups) for part in (queries, keys))
     decays = _find_decays(decays, weights.decay_rate, weights.decay_bias)
-    read = scan_delta(
+    inputs = (
         _scale_to_unit(queries) * jnp.float32(mixer.key_dim**-0.5),
         _scale_to_unit(keys),
         _cut_heads(_cut_heads(values, mixer.num_heads), mixer.num_groups, axis=2),
         _cut_heads(decays[..., None], mixer.num_groups, axis=2),
         _cut_heads(jax.nn.sigmoid(rates.astype(jnp.float32)), mixer.num_groups),
-        precision=find_precision(x),
     )
+    read = _scan(scan_delta, inputs, x)
     read = normalise(read, weights.norm, norm=mixer.norm).reshape(*x.shape[:2], -1)
     return apply_affine((read * ACTIVATIONS[mixer.gate](z.astype(jnp.float32))).astype(x.dtype), weights.o)
 
@@ -52,6 +55,19 @@ def _project_delta(
     parts = [*jnp.split(qkvz, bounds, axis=-1), *jnp.split(rates_decays, 2, axis=-1)]
     queries, keys, values, z, rates, decays = (part.reshape(*x.shape[:2], -1) for part in parts)
     return jnp.concatenate([queries, keys, values], axis=-1), z, rates, decays
+
+
+def _scan(
+    function: Callable, inputs: tuple[Array, ...], x: Array
+) -> Float[Array, "sequences length groups heads value"]:
+    """A scan of the `inputs` made from `x`, of as many sequences at a time as `SCAN_BYTES` allow."""
+    queries, _, values, *_ = inputs
+    size = 4 * values.shape[1] * values.shape[2] * values.shape[3] * max(queries.shape[-1], values.shape[-1])
+
+    def scan(sequence: tuple[Array, ...]) -> Array:
+        return function(*(part[None] for part in sequence), precision=find_precision(x))[0]
+
+    return map_rows(scan, inputs, at_once=SCAN_BYTES // size)
 
 
 def convolve(

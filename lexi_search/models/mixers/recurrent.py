@@ -11,6 +11,8 @@ from lexi_search.models.decoder_families import FULL, SLIDING
 from lexi_search.models.mixers.attention import LATENTS, describe_grouped, describe_latent
 from lexi_search.models.mixers.source import REMEDY, Source
 
+GATES: Mapping[str, None] = MappingProxyType(dict.fromkeys(("silu", "swish", "sigmoid")))
+
 
 def describe_mixer(source: Source, kind: str) -> tuple[Mixer, MixerWeights]:
     """The description and tensors of a layer whose kind the config calls `kind`.
@@ -53,6 +55,7 @@ def _describe_delta(source: Source) -> tuple[GatedDeltaNet, DeltaWeights]:
         value_dim=value_dim,
         activation=source.activation,
         norm=Norm(source.norm.eps),
+        gate=config.read_choice("output_gate_type", GATES),  # as vLLM has it; transformers knows one
     )
     return mixer, weights
 

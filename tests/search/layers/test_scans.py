@@ -42,18 +42,23 @@ def assert_near(ours, theirs, tolerance=1e-5):
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()
 
 
+def find_tolerance(strength):
+    """Logarithms of decays are summed over a chunk in float32: the larger, the less exact."""
+    return max(1e-5, 2e-6 * strength)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("strength", [0.01, 1.0, 100.0])
 def test_linear_recurrence_equals_the_loop(length, strength):
     *inputs, _ = draw(length, strength=strength)
-    assert_near(scan_linear(*map(jnp.float32, inputs), precision=EXACT), run_loop(*inputs))
+    assert_near(scan_linear(*map(jnp.float32, inputs), precision=EXACT), run_loop(*inputs), find_tolerance(strength))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("strength", "channels"), [(0.01, 1), (1.0, 1), (100.0, 1), (0.01, KEY), (100.0, KEY)])
 def test_delta_rule_equals_the_loop(length, strength, channels):
     inputs = draw(length, strength=strength, channels=channels)
-    assert_near(scan_delta(*map(jnp.float32, inputs), precision=EXACT), run_loop(*inputs))
+    assert_near(scan_delta(*map(jnp.float32, inputs), precision=EXACT), run_loop(*inputs), find_tolerance(strength))
 
 
 def test_delta_rule_whose_keys_are_all_the_same_equals_the_loop():

@@ -28,6 +28,10 @@ TAKEN = {"num_experts_per_tok", "moe_topk", "moe_k", "num_attention_heads", "num
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "v_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
 }  # a tiny model has others than its class' default
 # Families whose configuration class is in the checkpoint's own folder alone.
 REMOTE = {"minicpm", "deepseek", "bailing_moe", "bailing_moe_v2"}
