@@ -18,8 +18,8 @@ from lexi_search.errors import InputError
 from lexi_search.layers.ffn import apply_ffn, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, normalise
 from lexi_search.layers.mixers.attention import attend as attend_causally
-from lexi_search.layers.mixers.recurrent import mix_delta
-from lexi_search.layers.spec import Block, GatedDeltaNet, Mixer, Norm
+from lexi_search.layers.mixers.recurrent import recur
+from lexi_search.layers.spec import Attention, Block, Mixer, Norm
 from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, MixerWeights
 
 
@@ -83,9 +83,10 @@ def read_logits(
 def _attend(
     weights: BlockWeights, hidden: Float[Array, "sequences length hidden"], *, block: Block
 ) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
-    normed = _normalise(hidden, weights.norms.attention_input, block)
-    output = _mix(normed, weights.mixer, block.mixer)
-    hidden = _add(hidden, _normalise(output, weights.norms.attention_output, block), block)
+    if block.mixer is not None:
+        normed = _normalise(hidden, weights.norms.attention_input, block)
+        output = _mix(normed, weights.mixer, block.mixer)
+        hidden = _add(hidden, _normalise(output, weights.norms.attention_output, block), block)
     return hidden, _normalise(hidden, weights.norms.ffn_input, block).reshape(-1, hidden.shape[-1])
 
 
@@ -93,9 +94,9 @@ def _mix(
     x: Float[Array, "sequences length hidden"], weights: MixerWeights, mixer: Mixer
 ) -> Float[Array, "sequences length hidden"]:
     """The token mixer's output for every position."""
-    if isinstance(mixer, GatedDeltaNet):
-        return mix_delta(x, weights, mixer=mixer)
-    return attend_causally(x, weights, attention=mixer)
+    if isinstance(mixer, Attention):
+        return attend_causally(x, weights, attention=mixer)
+    return recur(x, weights, mixer=mixer)
 
 
 @partial(jax.jit, static_argnames="block")

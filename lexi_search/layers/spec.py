@@ -110,7 +110,7 @@ class LatentAttention(NamedTuple):
     rope_dim: int
     scale: float
     norm: Norm
-    rope: Rope
+    rope: Rope | None
     window: int | None = None
 
 
@@ -121,7 +121,8 @@ class GatedDeltaNet(NamedTuple):
     """A layer of gated delta nets (arXiv 2412.06464): `num_heads` of values in `num_groups` of queries and keys.
 
     Queries, keys and values pass a short convolution and `activation`. Each head's output is normalised, and scaled by
-    the function called `gate` of a projection of the input.
+    the function called `gate` of a projection of the input. Where each of the three has its own convolution, as in Kimi
+    Delta Attention (arXiv 2510.26692), a decay is of one channel of a key.
     """
 
     num_groups: int
@@ -133,13 +134,35 @@ class GatedDeltaNet(NamedTuple):
     gate: str = "silu"
 
 
-Mixer = Attention | GatedDeltaNet
+class Mamba2(NamedTuple):
+    """A Mamba-2 layer (arXiv 2405.21060): `num_heads` states of [state_dim, head_dim], read and written by groups.
+
+    All inputs of the recurrence but the steps pass a short convolution and `activation`. The outputs of the heads of a
+    group are scaled by SiLU of a gate, and then normalised together.
+    """
+
+    num_groups: int
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    activation: str
+    norm: Norm
+
+
+class ShortConvolution(NamedTuple):
+    """LFM2's layer: a causal convolution of gated inputs, gated again."""
+
+    channels: int
+
+
+Recurrence = GatedDeltaNet | Mamba2 | ShortConvolution
+Mixer = Attention | Recurrence
 
 
 class Block(NamedTuple):
     """One decoder layer without its routed experts; equal for most layers of a model."""
 
-    mixer: Mixer
+    mixer: Mixer | None  # None where a family's layers are either a token mixer, or an MLP or MoE
     norm: Norm
     activation: Activation  # of the dense MLP or the shared expert
     residual_scale: float = 1.0

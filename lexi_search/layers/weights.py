@@ -97,7 +97,46 @@ class DeltaWeights(NamedTuple):
     o: Affine
 
 
-MixerWeights = GroupedWeights | LatentWeights | DeltaWeights
+class ChannelDeltaWeights(NamedTuple):
+    """Those of `GatedDeltaNet` where each channel of a key has its decay.
+
+    `inputs` project to queries, keys and values, each with its convolution in `convs`. `decay` and `gate` are products
+    of two matrices each. `decay_rate` is [1, 1, heads, 1], `decay_bias` [heads * key].
+    """
+
+    inputs: tuple[Affine, Affine, Affine]
+    convs: tuple[Affine, Affine, Affine]
+    rates: Affine
+    decay: tuple[Affine, Affine]
+    gate: tuple[Affine, Affine]
+    decay_rate: Any
+    decay_bias: Any
+    norm: Affine
+    o: Affine
+
+
+class MambaWeights(NamedTuple):
+    """Those of `Mamba2`: `input` projects to gate, inputs of the recurrence, and steps; `skip` is its D, [heads]."""
+
+    input: Affine
+    conv: Affine
+    decay_rate: Any
+    step_bias: Any
+    skip: Any
+    norm: Affine
+    o: Affine
+
+
+class ConvolutionWeights(NamedTuple):
+    """Those of `ShortConvolution`: `input` projects to both gates and the values, three times as many as channels."""
+
+    input: Affine
+    conv: Affine
+    o: Affine
+
+
+RecurrenceWeights = DeltaWeights | ChannelDeltaWeights | MambaWeights | ConvolutionWeights
+MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
 
 
 class Norms(NamedTuple):
@@ -116,7 +155,7 @@ class BlockWeights(NamedTuple):
     is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer.
     """
 
-    mixer: MixerWeights
+    mixer: MixerWeights | None
     norms: Norms
     ffn: ExpertWeights | None
     ffn_gate: Affine | None

@@ -79,6 +79,9 @@ class Family(NamedTuple):
 
     model_type: str
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
+    attention: str = "self_attn."  # likewise
+    embedding: str = "embed_tokens"  # modules beside `layers`
+    final_norm: str = "norm"
     eps: Any = Key("rms_norm_eps", 1e-6)
     centred: bool = False  # norms that subtract the mean
     offset: float = 0.0  # of the gains of norms, which are stored without it
@@ -89,7 +92,10 @@ class Family(NamedTuple):
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: Any = math.inf  # of queries, keys and values
     kinds: _Kinds = _attend_to_all
+    rotates: Any = True  # attention has a rotary embedding
     rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding
+    alternates: bool = False  # a layer is a token mixer, or else an MLP or MoE
+    gated_mlp: bool = True
     left_out: tuple[str, ...] = ()  # modules below `layers.N.` without effect on up to `max_length` tokens
     max_length: Any = None
     embedding_scale: Any = 1.0
@@ -111,6 +117,10 @@ def _logit_divisor(config: Config) -> float:
 
 def _mup_scale(config: Config) -> float:
     return math.sqrt(config.read_count("hidden_size")) if config.resolve(Key("mup_enabled", False)) else 1.0
+
+
+def _has_rotary_embedding(config: Config) -> bool:
+    return config.values.get("position_embedding_type") == "rope"
 
 
 PLAIN = Family("aria")
@@ -184,5 +194,24 @@ _FAMILIES = (
     QWEN3_NEXT,
     QWEN3_NEXT._replace(model_type="qwen3_5_moe"),
     QWEN3_NEXT._replace(model_type="qwen3_5_moe_text"),
+    PLAIN._replace(
+        model_type="lfm2_moe",
+        norms=Norms(attention_input="operator_norm", ffn_input="ffn_norm"),
+        eps=Key("norm_eps", 1e-5),
+        final_norm="embedding_norm",
+    ),
+    GRANITE._replace(model_type="granitemoehybrid", rotates=_has_rotary_embedding),
+    Family(
+        "nemotron_h",
+        norms=Norms(attention_input="norm", ffn_input="norm"),
+        attention="mixer.",
+        embedding="embeddings",
+        final_norm="norm_f",
+        eps=Key("layer_norm_epsilon", 1e-5),
+        rotates=False,
+        alternates=True,
+        gated_mlp=False,
+    ),
+    DEEPSEEK_V3._replace(model_type="kimi_linear", rotates=False),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _FAMILIES})

@@ -9,7 +9,7 @@ from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.spec import Block, Norm
-from lexi_search.layers.weights import BlockWeights, EndWeights, ExpertWeights, MixerWeights, Norms
+from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, ExpertWeights, MixerWeights, Norms
 from lexi_search.models.config_defaults import name_sizes_left_out, read_config
 from lexi_search.models.decoder_families import FAMILIES, Family
 from lexi_search.models.finder import Finder, Stored
@@ -31,10 +31,13 @@ def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
     return min(stored[tensor.name].shape[0] for tensor in (ends.embedding, ends.head.weight))
 
 
-DENSE = ("mlp.",)
-SHARED = ("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_mlp.", "shared_mlp.")
+DENSE = ("mlp.", "feed_forward.", "mixer.")
+SHARED = (
+    *("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_mlp.", "shared_mlp."),
+    *("block_sparse_moe.shared_experts.", "mixer.shared_experts."),
+)
 SHARED_GATES = ("mlp.shared_expert_gate",)
-SPLIT = ("gate_proj", "up_proj", "down_proj")  # modules of an MLP
+SPLIT = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
 JOINED = ("input_linear", "output_linear")  # gate and up as one tensor
 # Tensors that a layer's output does not depend on: buffers that follow from the config, scales of activations and
 # caches.
@@ -68,27 +71,29 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
     stem = identity.router[: identity.router.index("layers.{}")]
     norm = Norm(resolve(config, family.eps), family.centred, family.offset)
     residual_scale = resolve(config, family.residual_scale)
+    whole = Source(
+        finder=finder,
+        config=config,
+        family=family,
+        norm=norm,
+        hidden_size=model.hidden_size,
+        activation=model.activation.name,
+    )
     blocks, tensors = [], []
     for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
-        source = Source(
-            finder=finder.at(f"{stem}layers.{layer}."),
-            config=config,
-            family=family,
-            norm=norm,
-            hidden_size=model.hidden_size,
-            activation=model.activation.name,
-        )
+        source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."))
+        moe = layer in model.tensors
         with name_sizes_left_out(checkpoint):
-            mixer, weights = describe_mixer(source, kind)
+            mixer, weights = describe_mixer(source, kind) if _has_mixer(source, moe=moe) else (None, None)
         blocks.append(Block(mixer, norm=norm, activation=model.activation, residual_scale=residual_scale))
-        tensors.append(_find_block(source, weights, moe=layer in model.tensors))
+        tensors.append(_find_block(source, weights, moe=moe))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
     ropes = [getattr(block.mixer, "rope", None) for block in blocks]
     limits = {rope.max_length for rope in ropes if rope} | {resolve(config, family.max_length)}
     return Decoder(
         blocks=tuple(blocks),
         tensors=tuple(tensors),
-        ends=_find_ends(finder, config, checkpoint, stem, model.hidden_size),
+        ends=_find_ends(whole, checkpoint, stem),
         norm=norm,
         embedding_scale=resolve(config, family.embedding_scale),
         logit_scale=resolve(config, family.logit_scale),
@@ -103,23 +108,35 @@ def _list_kinds(config: Config, family: Family, num_layers: int) -> Sequence[str
     return kinds
 
 
-def _find_block(source: Source, mixer: MixerWeights, *, moe: bool) -> BlockWeights:
-    finder, hidden = source.finder, source.hidden_size
-    norms = Norms(*(name and finder.need([name], (hidden,)) for name in source.family.norms))
-    ffn = _find_ffn(finder, SHARED if moe else DENSE, hidden)
-    if ffn is None and not moe:
-        finder.need([DENSE[0] + SPLIT[0]], (None, hidden))
+def _has_mixer(source: Source, *, moe: bool) -> bool:
+    dense = source.finder.has(DENSE[-1] + SPLIT[1][0])
+    return not (source.family.alternates and (moe or dense))
+
+
+def _find_block(source: Source, mixer: MixerWeights | None, *, moe: bool) -> BlockWeights:
+    finder, hidden, family = source.finder, source.hidden_size, source.family
+    norms, has_ffn = family.norms, mixer is None or not family.alternates
+    if mixer is None:
+        norms = norms._replace(attention_input=None, attention_output=None)
+    if not has_ffn:
+        norms = norms._replace(ffn_input=None, ffn_output=None)
+    norms = Norms(*(name and finder.need([name], (hidden,)) for name in norms))
+    ffn = _find_ffn(source, SHARED if moe else DENSE) if has_ffn else None
+    if ffn is None and not moe and has_ffn:
+        finder.need([DENSE[0] + SPLIT[0][0]], (None, hidden))
     gate = finder.take(SHARED_GATES, (1, hidden)) if moe else None
     return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate)
 
 
-def _find_ffn(finder: Finder, stems: Sequence[str], hidden_size: int) -> ExpertWeights | None:
+def _find_ffn(source: Source, stems: Sequence[str]) -> ExpertWeights | None:
+    finder, hidden = source.finder, source.hidden_size
     for stem in stems:
-        if finder.has(stem + SPLIT[0]):
-            gate = finder.need([stem + SPLIT[0]], (None, hidden_size))
-            width = finder.get_shape(gate.weight)[0]
-            up = finder.need([stem + SPLIT[1]], (width, hidden_size))
-            down = finder.need([stem + SPLIT[2]], (hidden_size, width))
+        gate_names, up_names, down_names = ([stem + name for name in names] for names in SPLIT)
+        if any(map(finder.has, gate_names if source.family.gated_mlp else up_names)):
+            up = finder.need(up_names, (None, hidden))
+            width = finder.get_shape(up.weight)[0]
+            gate = finder.need(gate_names, (width, hidden)) if source.family.gated_mlp else Affine(None)
+            down = finder.need(down_names, (hidden, width))
             return ExpertWeights(
                 gate=gate.weight,
                 up=up.weight,
@@ -129,9 +146,9 @@ def _find_ffn(finder: Finder, stems: Sequence[str], hidden_size: int) -> ExpertW
                 down_bias=down.bias,
             )
         if finder.has(stem + JOINED[0]):
-            gate_up = finder.need([stem + JOINED[0]], (None, hidden_size))
+            gate_up = finder.need([stem + JOINED[0]], (None, hidden))
             width = finder.get_shape(gate_up.weight)[0] // 2
-            down = finder.need([stem + JOINED[1]], (hidden_size, width))
+            down = finder.need([stem + JOINED[1]], (hidden, width))
             gate, up = (Stored(gate_up.weight.name, rows) for rows in ((0, width), (width, 2 * width)))
             return ExpertWeights(gate=gate, up=up, down=down.weight)
     return None
@@ -151,13 +168,14 @@ def _refuse_unused(checkpoint: Checkpoint, model: Model, finder: Finder, stem: s
             raise InputError(f"{entry.file}: what tensor {name} does is not known; {REMEDY}")
 
 
-def _find_ends(finder: Finder, config: Config, checkpoint: Checkpoint, stem: str, hidden_size: int) -> EndWeights:
+def _find_ends(source: Source, checkpoint: Checkpoint, stem: str) -> EndWeights:
     """Embedding, final norm and LM head: a tensor of its own where there is one, even if the config says tied.
 
     So do vLLM and transformers 5. Without that tensor the LM head is the embedding, unless the config says otherwise.
     """
-    embedding = finder.need([f"{stem}embed_tokens"], (None, hidden_size))
-    shape, norm = finder.get_shape(embedding.weight), finder.need([f"{stem}norm"], (hidden_size,))
+    finder, config, family, hidden_size = source.finder, source.config, source.family, source.hidden_size
+    embedding = finder.need([stem + family.embedding], (None, hidden_size))
+    shape, norm = finder.get_shape(embedding.weight), finder.need([stem + family.final_norm], (hidden_size,))
     heads = [f"{parent}lm_head" for parent in _list_parents(stem)]
     # Of the language model's config, and of the whole config around it, which may differ.
     tied = [values.get("tie_word_embeddings", False) for values in (config.values, checkpoint.config)]

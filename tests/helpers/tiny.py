@@ -417,6 +417,11 @@ REWRITES = {
     "kimi_k2": (str, _retype("kimi_k2", topk_method="noaux_tc", scoring_func="sigmoid")),
     # transformers 5.19 writes the vision tower's word for layers into the language model's names.
     "kimi_k25": (lambda key: key.replace("language_model.model.blocks.", "language_model.model.layers."), dict),
+    # transformers 5.19 gives dense layers the MoE layers' name.
+    "kimi_linear": (
+        lambda key: re.sub(r"block_sparse_moe\.(?=(gate|up|down)_proj)", "mlp.", key),
+        dict,
+    ),
     "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
     "bailing_moe": (str, _retype("bailing_moe")),
     "bailing_moe_v2": (

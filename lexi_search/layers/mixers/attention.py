@@ -44,12 +44,14 @@ def apply_affine(x: Float[Array, "*rows inner"], weights: Affine) -> Float[Array
     return product if weights.bias is None else product + _align(weights.bias.astype(x.dtype), product)
 
 
-def normalise(x: Float[Array, "*rows width"], weights: Affine, *, norm: Norm) -> Float[Array, "*rows width"]:
-    """The norm of every row in `x`'s type, computed in float32."""
+def normalise(x: Float[Array, "*rows width"], weights: Affine | None, *, norm: Norm) -> Float[Array, "*rows width"]:
+    """The norm of every row in `x`'s type, computed in float32; without gains where there are no weights."""
     wide = x.astype(jnp.float32)
     if norm.centred:
         wide = wide - wide.mean(axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + norm.eps)
+    if weights is None:
+        return wide.astype(x.dtype)
     wide = wide * _align(weights.weight.astype(jnp.float32) + jnp.float32(norm.offset), x)
     if weights.bias is not None:
         wide = wide + _align(weights.bias.astype(jnp.float32), x)
@@ -113,12 +115,12 @@ def _project_latent(
     heads, nope_dim = (*x.shape[:2], attention.num_heads, 1, -1), attention.nope_dim
     latent = x if weights.q_a is None else normalise(apply_affine(x, weights.q_a), weights.q_norm, norm=attention.norm)
     queries = apply_affine(latent, weights.q).reshape(heads)
-    rotated = _rotate(queries[..., nope_dim:], attention.rope)
-    queries = jnp.concatenate([queries[..., :nope_dim], rotated], axis=-1)
+    rotate = partial(_rotate, rope=attention.rope) if attention.rope is not None else lambda part: part
+    queries = jnp.concatenate([queries[..., :nope_dim], rotate(queries[..., nope_dim:])], axis=-1)
     projected = apply_affine(x, weights.kv_a)
     latent, shared = projected[..., : -attention.rope_dim], projected[..., -attention.rope_dim :]
     keys_values = apply_affine(normalise(latent, weights.kv_norm, norm=attention.norm), weights.kv).reshape(heads)
-    shared = _rotate(shared[:, :, None, None, :], attention.rope)
+    shared = rotate(shared[:, :, None, None, :])
     keys = [keys_values[..., :nope_dim], jnp.broadcast_to(shared, (*keys_values.shape[:-1], attention.rope_dim))]
     return queries, jnp.concatenate(keys, axis=-1), keys_values[..., nope_dim:]
 

@@ -11,50 +11,101 @@ from jaxtyping import Array, Float
 
 from lexi_search.layers.ffn import ACTIVATIONS, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, map_rows, normalise
-from lexi_search.layers.mixers.scans import scan_delta
-from lexi_search.layers.spec import GatedDeltaNet
-from lexi_search.layers.weights import Affine, DeltaWeights
+from lexi_search.layers.mixers.scans import scan_delta, scan_linear
+from lexi_search.layers.spec import GatedDeltaNet, Mamba2, Recurrence
+from lexi_search.layers.weights import (
+    Affine,
+    ChannelDeltaWeights,
+    ConvolutionWeights,
+    DeltaWeights,
+    MambaWeights,
+    RecurrenceWeights,
+)
 
 SCAN_BYTES = 512 << 20  # of the values of all heads, float32, at a time; a scan holds about ten arrays of that size
 EPS = 1e-6  # of the lengths of queries and keys, as the kernels have it
 
 
-def mix_delta(
-    x: Float[Array, "sequences length hidden"], weights: DeltaWeights, *, mixer: GatedDeltaNet
+def recur(
+    x: Float[Array, "sequences length hidden"], weights: RecurrenceWeights, *, mixer: Recurrence
 ) -> Float[Array, "sequences length hidden"]:
-    """A gated delta net's output for every position, in `x`'s type."""
-    sizes = mixer.num_groups * mixer.key_dim, mixer.num_heads * mixer.value_dim
-    joined, z, rates, decays = _project_delta(x, weights, mixer)
-    joined = ACTIVATIONS[mixer.activation](convolve(joined, weights.conv))
-    queries, keys, values = jnp.split(joined, (sizes[0], 2 * sizes[0]), axis=-1)
-    queries, keys = (_cut_heads(part, mixer.num_groups) for part in (queries, keys))
-    decays = _find_decays(decays, weights.decay_rate, weights.decay_bias)
+    """The layer's output for every position, each seeing itself and those before it, in `x`'s type."""
+    match weights:
+        case ConvolutionWeights():
+            first, last, values = jnp.split(apply_affine(x, weights.input), 3, axis=-1)
+            outputs = last.astype(jnp.float32) * convolve(first * values, weights.conv)
+        case MambaWeights():
+            outputs = _mix_mamba(x, weights, mixer)
+        case _:
+            outputs = _mix_delta(x, weights, mixer)
+    return apply_affine(outputs.astype(x.dtype), weights.o)
+
+
+def _mix_delta(
+    x: Float[Array, "sequences length hidden"], weights: DeltaWeights | ChannelDeltaWeights, mixer: GatedDeltaNet
+) -> Float[Array, "sequences length values"]:
+    project = _project_delta if isinstance(weights, DeltaWeights) else _project_channel_delta
+    queries, keys, values, decays, rates, gates = project(x, weights, mixer)
     inputs = (
-        _scale_to_unit(queries) * jnp.float32(mixer.key_dim**-0.5),
-        _scale_to_unit(keys),
+        _scale_to_unit(_cut_heads(queries, mixer.num_groups)) * jnp.float32(mixer.key_dim**-0.5),
+        _scale_to_unit(_cut_heads(keys, mixer.num_groups)),
         _cut_heads(_cut_heads(values, mixer.num_heads), mixer.num_groups, axis=2),
-        _cut_heads(decays[..., None], mixer.num_groups, axis=2),
+        _cut_heads(decays, mixer.num_groups, axis=2),
         _cut_heads(jax.nn.sigmoid(rates.astype(jnp.float32)), mixer.num_groups),
     )
-    read = _scan(scan_delta, inputs, x)
-    read = normalise(read, weights.norm, norm=mixer.norm).reshape(*x.shape[:2], -1)
-    return apply_affine((read * ACTIVATIONS[mixer.gate](z.astype(jnp.float32))).astype(x.dtype), weights.o)
+    read = normalise(_scan(scan_delta, inputs, x), weights.norm, norm=mixer.norm)
+    return read.reshape(*x.shape[:2], -1) * ACTIVATIONS[mixer.gate](gates.astype(jnp.float32))
+
+
+def _mix_mamba(
+    x: Float[Array, "sequences length hidden"], weights: MambaWeights, mixer: Mamba2
+) -> Float[Array, "sequences length values"]:
+    width, state = mixer.num_heads * mixer.head_dim, mixer.num_groups * mixer.state_dim
+    gates, joined, steps = jnp.split(apply_affine(x, weights.input), (width, 2 * (width + state)), axis=-1)
+    joined = ACTIVATIONS[mixer.activation](convolve(joined, weights.conv))
+    values, keys, queries = jnp.split(joined, (width, width + state), axis=-1)
+    values = _cut_heads(_cut_heads(values, mixer.num_heads), mixer.num_groups, axis=2)
+    # No bounds on steps: transformers has some, vLLM none.
+    steps = jax.nn.softplus(steps.astype(jnp.float32) + weights.step_bias.astype(jnp.float32)[None, None])
+    decays = -jnp.exp(weights.decay_rate.astype(jnp.float32))[None, None] * steps
+    steps, decays = (_cut_heads(part[..., None], mixer.num_groups, axis=2) for part in (steps, decays))
+    queries, keys = (_cut_heads(part, mixer.num_groups) for part in (queries, keys))
+    read = _scan(scan_linear, (queries, keys, steps * values, decays), x)
+    skip = weights.skip.astype(jnp.float32).reshape(1, 1, *values.shape[2:4], 1)
+    outputs = (read + skip * values).reshape(*x.shape[:2], -1) * jax.nn.silu(gates.astype(jnp.float32))
+    normed = normalise(_cut_heads(outputs, mixer.num_groups), None, norm=mixer.norm).reshape(outputs.shape)
+    return normed * weights.norm.weight.astype(jnp.float32)[None, None]
 
 
 def _project_delta(
     x: Float[Array, "sequences length hidden"], weights: DeltaWeights, mixer: GatedDeltaNet
-) -> tuple[Float[Array, "sequences length _"], ...]:
-    """Queries, keys and values together; the output gate; rates and decays of each head, before their functions."""
+) -> tuple[Float[Array, "sequences length ..."], ...]:
+    """Queries, keys, values, decays [.., heads, 1], rates and gates."""
     projected = [apply_affine(x, part) for part in weights.inputs]
-    if len(projected) == 4:
-        return tuple(projected)
-    # All that belongs to one group is together.
-    width = mixer.num_heads * mixer.value_dim // mixer.num_groups
-    qkvz, rates_decays = (_cut_heads(part, mixer.num_groups) for part in projected)
-    bounds = mixer.key_dim, 2 * mixer.key_dim, 2 * mixer.key_dim + width
-    parts = [*jnp.split(qkvz, bounds, axis=-1), *jnp.split(rates_decays, 2, axis=-1)]
-    queries, keys, values, z, rates, decays = (part.reshape(*x.shape[:2], -1) for part in parts)
-    return jnp.concatenate([queries, keys, values], axis=-1), z, rates, decays
+    if len(projected) == 2:  # all that belongs to one group is together
+        keys, values = mixer.key_dim, mixer.num_heads * mixer.value_dim // mixer.num_groups
+        qkvz, rates_decays = (_cut_heads(part, mixer.num_groups) for part in projected)
+        parts = jnp.split(qkvz, (keys, 2 * keys, 2 * keys + values), axis=-1)
+        parts = [part.reshape(*x.shape[:2], -1) for part in (*parts, *jnp.split(rates_decays, 2, axis=-1))]
+        projected = [jnp.concatenate(parts[:3], axis=-1), *parts[3:]]
+    joined, gates, rates, steps = projected
+    joined = ACTIVATIONS[mixer.activation](convolve(joined, weights.conv))
+    keys = mixer.num_groups * mixer.key_dim
+    steps = steps.astype(jnp.float32) + weights.decay_bias.astype(jnp.float32)[None, None]
+    decays = -jnp.exp(weights.decay_rate.astype(jnp.float32))[None, None] * jax.nn.softplus(steps)
+    return *jnp.split(joined, (keys, 2 * keys), axis=-1), decays[..., None], rates, gates
+
+
+def _project_channel_delta(
+    x: Float[Array, "sequences length hidden"], weights: ChannelDeltaWeights, mixer: GatedDeltaNet
+) -> tuple[Float[Array, "sequences length ..."], ...]:
+    """The same with decays [.., heads, key]."""
+    projected = [apply_affine(x, part) for part in weights.inputs]
+    convolved = (convolve(part, conv) for part, conv in zip(projected, weights.convs, strict=True))
+    steps, gates = (apply_affine(apply_affine(x, first), last) for first, last in (weights.decay, weights.gate))
+    steps = steps.astype(jnp.float32) + weights.decay_bias.astype(jnp.float32)[None, None]
+    decays = -jnp.exp(weights.decay_rate.astype(jnp.float32)) * jax.nn.softplus(_cut_heads(steps, mixer.num_heads))
+    return *map(ACTIVATIONS[mixer.activation], convolved), decays, apply_affine(x, weights.rates), gates
 
 
 def _scan(
@@ -79,14 +130,6 @@ def convolve(
     padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (width - 1, 0), (0, 0)))
     result = sum(padded[:, i : i + length] * kernel[:, i][None, None] for i in range(width))
     return result if weights.bias is None else result + weights.bias.astype(jnp.float32)[None, None]
-
-
-def _find_decays(
-    steps: Float[Array, "sequences length heads"], rate: Float[Array, " heads"], bias: Float[Array, " heads"]
-) -> Float[Array, "sequences length heads"]:
-    """-exp(rate) softplus(step + bias), the logarithm of what a head's state keeps."""
-    rate, bias = (part.astype(jnp.float32)[None, None] for part in (rate, bias))
-    return -jnp.exp(rate) * jax.nn.softplus(steps.astype(jnp.float32) + bias)
 
 
 def _cut_heads(x: Float[Array, "*rows"], count: int, axis: int = -1) -> Float[Array, "*more_rows"]:

@@ -2,29 +2,43 @@
 
 from collections.abc import Sequence
 
+from lexi_search.artifacts.codec import short
 from lexi_search.checkpoint.config import Config
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import GroupedAttention, LatentAttention, Norm, Rope
 from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
-from lexi_search.models.decoder_families import SLIDING
+from lexi_search.models.decoder_families import FULL, SLIDING
 from lexi_search.models.finder import Finder
 from lexi_search.models.mixers.rope import find_temperature, make_rope, read_parameters
-from lexi_search.models.mixers.source import Source, resolve
+from lexi_search.models.mixers.source import REMEDY, Source, resolve
 
-# Module names below `layers.N.`; the first one present counts.
-QUERIES, KEYS = ("self_attn.q_proj",), ("self_attn.k_proj",)
-VALUES, OUTPUTS = ("self_attn.v_proj",), ("self_attn.o_proj",)
-QUERY_NORMS = ("self_attn.q_norm", "self_attn.query_layernorm")
-KEY_NORMS = ("self_attn.k_norm", "self_attn.key_layernorm")
-GATES, SINKS = ("self_attn.gate_proj",), "self_attn.sinks"
-LATENT_QUERIES, LOW_RANK_QUERIES = ("self_attn.q_proj", "self_attn.q_b_proj"), ("self_attn.q_a_proj",)
-LOW_RANK_QUERY_NORMS = ("self_attn.q_a_layernorm",)
-LATENTS, LATENT_NORMS = ("self_attn.kv_a_proj_with_mqa",), ("self_attn.kv_a_layernorm",)
-LATENT_KEYS_VALUES = ("self_attn.kv_b_proj",)
+# Module names below that of attention; the first one present counts.
+QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj",), ("k_proj",), ("v_proj",), ("o_proj", "out_proj")
+QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
+KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm")
+GATES, SINKS = ("gate_proj",), "sinks"
+LATENT_QUERIES, LOW_RANK_QUERIES = ("q_proj", "q_b_proj"), ("q_a_proj",)
+LOW_RANK_QUERY_NORMS = ("q_a_layernorm",)
+LATENTS, LATENT_NORMS = ("kv_a_proj_with_mqa",), ("kv_a_layernorm",)
+LATENT_KEYS_VALUES = ("kv_b_proj",)
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says for others
 
 
-def describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, GroupedWeights]:
+def describe_attention(
+    source: Source, kind: str
+) -> tuple[GroupedAttention, GroupedWeights] | tuple[LatentAttention, LatentWeights]:
+    """The attention of a layer whose kind the config calls `kind`.
+
+    Raises:
+        InputError: that kind is not known; a tensor that is missing or of wrong shape.
+    """
+    if kind not in (FULL, SLIDING):
+        raise InputError(f"{source.config.place}: layer_types {short(kind)} is not known; {REMEDY}")
+    source = source._replace(finder=source.finder.at_module(source.family.attention))
+    return (_describe_latent if any(map(source.finder.has, LATENTS)) else _describe_grouped)(source, kind)
+
+
+def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, GroupedWeights]:
     finder, config, family, hidden = source.finder, source.config, source.family, source.hidden_size
     heads = config.read_count("num_attention_heads")
     kv_heads = config.read_count("num_key_value_heads", "num_attention_heads")
@@ -69,7 +83,7 @@ def _take_gains(finder: Finder, modules: Sequence[str], extents: tuple[int, int]
     return gains if per_head else finder.take(modules, extents[1:])
 
 
-def describe_latent(source: Source, kind: str) -> tuple[LatentAttention, LatentWeights]:
+def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, LatentWeights]:
     finder, config, hidden = source.finder, source.config, source.hidden_size
     heads = config.read_count("num_attention_heads")
     nope_dim, rope_dim, value_dim = map(config.read_count, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
@@ -99,9 +113,11 @@ def describe_latent(source: Source, kind: str) -> tuple[LatentAttention, LatentW
     return attention, weights
 
 
-def _read_rope(source: Source, dim: int, kind: str, *, latent: bool = False) -> tuple[Rope, float]:
-    """The rotary embedding in layers of that kind, and DeepSeek's factor on attention scores."""
+def _read_rope(source: Source, dim: int, kind: str, *, latent: bool = False) -> tuple[Rope | None, float]:
+    """The rotary embedding in layers of that kind, if any, and DeepSeek's factor on attention scores."""
     config, family = source.config, source.family
+    if not resolve(config, family.rotates):
+        return None, 1.0
     parameters = read_parameters(config, layer_type=kind)
     if latent:  # the rotary embedding has values of its own, and rotates all of them
         parameters = {**parameters, "partial_rotary_factor": 1.0, "rotary_dim": None}

@@ -1,15 +1,21 @@
 """The token mixer of one layer, described: a recurrence where the layer has the tensors of one, else attention."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
-from lexi_search.artifacts.codec import short
 from lexi_search.errors import InputError
-from lexi_search.layers.spec import GatedDeltaNet, Mixer, Norm
-from lexi_search.layers.weights import DeltaWeights, MixerWeights
-from lexi_search.models.decoder_families import FULL, SLIDING
-from lexi_search.models.mixers.attention import LATENTS, describe_grouped, describe_latent
-from lexi_search.models.mixers.source import REMEDY, Source
+from lexi_search.layers.ffn import ACTIVATIONS
+from lexi_search.layers.spec import GatedDeltaNet, Mamba2, Mixer, Norm, ShortConvolution
+from lexi_search.layers.weights import (
+    ChannelDeltaWeights,
+    ConvolutionWeights,
+    DeltaWeights,
+    MambaWeights,
+    MixerWeights,
+)
+from lexi_search.models.mixers.attention import describe_attention
+from lexi_search.models.mixers.source import Source
 
 GATES: Mapping[str, None] = MappingProxyType(dict.fromkeys(("silu", "swish", "sigmoid")))
 
@@ -18,14 +24,12 @@ def describe_mixer(source: Source, kind: str) -> tuple[Mixer, MixerWeights]:
     """The description and tensors of a layer whose kind the config calls `kind`.
 
     Raises:
-        InputError: the layer has attention, of a kind that is not known; a tensor that is missing or of wrong shape.
+        InputError: a kind of attention that is not known; a tensor that is missing or of wrong shape.
     """
     for module, describe in _RECURRENT.items():
         if source.finder.has(module):
             return describe(source)
-    if kind not in (FULL, SLIDING):
-        raise InputError(f"{source.config.place}: layer_types {short(kind)} is not known; {REMEDY}")
-    return (describe_latent if any(map(source.finder.has, LATENTS)) else describe_grouped)(source, kind)
+    return describe_attention(source, kind)
 
 
 def _describe_delta(source: Source) -> tuple[GatedDeltaNet, DeltaWeights]:
@@ -60,7 +64,73 @@ def _describe_delta(source: Source) -> tuple[GatedDeltaNet, DeltaWeights]:
     return mixer, weights
 
 
+def _describe_channel_delta(source: Source) -> tuple[GatedDeltaNet, ChannelDeltaWeights]:
+    finder, hidden = source.finder.at_module("self_attn."), source.hidden_size
+    decay_rate = finder.need_tensor("A_log", (1, 1, None, 1))
+    heads = finder.get_shape(decay_rate)[2]
+    norm = finder.need(["o_norm"], (None,))
+    dim = finder.get_shape(norm.weight)[0]
+    width = heads * dim
+    first = {name: finder.need([f"{name}_a_proj"], (None, hidden)) for name in "fg"}
+    ranks = {name: finder.get_shape(part.weight)[0] for name, part in first.items()}
+    decay, gate = ((first[name], finder.need([f"{name}_b_proj"], (width, ranks[name]))) for name in "fg")
+    weights = ChannelDeltaWeights(
+        inputs=tuple(finder.need([f"{name}_proj"], (width, hidden)) for name in "qkv"),
+        convs=tuple(finder.need([f"{name}_conv1d"], (width, 1, None)) for name in "qkv"),
+        rates=finder.need(["b_proj"], (heads, hidden)),
+        decay=decay,
+        gate=gate,
+        decay_rate=decay_rate,
+        decay_bias=finder.need_tensor("dt_bias", (width,)),
+        norm=norm,
+        o=finder.need(["o_proj"], (hidden, width)),
+    )
+    mixer = GatedDeltaNet(heads, heads, dim, dim, source.activation, Norm(source.norm.eps), gate="sigmoid")
+    return mixer, weights
+
+
+def _describe_mamba(source: Source, stem: str) -> tuple[Mamba2, MambaWeights]:
+    finder, config, hidden = source.finder.at_module(stem), source.config, source.hidden_size
+    heads = config.read_count("mamba_n_heads", "mamba_num_heads")
+    groups = config.read_count("mamba_n_groups", "n_groups")
+    state = config.read_count("mamba_d_state", "ssm_state_size")
+    o = finder.need(["out_proj"], (hidden, None))
+    width = finder.get_shape(o.weight)[1]
+    if width % heads or heads % groups:
+        thing = f"{heads} heads and {groups} groups of Mamba-2"
+        raise InputError(f"{config.place}: {thing} do not fit {o.weight.name} of {width} columns")
+    channels = width + 2 * groups * state
+    weights = MambaWeights(
+        input=finder.need(["in_proj"], (width + channels + heads, hidden)),
+        conv=finder.need(["conv1d"], (channels, 1, None)),
+        decay_rate=finder.need_tensor("A_log", (heads,)),
+        step_bias=finder.need_tensor("dt_bias", (heads,)),
+        skip=finder.need_tensor("D", (heads,)),
+        norm=finder.need(["norm"], (width,)),
+        o=o,
+    )
+    activation = config.read_choice("mamba_hidden_act", dict.fromkeys((source.activation, *ACTIVATIONS)))
+    return Mamba2(groups, heads, width // heads, state, activation, Norm(source.norm.eps)), weights
+
+
+def _describe_convolution(source: Source) -> tuple[ShortConvolution, ConvolutionWeights]:
+    finder, hidden = source.finder.at_module("conv."), source.hidden_size
+    weights = ConvolutionWeights(
+        input=finder.need(["in_proj"], (3 * hidden, hidden)),
+        conv=finder.need(["conv"], (hidden, 1, None)),
+        o=finder.need(["out_proj"], (hidden, hidden)),
+    )
+    return ShortConvolution(hidden), weights
+
+
 # A module that a layer has -> the description of its kind of recurrence.
 _RECURRENT: Mapping[str, Callable[[Source], tuple[Mixer, MixerWeights]]] = MappingProxyType(
-    {"linear_attn.in_proj_qkvz": _describe_delta, "linear_attn.in_proj_qkv": _describe_delta}
+    {
+        "linear_attn.in_proj_qkvz": _describe_delta,
+        "linear_attn.in_proj_qkv": _describe_delta,
+        "self_attn.f_a_proj": _describe_channel_delta,
+        "mamba.in_proj": partial(_describe_mamba, stem="mamba."),
+        "mixer.in_proj": partial(_describe_mamba, stem="mixer."),
+        "conv.in_proj": _describe_convolution,
+    }
 )

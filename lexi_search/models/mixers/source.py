@@ -1,4 +1,4 @@
-"""What the description of one layer is made from: its tensors, the config and the family."""
+"""What a layer, or the model around the layers, is described from: tensors, config and family."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ REMEDY = "use lexi-search profile --input paper, which takes the MoE layers alon
 
 
 class Source(NamedTuple):
-    """The inputs to the description of one layer."""
+    """The inputs to the description of one layer, or of the model around the layers."""
 
     finder: Finder
     config: Config
