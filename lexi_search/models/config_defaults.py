@@ -20,6 +20,7 @@ ROPES = ("rope_parameters", "rope_scaling")  # the new name and the old
 SIZES = (
     *("num_attention_heads", "num_key_value_heads"),
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("mamba_n_heads", "mamba_num_heads", "mamba_n_groups", "n_groups", "mamba_d_state", "ssm_state_size"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
 )
 TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
@@ -118,7 +119,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
         "granitemoe": GRANITE,
         "granitemoeshared": GRANITE,
-        "granitemoehybrid": _list_defaults(k=2),
+        "granitemoehybrid": GRANITE | dict(mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256),
         "granitemoe_swa": _list_defaults(k=2),
         "jamba": _list_defaults(k=2),
         "hunyuan_v1_moe": dict(
@@ -198,7 +199,17 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             bos_token_id=1,
             n_shared_experts=1,
         ),
-        "nemotron_h": _list_defaults(k=2),
+        "nemotron_h": _list_defaults(
+            k=2,
+            heads=32,
+            kv_heads=8,
+            bos_token_id=1,
+            max_position_embeddings=4096,
+            mamba_num_heads=128,
+            n_groups=8,
+            ssm_state_size=128,
+            mamba_hidden_act="silu",
+        ),
         "minimax_m2": _list_defaults(
             k=8, heads=48, kv_heads=8, rope_theta=5e6, max_position_embeddings=196608, bos_token_id=200034
         ),
@@ -223,7 +234,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             num_shared_experts=2,
         ),
         "laguna": _list_defaults(k=8),
-        "lfm2_moe": _list_defaults(k=4),
+        "lfm2_moe": _list_defaults(
+            k=4,
+            heads=32,
+            kv_heads=8,
+            rope_theta=1e6,
+            max_position_embeddings=128000,
+            bos_token_id=1,
+            tie_word_embeddings=True,
+        ),
+        "kimi_linear": dict(num_attention_heads=32, bos_token_id=1),  # vLLM's class
         "gpt_oss": _list_defaults(
             k=4,
             heads=64,
