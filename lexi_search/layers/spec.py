@@ -84,6 +84,9 @@ class GroupedAttention(NamedTuple):
     bounds queries, keys and values on both sides. Queries and keys are normalised by `norm` if there are gains for it,
     one for each value of a head or of all heads together: before the rotary embedding, or after it if `norm_last`.
     If `gated`, the projection of queries has a head's gate after its query: the sigmoid scales the head's output.
+
+    If `unit`, queries and keys are normalised without gains. With a `chunk`, a query sees only the positions of its own
+    chunk of that many. With `growth` (a, b), a query at position p is multiplied by 1 + a log(1 + floor((p + 1) / b)).
     """
 
     num_heads: int
@@ -96,6 +99,10 @@ class GroupedAttention(NamedTuple):
     clip: float = math.inf
     norm_last: bool = False
     gated: bool = False
+    unit: bool = False
+    chunk: int | None = None
+    growth: tuple[float, float] | None = None
+    value_scale: float = 1.0
 
 
 class LatentAttention(NamedTuple):

@@ -59,6 +59,10 @@ MELLUM_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+MIMO_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.334},
+}
 LATENT = _list_latent(128, 64, 128)
 GROUPED_ROUTING = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
 DEEPSEEK_V2 = LATENT | dict(num_attention_heads=32, max_position_embeddings=2048, bos_token_id=1, n_shared_experts=2)
@@ -92,6 +96,8 @@ GLM_LATENT = _list_latent(192, 64, 256) | dict(
 MIXTRAL = _list_defaults(
     k=2, heads=32, kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131072, bos_token_id=1
 )
+
+LLAMA4 = _list_defaults(k=1, heads=40, kv_heads=8, rope_theta=5e5, max_position_embeddings=131072, bos_token_id=1)
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -187,7 +193,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=131072,
             n_shared_experts=1,
         ),
-        "mimo_v2_flash": _list_defaults(k=8),
+        "mimo_v2_flash": _list_defaults(
+            k=8,
+            heads=64,
+            kv_heads=4,
+            v_head_dim=128,
+            rms_norm_eps=1e-5,
+            sliding_window=128,
+            attention_value_scale=0.707,
+            rope_parameters=MIMO_ROPE,
+            max_position_embeddings=131072,
+            bos_token_id=1,
+        ),
         "hy_v4": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.827),
         "glm5_next": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
         "mistral4": _list_latent(64, 64, 128)
@@ -213,7 +230,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "minimax_m2": _list_defaults(
             k=8, heads=48, kv_heads=8, rope_theta=5e6, max_position_embeddings=196608, bos_token_id=200034
         ),
-        "minimax_m3_vl": _list_defaults(k=4),
+        "minimax_m3_vl": _list_defaults(
+            k=4, heads=64, kv_heads=4, rope_theta=5e6, rotary_dim=64, max_position_embeddings=524288
+        ),
         "hy_v3": _list_defaults(
             k=8,
             heads=64,
@@ -254,8 +273,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             sliding_window=128,
             max_position_embeddings=131072,
         ),
-        "llama4": _list_defaults(k=1),
-        "llama4_text": _list_defaults(k=1),
+        "llama4": LLAMA4,
+        "llama4_text": LLAMA4,
     }
 )
 

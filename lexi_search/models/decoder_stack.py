@@ -34,7 +34,7 @@ def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
 DENSE = ("mlp.", "feed_forward.", "mixer.")
 SHARED = (
     *("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_mlp.", "shared_mlp."),
-    *("block_sparse_moe.shared_experts.", "mixer.shared_experts."),
+    *("block_sparse_moe.shared_experts.", "mixer.shared_experts.", "feed_forward.shared_expert."),
 )
 SHARED_GATES = ("mlp.shared_expert_gate",)
 SPLIT = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
@@ -69,7 +69,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         raise InputError(f"{config.place}: hidden_act {model.activation.name!r} is not known; known are {known}")
     family, finder = FAMILIES[identity.model_type], Finder(checkpoint.tensors)
     stem = identity.router[: identity.router.index("layers.{}")]
-    norm = Norm(resolve(config, family.eps), family.centred, family.offset)
+    norm = Norm(resolve(config, family.eps), family.centred, resolve(config, family.offset))
     residual_scale = resolve(config, family.residual_scale)
     whole = Source(
         finder=finder,

@@ -6,10 +6,11 @@ Norms, rotary embedding, softmax and sums of products are float32 whatever the t
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lexi_search.layers.ffn import find_precision
 from lexi_search.layers.spec import Attention, GroupedAttention, LatentAttention, Norm, Rope
@@ -26,7 +27,8 @@ def attend(
     queries, keys, values, *gates = project(x, weights, attention)
     grouped = isinstance(weights, GroupedWeights)
     sinks = None if not grouped or weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
-    mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, window=attention.window)
+    chunk = attention.chunk if isinstance(attention, GroupedAttention) else None
+    mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, reach=_Reach(attention.window, chunk))
     at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
     outputs = map_rows(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
     outputs = outputs.reshape(*x.shape[:2], -1)
@@ -78,19 +80,29 @@ def _project_grouped(
     queries, *gates = jnp.split(queries, 2, axis=-1) if attention.gated else (queries,)
     gains = weights.q_norm, weights.k_norm
     queries, keys = (_prepare(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
-    return queries, keys, _clip(values, attention.clip), *gates
+    if attention.growth is not None:
+        queries = queries * _grow(x.shape[1], *attention.growth).astype(x.dtype)[None, :, None, None, None]
+    values = _clip(values, attention.clip) * jnp.asarray(attention.value_scale, x.dtype)
+    return queries, keys, values, *gates
+
+
+def _grow(length: int, share: float, period: float) -> Float[Array, " length"]:
+    """The factors of queries by position (arXiv 2501.19399), which keep attention sharp in long sequences."""
+    periods = jnp.floor((jnp.arange(length, dtype=jnp.float32) + 1) / period)
+    return 1 + share * jnp.log1p(periods)
 
 
 def _prepare(
     heads: Float[Array, "sequences length kv_heads group head"], gain: Affine | None, attention: GroupedAttention
 ) -> Float[Array, "sequences length kv_heads group head"]:
     """Queries or keys normalised, clipped and rotated, as attention scores need them."""
-    if gain is not None and not attention.norm_last:
+    normed = gain is not None or attention.unit
+    if normed and not attention.norm_last:
         heads = _normalise_heads(heads, gain, attention.norm)
     heads = _clip(heads, attention.clip)
     if attention.rope is not None:
         heads = _rotate(heads, attention.rope)
-    if gain is not None and attention.norm_last:
+    if normed and attention.norm_last:
         heads = _normalise_heads(heads, gain, attention.norm)
     return heads
 
@@ -100,10 +112,10 @@ def _clip(x: Float[Array, "*rows width"], bound: float) -> Float[Array, "*rows w
 
 
 def _normalise_heads(
-    heads: Float[Array, "sequences length kv_heads group head"], gain: Affine, norm: Norm
+    heads: Float[Array, "sequences length kv_heads group head"], gain: Affine | None, norm: Norm
 ) -> Float[Array, "sequences length kv_heads group head"]:
     """The norm of each head, or of all heads together if there are gains for that."""
-    together = gain.weight.shape[0] != heads.shape[-1]
+    together = gain is not None and gain.weight.shape[0] != heads.shape[-1]
     rows = heads.reshape(*heads.shape[:2], -1) if together else heads
     return normalise(rows, gain, norm=norm).reshape(heads.shape)
 
@@ -145,6 +157,21 @@ def _rotate(
     return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
+class _Reach(NamedTuple):
+    """Which positions a query sees: the last `window`, those of its own `chunk`, or all up to itself."""
+
+    window: int | None
+    chunk: int | None
+
+    def find(self, queries: Int[Array, "queries 1"], keys: Int[Array, "1 keys"]) -> Bool[Array, "queries keys"]:
+        visible = keys <= queries
+        if self.window is not None:
+            visible &= queries - keys < self.window
+        if self.chunk is not None:
+            visible &= queries // self.chunk == keys // self.chunk
+        return visible
+
+
 def _attend_sequence(
     queries: Float[Array, "length kv_heads group head"],
     keys: Float[Array, "length kv_heads 1 head"],
@@ -152,7 +179,7 @@ def _attend_sequence(
     *,
     sinks: Float[Array, "kv_heads group"] | None,
     scale: float,
-    window: int | None,
+    reach: "_Reach",
 ) -> Float[Array, "length kv_heads group value"]:
     """Attention of one sequence, over chunks of queries, so that scores take at most `SCORE_BYTES`."""
     length, heads = len(queries), queries.shape[1] * queries.shape[2]
@@ -167,8 +194,7 @@ def _attend_sequence(
         products = jnp.einsum(
             "nkgd,mkd->kgnm", chunk, keys[:, :, 0], precision=precision, preferred_element_type=jnp.float32
         )
-        distance = (start + jnp.arange(size))[:, None] - positions[None, :]
-        visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        visible = reach.find((start + jnp.arange(size))[:, None], positions[None, :])
         scores = jnp.where(visible[None, None], products * scale, jnp.finfo(jnp.float32).min)
         if sinks is not None:
             sink_scores = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:3], 1))

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from lexi_search.artifacts.codec import short
-from lexi_search.checkpoint.config import Config
+from lexi_search.checkpoint.config import Config, Key
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import GroupedAttention, LatentAttention, Norm, Rope
 from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
-from lexi_search.models.decoder_families import FULL, SLIDING
+from lexi_search.models.decoder_families import CHUNKED, FULL, SLIDING
 from lexi_search.models.finder import Finder
 from lexi_search.models.mixers.rope import find_temperature, make_rope, read_parameters
 from lexi_search.models.mixers.source import REMEDY, Source, resolve
@@ -16,7 +16,7 @@ from lexi_search.models.mixers.source import REMEDY, Source, resolve
 QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj",), ("k_proj",), ("v_proj",), ("o_proj", "out_proj")
 QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
 KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm")
-GATES, SINKS = ("gate_proj",), "sinks"
+GATES, SINKS = ("gate_proj",), ("sinks", "attention_sink_bias")
 LATENT_QUERIES, LOW_RANK_QUERIES = ("q_proj", "q_b_proj"), ("q_a_proj",)
 LOW_RANK_QUERY_NORMS = ("q_a_layernorm",)
 LATENTS, LATENT_NORMS = ("kv_a_proj_with_mqa",), ("kv_a_layernorm",)
@@ -32,7 +32,7 @@ def describe_attention(
     Raises:
         InputError: that kind is not known; a tensor that is missing or of wrong shape.
     """
-    if kind not in (FULL, SLIDING):
+    if kind not in (FULL, SLIDING) and not (kind == CHUNKED and source.family.chunk):
         raise InputError(f"{source.config.place}: layer_types {short(kind)} is not known; {REMEDY}")
     source = source._replace(finder=source.finder.at_module(source.family.attention))
     return (_describe_latent if any(map(source.finder.has, LATENTS)) else _describe_grouped)(source, kind)
@@ -40,8 +40,7 @@ def describe_attention(
 
 def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, GroupedWeights]:
     finder, config, family, hidden = source.finder, source.config, source.family, source.hidden_size
-    heads = config.read_count("num_attention_heads")
-    kv_heads = config.read_count("num_key_value_heads", "num_attention_heads")
+    heads, kv_heads = family.heads(config, kind)
     q = finder.need(QUERIES, (None, hidden))
     gated = resolve(config, family.gated)
     rows = finder.get_shape(q.weight)[0]
@@ -50,17 +49,20 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
         raise InputError(f"{config.place}: {thing} do not fit {q.weight.name} of {rows} rows")
     rows //= 1 + gated
     dim = rows // heads
+    value_dim = resolve(config, family.value_dim) or dim
     weights = GroupedWeights(
         q=q,
         k=finder.need(KEYS, (kv_heads * dim, hidden)),
-        v=finder.need(VALUES, (kv_heads * dim, hidden)),
-        o=finder.need(OUTPUTS, (hidden, rows)),
+        v=finder.need(VALUES, (kv_heads * value_dim, hidden)),
+        o=finder.need(OUTPUTS, (hidden, heads * value_dim)),
         q_norm=_take_gains(finder, QUERY_NORMS, (dim, rows)),
         k_norm=_take_gains(finder, KEY_NORMS, (dim, kv_heads * dim)),
         gate=finder.take(GATES, (rows, hidden)),
-        sinks=finder.take_tensor(SINKS, (heads,)),
+        sinks=next((sinks for name in SINKS if (sinks := finder.take_tensor(name, (heads,)))), None),
     )
-    rotates = kind == SLIDING or not family.rotates_windows_only or not config.values.get("sliding_window")
+    chunk = resolve(config, family.chunk)
+    windows = config.values.get("sliding_window") or chunk
+    rotates = kind != FULL or not family.rotates_windows_only or not windows
     attention = GroupedAttention(
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -72,6 +74,10 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
         clip=resolve(config, family.clip),
         norm_last=family.norm_last,
         gated=gated,
+        unit=rotates and resolve(config, family.unit),
+        chunk=chunk if kind == CHUNKED else None,
+        growth=family.growth(config) if family.growth and not rotates else None,
+        value_scale=resolve(config, family.value_scale),
     )
     return attention, weights
 
@@ -119,6 +125,8 @@ def _read_rope(source: Source, dim: int, kind: str, *, latent: bool = False) -> 
     if not resolve(config, family.rotates):
         return None, 1.0
     parameters = read_parameters(config, layer_type=kind)
+    if kind == SLIDING and config.values.get("swa_rope_theta") is not None:
+        parameters = {**parameters, "rope_theta": config.resolve(Key("swa_rope_theta", parameters["rope_theta"]))}
     if latent:  # the rotary embedding has values of its own, and rotates all of them
         parameters = {**parameters, "partial_rotary_factor": 1.0, "rotary_dim": None}
     interleaved = resolve(config, family.interleaved_latent if latent else family.interleaved)

@@ -129,6 +129,17 @@ SETTINGS |= {
     | dict(num_attention_heads=2)
     | dict(linear_num_heads=3, linear_head_dim=24, mlp_layer_types=["dense", "sparse", "sparse"]),
 }
+CHUNKS = GROUPED | dict(num_experts_per_tok=2, attention_chunk_size=7, no_rope_layers=[1, 0], floor_scale=9)
+SETTINGS |= {
+    "llama4": CHUNKS,
+    "llama4_text": CHUNKS | dict(use_qk_norm=False),
+    "mimo_v2_flash": dict(num_attention_heads=8, num_key_value_heads=2, v_head_dim=24, sliding_window=7)
+    | dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
+    "minimax_m3_vl": GROUPED
+    | dict(layer_types=["minimax_m3_sparse", "full_attention"], mlp_layer_types=["sparse", "dense"])
+    | dict(rotary_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
+    | dict(index_block_size=LENGTH // 2, index_topk_blocks=2, index_n_heads=2, index_head_dim=32),
+}
 KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
 
 
