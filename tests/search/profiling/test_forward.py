@@ -16,6 +16,7 @@ from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import attend, embed, finish, read_logits
 from lexi_search.layers.mixers import attention as attention_module
+from lexi_search.layers.mixers import recurrent
 from lexi_search.layers.mixers.scans import CHUNK
 from lexi_search.layers.moe import compute_outputs, mix
 from lexi_search.layers.routing import route
@@ -239,6 +240,13 @@ def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
     assert_same(run(tmp_path, tokens, dtype="bfloat16"), expected, tolerance=0.1)
 
 
+def test_sequences_that_are_scanned_one_by_one_equal_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(recurrent, "SCAN_BYTES", 1)
+    model, tokens = build("qwen3_next", rms_norm_eps=1e-7), draw_tokens()  # no other test's compiled layers
+    tiny.save_checkpoint("qwen3_next", model, tmp_path)
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
 def test_minicpm_scales(tmp_path):
     """MiniCPM has no class in transformers; Granite's multipliers do what its scales do."""
     granite = dict(
@@ -269,15 +277,21 @@ def test_deepseek_without_latent_attention(tmp_path):
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
 
 
-@pytest.mark.parametrize("case", ["fp8 blocks", "awq"])
-def test_quantised_tensors_are_their_values(case, tmp_path):
-    model, tokens, rng = build("deepseek_v2"), draw_tokens(), np.random.default_rng(0)
+# Too narrow for AWQ, or left as they are in quantised checkpoints.
+UNQUANTISED = "mlp.gate.weight", "in_proj_a.weight", "in_proj_b.weight", "shared_expert_gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [("fp8 blocks", "deepseek_v2"), ("awq", "deepseek_v2"), ("awq", "qwen3_5_moe")]
+)
+def test_quantised_tensors_are_their_values(case, name, tmp_path):
+    model, tokens, rng = build(name), draw_tokens(), np.random.default_rng(0)
     for kind in ("stored", "values"):
         (tmp_path / kind).mkdir()
-        tiny.save_checkpoint("deepseek_v2", model, tmp_path / kind)
+        tiny.save_checkpoint(name, model, tmp_path / kind)
     stored, values = {}, load_file(tmp_path / "values/model.safetensors")
     for name, tensor in values.items():
-        if ".layers." in name and tensor.ndim == 2 and not name.endswith("mlp.gate.weight"):
+        if ".layers." in name and tensor.ndim == 2 and not name.endswith(UNQUANTISED):
             matrix = CASES[case](rng, name, *tensor.shape)
             stored, values = stored | matrix.tensors, values | {name: torch.from_numpy(matrix.values)}
         else:
