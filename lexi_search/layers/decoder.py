@@ -19,7 +19,7 @@ from lexi_search.layers.ffn import apply_ffn, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, normalise
 from lexi_search.layers.mixers.attention import attend as attend_causally
 from lexi_search.layers.mixers.recurrent import recur
-from lexi_search.layers.spec import Attention, Block, Mixer, Norm
+from lexi_search.layers.spec import Attention, Block, Mixer, Norm, Residual
 from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, MixerWeights
 
 
@@ -86,8 +86,10 @@ def _attend(
     if block.mixer is not None:
         normed = _normalise(hidden, weights.norms.attention_input, block)
         output = _mix(normed, weights.mixer, block.mixer)
-        hidden = _add(hidden, _normalise(output, weights.norms.attention_output, block), block)
-    return hidden, _normalise(hidden, weights.norms.ffn_input, block).reshape(-1, hidden.shape[-1])
+        output = _normalise(output, weights.norms.attention_output, block)
+        hidden = _add(normed if block.mixer_residual.normed else hidden, output, block.mixer_residual)
+    x = _normalise(hidden, weights.norms.ffn_input, block)
+    return x if block.ffn_residual.normed else hidden, x.reshape(-1, x.shape[-1])
 
 
 def _mix(
@@ -115,7 +117,7 @@ def _finish(
             common = common * jax.nn.sigmoid(apply_affine(x, weights.ffn_gate))
         output = output + common.astype(jnp.float32)
     output = _normalise(output.astype(hidden.dtype), weights.norms.ffn_output, block)
-    return _add(hidden, output.reshape(hidden.shape), block)
+    return _add(hidden, output.reshape(hidden.shape), block.ffn_residual)
 
 
 @partial(jax.jit, static_argnames=("norm", "scale"))
@@ -136,5 +138,6 @@ def _normalise(x: Float[Array, "*rows hidden"], weights: Affine | None, block: B
     return x if weights is None else normalise(x, weights, norm=block.norm)
 
 
-def _add(hidden: Float[Array, "*rows hidden"], output: Float[Array, "*rows hidden"], block: Block) -> Array:
-    return hidden + output * jnp.asarray(block.residual_scale, hidden.dtype)
+def _add(hidden: Float[Array, "*rows hidden"], output: Float[Array, "*rows hidden"], residual: Residual) -> Array:
+    skip, scale = (jnp.asarray(factor, hidden.dtype) for factor in (residual.skip, residual.scale))
+    return hidden * skip + output * scale

@@ -156,14 +156,37 @@ class Mamba2(NamedTuple):
     norm: Norm
 
 
+class LightningAttention(NamedTuple):
+    """Linear attention with a fixed decay for each head (arXiv 2401.04658): exp(-slope) a token.
+
+    Queries, keys and values are `activation` of a projection. All heads' outputs are normalised together, and scaled
+    by the sigmoid of a gate.
+    """
+
+    slopes: tuple[float, ...]
+    activation: str
+    norm: Norm
+
+
 class ShortConvolution(NamedTuple):
     """LFM2's layer: a causal convolution of gated inputs, gated again."""
 
     channels: int
 
 
-Recurrence = GatedDeltaNet | Mamba2 | ShortConvolution
+Recurrence = GatedDeltaNet | Mamba2 | LightningAttention | ShortConvolution
 Mixer = Attention | Recurrence
+
+
+class Residual(NamedTuple):
+    """What follows a token mixer, or an MLP or MoE: `skip` times the residual stream plus `scale` times their output.
+
+    If `normed`, the stream is replaced by the normalised input of the layer first.
+    """
+
+    scale: float = 1.0
+    skip: float = 1.0
+    normed: bool = False
 
 
 class Block(NamedTuple):
@@ -172,4 +195,5 @@ class Block(NamedTuple):
     mixer: Mixer | None  # None where a family's layers are either a token mixer, or an MLP or MoE
     norm: Norm
     activation: Activation  # of the dense MLP or the shared expert
-    residual_scale: float = 1.0
+    mixer_residual: Residual = Residual()
+    ffn_residual: Residual = Residual()

@@ -127,6 +127,15 @@ class MambaWeights(NamedTuple):
     o: Affine
 
 
+class LightningWeights(NamedTuple):
+    """Those of `LightningAttention`: `qkv` are [heads * (query, key, value)]."""
+
+    qkv: Affine
+    gate: Affine
+    norm: Affine
+    o: Affine
+
+
 class ConvolutionWeights(NamedTuple):
     """Those of `ShortConvolution`: `input` projects to both gates and the values, three times as many as channels."""
 
@@ -135,7 +144,7 @@ class ConvolutionWeights(NamedTuple):
     o: Affine
 
 
-RecurrenceWeights = DeltaWeights | ChannelDeltaWeights | MambaWeights | ConvolutionWeights
+RecurrenceWeights = DeltaWeights | ChannelDeltaWeights | MambaWeights | LightningWeights | ConvolutionWeights
 MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
 
 

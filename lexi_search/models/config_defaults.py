@@ -105,7 +105,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "flex_olmo": _list_defaults(k=5, heads=32, rope_theta=5e5, max_position_embeddings=4096),
         "mixtral": MIXTRAL,
         "phimoe": MIXTRAL,
-        "minimax": _list_defaults(k=2),
+        "minimax": MIXTRAL,
         # Of the classes on the hub, beside the weights:
         "minicpm": {"tie_word_embeddings": True},
         "bailing_moe": _list_defaults(k=2, norm_topk_prob=True),

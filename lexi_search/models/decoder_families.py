@@ -143,6 +143,7 @@ class Family(NamedTuple):
     max_length: Any = None
     embedding_scale: Any = 1.0
     residual_scale: Any = 1.0  # of the outputs of attention and of MLP or MoE
+    weighs_residuals: bool = False  # by factors in the config; residuals are the layer's normalised input (MiniMax)
     logit_scale: Any = 1.0
 
 
@@ -295,6 +296,14 @@ _FAMILIES = (
         heads=_count_heads_by_kind,
         value_dim=Key("v_head_dim", 0),
         value_scale=Key("attention_value_scale", 1.0),
+    ),
+    Family(
+        "minimax",
+        eps=Key("rms_norm_eps", 1e-5),
+        kinds=_attend_in_window,
+        weighs_residuals=True,
+        # Buffers, which follow from the numbers of heads and layers.
+        left_out=tuple(f"self_attn.{name}" for name in ("slope_rate", "query_decay", "key_decay", "diagonal_decay")),
     ),
     Family("minimax_m3_vl", offset=_find_offset, left_out=("self_attn.index_",), max_length=_find_sparse_reach),
 )

@@ -1,14 +1,15 @@
 """The description of one checkpoint's decoder layers: their computation outside the experts, and their tensors."""
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from lexi_search.checkpoint.config import Config
+from lexi_search.checkpoint.config import Config, Key
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
-from lexi_search.layers.spec import Block, Norm
+from lexi_search.layers.spec import Block, Mixer, Norm, Recurrence, Residual
 from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, ExpertWeights, MixerWeights, Norms
 from lexi_search.models.config_defaults import name_sizes_left_out, read_config
 from lexi_search.models.decoder_families import FAMILIES, Family
@@ -70,7 +71,6 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
     family, finder = FAMILIES[identity.model_type], Finder(checkpoint.tensors)
     stem = identity.router[: identity.router.index("layers.{}")]
     norm = Norm(resolve(config, family.eps), family.centred, resolve(config, family.offset))
-    residual_scale = resolve(config, family.residual_scale)
     whole = Source(
         finder=finder,
         config=config,
@@ -78,14 +78,15 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         norm=norm,
         hidden_size=model.hidden_size,
         activation=model.activation.name,
+        num_layers=identity.num_hidden_layers,
     )
     blocks, tensors = [], []
     for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
-        source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."))
+        source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."), layer=layer)
         moe = layer in model.tensors
         with name_sizes_left_out(checkpoint):
             mixer, weights = describe_mixer(source, kind) if _has_mixer(source, moe=moe) else (None, None)
-        blocks.append(Block(mixer, norm=norm, activation=model.activation, residual_scale=residual_scale))
+        blocks.append(Block(mixer, norm, model.activation, *_list_residuals(config, family, mixer)))
         tensors.append(_find_block(source, weights, moe=moe))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
     ropes = [getattr(block.mixer, "rope", None) for block in blocks]
@@ -99,6 +100,15 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         logit_scale=resolve(config, family.logit_scale),
         max_length=min((limit for limit in limits if limit), default=None),
     )
+
+
+def _list_residuals(config: Config, family: Family, mixer: Mixer | None) -> Iterator[Residual]:
+    """Those of the token mixer and of the MLP or MoE."""
+    if not family.weighs_residuals:
+        return itertools.repeat(Residual(resolve(config, family.residual_scale)), 2)
+    names = "linear_attn" if isinstance(mixer, Recurrence) else "full_attn", "mlp"
+    factors = ((config.resolve(Key(f"{name}_{part}_factor", 1.0)) for part in ("beta", "alpha")) for name in names)
+    return (Residual(scale, skip, normed=True) for scale, skip in factors)
 
 
 def _list_kinds(config: Config, family: Family, num_layers: int) -> Sequence[str]:

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 from lexi_search.layers.ffn import ACTIVATIONS, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, map_rows, normalise
 from lexi_search.layers.mixers.scans import scan_delta, scan_linear
-from lexi_search.layers.spec import GatedDeltaNet, Mamba2, Recurrence
+from lexi_search.layers.spec import GatedDeltaNet, LightningAttention, Mamba2, Recurrence
 from lexi_search.layers.weights import (
     Affine,
     ChannelDeltaWeights,
     ConvolutionWeights,
     DeltaWeights,
+    LightningWeights,
     MambaWeights,
     RecurrenceWeights,
 )
@@ -34,6 +35,8 @@ def recur(
         case ConvolutionWeights():
             first, last, values = jnp.split(apply_affine(x, weights.input), 3, axis=-1)
             outputs = last.astype(jnp.float32) * convolve(first * values, weights.conv)
+        case LightningWeights():
+            outputs = _mix_lightning(x, weights, mixer)
         case MambaWeights():
             outputs = _mix_mamba(x, weights, mixer)
         case _:
@@ -55,6 +58,17 @@ def _mix_delta(
     )
     read = normalise(_scan(scan_delta, inputs, x), weights.norm, norm=mixer.norm)
     return read.reshape(*x.shape[:2], -1) * ACTIVATIONS[mixer.gate](gates.astype(jnp.float32))
+
+
+def _mix_lightning(
+    x: Float[Array, "sequences length hidden"], weights: LightningWeights, mixer: LightningAttention
+) -> Float[Array, "sequences length values"]:
+    joined = ACTIVATIONS[mixer.activation](apply_affine(x, weights.qkv).astype(jnp.float32))
+    queries, keys, values = jnp.split(_cut_heads(joined, len(mixer.slopes)), 3, axis=-1)
+    decays = jnp.broadcast_to(-jnp.asarray(mixer.slopes, jnp.float32)[None, None, :], queries.shape[:-1])
+    read = _scan(scan_linear, (queries, keys, values[:, :, :, None], decays[..., None, None]), x)
+    read = normalise(read.reshape(*x.shape[:2], -1), weights.norm, norm=mixer.norm)
+    return read * jax.nn.sigmoid(apply_affine(x, weights.gate).astype(jnp.float32))
 
 
 def _mix_mamba(

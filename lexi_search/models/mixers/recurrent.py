@@ -6,17 +6,19 @@ from types import MappingProxyType
 
 from lexi_search.errors import InputError
 from lexi_search.layers.ffn import ACTIVATIONS
-from lexi_search.layers.spec import GatedDeltaNet, Mamba2, Mixer, Norm, ShortConvolution
+from lexi_search.layers.spec import GatedDeltaNet, LightningAttention, Mamba2, Mixer, Norm, ShortConvolution
 from lexi_search.layers.weights import (
     ChannelDeltaWeights,
     ConvolutionWeights,
     DeltaWeights,
+    LightningWeights,
     MambaWeights,
     MixerWeights,
 )
 from lexi_search.models.mixers.attention import describe_attention
 from lexi_search.models.mixers.source import Source
 
+LIGHTNING_EPS = 1e-6  # of its norm, whatever the config says for others
 GATES: Mapping[str, None] = MappingProxyType(dict.fromkeys(("silu", "swish", "sigmoid")))
 
 
@@ -113,6 +115,25 @@ def _describe_mamba(source: Source, stem: str) -> tuple[Mamba2, MambaWeights]:
     return Mamba2(groups, heads, width // heads, state, activation, Norm(source.norm.eps)), weights
 
 
+def _describe_lightning(source: Source) -> tuple[LightningAttention, LightningWeights]:
+    finder, config, hidden = source.finder.at_module("self_attn."), source.config, source.hidden_size
+    heads = config.read_count("num_attention_heads")
+    norm = finder.need(["norm"], (None,))
+    width = finder.get_shape(norm.weight)[0]
+    if width % heads:
+        raise InputError(f"{config.place}: {heads} heads do not fit {norm.weight.name} of {width} values")
+    weights = LightningWeights(
+        qkv=finder.need(["qkv_proj"], (3 * width, hidden)),
+        gate=finder.need(["output_gate"], (width, hidden)),
+        norm=norm,
+        o=finder.need(["out_proj"], (hidden, width)),
+    )
+    # ALiBi's slopes, less steep in later layers.
+    depth = 1 - source.layer / (source.num_layers - 1 + 1e-5) + 1e-5
+    slopes = tuple(2.0 ** (-8 * (head + 1) / heads) * depth for head in range(heads))
+    return LightningAttention(slopes, source.activation, Norm(LIGHTNING_EPS)), weights
+
+
 def _describe_convolution(source: Source) -> tuple[ShortConvolution, ConvolutionWeights]:
     finder, hidden = source.finder.at_module("conv."), source.hidden_size
     weights = ConvolutionWeights(
@@ -129,6 +150,7 @@ _RECURRENT: Mapping[str, Callable[[Source], tuple[Mixer, MixerWeights]]] = Mappi
         "linear_attn.in_proj_qkvz": _describe_delta,
         "linear_attn.in_proj_qkv": _describe_delta,
         "self_attn.f_a_proj": _describe_channel_delta,
+        "self_attn.qkv_proj": _describe_lightning,
         "mamba.in_proj": partial(_describe_mamba, stem="mamba."),
         "mixer.in_proj": partial(_describe_mamba, stem="mixer."),
         "conv.in_proj": _describe_convolution,

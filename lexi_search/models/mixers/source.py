@@ -21,6 +21,8 @@ class Source(NamedTuple):
     norm: Norm
     hidden_size: int
     activation: str  # of the model's MLPs
+    layer: int = 0
+    num_layers: int = 0
 
 
 def resolve(config: Config, value: Any) -> Any:

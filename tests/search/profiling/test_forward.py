@@ -141,6 +141,11 @@ SETTINGS |= {
     | dict(rotary_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
     | dict(index_block_size=LENGTH // 2, index_topk_blocks=2, index_n_heads=2, index_head_dim=32),
 }
+SETTINGS |= {
+    "minimax": HYBRID
+    | dict(full_attn_alpha_factor=3.5, linear_attn_alpha_factor=1.5, linear_attn_beta_factor=0.5, mlp_alpha_factor=2.5)
+    | dict(block_size=8, mlp_beta_factor=0.8),
+}
 KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
 
 
@@ -229,7 +234,7 @@ def test_sixteen_bits_are_near_float32(tmp_path):
     assert_same((states, logits), run_reference(model, tokens), tolerance=0.05)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear"])
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "minimax"])
 def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
     """Of a length that the chunks of the recurrence do not divide."""
     model = build(name, max_position_embeddings=256)
