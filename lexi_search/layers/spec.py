@@ -156,6 +156,17 @@ class Mamba2(NamedTuple):
     norm: Norm
 
 
+class Mamba(NamedTuple):
+    """A Mamba layer (arXiv 2312.00752) with Jamba's norms: each channel has `state_dim` values, each with its decay.
+
+    The channels pass a short convolution and `activation`, and are scaled by SiLU of a gate at last.
+    """
+
+    state_dim: int
+    activation: str
+    norm: Norm
+
+
 class LightningAttention(NamedTuple):
     """Linear attention with a fixed decay for each head (arXiv 2401.04658): exp(-slope) a token.
 
@@ -174,7 +185,7 @@ class ShortConvolution(NamedTuple):
     channels: int
 
 
-Recurrence = GatedDeltaNet | Mamba2 | LightningAttention | ShortConvolution
+Recurrence = GatedDeltaNet | Mamba2 | Mamba | LightningAttention | ShortConvolution
 Mixer = Attention | Recurrence
 
 

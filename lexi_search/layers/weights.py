@@ -115,7 +115,7 @@ class ChannelDeltaWeights(NamedTuple):
     o: Affine
 
 
-class MambaWeights(NamedTuple):
+class Mamba2Weights(NamedTuple):
     """Those of `Mamba2`: `input` projects to gate, inputs of the recurrence, and steps; `skip` is its D, [heads]."""
 
     input: Affine
@@ -124,6 +124,22 @@ class MambaWeights(NamedTuple):
     step_bias: Any
     skip: Any
     norm: Affine
+    o: Affine
+
+
+class MambaWeights(NamedTuple):
+    """Those of `Mamba`: `input` projects to channels and their gates, `selection` these to steps, keys and queries.
+
+    The latter are normalised, and `steps` projects steps to channels. `decay_rate` is [channels, state_dim].
+    """
+
+    input: Affine
+    conv: Affine
+    selection: Affine
+    norms: tuple[Affine, Affine, Affine]
+    steps: Affine
+    decay_rate: Any
+    skip: Any
     o: Affine
 
 
@@ -144,7 +160,9 @@ class ConvolutionWeights(NamedTuple):
     o: Affine
 
 
-RecurrenceWeights = DeltaWeights | ChannelDeltaWeights | MambaWeights | LightningWeights | ConvolutionWeights
+RecurrenceWeights = (
+    DeltaWeights | ChannelDeltaWeights | Mamba2Weights | MambaWeights | LightningWeights | ConvolutionWeights
+)
 MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
 
 

@@ -127,7 +127,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "granitemoeshared": GRANITE,
         "granitemoehybrid": GRANITE | dict(mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256),
         "granitemoe_swa": _list_defaults(k=2),
-        "jamba": _list_defaults(k=2),
+        "jamba": _list_defaults(k=2, heads=32, kv_heads=8, bos_token_id=1),
         "hunyuan_v1_moe": dict(
             moe_topk=1,
             num_attention_heads=32,

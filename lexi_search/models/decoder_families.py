@@ -181,7 +181,7 @@ def _find_sparse_reach(config: Config) -> int:
 
 
 def _find_growth(config: Config) -> tuple[float, float] | None:
-    if not config.resolve(Key("attn_temperature_tuning", True)):
+    if not config.values.get("attn_temperature_tuning", True):  # a number in older configs
         return None
     return config.resolve(Key("attn_scale", 0.1)), config.resolve(Key("floor_scale", 8192.0))
 
@@ -296,6 +296,12 @@ _FAMILIES = (
         heads=_count_heads_by_kind,
         value_dim=Key("v_head_dim", 0),
         value_scale=Key("attention_value_scale", 1.0),
+    ),
+    Family(
+        "jamba",
+        norms=Norms(attention_input="input_layernorm", ffn_input="pre_ff_layernorm"),
+        final_norm="final_layernorm",
+        rotates=False,
     ),
     Family(
         "minimax",

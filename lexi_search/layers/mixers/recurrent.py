@@ -11,14 +11,15 @@ from jaxtyping import Array, Float
 
 from lexi_search.layers.ffn import ACTIVATIONS, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, map_rows, normalise
-from lexi_search.layers.mixers.scans import scan_delta, scan_linear
-from lexi_search.layers.spec import GatedDeltaNet, LightningAttention, Mamba2, Recurrence
+from lexi_search.layers.mixers.scans import CHUNK, scan_channels, scan_delta, scan_linear
+from lexi_search.layers.spec import GatedDeltaNet, LightningAttention, Mamba, Mamba2, Recurrence
 from lexi_search.layers.weights import (
     Affine,
     ChannelDeltaWeights,
     ConvolutionWeights,
     DeltaWeights,
     LightningWeights,
+    Mamba2Weights,
     MambaWeights,
     RecurrenceWeights,
 )
@@ -37,6 +38,8 @@ def recur(
             outputs = last.astype(jnp.float32) * convolve(first * values, weights.conv)
         case LightningWeights():
             outputs = _mix_lightning(x, weights, mixer)
+        case Mamba2Weights():
+            outputs = _mix_mamba2(x, weights, mixer)
         case MambaWeights():
             outputs = _mix_mamba(x, weights, mixer)
         case _:
@@ -72,7 +75,31 @@ def _mix_lightning(
 
 
 def _mix_mamba(
-    x: Float[Array, "sequences length hidden"], weights: MambaWeights, mixer: Mamba2
+    x: Float[Array, "sequences length hidden"], weights: MambaWeights, mixer: Mamba
+) -> Float[Array, "sequences length channels"]:
+    channels, gates = jnp.split(apply_affine(x, weights.input), 2, axis=-1)
+    channels = ACTIVATIONS[mixer.activation](convolve(channels, weights.conv))
+    rank = weights.steps.weight.shape[1]
+    parts = jnp.split(
+        apply_affine(channels.astype(x.dtype), weights.selection), (rank, rank + mixer.state_dim), axis=-1
+    )
+    normed = [normalise(part, norm, norm=mixer.norm) for part, norm in zip(parts, weights.norms, strict=True)]
+    steps = apply_affine(normed[0], Affine(weights.steps.weight)).astype(jnp.float32)
+    steps = jax.nn.softplus(steps + weights.steps.bias.astype(jnp.float32)[None, None])
+    keys, queries = (part.astype(jnp.float32) for part in normed[1:])
+    rates = -jnp.exp(weights.decay_rate.astype(jnp.float32))
+
+    def scan(sequence: tuple[Array, ...]) -> Array:
+        return scan_channels(*(part[None] for part in sequence), rates)[0]
+
+    size = 4 * CHUNK * rates.size  # of the states of a chunk
+    read = map_rows(scan, (queries, keys, steps * channels, steps), at_once=SCAN_BYTES // size)
+    skipped = weights.skip.astype(jnp.float32)[None, None] * channels
+    return (read + skipped) * jax.nn.silu(gates.astype(jnp.float32))
+
+
+def _mix_mamba2(
+    x: Float[Array, "sequences length hidden"], weights: Mamba2Weights, mixer: Mamba2
 ) -> Float[Array, "sequences length values"]:
     width, state = mixer.num_heads * mixer.head_dim, mixer.num_groups * mixer.state_dim
     gates, joined, steps = jnp.split(apply_affine(x, weights.input), (width, 2 * (width + state)), axis=-1)

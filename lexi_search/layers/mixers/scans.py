@@ -86,6 +86,35 @@ def scan_delta(
     return _join(read + _read_within(chunks, own, precision), values.shape[1])
 
 
+def scan_channels(
+    queries: Float[Array, "sequences length state"],
+    keys: Float[Array, "sequences length state"],
+    values: Float[Array, "sequences length channels"],
+    steps: Float[Array, "sequences length channels"],
+    rates: Float[Array, "channels state"],
+) -> Float[Array, "sequences length channels"]:
+    """What every token reads, S_t query_t, of states S [channels, state] whose every value decays at its own rate.
+
+    S_t = exp(step_t rate) S_(t-1) + value_t key_t^T. No product of matrices computes it: the maps of the tokens of a
+    chunk are composed pair by pair.
+    """
+
+    def compose(first: tuple[Array, Array], last: tuple[Array, Array]) -> tuple[Array, Array]:
+        return first[0] * last[0], last[0] * first[1] + last[1]
+
+    def read(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        queries, keys, values, steps = inputs
+        maps = jnp.exp(steps[..., None] * rates[None, None]), values[..., None] * keys[:, :, None]
+        kept, written = jax.lax.associative_scan(compose, maps, axis=1)
+        states = kept * state[:, None] + written
+        return states[:, -1], jnp.sum(states * queries[:, :, None], axis=-1)
+
+    chunks = tuple(map(_cut, (queries, keys, values, steps)))
+    start = jnp.zeros((len(values), *rates.shape), jnp.float32)
+    _, outputs = jax.lax.scan(read, start, chunks)
+    return jnp.moveaxis(outputs, 0, 1).reshape(len(values), -1, values.shape[-1])[:, : values.shape[1]]
+
+
 def _cut(x: Float[Array, "sequences length *heads width"]) -> Float[Array, "n sequences *heads chunk width"]:
     """The sequences in chunks; zeros after their end write nothing and decay nothing."""
     count = -(-x.shape[1] // CHUNK)

@@ -6,12 +6,13 @@ from types import MappingProxyType
 
 from lexi_search.errors import InputError
 from lexi_search.layers.ffn import ACTIVATIONS
-from lexi_search.layers.spec import GatedDeltaNet, LightningAttention, Mamba2, Mixer, Norm, ShortConvolution
+from lexi_search.layers.spec import GatedDeltaNet, LightningAttention, Mamba, Mamba2, Mixer, Norm, ShortConvolution
 from lexi_search.layers.weights import (
     ChannelDeltaWeights,
     ConvolutionWeights,
     DeltaWeights,
     LightningWeights,
+    Mamba2Weights,
     MambaWeights,
     MixerWeights,
 )
@@ -91,7 +92,7 @@ def _describe_channel_delta(source: Source) -> tuple[GatedDeltaNet, ChannelDelta
     return mixer, weights
 
 
-def _describe_mamba(source: Source, stem: str) -> tuple[Mamba2, MambaWeights]:
+def _describe_mamba2(source: Source, stem: str) -> tuple[Mamba2, Mamba2Weights]:
     finder, config, hidden = source.finder.at_module(stem), source.config, source.hidden_size
     heads = config.read_count("mamba_n_heads", "mamba_num_heads")
     groups = config.read_count("mamba_n_groups", "n_groups")
@@ -102,7 +103,7 @@ def _describe_mamba(source: Source, stem: str) -> tuple[Mamba2, MambaWeights]:
         thing = f"{heads} heads and {groups} groups of Mamba-2"
         raise InputError(f"{config.place}: {thing} do not fit {o.weight.name} of {width} columns")
     channels = width + 2 * groups * state
-    weights = MambaWeights(
+    weights = Mamba2Weights(
         input=finder.need(["in_proj"], (width + channels + heads, hidden)),
         conv=finder.need(["conv1d"], (channels, 1, None)),
         decay_rate=finder.need_tensor("A_log", (heads,)),
@@ -113,6 +114,27 @@ def _describe_mamba(source: Source, stem: str) -> tuple[Mamba2, MambaWeights]:
     )
     activation = config.read_choice("mamba_hidden_act", dict.fromkeys((source.activation, *ACTIVATIONS)))
     return Mamba2(groups, heads, width // heads, state, activation, Norm(source.norm.eps)), weights
+
+
+def _describe_mamba(source: Source) -> tuple[Mamba, MambaWeights]:
+    finder, hidden = source.finder.at_module("mamba."), source.hidden_size
+    decay_rate = finder.need_tensor("A_log", (None, None))
+    channels, state = finder.get_shape(decay_rate)
+    steps = finder.need(["dt_proj"], (channels, None))
+    rank = finder.get_shape(steps.weight)[1]
+    steps = steps._replace(bias=finder.need_tensor("dt_proj.bias", (channels,)))
+    widths = {"dt_layernorm": rank, "b_layernorm": state, "c_layernorm": state}
+    weights = MambaWeights(
+        input=finder.need(["in_proj"], (2 * channels, hidden)),
+        conv=finder.need(["conv1d"], (channels, 1, None)),
+        selection=finder.need(["x_proj"], (rank + 2 * state, channels)),
+        norms=tuple(finder.need([name], (width,)) for name, width in widths.items()),
+        steps=steps,
+        decay_rate=decay_rate,
+        skip=finder.need_tensor("D", (channels,)),
+        o=finder.need(["out_proj"], (hidden, channels)),
+    )
+    return Mamba(state, source.activation, Norm(source.norm.eps)), weights
 
 
 def _describe_lightning(source: Source) -> tuple[LightningAttention, LightningWeights]:
@@ -151,8 +173,9 @@ _RECURRENT: Mapping[str, Callable[[Source], tuple[Mixer, MixerWeights]]] = Mappi
         "linear_attn.in_proj_qkv": _describe_delta,
         "self_attn.f_a_proj": _describe_channel_delta,
         "self_attn.qkv_proj": _describe_lightning,
-        "mamba.in_proj": partial(_describe_mamba, stem="mamba."),
-        "mixer.in_proj": partial(_describe_mamba, stem="mixer."),
+        "mamba.x_proj": _describe_mamba,
+        "mamba.in_proj": partial(_describe_mamba2, stem="mamba."),
+        "mixer.in_proj": partial(_describe_mamba2, stem="mixer."),
         "conv.in_proj": _describe_convolution,
     }
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lexi_search.layers.mixers.recurrent import convolve
-from lexi_search.layers.mixers.scans import CHUNK, scan_delta, scan_linear
+from lexi_search.layers.mixers.scans import CHUNK, scan_channels, scan_delta, scan_linear
 from lexi_search.layers.weights import Affine
 
 SEQUENCES, GROUPS, HEADS, KEY, VALUE = 2, 2, 3, 5, 4
@@ -66,6 +66,20 @@ def test_delta_rule_whose_keys_are_all_the_same_equals_the_loop():
     queries, keys, values, decays, rates = draw(3 * CHUNK)
     inputs = queries, np.broadcast_to(keys[:, :1], keys.shape), values, 0 * decays, np.ones_like(rates)
     assert_near(scan_delta(*map(jnp.float32, inputs), precision=EXACT), run_loop(*inputs), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_recurrence_of_channels_equals_the_loop(length):
+    rng, channels = np.random.default_rng(length), 3
+    queries, keys = rng.normal(size=(2, SEQUENCES, length, KEY))
+    values, rates = rng.normal(size=(SEQUENCES, length, channels)), -rng.exponential(size=(channels, KEY))
+    steps = rng.exponential(size=values.shape)
+    read, state = np.zeros(values.shape), np.zeros((SEQUENCES, channels, KEY))
+    for t in range(length):
+        state *= np.exp(steps[:, t, :, None] * rates)
+        state += values[:, t, :, None] * keys[:, t, None]
+        read[:, t] = (state * queries[:, t, None]).sum(axis=-1)
+    assert_near(scan_channels(*map(jnp.float32, (queries, keys, values, steps, rates))), read)
 
 
 @pytest.mark.parametrize("width", [1, 4])

@@ -146,6 +146,7 @@ SETTINGS |= {
     | dict(full_attn_alpha_factor=3.5, linear_attn_alpha_factor=1.5, linear_attn_beta_factor=0.5, mlp_alpha_factor=2.5)
     | dict(block_size=8, mlp_beta_factor=0.8),
 }
+SETTINGS |= {"jamba": GROUPED | dict(num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1, mamba_dt_rank=6)}
 KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
 
 
@@ -234,7 +235,7 @@ def test_sixteen_bits_are_near_float32(tmp_path):
     assert_same((states, logits), run_reference(model, tokens), tolerance=0.05)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "minimax"])
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "minimax", "jamba"])
 def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
     """Of a length that the chunks of the recurrence do not divide."""
     model = build(name, max_position_embeddings=256)
@@ -355,7 +356,7 @@ def rewrite_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["jamba", "laguna"])
+@pytest.mark.parametrize("name", ["hy_v4", "laguna"])
 def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
     message = (
