@@ -97,7 +97,15 @@ MIXTRAL = _list_defaults(
     k=2, heads=32, kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131072, bos_token_id=1
 )
 
-LLAMA4 = _list_defaults(k=1, heads=40, kv_heads=8, rope_theta=5e5, max_position_embeddings=131072, bos_token_id=1)
+LLAMA4 = _list_defaults(
+    k=1,
+    heads=40,
+    kv_heads=8,
+    rope_theta=5e5,
+    attention_chunk_size=8192,
+    max_position_embeddings=131072,
+    bos_token_id=1,
+)
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

@@ -129,11 +129,11 @@ class Family(NamedTuple):
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: Any = math.inf  # of queries, keys and values
     unit: Any = False  # queries and keys are normalised without gains where they are rotated
-    growth: Any = None  # of queries without rotary embedding, by position
+    growth: Callable[[Config], tuple[float, float] | None] | None = None  # of queries without rotary embedding
     value_scale: Any = 1.0
     value_dim: Any = 0  # of a head's values; 0: that of its keys
     heads: Callable[[Config, str], tuple[int, int]] = _count_heads
-    chunk: Any = None  # of attention in chunks
+    chunk: Callable[[Config], int | None] | None = None  # of attention in chunks
     kinds: _Kinds = _attend_to_all
     rotates: Any = True  # attention has a rotary embedding
     rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding
@@ -183,7 +183,15 @@ def _find_sparse_reach(config: Config) -> int:
 def _find_growth(config: Config) -> tuple[float, float] | None:
     if not config.values.get("attn_temperature_tuning", True):  # a number in older configs
         return None
-    return config.resolve(Key("attn_scale", 0.1)), config.resolve(Key("floor_scale", 8192.0))
+    period = config.resolve(Key("floor_scale", 8192.0))
+    if period <= 0:
+        raise InputError(f"{config.place}: floor_scale is {period}, expected a number above 0")
+    return config.resolve(Key("attn_scale", 0.1)), period
+
+
+def _find_chunk(config: Config) -> int | None:
+    named = config.values.get("attention_chunk_size") is not None
+    return config.read_count("attention_chunk_size") if named else None
 
 
 PLAIN = Family("aria")
@@ -195,7 +203,7 @@ LLAMA4 = Family(
     unit=Key("use_qk_norm", True),
     growth=_find_growth,
     kinds=_attend_in_chunks,
-    chunk=Key("attention_chunk_size", 8192),
+    chunk=_find_chunk,
     rotates_windows_only=True,
 )
 QWEN3_MOE = Family("qwen3_moe", kinds=_attend_in_window_if_used)

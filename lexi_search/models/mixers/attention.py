@@ -60,8 +60,7 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
         gate=finder.take(GATES, (rows, hidden)),
         sinks=next((sinks for name in SINKS if (sinks := finder.take_tensor(name, (heads,)))), None),
     )
-    chunk = resolve(config, family.chunk)
-    windows = config.values.get("sliding_window") or chunk
+    windows = config.values.get("sliding_window") or family.chunk
     rotates = kind != FULL or not family.rotates_windows_only or not windows
     attention = GroupedAttention(
         num_heads=heads,
@@ -75,7 +74,7 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
         norm_last=family.norm_last,
         gated=gated,
         unit=rotates and resolve(config, family.unit),
-        chunk=chunk if kind == CHUNKED else None,
+        chunk=family.chunk(config) if kind == CHUNKED else None,
         growth=family.growth(config) if family.growth and not rotates else None,
         value_scale=resolve(config, family.value_scale),
     )

@@ -401,7 +401,37 @@ def test_refuses_families_that_it_does_not_know(name, tmp_path):
     ],
 )
 def test_refuses(config, tensors, message, tmp_path):
-    tiny.save_checkpoint("dots1", build("dots1"), tmp_path)
+    refuse("dots1", config, tensors, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "tensors", "message"),
+    [
+        ("qwen3_next", {"linear_num_key_heads": 3}, {}, "4 linear_num_value_heads are no multiple of 3 of keys"),
+        (
+            "qwen3_next",
+            {"linear_key_head_dim": 8},
+            {},
+            r"in_proj_qkvz.weight has shape \[224, 64\], expected \[160, 64",
+        ),
+        ("qwen3_next", {"output_gate_type": "tanh"}, {}, "output_gate_type 'tanh' is not known; known are silu"),
+        ("qwen3_next", {}, {"model.layers.0.linear_attn.A_log": None}, "layers.0.linear_attn.A_log is missing"),
+        ("qwen3_next", {}, {"model.layers.0.linear_attn.lambda": 4}, "tensor model.layers.0.linear_attn.lambda does"),
+        ("nemotron_h", {"n_groups": 3}, {}, "8 heads and 3 groups of Mamba-2 do not fit"),
+        ("nemotron_h", {"mamba_hidden_act": "tanh"}, {}, "mamba_hidden_act 'tanh' is not known"),
+        ("nemotron_h", {}, {"backbone.layers.1.mixer.k_proj.weight": None}, "1.mixer.k_proj.weight is missing"),
+        ("llama4_text", {"attention_chunk_size": 0}, {}, "attention_chunk_size is 0, expected"),
+        ("llama4_text", {"floor_scale": 0}, {}, "floor_scale is 0.0, expected a number above 0"),
+        ("llama4_text", {"no_rope_layers": 4}, {}, "no_rope_layers is 4, expected a list"),
+        ("minimax", {"num_attention_heads": 5}, {}, "5 heads do not fit model.layers.0.self_attn.norm.weight"),
+    ],
+)
+def test_refuses_hybrids(name, config, tensors, message, tmp_path):
+    refuse(name, config, tensors, message, tmp_path)
+
+
+def refuse(name, config, tensors, message, tmp_path):
+    tiny.save_checkpoint(name, build(name), tmp_path)
     rewrite_config(tmp_path, **config)
     changed = load_file(tmp_path / "model.safetensors") | {k: v and torch.zeros(v) for k, v in tensors.items()}
     save_file({k: v for k, v in changed.items() if v is not None}, tmp_path / "model.safetensors")
@@ -410,9 +440,16 @@ def test_refuses(config, tensors, message, tmp_path):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_refuses_sequences_that_are_too_long(tmp_path):
-    tiny.save_checkpoint("deepseek_v32", build("deepseek_v32", index_topk=LENGTH - 1), tmp_path)
-    with pytest.raises(InputError, match="sequences of 24 tokens are longer than 23"):
+@pytest.mark.parametrize(
+    ("name", "changes", "longest"),
+    [
+        ("deepseek_v32", {"index_topk": LENGTH - 1}, LENGTH - 1),
+        ("minimax_m3_vl", {"index_block_size": 7, "index_topk_blocks": 3}, 21),
+    ],
+)
+def test_refuses_sequences_that_are_too_long(name, changes, longest, tmp_path):
+    tiny.save_checkpoint(name, build(name, **changes), tmp_path)
+    with pytest.raises(InputError, match=f"sequences of 24 tokens are longer than {longest}"):
         run(tmp_path, draw_tokens())
 
 
