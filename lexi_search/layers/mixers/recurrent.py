@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lexi_search.layers.ffn import ACTIVATIONS, find_precision
+from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.mixers.attention import apply_affine, map_rows, normalise
 from lexi_search.layers.mixers.scans import CHUNK, scan_channels, scan_delta, scan_linear
 from lexi_search.layers.spec import GatedDeltaNet, LightningAttention, Mamba, Mamba2, Recurrence
@@ -156,8 +156,10 @@ def _scan(
     queries, _, values, *_ = inputs
     size = 4 * values.shape[1] * values.shape[2] * values.shape[3] * max(queries.shape[-1], values.shape[-1])
 
+    dtype = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32  # states may be beyond float16
+
     def scan(sequence: tuple[Array, ...]) -> Array:
-        return function(*(part[None] for part in sequence), precision=find_precision(x))[0]
+        return function(*(part[None] for part in sequence), dtype=dtype)[0]
 
     return map_rows(scan, inputs, at_once=SCAN_BYTES // size)
 

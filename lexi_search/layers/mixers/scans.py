@@ -1,10 +1,11 @@
 """Linear recurrences over whole sequences, a chunk of tokens at a time in matrix products.
 
 A head's state is a matrix S [key, value]. Each token decays it, writes its value under its key, and reads it with its
-query. A chunk of tokens is an affine map of the state, S' = M S + N. Products within chunks give all M and N at once,
-`jax.lax.scan` the state before every chunk, and products again what all tokens read.
+query. All that does not depend on the state is computed for all chunks at once; `jax.lax.scan` carries the state from
+chunk to chunk, and products read all the states at once.
 
-Everything is float32. A GPU rounds operands of products to TF32 unless `precision` says otherwise.
+States, decays and sums of products are float32. Operands of products are of `dtype`, as in the kernels that engines
+have (flash-linear-attention, mamba): of float32, products are never rounded to TF32.
 """
 
 from functools import partial
@@ -12,10 +13,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from lexi_search.layers.ffn import find_precision
+
 CHUNK = 64  # tokens: products within chunks grow with it, the number of steps shrinks
-Precision = jax.lax.Precision | None
 Keys = Float[Array, "sequences length groups key"]
 Values = Float[Array, "sequences length groups heads value"]
 Decays = Float[Array, "sequences length groups heads channels"]
@@ -32,7 +35,7 @@ class _Chunks(NamedTuple):
 
 
 def scan_linear(
-    queries: Keys, keys: Keys, values: Values, decays: Decays, *, precision: Precision = None
+    queries: Keys, keys: Keys, values: Values, decays: Decays, *, dtype: DTypeLike
 ) -> Float[Array, "sequences length groups heads value"]:
     """What every token reads, S_t^T query_t, of S_t = exp(decay_t) S_(t-1) + key_t value_t^T.
 
@@ -40,19 +43,19 @@ def scan_linear(
     """
     chunks = _Chunks(_cut(queries), _cut(keys), _cut(values), jnp.cumsum(_cut(decays), axis=-2))
     rest = _decay_to_end(chunks.decays)
-    written = jnp.einsum("nsgck,nsghcv->nsghkv", chunks.keys, rest * chunks.values, precision=precision)
+    written = _multiply("nsgck,nsghcv->nsghkv", chunks.keys, rest * chunks.values, dtype)
 
     def step(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, new = inputs
-        return kept * state + new, state
+        return kept * state + new, state.astype(dtype)
 
     _, states = jax.lax.scan(step, jnp.zeros_like(written[0]), (jnp.exp(chunks.decays[..., -1:, :]), written))
-    read = jnp.einsum("nsgck,nsghkv->nsghcv", chunks.queries, states, precision=precision) * jnp.exp(chunks.decays)
-    return _join(read + _read_within(chunks, chunks.values, precision), values.shape[1])
+    read = _multiply("nsgck,nsghkv->nsghcv", chunks.queries, states, dtype) * jnp.exp(chunks.decays)
+    return _join(read + _read_within(chunks, chunks.values, dtype), values.shape[1])
 
 
 def scan_delta(
-    queries: Keys, keys: Keys, values: Values, decays: Decays, rates: Rates, *, precision: Precision = None
+    queries: Keys, keys: Keys, values: Values, decays: Decays, rates: Rates, *, dtype: DTypeLike
 ) -> Float[Array, "sequences length groups heads value"]:
     """What every token reads under the gated delta rule (arXiv 2412.06464), which replaces what its key would read.
 
@@ -64,26 +67,25 @@ def scan_delta(
     """
     chunks = _Chunks(_cut(queries), _cut(keys), _cut(values), jnp.cumsum(_cut(decays), axis=-2))
     rates, wide = _cut(rates[..., None]), chunks.keys[:, :, :, None]
-    system = rates * _compare(chunks.keys, chunks.keys, chunks.decays, precision)
+    system = rates * _compare(chunks.keys, chunks.keys, chunks.decays, dtype)
     faded = jnp.broadcast_to(wide * jnp.exp(chunks.decays), (*chunks.values.shape[:-1], keys.shape[-1]))
     targets = rates * jnp.concatenate([chunks.values, faded], axis=-1)
-    solved = jnp.einsum("nsghij,nsghjv->nsghiv", _invert(system), targets, precision=precision)
-    own, seen = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
-    rest = wide * _decay_to_end(chunks.decays)
-    kept = jnp.exp(chunks.decays[..., -1:, :]) * jnp.eye(keys.shape[-1])[None, None, None, None]
-    maps = kept - jnp.einsum("nsghck,nsghcl->nsghkl", rest, seen, precision=precision)
-    written = jnp.einsum("nsghck,nsghcv->nsghkv", rest, own, precision=precision)
+    solved = _multiply("nsghij,nsghjv->nsghiv", _invert(system), targets, dtype)
+    own, seen = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :].astype(dtype)
+    rest = jnp.broadcast_to(wide * _decay_to_end(chunks.decays), seen.shape).astype(dtype)
+    kept = jnp.swapaxes(jnp.exp(chunks.decays[..., -1:, :]), -1, -2)
 
-    def step(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        matrix, new = inputs
-        return jnp.einsum("sghkl,sghlv->sghkv", matrix, state, precision=precision) + new, state
+    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        kept, own, seen, rest = inputs
+        written = own - _multiply("sghck,sghkv->sghcv", seen, state, dtype)
+        new = kept * state + _multiply("sghck,sghcv->sghkv", rest, written, dtype)
+        return new, (state.astype(dtype), written.astype(dtype))
 
-    _, states = jax.lax.scan(step, jnp.zeros_like(written[0]), (maps, written))
-    own = own - jnp.einsum("nsghck,nsghkv->nsghcv", seen, states, precision=precision)
-    faded = chunks.queries[:, :, :, None] * jnp.exp(chunks.decays)
-    faded = jnp.broadcast_to(faded, (*own.shape[:-1], keys.shape[-1]))
-    read = jnp.einsum("nsghck,nsghkv->nsghcv", faded, states, precision=precision)
-    return _join(read + _read_within(chunks, own, precision), values.shape[1])
+    start = jnp.zeros((*rest.shape[1:4], keys.shape[-1], values.shape[-1]), jnp.float32)
+    _, (states, written) = jax.lax.scan(step, start, (kept, own, seen, rest))
+    faded = jnp.broadcast_to(chunks.queries[:, :, :, None] * jnp.exp(chunks.decays), rest.shape)
+    read = _multiply("nsghck,nsghkv->nsghcv", faded, states, dtype)
+    return _join(read + _read_within(chunks, written, dtype), values.shape[1])
 
 
 def scan_channels(
@@ -138,13 +140,13 @@ def _compare(
     left: Float[Array, "n sequences groups chunk key"],
     right: Float[Array, "n sequences groups chunk key"],
     decays: Float[Array, "n sequences groups heads chunk channels"],
-    precision: Precision,
+    dtype: DTypeLike,
 ) -> Float[Array, "n sequences groups heads chunk chunk"]:
     """left_i . right_j times the decay from j to i, for every j up to i; else 0."""
     gaps = decays[..., :, None, :] - decays[..., None, :, :]
     faded = jnp.exp(jnp.minimum(gaps, 0))  # of later j, which are left out, it might overflow
     if decays.shape[-1] == 1:
-        products = jnp.einsum("nsgik,nsgjk->nsgij", left, right, precision=precision)[:, :, :, None]
+        products = _multiply("nsgik,nsgjk->nsgij", left, right, dtype)[:, :, :, None]
         return jnp.tril(products * faded[..., 0])
     # A decay for each channel makes no product of matrices; the sum is one loop over the channels.
     return jnp.tril(jnp.sum(left[:, :, :, None, :, None] * right[:, :, :, None, None] * faded, axis=-1))
@@ -155,25 +157,32 @@ def _invert(
 ) -> Float[Array, "n sequences groups heads chunk chunk"]:
     """The inverse of the unit triangular matrices whose parts below the diagonal are those of `system`.
 
-    Block by block, as substitution does, so as exact; but in a few products of matrices, which a GPU is fast at. With
-    the inverses of blocks on the diagonal in T, those of blocks twice as large are T - T C T, where C are their lower
-    left quarters.
+    Block by block, as substitution does, so as exact; but in a few products of matrices, which a GPU is fast at. Of a
+    block on the diagonal whose quarters are A, 0, C and B, the inverse has the quarters A', 0, -B' C A' and B'.
     """
-    positions, size = jnp.arange(CHUNK), 1
-    inverse = jnp.broadcast_to(jnp.eye(CHUNK), system.shape)
+    multiply = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    inverse, size = jnp.ones((*system.shape[:-1], 1, 1), jnp.float32), 1
     while size < CHUNK:
-        block = positions // size
-        corners = (block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1)
-        corner = jnp.where(corners[None, None, None, None], system, jnp.float32(0))
-        exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        inverse = inverse - exact(exact(inverse, corner), inverse)
+        count = CHUNK // (2 * size)
+        blocks = system.reshape(*system.shape[:-2], count, 2, size, count, 2, size)[..., 1, :, :, 0, :]
+        corners = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+        first, last = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        lower = -multiply(multiply(last, corners), first)
+        rows = [first, jnp.zeros_like(first)], [lower, last]
+        inverse = jnp.concatenate([jnp.concatenate(row, axis=-1) for row in rows], axis=-2)
         size *= 2
-    return inverse
+    return inverse[..., 0, :, :]
 
 
 def _read_within(
-    chunks: _Chunks, values: Float[Array, "n sequences groups heads chunk value"], precision: Precision
+    chunks: _Chunks, values: Float[Array, "n sequences groups heads chunk value"], dtype: DTypeLike
 ) -> Float[Array, "n sequences groups heads chunk value"]:
     """What tokens read of `values` written in their own chunk."""
-    shares = _compare(chunks.queries, chunks.keys, chunks.decays, precision)
-    return jnp.einsum("nsghij,nsghjv->nsghiv", shares, values, precision=precision)
+    shares = _compare(chunks.queries, chunks.keys, chunks.decays, dtype)
+    return _multiply("nsghij,nsghjv->nsghiv", shares, values, dtype)
+
+
+def _multiply(axes: str, left: Array, right: Array, dtype: DTypeLike) -> Array:
+    """The product of operands of `dtype`, in float32."""
+    left, right = left.astype(dtype), right.astype(dtype)
+    return jnp.einsum(axes, left, right, precision=find_precision(left), preferred_element_type=jnp.float32)

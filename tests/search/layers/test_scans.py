@@ -1,6 +1,5 @@
 """Recurrences in chunks against the recurrence itself, a token at a time in float64."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from lexi_search.layers.weights import Affine
 
 SEQUENCES, GROUPS, HEADS, KEY, VALUE = 2, 2, 3, 5, 4
 LENGTHS = [1, CHUNK - 1, CHUNK, 2 * CHUNK + 9]
-EXACT = jax.lax.Precision.HIGHEST
 
 
 def draw(length, *, channels=1, strength=1.0):
@@ -51,21 +49,28 @@ def find_tolerance(strength):
 @pytest.mark.parametrize("strength", [0.01, 1.0, 100.0])
 def test_linear_recurrence_equals_the_loop(length, strength):
     *inputs, _ = draw(length, strength=strength)
-    assert_near(scan_linear(*map(jnp.float32, inputs), precision=EXACT), run_loop(*inputs), find_tolerance(strength))
+    assert_near(scan_linear(*map(jnp.float32, inputs), dtype=jnp.float32), run_loop(*inputs), find_tolerance(strength))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("strength", "channels"), [(0.01, 1), (1.0, 1), (100.0, 1), (0.01, KEY), (100.0, KEY)])
 def test_delta_rule_equals_the_loop(length, strength, channels):
     inputs = draw(length, strength=strength, channels=channels)
-    assert_near(scan_delta(*map(jnp.float32, inputs), precision=EXACT), run_loop(*inputs), find_tolerance(strength))
+    assert_near(scan_delta(*map(jnp.float32, inputs), dtype=jnp.float32), run_loop(*inputs), find_tolerance(strength))
+
+
+def test_products_of_sixteen_bits_are_near_the_loop():
+    *inputs, rates = draw(3 * CHUNK, strength=0.01)
+    assert_near(scan_linear(*map(jnp.float32, inputs), dtype=jnp.bfloat16), run_loop(*inputs), tolerance=0.02)
+    ours = scan_delta(*map(jnp.float32, (*inputs, rates)), dtype=jnp.bfloat16)
+    assert_near(ours, run_loop(*inputs, rates), tolerance=0.02)
 
 
 def test_delta_rule_whose_keys_are_all_the_same_equals_the_loop():
     """The worst case of the triangular system: what every token writes hangs on all before it."""
     queries, keys, values, decays, rates = draw(3 * CHUNK)
     inputs = queries, np.broadcast_to(keys[:, :1], keys.shape), values, 0 * decays, np.ones_like(rates)
-    assert_near(scan_delta(*map(jnp.float32, inputs), precision=EXACT), run_loop(*inputs), tolerance=1e-4)
+    assert_near(scan_delta(*map(jnp.float32, inputs), dtype=jnp.float32), run_loop(*inputs), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

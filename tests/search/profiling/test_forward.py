@@ -243,7 +243,9 @@ def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
     tiny.save_checkpoint(name, model, tmp_path)
     expected = run_reference(model, tokens)
     assert_same(run(tmp_path, tokens), expected)
-    assert_same(run(tmp_path, tokens, dtype="bfloat16"), expected, tolerance=0.1)
+    assert_same(
+        run(tmp_path, tokens, dtype="bfloat16"), expected, tolerance=0.15
+    )  # tokens whose router's logits are near choose other experts
 
 
 def test_sequences_that_are_scanned_one_by_one_equal_transformers(tmp_path, monkeypatch):
