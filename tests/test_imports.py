@@ -17,10 +17,10 @@ HOUSE = {
         "errors": "",
         "artifacts": "files codec identity compensation profile allocation cost_table serialisation records",
         "solvers": "problem pareto exact operators evolution uncertainty robust",
-        "layers": "spec weights routing ffn experts moe attention decoder kernels",
+        "layers": "spec weights routing ffn experts moe mixers decoder kernels",
         "checkpoint": "folder config dequantise quantisation_methods quantisation_config quantisation_formats "
         "tensors reader writer",
-        "models": "config_defaults moe_families finder moe_tensors model rope decoder_families decoder_stack loading",
+        "models": "config_defaults moe_families finder moe_tensors model decoder_families mixers decoder_stack loading",
         "profiling": "paper forward sampling compensation divergence profile distributed resume session",
         "allocation": "costs speed_estimate allocate tradeoff targets comparison baselines export auto",
         "pruning": "importance slicing sizes prune",
@@ -44,6 +44,8 @@ HOUSE = {
 }
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
 FOLDERS = {
+    "lexi_search/layers/mixers": "attention scans recurrent",
+    "lexi_search/models/mixers": "rope source attention recurrent",
     "lexi_search/layers/kernels": "blocks hopper grouped",
     "lexi_search/profiling/paper": "moments gaussian",
     "lexi_adapter/serving/kernels": "gates correction triton_gates triton_correction",

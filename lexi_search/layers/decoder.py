@@ -1,4 +1,4 @@
-"""The forward pass of a decoder without its experts: embedding, attention, residual stream, logits.
+"""The forward pass of a decoder without its experts: embedding, token mixers, residual stream, logits.
 
 A layer is `attend`, then the experts on the input that it returns, which the caller computes (`moe` has every k from
 one pass), then `finish`. Hidden states keep their element type. Several variants of a model go through as more
@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lexi_search.errors import InputError
-from lexi_search.layers.attention import apply_affine, normalise
-from lexi_search.layers.attention import attend as attend_causally
 from lexi_search.layers.ffn import apply_ffn, find_precision
-from lexi_search.layers.spec import Block, Norm
-from lexi_search.layers.weights import Affine, BlockWeights, EndWeights
+from lexi_search.layers.mixers.attention import apply_affine, normalise
+from lexi_search.layers.mixers.attention import attend as attend_causally
+from lexi_search.layers.mixers.recurrent import recur
+from lexi_search.layers.spec import Attention, Block, Mixer, Norm, Residual
+from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, MixerWeights
 
 
 class Decoder(NamedTuple):
@@ -53,7 +54,7 @@ def embed(
 def attend(
     block: Block, weights: BlockWeights, hidden: Float[Array, "sequences length hidden"]
 ) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
-    """The hidden states after attention, and the normalised input of the layer's MLP or MoE for every token."""
+    """The hidden states after the token mixer, and the normalised input of the layer's MLP or MoE for every token."""
     return _attend(weights._replace(moe=None), hidden, block=block)
 
 
@@ -82,10 +83,22 @@ def read_logits(
 def _attend(
     weights: BlockWeights, hidden: Float[Array, "sequences length hidden"], *, block: Block
 ) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
-    normed = _normalise(hidden, weights.norms.attention_input, block)
-    output = attend_causally(normed, weights.attention, attention=block.attention)
-    hidden = _add(hidden, _normalise(output, weights.norms.attention_output, block), block)
-    return hidden, _normalise(hidden, weights.norms.ffn_input, block).reshape(-1, hidden.shape[-1])
+    if block.mixer is not None:
+        normed = _normalise(hidden, weights.norms.attention_input, block)
+        output = _mix(normed, weights.mixer, block.mixer)
+        output = _normalise(output, weights.norms.attention_output, block)
+        hidden = _add(normed if block.mixer_residual.normed else hidden, output, block.mixer_residual)
+    x = _normalise(hidden, weights.norms.ffn_input, block)
+    return x if block.ffn_residual.normed else hidden, x.reshape(-1, x.shape[-1])
+
+
+def _mix(
+    x: Float[Array, "sequences length hidden"], weights: MixerWeights, mixer: Mixer
+) -> Float[Array, "sequences length hidden"]:
+    """The token mixer's output for every position."""
+    if isinstance(mixer, Attention):
+        return attend_causally(x, weights, attention=mixer)
+    return recur(x, weights, mixer=mixer)
 
 
 @partial(jax.jit, static_argnames="block")
@@ -104,7 +117,7 @@ def _finish(
             common = common * jax.nn.sigmoid(apply_affine(x, weights.ffn_gate))
         output = output + common.astype(jnp.float32)
     output = _normalise(output.astype(hidden.dtype), weights.norms.ffn_output, block)
-    return _add(hidden, output.reshape(hidden.shape), block)
+    return _add(hidden, output.reshape(hidden.shape), block.ffn_residual)
 
 
 @partial(jax.jit, static_argnames=("norm", "scale"))
@@ -125,5 +138,6 @@ def _normalise(x: Float[Array, "*rows hidden"], weights: Affine | None, block: B
     return x if weights is None else normalise(x, weights, norm=block.norm)
 
 
-def _add(hidden: Float[Array, "*rows hidden"], output: Float[Array, "*rows hidden"], block: Block) -> Array:
-    return hidden + output * jnp.asarray(block.residual_scale, hidden.dtype)
+def _add(hidden: Float[Array, "*rows hidden"], output: Float[Array, "*rows hidden"], residual: Residual) -> Array:
+    skip, scale = (jnp.asarray(factor, hidden.dtype) for factor in (residual.skip, residual.scale))
+    return hidden * skip + output * scale

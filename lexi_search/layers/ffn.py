@@ -19,6 +19,7 @@ ACTIVATIONS: Mapping[str, Any] = MappingProxyType(
         "gelu": partial(jax.nn.gelu, approximate=False),
         "gelu_new": partial(jax.nn.gelu, approximate=True),
         "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+        "sigmoid": jax.nn.sigmoid,
         "relu": jax.nn.relu,
         "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     }

@@ -1,4 +1,4 @@
-"""Static descriptions of a decoder layer: routing, activation, norm, rotary embedding and attention.
+"""Static descriptions of a decoder layer: routing, activation, norm, rotary embedding and token mixer.
 
 All are hashable, static under `jit`.
 """
@@ -53,10 +53,14 @@ class Activation(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """RMSNorm, x / rms(x) * gain; LayerNorm if `centred`, of x minus its mean; plus a bias if there is one."""
+    """RMSNorm, x / rms(x) * gain; LayerNorm if `centred`, of x minus its mean; plus a bias if there is one.
+
+    The gain is the stored weight plus `offset`.
+    """
 
     eps: float
     centred: bool = False
+    offset: float = 0.0
 
 
 class Rope(NamedTuple):
@@ -79,6 +83,10 @@ class GroupedAttention(NamedTuple):
     Scores are `scale` times the products. A query sees the last `window` positions, itself included, or all. `clip`
     bounds queries, keys and values on both sides. Queries and keys are normalised by `norm` if there are gains for it,
     one for each value of a head or of all heads together: before the rotary embedding, or after it if `norm_last`.
+    If `gated`, the projection of queries has a head's gate after its query: the sigmoid scales the head's output.
+
+    If `unit`, queries and keys are normalised without gains. With a `chunk`, a query sees only the positions of its own
+    chunk of that many. With `growth` (a, b), a query at position p is multiplied by 1 + a log(1 + floor((p + 1) / b)).
     """
 
     num_heads: int
@@ -90,6 +98,11 @@ class GroupedAttention(NamedTuple):
     window: int | None = None
     clip: float = math.inf
     norm_last: bool = False
+    gated: bool = False
+    unit: bool = False
+    chunk: int | None = None
+    growth: tuple[float, float] | None = None
+    value_scale: float = 1.0
 
 
 class LatentAttention(NamedTuple):
@@ -104,17 +117,94 @@ class LatentAttention(NamedTuple):
     rope_dim: int
     scale: float
     norm: Norm
-    rope: Rope
+    rope: Rope | None
     window: int | None = None
 
 
 Attention = GroupedAttention | LatentAttention
 
 
+class GatedDeltaNet(NamedTuple):
+    """A layer of gated delta nets (arXiv 2412.06464): `num_heads` of values in `num_groups` of queries and keys.
+
+    Queries, keys and values pass a short convolution and `activation`. Each head's output is normalised, and scaled by
+    the function called `gate` of a projection of the input. Where each of the three has its own convolution, as in Kimi
+    Delta Attention (arXiv 2510.26692), a decay is of one channel of a key.
+    """
+
+    num_groups: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    activation: str
+    norm: Norm
+    gate: str = "silu"
+
+
+class Mamba2(NamedTuple):
+    """A Mamba-2 layer (arXiv 2405.21060): `num_heads` states of [state_dim, head_dim], read and written by groups.
+
+    All inputs of the recurrence but the steps pass a short convolution and `activation`. The outputs of the heads of a
+    group are scaled by SiLU of a gate, and then normalised together.
+    """
+
+    num_groups: int
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    activation: str
+    norm: Norm
+
+
+class Mamba(NamedTuple):
+    """A Mamba layer (arXiv 2312.00752) with Jamba's norms: each channel has `state_dim` values, each with its decay.
+
+    The channels pass a short convolution and `activation`, and are scaled by SiLU of a gate at last.
+    """
+
+    state_dim: int
+    activation: str
+    norm: Norm
+
+
+class LightningAttention(NamedTuple):
+    """Linear attention with a fixed decay for each head (arXiv 2401.04658): exp(-slope) a token.
+
+    Queries, keys and values are `activation` of a projection. All heads' outputs are normalised together, and scaled
+    by the sigmoid of a gate.
+    """
+
+    slopes: tuple[float, ...]
+    activation: str
+    norm: Norm
+
+
+class ShortConvolution(NamedTuple):
+    """LFM2's layer: a causal convolution of gated inputs, gated again."""
+
+    channels: int
+
+
+Recurrence = GatedDeltaNet | Mamba2 | Mamba | LightningAttention | ShortConvolution
+Mixer = Attention | Recurrence
+
+
+class Residual(NamedTuple):
+    """What follows a token mixer, or an MLP or MoE: `skip` times the residual stream plus `scale` times their output.
+
+    If `normed`, the stream is replaced by the normalised input of the layer first.
+    """
+
+    scale: float = 1.0
+    skip: float = 1.0
+    normed: bool = False
+
+
 class Block(NamedTuple):
     """One decoder layer without its routed experts; equal for most layers of a model."""
 
-    attention: Attention
+    mixer: Mixer | None  # None where a family's layers are either a token mixer, or an MLP or MoE
     norm: Norm
     activation: Activation  # of the dense MLP or the shared expert
-    residual_scale: float = 1.0
+    mixer_residual: Residual = Residual()
+    ffn_residual: Residual = Residual()

@@ -82,8 +82,92 @@ class LatentWeights(NamedTuple):
     q_norm: Affine | None = None
 
 
+class DeltaWeights(NamedTuple):
+    """Those of `GatedDeltaNet`: `inputs` are projections to qkv, gate, rates and decays, or two grouped by key head.
+
+    The latter are [groups * (query, key, values, gates)] and [groups * (rates, decays)]. `conv` is
+    [channels, 1, width]; `decay_rate` and `decay_bias` have one value for each head, `norm` one for each of a head's.
+    """
+
+    inputs: tuple[Affine, ...]
+    conv: Affine
+    decay_rate: Any
+    decay_bias: Any
+    norm: Affine
+    o: Affine
+
+
+class ChannelDeltaWeights(NamedTuple):
+    """Those of `GatedDeltaNet` where each channel of a key has its decay.
+
+    `inputs` project to queries, keys and values, each with its convolution in `convs`. `decay` and `gate` are products
+    of two matrices each. `decay_rate` is [1, 1, heads, 1], `decay_bias` [heads * key].
+    """
+
+    inputs: tuple[Affine, Affine, Affine]
+    convs: tuple[Affine, Affine, Affine]
+    rates: Affine
+    decay: tuple[Affine, Affine]
+    gate: tuple[Affine, Affine]
+    decay_rate: Any
+    decay_bias: Any
+    norm: Affine
+    o: Affine
+
+
+class Mamba2Weights(NamedTuple):
+    """Those of `Mamba2`: `input` projects to gate, inputs of the recurrence, and steps; `skip` is its D, [heads]."""
+
+    input: Affine
+    conv: Affine
+    decay_rate: Any
+    step_bias: Any
+    skip: Any
+    norm: Affine
+    o: Affine
+
+
+class MambaWeights(NamedTuple):
+    """Those of `Mamba`: `input` projects to channels and their gates, `selection` these to steps, keys and queries.
+
+    The latter are normalised, and `steps` projects steps to channels. `decay_rate` is [channels, state_dim].
+    """
+
+    input: Affine
+    conv: Affine
+    selection: Affine
+    norms: tuple[Affine, Affine, Affine]
+    steps: Affine
+    decay_rate: Any
+    skip: Any
+    o: Affine
+
+
+class LightningWeights(NamedTuple):
+    """Those of `LightningAttention`: `qkv` are [heads * (query, key, value)]."""
+
+    qkv: Affine
+    gate: Affine
+    norm: Affine
+    o: Affine
+
+
+class ConvolutionWeights(NamedTuple):
+    """Those of `ShortConvolution`: `input` projects to both gates and the values, three times as many as channels."""
+
+    input: Affine
+    conv: Affine
+    o: Affine
+
+
+RecurrenceWeights = (
+    DeltaWeights | ChannelDeltaWeights | Mamba2Weights | MambaWeights | LightningWeights | ConvolutionWeights
+)
+MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
+
+
 class Norms(NamedTuple):
-    """The norms before and after attention, and before and after the MLP or MoE; None where a family has none."""
+    """The norms before and after the token mixer, and before and after the MLP or MoE; None where a family has none."""
 
     attention_input: Any = None
     attention_output: Any = None
@@ -98,7 +182,7 @@ class BlockWeights(NamedTuple):
     is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer.
     """
 
-    attention: GroupedWeights | LatentWeights
+    mixer: MixerWeights | None
     norms: Norms
     ffn: ExpertWeights | None
     ffn_gate: Affine | None

@@ -2,5 +2,5 @@
 
 Read `config_defaults` (what a config may leave out), `moe_families` (MoE layers of each family), `finder` and
 `moe_tensors` (the tensors of a layer) and `model` (the description of one checkpoint); then the rest of the decoder,
-`rope`, `decoder_families` and `decoder_stack`; last `loading`, which puts a layer's weights on the device.
+`decoder_families`, `mixers` and `decoder_stack`; last `loading`, which puts a layer's weights on the device.
 """

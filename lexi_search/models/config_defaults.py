@@ -20,6 +20,8 @@ ROPES = ("rope_parameters", "rope_scaling")  # the new name and the old
 SIZES = (
     *("num_attention_heads", "num_key_value_heads"),
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("mamba_n_heads", "mamba_num_heads", "mamba_n_groups", "n_groups", "mamba_d_state", "ssm_state_size"),
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
 )
 TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
 
@@ -57,6 +59,10 @@ MELLUM_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+MIMO_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.334},
+}
 LATENT = _list_latent(128, 64, 128)
 GROUPED_ROUTING = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
 DEEPSEEK_V2 = LATENT | dict(num_attention_heads=32, max_position_embeddings=2048, bos_token_id=1, n_shared_experts=2)
@@ -65,7 +71,15 @@ DEEPSEEK_V3 = (
     | LATENT
     | GROUPED_ROUTING
 )
-QWEN3_NEXT = _list_defaults(k=10)
+LINEAR = dict(
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+)
+QWEN3_NEXT = (
+    _list_defaults(k=10, heads=16, kv_heads=2, partial_rotary_factor=0.25, max_position_embeddings=32768) | LINEAR
+)
 GRANITE = _list_defaults(k=2, heads=32, max_position_embeddings=2048, bos_token_id=1)
 GLM4 = _list_defaults(
     k=8,
@@ -83,13 +97,23 @@ MIXTRAL = _list_defaults(
     k=2, heads=32, kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131072, bos_token_id=1
 )
 
+LLAMA4 = _list_defaults(
+    k=1,
+    heads=40,
+    kv_heads=8,
+    rope_theta=5e5,
+    attention_chunk_size=8192,
+    max_position_embeddings=131072,
+    bos_token_id=1,
+)
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "olmoe": _list_defaults(k=8, heads=16, rms_norm_eps=1e-5, max_position_embeddings=4096),
         "flex_olmo": _list_defaults(k=5, heads=32, rope_theta=5e5, max_position_embeddings=4096),
         "mixtral": MIXTRAL,
         "phimoe": MIXTRAL,
-        "minimax": _list_defaults(k=2),
+        "minimax": MIXTRAL,
         # Of the classes on the hub, beside the weights:
         "minicpm": {"tie_word_embeddings": True},
         "bailing_moe": _list_defaults(k=2, norm_topk_prob=True),
@@ -97,9 +121,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen2_moe": _list_defaults(k=4, heads=16, kv_heads=16, sliding_window=4096, max_position_embeddings=32768),
         "qwen3_moe": _list_defaults(k=8, heads=32, kv_heads=4, sliding_window=4096, max_position_embeddings=32768),
         "qwen3_next": QWEN3_NEXT,
-        "qwen4_exp": QWEN3_NEXT,
-        "qwen3_5_moe": _list_defaults(k=8),
-        "qwen3_5_moe_text": _list_defaults(k=8),
+        "qwen4_exp": _list_defaults(k=10),
+        "qwen3_5_moe": QWEN3_NEXT | {"num_experts_per_tok": 8},
+        "qwen3_5_moe_text": QWEN3_NEXT | {"num_experts_per_tok": 8},
         "qwen3_vl_moe": _list_defaults(
             k=4, heads=16, kv_heads=16, rope_theta=5e5, max_position_embeddings=128000, tie_word_embeddings=True
         ),
@@ -109,9 +133,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
         "granitemoe": GRANITE,
         "granitemoeshared": GRANITE,
-        "granitemoehybrid": _list_defaults(k=2),
+        "granitemoehybrid": GRANITE | dict(mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256),
         "granitemoe_swa": _list_defaults(k=2),
-        "jamba": _list_defaults(k=2),
+        "jamba": _list_defaults(k=2, heads=32, kv_heads=8, bos_token_id=1),
         "hunyuan_v1_moe": dict(
             moe_topk=1,
             num_attention_heads=32,
@@ -177,7 +201,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=131072,
             n_shared_experts=1,
         ),
-        "mimo_v2_flash": _list_defaults(k=8),
+        "mimo_v2_flash": _list_defaults(
+            k=8,
+            heads=64,
+            kv_heads=4,
+            v_head_dim=128,
+            rms_norm_eps=1e-5,
+            sliding_window=128,
+            attention_value_scale=0.707,
+            rope_parameters=MIMO_ROPE,
+            max_position_embeddings=131072,
+            bos_token_id=1,
+        ),
         "hy_v4": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.827),
         "glm5_next": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
         "mistral4": _list_latent(64, 64, 128)
@@ -189,11 +224,23 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             bos_token_id=1,
             n_shared_experts=1,
         ),
-        "nemotron_h": _list_defaults(k=2),
+        "nemotron_h": _list_defaults(
+            k=2,
+            heads=32,
+            kv_heads=8,
+            bos_token_id=1,
+            max_position_embeddings=4096,
+            mamba_num_heads=128,
+            n_groups=8,
+            ssm_state_size=128,
+            mamba_hidden_act="silu",
+        ),
         "minimax_m2": _list_defaults(
             k=8, heads=48, kv_heads=8, rope_theta=5e6, max_position_embeddings=196608, bos_token_id=200034
         ),
-        "minimax_m3_vl": _list_defaults(k=4),
+        "minimax_m3_vl": _list_defaults(
+            k=4, heads=64, kv_heads=4, rope_theta=5e6, rotary_dim=64, max_position_embeddings=524288
+        ),
         "hy_v3": _list_defaults(
             k=8,
             heads=64,
@@ -214,7 +261,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             num_shared_experts=2,
         ),
         "laguna": _list_defaults(k=8),
-        "lfm2_moe": _list_defaults(k=4),
+        "lfm2_moe": _list_defaults(
+            k=4,
+            heads=32,
+            kv_heads=8,
+            rope_theta=1e6,
+            max_position_embeddings=128000,
+            bos_token_id=1,
+            tie_word_embeddings=True,
+        ),
+        "kimi_linear": dict(num_attention_heads=32, bos_token_id=1),  # vLLM's class
         "gpt_oss": _list_defaults(
             k=4,
             heads=64,
@@ -225,8 +281,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             sliding_window=128,
             max_position_embeddings=131072,
         ),
-        "llama4": _list_defaults(k=1),
-        "llama4_text": _list_defaults(k=1),
+        "llama4": LLAMA4,
+        "llama4_text": LLAMA4,
     }
 )
 

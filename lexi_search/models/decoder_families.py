@@ -2,7 +2,7 @@
 
 A family is one `Family` below; without an entry, no tokens can be run through its models. Properties that the tensors
 show (biases, norms of queries and keys, low-rank queries, shared experts, dense layers) are not listed here:
-`decoder_stack` reads them from the checkpoint.
+`decoder_stack` reads them from the checkpoint. So are layers with a recurrence in the place of attention (`mixers`).
 """
 
 import math
@@ -20,7 +20,8 @@ PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_l
 POST_NORMS = Norms(attention_output="post_attention_layernorm", ffn_output="post_feedforward_layernorm")
 SANDWICH_NORMS = Norms("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of attention, as configs call them
+# Kinds of attention, as configs call them.
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _Kinds = Callable[[Config, int], Sequence[str]]  # config, number of layers -> the kind of each layer
 
 
@@ -74,24 +75,75 @@ def _attend_alternately(config: Config, num_layers: int) -> Sequence[str]:
     return [SLIDING if i % 2 == 0 and i < last else FULL for i in range(num_layers)]
 
 
+def _attend_in_chunks(config: Config, num_layers: int) -> Sequence[str]:
+    """Chunks where `no_rope_layers`, or every n-th layer without it, does not say otherwise (Llama 4)."""
+    flags = config.values.get("no_rope_layers")
+    if not flags:
+        every = config.resolve(Key("no_rope_layer_interval", 4)) or 4
+        flags = [(i + 1) % every != 0 for i in range(num_layers)]
+    if not isinstance(flags, list):
+        raise InputError(f"{config.place}: no_rope_layers is {short(flags)}, expected a list")
+    return [CHUNKED if flag else FULL for flag in flags]
+
+
+def _attend_by_pattern(config: Config, num_layers: int) -> Sequence[str]:
+    """The config's `hybrid_layer_pattern`, as vLLM reads it, or `layer_types`; else all in each sixth (MiMo)."""
+    pattern = config.values.get("hybrid_layer_pattern")
+    if isinstance(pattern, list) and pattern:
+        return [SLIDING if flag == 1 else FULL for flag in pattern]
+    if config.values.get("layer_types"):
+        return _read_types(config)
+    return [FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING for i in range(num_layers)]
+
+
+def _count_heads(config: Config, kind: str) -> tuple[int, int]:
+    """The heads of queries, and of keys and values."""
+    return config.read_count("num_attention_heads"), config.read_count("num_key_value_heads", "num_attention_heads")
+
+
+def _count_heads_by_kind(config: Config, kind: str) -> tuple[int, int]:
+    """The same where layers with windows have other numbers: twice as many of keys, if the config has none (MiMo)."""
+    heads, kv_heads = _count_heads(config, kind)
+    if kind != SLIDING:
+        return heads, kv_heads
+    heads = config.read_count("swa_num_attention_heads", "num_attention_heads")
+    named = config.values.get("swa_num_key_value_heads") is not None
+    return heads, config.read_count("swa_num_key_value_heads") if named else 2 * kv_heads
+
+
 class Family(NamedTuple):
     """One family. Any number may be a `Key` of the config or a function of the config instead of a value."""
 
     model_type: str
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
+    attention: str = "self_attn."  # likewise
+    embedding: str = "embed_tokens"  # modules beside `layers`
+    final_norm: str = "norm"
     eps: Any = Key("rms_norm_eps", 1e-6)
     centred: bool = False  # norms that subtract the mean
+    offset: Any = 0.0  # of the gains of norms, which are stored without it
+    gated: Any = False  # the projection of queries has their gates as well
     norm_last: bool = False  # queries and keys are normalised after the rotary embedding
     interleaved: Any = False  # the rotary embedding rotates pairs of neighbours
     interleaved_latent: Any = True  # the same in latent attention
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: Any = math.inf  # of queries, keys and values
+    unit: Any = False  # queries and keys are normalised without gains where they are rotated
+    growth: Callable[[Config], tuple[float, float] | None] | None = None  # of queries without rotary embedding
+    value_scale: Any = 1.0
+    value_dim: Any = 0  # of a head's values; 0: that of its keys
+    heads: Callable[[Config, str], tuple[int, int]] = _count_heads
+    chunk: Callable[[Config], int | None] | None = None  # of attention in chunks
     kinds: _Kinds = _attend_to_all
+    rotates: Any = True  # attention has a rotary embedding
     rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding
+    alternates: bool = False  # a layer is a token mixer, or else an MLP or MoE
+    gated_mlp: bool = True
     left_out: tuple[str, ...] = ()  # modules below `layers.N.` without effect on up to `max_length` tokens
     max_length: Any = None
     embedding_scale: Any = 1.0
     residual_scale: Any = 1.0  # of the outputs of attention and of MLP or MoE
+    weighs_residuals: bool = False  # by factors in the config; residuals are the layer's normalised input (MiniMax)
     logit_scale: Any = 1.0
 
 
@@ -111,7 +163,49 @@ def _mup_scale(config: Config) -> float:
     return math.sqrt(config.read_count("hidden_size")) if config.resolve(Key("mup_enabled", False)) else 1.0
 
 
+def _has_rotary_embedding(config: Config) -> bool:
+    return config.values.get("position_embedding_type") == "rope"
+
+
+def _find_offset(config: Config) -> float:
+    return 1.0 if config.resolve(Key("use_gemma_norm", True)) else 0.0
+
+
+def _find_sparse_reach(config: Config) -> int:
+    """The tokens up to which MiniMax-M3's choice of blocks of keys leaves none out."""
+    given = config.values.get("sparse_attention_config")
+    given = given if isinstance(given, dict) else {}
+    section = config._replace(values=given, place=f"{config.place}, sparse_attention_config")
+    blocks = section.resolve(Key("sparse_topk_blocks", config.resolve(Key("index_topk_blocks", 16))))
+    return blocks * section.resolve(Key("sparse_block_size", config.resolve(Key("index_block_size", 128))))
+
+
+def _find_growth(config: Config) -> tuple[float, float] | None:
+    if not config.values.get("attn_temperature_tuning", True):  # a number in older configs
+        return None
+    period = config.resolve(Key("floor_scale", 8192.0))
+    if period <= 0:
+        raise InputError(f"{config.place}: floor_scale is {period}, expected a number above 0")
+    return config.resolve(Key("attn_scale", 0.1)), period
+
+
+def _find_chunk(config: Config) -> int | None:
+    named = config.values.get("attention_chunk_size") is not None
+    return config.read_count("attention_chunk_size") if named else None
+
+
 PLAIN = Family("aria")
+LLAMA4 = Family(
+    "llama4",
+    eps=Key("rms_norm_eps", 1e-5),
+    interleaved=True,
+    norm_last=True,
+    unit=Key("use_qk_norm", True),
+    growth=_find_growth,
+    kinds=_attend_in_chunks,
+    chunk=_find_chunk,
+    rotates_windows_only=True,
+)
 QWEN3_MOE = Family("qwen3_moe", kinds=_attend_in_window_if_used)
 GRANITE = Family(
     "granitemoe",
@@ -127,6 +221,7 @@ DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
 )
 BY_TYPE = Family("mellum", kinds=_attend_by_type)
+QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
 
 
 _FAMILIES = (
@@ -178,5 +273,52 @@ _FAMILIES = (
         embedding_scale=_mup_scale,
         rotates_windows_only=True,
     ),
+    QWEN3_NEXT,
+    QWEN3_NEXT._replace(model_type="qwen3_5_moe"),
+    QWEN3_NEXT._replace(model_type="qwen3_5_moe_text"),
+    PLAIN._replace(
+        model_type="lfm2_moe",
+        norms=Norms(attention_input="operator_norm", ffn_input="ffn_norm"),
+        eps=Key("norm_eps", 1e-5),
+        final_norm="embedding_norm",
+    ),
+    GRANITE._replace(model_type="granitemoehybrid", rotates=_has_rotary_embedding),
+    Family(
+        "nemotron_h",
+        norms=Norms(attention_input="norm", ffn_input="norm"),
+        attention="mixer.",
+        embedding="embeddings",
+        final_norm="norm_f",
+        eps=Key("layer_norm_epsilon", 1e-5),
+        rotates=False,
+        alternates=True,
+        gated_mlp=False,
+    ),
+    DEEPSEEK_V3._replace(model_type="kimi_linear", rotates=False),
+    LLAMA4,
+    LLAMA4._replace(model_type="llama4_text"),
+    Family(
+        "mimo_v2_flash",
+        eps=Key("rms_norm_eps", 1e-5),
+        kinds=_attend_by_pattern,
+        heads=_count_heads_by_kind,
+        value_dim=Key("v_head_dim", 0),
+        value_scale=Key("attention_value_scale", 1.0),
+    ),
+    Family(
+        "jamba",
+        norms=Norms(attention_input="input_layernorm", ffn_input="pre_ff_layernorm"),
+        final_norm="final_layernorm",
+        rotates=False,
+    ),
+    Family(
+        "minimax",
+        eps=Key("rms_norm_eps", 1e-5),
+        kinds=_attend_in_window,
+        weighs_residuals=True,
+        # Buffers, which follow from the numbers of heads and layers.
+        left_out=tuple(f"self_attn.{name}" for name in ("slope_rate", "query_decay", "key_decay", "diagonal_decay")),
+    ),
+    Family("minimax_m3_vl", offset=_find_offset, left_out=("self_attn.index_",), max_length=_find_sparse_reach),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _FAMILIES})

@@ -63,6 +63,10 @@ class Finder:
         """A finder for another prefix, which shares `used` with this one."""
         return Finder(self.tensors, prefix, self.used)
 
+    def at_module(self, stem: str) -> "Finder":
+        """A finder for the modules below one of this finder's."""
+        return self.at(self.prefix + stem)
+
     def has(self, module: str) -> bool:
         return f"{self.prefix}{module}.weight" in self.tensors
 
@@ -91,6 +95,10 @@ class Finder:
     def take_tensor(self, name: str, shape: Shape) -> Stored | None:
         """A tensor that is not the weight of a module; None if it is not there."""
         return self._take(name, shape) if self.prefix + name in self.tensors else None
+
+    def need_tensor(self, name: str, shape: Shape) -> Stored:
+        """As `take_tensor`, but InputError where the tensor is not there."""
+        return self._take(name, shape)
 
     def get_shape(self, stored: Stored) -> tuple[int, ...]:
         return self.tensors[stored.name].shape

@@ -385,6 +385,11 @@ def _omni_config(config):
     )
 
 
+def _name_dense(key):
+    """transformers 5.19 gives the MLP of dense layers the name of MoE layers."""
+    return re.sub(r"block_sparse_moe\.(?=(gate|up|gate_up|down)_proj)", "mlp.", key)
+
+
 def _deepseek_name(key):
     """None for what only the whole of DeepSeek-OCR-2 has; its language model is written with the names on the hub."""
     return key if re.match(r"lm_head\.|model\.(embed_tokens|layers|norm)\.", key) else None
@@ -417,6 +422,8 @@ REWRITES = {
     "kimi_k2": (str, _retype("kimi_k2", topk_method="noaux_tc", scoring_func="sigmoid")),
     # transformers 5.19 writes the vision tower's word for layers into the language model's names.
     "kimi_k25": (lambda key: key.replace("language_model.model.blocks.", "language_model.model.layers."), dict),
+    "kimi_linear": (_name_dense, dict),
+    "minimax_m3_vl": (_name_dense, dict),
     "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
     "bailing_moe": (str, _retype("bailing_moe")),
     "bailing_moe_v2": (

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
+from lexi_search.models.config_defaults import SIZES
 from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.decoder_stack import describe_decoder, find_first_token
 from lexi_search.models.model import describe
@@ -24,11 +25,8 @@ VLLM_CLASSES = {"deepseek_vl_v2": "DeepseekVLV2Config", "kimi_vl": "KimiVLConfig
     "minimax_m3_vl": "MiniMaxM3Config",
 }
 OTHER_CLASSES = {"kimi_k2": "deepseek_v3", "deepseek_v32": "deepseek_v3"}  # as vLLM maps them
-TAKEN = {"num_experts_per_tok", "moe_topk", "moe_k", "num_attention_heads", "num_key_value_heads", "layer_types"} | {
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-}  # a tiny model has others than its class' default
+# A tiny model has others than its class' default.
+TAKEN = {"num_experts_per_tok", "moe_topk", "moe_k", "layer_types", *SIZES}
 # Families whose configuration class is in the checkpoint's own folder alone.
 REMOTE = {"minicpm", "deepseek", "bailing_moe", "bailing_moe_v2"}
 # Sizes that the tensors show, so that a default would nearly always be wrong: refused by name.

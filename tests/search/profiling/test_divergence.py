@@ -436,9 +436,9 @@ def test_auto_needs_the_models_own_text(folder, checkpoint):
 
 
 def test_a_family_whose_attention_is_not_known_is_refused(folder):
-    jamba = tiny.make_checkpoint("jamba", folder / "jamba")
+    laguna = tiny.make_checkpoint("laguna", folder / "laguna")
     assert "; use lexi-search profile --input paper, which takes the MoE layers alone; known are" in refuse(
-        "profile", jamba
+        "profile", laguna
     )
 
 

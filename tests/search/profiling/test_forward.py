@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.layers import attention as attention_module
 from lexi_search.layers.decoder import attend, embed, finish, read_logits
+from lexi_search.layers.mixers import attention as attention_module
+from lexi_search.layers.mixers import recurrent
+from lexi_search.layers.mixers.scans import CHUNK
 from lexi_search.layers.moe import compute_outputs, mix
 from lexi_search.layers.routing import route
 from lexi_search.layers.spec import GroupedAttention, Norm
@@ -95,6 +97,56 @@ SETTINGS |= {
         )
     ),
 }
+DELTA = GROUPED | dict(
+    num_hidden_layers=3,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=24,
+    linear_value_head_dim=16,
+)
+SETTINGS |= {
+    "qwen3_next": DELTA | dict(mlp_only_layers=[1]),
+    "qwen3_5_moe": DELTA | dict(attention_bias=True),
+    "qwen3_5_moe_text": DELTA,
+}
+HYBRID = GROUPED | dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
+SETTINGS |= {
+    "lfm2_moe": GROUPED
+    | dict(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1, conv_bias=True),
+    "granitemoehybrid": HYBRID
+    | dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=24, residual_multiplier=0.5, position_embedding_type="rope"),
+    "nemotron_h": GROUPED
+    | dict(
+        num_hidden_layers=5,
+        hybrid_override_pattern="M*EM-",
+        mamba_num_heads=8,
+        mamba_head_dim=24,
+        n_groups=2,
+        ssm_state_size=16,
+        time_step_min=1e-9,  # vLLM has no bounds on steps
+    ),
+    "kimi_linear": HYBRID
+    | dict(num_attention_heads=2)
+    | dict(linear_num_heads=3, linear_head_dim=24, mlp_layer_types=["dense", "sparse", "sparse"]),
+}
+CHUNKS = GROUPED | dict(num_experts_per_tok=2, attention_chunk_size=7, no_rope_layers=[1, 0], floor_scale=9)
+SETTINGS |= {
+    "llama4": CHUNKS,
+    "llama4_text": CHUNKS | dict(use_qk_norm=False),
+    "mimo_v2_flash": dict(num_attention_heads=8, num_key_value_heads=2, v_head_dim=24, sliding_window=7)
+    | dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
+    "minimax_m3_vl": GROUPED
+    | dict(layer_types=["minimax_m3_sparse", "full_attention"], mlp_layer_types=["sparse", "dense"])
+    | dict(rotary_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
+    | dict(index_block_size=LENGTH // 2, index_topk_blocks=2, index_n_heads=2, index_head_dim=32),
+}
+SETTINGS |= {
+    "minimax": HYBRID
+    | dict(full_attn_alpha_factor=3.5, linear_attn_alpha_factor=1.5, linear_attn_beta_factor=0.5, mlp_alpha_factor=2.5)
+    | dict(block_size=8, mlp_beta_factor=0.8),
+}
+SETTINGS |= {"jamba": GROUPED | dict(num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1, mamba_dt_rank=6)}
 KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
 
 
@@ -183,6 +235,26 @@ def test_sixteen_bits_are_near_float32(tmp_path):
     assert_same((states, logits), run_reference(model, tokens), tolerance=0.05)
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "minimax", "jamba"])
+def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
+    """Of a length that the chunks of the recurrence do not divide."""
+    model = build(name, max_position_embeddings=256)
+    tokens = np.random.default_rng(0).integers(3, 256, (2, 2 * CHUNK + 7))
+    tiny.save_checkpoint(name, model, tmp_path)
+    expected = run_reference(model, tokens)
+    assert_same(run(tmp_path, tokens), expected)
+    assert_same(
+        run(tmp_path, tokens, dtype="bfloat16"), expected, tolerance=0.15
+    )  # tokens whose router's logits are near choose other experts
+
+
+def test_sequences_that_are_scanned_one_by_one_equal_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(recurrent, "SCAN_BYTES", 1)
+    model, tokens = build("qwen3_next", rms_norm_eps=1e-7), draw_tokens()  # no other test's compiled layers
+    tiny.save_checkpoint("qwen3_next", model, tmp_path)
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
 def test_minicpm_scales(tmp_path):
     """MiniCPM has no class in transformers; Granite's multipliers do what its scales do."""
     granite = dict(
@@ -213,15 +285,21 @@ def test_deepseek_without_latent_attention(tmp_path):
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
 
 
-@pytest.mark.parametrize("case", ["fp8 blocks", "awq"])
-def test_quantised_tensors_are_their_values(case, tmp_path):
-    model, tokens, rng = build("deepseek_v2"), draw_tokens(), np.random.default_rng(0)
+# Too narrow for AWQ, or left as they are in quantised checkpoints.
+UNQUANTISED = "mlp.gate.weight", "in_proj_a.weight", "in_proj_b.weight", "shared_expert_gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [("fp8 blocks", "deepseek_v2"), ("awq", "deepseek_v2"), ("awq", "qwen3_5_moe")]
+)
+def test_quantised_tensors_are_their_values(case, name, tmp_path):
+    model, tokens, rng = build(name), draw_tokens(), np.random.default_rng(0)
     for kind in ("stored", "values"):
         (tmp_path / kind).mkdir()
-        tiny.save_checkpoint("deepseek_v2", model, tmp_path / kind)
+        tiny.save_checkpoint(name, model, tmp_path / kind)
     stored, values = {}, load_file(tmp_path / "values/model.safetensors")
     for name, tensor in values.items():
-        if ".layers." in name and tensor.ndim == 2 and not name.endswith("mlp.gate.weight"):
+        if ".layers." in name and tensor.ndim == 2 and not name.endswith(UNQUANTISED):
             matrix = CASES[case](rng, name, *tensor.shape)
             stored, values = stored | matrix.tensors, values | {name: torch.from_numpy(matrix.values)}
         else:
@@ -280,7 +358,7 @@ def rewrite_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["jamba", "nemotron_h", "qwen3_next"])
+@pytest.mark.parametrize("name", ["hy_v4", "laguna"])
 def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
     message = (
@@ -325,7 +403,37 @@ def test_refuses_families_that_it_does_not_know(name, tmp_path):
     ],
 )
 def test_refuses(config, tensors, message, tmp_path):
-    tiny.save_checkpoint("dots1", build("dots1"), tmp_path)
+    refuse("dots1", config, tensors, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "tensors", "message"),
+    [
+        ("qwen3_next", {"linear_num_key_heads": 3}, {}, "4 linear_num_value_heads are no multiple of 3 of keys"),
+        (
+            "qwen3_next",
+            {"linear_key_head_dim": 8},
+            {},
+            r"in_proj_qkvz.weight has shape \[224, 64\], expected \[160, 64",
+        ),
+        ("qwen3_next", {"output_gate_type": "tanh"}, {}, "output_gate_type 'tanh' is not known; known are silu"),
+        ("qwen3_next", {}, {"model.layers.0.linear_attn.A_log": None}, "layers.0.linear_attn.A_log is missing"),
+        ("qwen3_next", {}, {"model.layers.0.linear_attn.lambda": 4}, "tensor model.layers.0.linear_attn.lambda does"),
+        ("nemotron_h", {"n_groups": 3}, {}, "8 heads and 3 groups of Mamba-2 do not fit"),
+        ("nemotron_h", {"mamba_hidden_act": "tanh"}, {}, "mamba_hidden_act 'tanh' is not known"),
+        ("nemotron_h", {}, {"backbone.layers.1.mixer.k_proj.weight": None}, "1.mixer.k_proj.weight is missing"),
+        ("llama4_text", {"attention_chunk_size": 0}, {}, "attention_chunk_size is 0, expected"),
+        ("llama4_text", {"floor_scale": 0}, {}, "floor_scale is 0.0, expected a number above 0"),
+        ("llama4_text", {"no_rope_layers": 4}, {}, "no_rope_layers is 4, expected a list"),
+        ("minimax", {"num_attention_heads": 5}, {}, "5 heads do not fit model.layers.0.self_attn.norm.weight"),
+    ],
+)
+def test_refuses_hybrids(name, config, tensors, message, tmp_path):
+    refuse(name, config, tensors, message, tmp_path)
+
+
+def refuse(name, config, tensors, message, tmp_path):
+    tiny.save_checkpoint(name, build(name), tmp_path)
     rewrite_config(tmp_path, **config)
     changed = load_file(tmp_path / "model.safetensors") | {k: v and torch.zeros(v) for k, v in tensors.items()}
     save_file({k: v for k, v in changed.items() if v is not None}, tmp_path / "model.safetensors")
@@ -334,9 +442,16 @@ def test_refuses(config, tensors, message, tmp_path):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_refuses_sequences_that_are_too_long(tmp_path):
-    tiny.save_checkpoint("deepseek_v32", build("deepseek_v32", index_topk=LENGTH - 1), tmp_path)
-    with pytest.raises(InputError, match="sequences of 24 tokens are longer than 23"):
+@pytest.mark.parametrize(
+    ("name", "changes", "longest"),
+    [
+        ("deepseek_v32", {"index_topk": LENGTH - 1}, LENGTH - 1),
+        ("minimax_m3_vl", {"index_block_size": 7, "index_topk_blocks": 3}, 21),
+    ],
+)
+def test_refuses_sequences_that_are_too_long(name, changes, longest, tmp_path):
+    tiny.save_checkpoint(name, build(name, **changes), tmp_path)
+    with pytest.raises(InputError, match=f"sequences of 24 tokens are longer than {longest}"):
         run(tmp_path, draw_tokens())
 
 

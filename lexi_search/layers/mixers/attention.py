@@ -6,10 +6,11 @@ Norms, rotary embedding, softmax and sums of products are float32 whatever the t
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lexi_search.layers.ffn import find_precision
 from lexi_search.layers.spec import Attention, GroupedAttention, LatentAttention, Norm, Rope
@@ -23,13 +24,16 @@ def attend(
 ) -> Float[Array, "sequences length hidden"]:
     """The attention layer's output for every position, each seeing itself and those before it, in `x`'s type."""
     project = _project_latent if isinstance(attention, LatentAttention) else _project_grouped
-    queries, keys, values = project(x, weights, attention)
+    queries, keys, values, *gates = project(x, weights, attention)
     grouped = isinstance(weights, GroupedWeights)
     sinks = None if not grouped or weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
-    mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, window=attention.window)
+    chunk = attention.chunk if isinstance(attention, GroupedAttention) else None
+    mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, reach=_Reach(attention.window, chunk))
     at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
-    outputs = _map(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
+    outputs = map_rows(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
     outputs = outputs.reshape(*x.shape[:2], -1)
+    for gate in gates:
+        outputs = outputs * jax.nn.sigmoid(gate.reshape(outputs.shape))
     if grouped and weights.gate is not None:
         outputs = outputs * jax.nn.sigmoid(apply_affine(x, weights.gate))
     return apply_affine(outputs, weights.o)
@@ -42,13 +46,15 @@ def apply_affine(x: Float[Array, "*rows inner"], weights: Affine) -> Float[Array
     return product if weights.bias is None else product + _align(weights.bias.astype(x.dtype), product)
 
 
-def normalise(x: Float[Array, "*rows width"], weights: Affine, *, norm: Norm) -> Float[Array, "*rows width"]:
-    """The norm of every row in `x`'s type, computed in float32."""
+def normalise(x: Float[Array, "*rows width"], weights: Affine | None, *, norm: Norm) -> Float[Array, "*rows width"]:
+    """The norm of every row in `x`'s type, computed in float32; without gains where there are no weights."""
     wide = x.astype(jnp.float32)
     if norm.centred:
         wide = wide - wide.mean(axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + norm.eps)
-    wide = wide * _align(weights.weight.astype(jnp.float32), x)
+    if weights is None:
+        return wide.astype(x.dtype)
+    wide = wide * _align(weights.weight.astype(jnp.float32) + jnp.float32(norm.offset), x)
     if weights.bias is not None:
         wide = wide + _align(weights.bias.astype(jnp.float32), x)
     return wide.astype(x.dtype)
@@ -62,27 +68,41 @@ def _align(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Fl
 def _project_grouped(
     x: Float[Array, "sequences length hidden"], weights: GroupedWeights, attention: GroupedAttention
 ) -> tuple[Float[Array, "sequences length kv_heads group head"], ...]:
-    """Queries [.., kv_heads, heads / kv_heads, head_dim], keys and values [.., kv_heads, 1, head_dim]."""
+    """Queries [.., kv_heads, heads / kv_heads, head_dim], keys and values [.., kv_heads, 1, head_dim].
+
+    If attention is gated, also the gates, of the queries' shape.
+    """
     kv_heads, group = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
     queries, keys, values = (
         apply_affine(x, part).reshape(*x.shape[:2], kv_heads, count, -1)
         for part, count in ((weights.q, group), (weights.k, 1), (weights.v, 1))
     )
+    queries, *gates = jnp.split(queries, 2, axis=-1) if attention.gated else (queries,)
     gains = weights.q_norm, weights.k_norm
     queries, keys = (_prepare(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
-    return queries, keys, _clip(values, attention.clip)
+    if attention.growth is not None:
+        queries = queries * _grow(x.shape[1], *attention.growth).astype(x.dtype)[None, :, None, None, None]
+    values = _clip(values, attention.clip) * jnp.asarray(attention.value_scale, x.dtype)
+    return queries, keys, values, *gates
+
+
+def _grow(length: int, share: float, period: float) -> Float[Array, " length"]:
+    """The factors of queries by position (arXiv 2501.19399), which keep attention sharp in long sequences."""
+    periods = jnp.floor((jnp.arange(length, dtype=jnp.float32) + 1) / period)
+    return 1 + share * jnp.log1p(periods)
 
 
 def _prepare(
     heads: Float[Array, "sequences length kv_heads group head"], gain: Affine | None, attention: GroupedAttention
 ) -> Float[Array, "sequences length kv_heads group head"]:
     """Queries or keys normalised, clipped and rotated, as attention scores need them."""
-    if gain is not None and not attention.norm_last:
+    normed = gain is not None or attention.unit
+    if normed and not attention.norm_last:
         heads = _normalise_heads(heads, gain, attention.norm)
     heads = _clip(heads, attention.clip)
     if attention.rope is not None:
         heads = _rotate(heads, attention.rope)
-    if gain is not None and attention.norm_last:
+    if normed and attention.norm_last:
         heads = _normalise_heads(heads, gain, attention.norm)
     return heads
 
@@ -92,10 +112,10 @@ def _clip(x: Float[Array, "*rows width"], bound: float) -> Float[Array, "*rows w
 
 
 def _normalise_heads(
-    heads: Float[Array, "sequences length kv_heads group head"], gain: Affine, norm: Norm
+    heads: Float[Array, "sequences length kv_heads group head"], gain: Affine | None, norm: Norm
 ) -> Float[Array, "sequences length kv_heads group head"]:
     """The norm of each head, or of all heads together if there are gains for that."""
-    together = gain.weight.shape[0] != heads.shape[-1]
+    together = gain is not None and gain.weight.shape[0] != heads.shape[-1]
     rows = heads.reshape(*heads.shape[:2], -1) if together else heads
     return normalise(rows, gain, norm=norm).reshape(heads.shape)
 
@@ -107,12 +127,12 @@ def _project_latent(
     heads, nope_dim = (*x.shape[:2], attention.num_heads, 1, -1), attention.nope_dim
     latent = x if weights.q_a is None else normalise(apply_affine(x, weights.q_a), weights.q_norm, norm=attention.norm)
     queries = apply_affine(latent, weights.q).reshape(heads)
-    rotated = _rotate(queries[..., nope_dim:], attention.rope)
-    queries = jnp.concatenate([queries[..., :nope_dim], rotated], axis=-1)
+    rotate = partial(_rotate, rope=attention.rope) if attention.rope is not None else lambda part: part
+    queries = jnp.concatenate([queries[..., :nope_dim], rotate(queries[..., nope_dim:])], axis=-1)
     projected = apply_affine(x, weights.kv_a)
     latent, shared = projected[..., : -attention.rope_dim], projected[..., -attention.rope_dim :]
     keys_values = apply_affine(normalise(latent, weights.kv_norm, norm=attention.norm), weights.kv).reshape(heads)
-    shared = _rotate(shared[:, :, None, None, :], attention.rope)
+    shared = rotate(shared[:, :, None, None, :])
     keys = [keys_values[..., :nope_dim], jnp.broadcast_to(shared, (*keys_values.shape[:-1], attention.rope_dim))]
     return queries, jnp.concatenate(keys, axis=-1), keys_values[..., nope_dim:]
 
@@ -137,6 +157,21 @@ def _rotate(
     return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
+class _Reach(NamedTuple):
+    """Which positions a query sees: the last `window`, those of its own `chunk`, or all up to itself."""
+
+    window: int | None
+    chunk: int | None
+
+    def find(self, queries: Int[Array, "queries 1"], keys: Int[Array, "1 keys"]) -> Bool[Array, "queries keys"]:
+        visible = keys <= queries
+        if self.window is not None:
+            visible &= queries - keys < self.window
+        if self.chunk is not None:
+            visible &= queries // self.chunk == keys // self.chunk
+        return visible
+
+
 def _attend_sequence(
     queries: Float[Array, "length kv_heads group head"],
     keys: Float[Array, "length kv_heads 1 head"],
@@ -144,7 +179,7 @@ def _attend_sequence(
     *,
     sinks: Float[Array, "kv_heads group"] | None,
     scale: float,
-    window: int | None,
+    reach: "_Reach",
 ) -> Float[Array, "length kv_heads group value"]:
     """Attention of one sequence, over chunks of queries, so that scores take at most `SCORE_BYTES`."""
     length, heads = len(queries), queries.shape[1] * queries.shape[2]
@@ -159,8 +194,7 @@ def _attend_sequence(
         products = jnp.einsum(
             "nkgd,mkd->kgnm", chunk, keys[:, :, 0], precision=precision, preferred_element_type=jnp.float32
         )
-        distance = (start + jnp.arange(size))[:, None] - positions[None, :]
-        visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        visible = reach.find((start + jnp.arange(size))[:, None], positions[None, :])
         scores = jnp.where(visible[None, None], products * scale, jnp.finfo(jnp.float32).min)
         if sinks is not None:
             sink_scores = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:3], 1))
@@ -169,11 +203,11 @@ def _attend_sequence(
         return jnp.einsum("kgnm,mkd->nkgd", shares.astype(values.dtype), values[:, :, 0], precision=precision)
 
     starts = jnp.arange(count) * size
-    outputs = _map(attend_chunk, (starts, padded.reshape(count, size, *queries.shape[1:])), at_once=1)
+    outputs = map_rows(attend_chunk, (starts, padded.reshape(count, size, *queries.shape[1:])), at_once=1)
     return outputs.reshape(count * size, *outputs.shape[2:])[:length]
 
 
-def _map(function: Callable, arguments: tuple[Array, ...], *, at_once: int) -> Array:
+def map_rows(function: Callable, arguments: tuple[Array, ...], *, at_once: int) -> Array:
     """The function mapped over the first axis, `at_once` rows at a time (at least one)."""
     if at_once >= len(arguments[0]) or len(arguments[0]) == 1:
         return jax.vmap(function)(arguments)

@@ -1,0 +1,4 @@
+"""Token mixers of one checkpoint's layers, described from their tensors and the config.
+
+Read `rope` and `source`, then `attention` and `recurrent`.
+"""

@@ -1,0 +1,137 @@
+"""The attention of one layer, described from its tensors and the config: grouped-query or latent."""
+
+from collections.abc import Sequence
+
+from lexi_search.artifacts.codec import short
+from lexi_search.checkpoint.config import Config, Key
+from lexi_search.errors import InputError
+from lexi_search.layers.spec import GroupedAttention, LatentAttention, Norm, Rope
+from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
+from lexi_search.models.decoder_families import CHUNKED, FULL, SLIDING
+from lexi_search.models.finder import Finder
+from lexi_search.models.mixers.rope import find_temperature, make_rope, read_parameters
+from lexi_search.models.mixers.source import REMEDY, Source, resolve
+
+# Module names below that of attention; the first one present counts.
+QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj",), ("k_proj",), ("v_proj",), ("o_proj", "out_proj")
+QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
+KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm")
+GATES, SINKS = ("gate_proj",), ("sinks", "attention_sink_bias")
+LATENT_QUERIES, LOW_RANK_QUERIES = ("q_proj", "q_b_proj"), ("q_a_proj",)
+LOW_RANK_QUERY_NORMS = ("q_a_layernorm",)
+LATENTS, LATENT_NORMS = ("kv_a_proj_with_mqa",), ("kv_a_layernorm",)
+LATENT_KEYS_VALUES = ("kv_b_proj",)
+LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says for others
+
+
+def describe_attention(
+    source: Source, kind: str
+) -> tuple[GroupedAttention, GroupedWeights] | tuple[LatentAttention, LatentWeights]:
+    """The attention of a layer whose kind the config calls `kind`.
+
+    Raises:
+        InputError: that kind is not known; a tensor that is missing or of wrong shape.
+    """
+    if kind not in (FULL, SLIDING) and not (kind == CHUNKED and source.family.chunk):
+        raise InputError(f"{source.config.place}: layer_types {short(kind)} is not known; {REMEDY}")
+    source = source._replace(finder=source.finder.at_module(source.family.attention))
+    return (_describe_latent if any(map(source.finder.has, LATENTS)) else _describe_grouped)(source, kind)
+
+
+def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, GroupedWeights]:
+    finder, config, family, hidden = source.finder, source.config, source.family, source.hidden_size
+    heads, kv_heads = family.heads(config, kind)
+    q = finder.need(QUERIES, (None, hidden))
+    gated = resolve(config, family.gated)
+    rows = finder.get_shape(q.weight)[0]
+    if rows % (heads * (1 + gated)) or heads % kv_heads:
+        thing = f"{heads} heads and {kv_heads} of keys"
+        raise InputError(f"{config.place}: {thing} do not fit {q.weight.name} of {rows} rows")
+    rows //= 1 + gated
+    dim = rows // heads
+    value_dim = resolve(config, family.value_dim) or dim
+    weights = GroupedWeights(
+        q=q,
+        k=finder.need(KEYS, (kv_heads * dim, hidden)),
+        v=finder.need(VALUES, (kv_heads * value_dim, hidden)),
+        o=finder.need(OUTPUTS, (hidden, heads * value_dim)),
+        q_norm=_take_gains(finder, QUERY_NORMS, (dim, rows)),
+        k_norm=_take_gains(finder, KEY_NORMS, (dim, kv_heads * dim)),
+        gate=finder.take(GATES, (rows, hidden)),
+        sinks=next((sinks for name in SINKS if (sinks := finder.take_tensor(name, (heads,)))), None),
+    )
+    windows = config.values.get("sliding_window") or family.chunk
+    rotates = kind != FULL or not family.rotates_windows_only or not windows
+    attention = GroupedAttention(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        scale=dim**-0.5 if family.scale is None else resolve(config, family.scale),
+        norm=source.norm,
+        rope=_read_rope(source, dim, kind)[0] if rotates else None,
+        window=_read_window(config, kind),
+        clip=resolve(config, family.clip),
+        norm_last=family.norm_last,
+        gated=gated,
+        unit=rotates and resolve(config, family.unit),
+        chunk=family.chunk(config) if kind == CHUNKED else None,
+        growth=family.growth(config) if family.growth and not rotates else None,
+        value_scale=resolve(config, family.value_scale),
+    )
+    return attention, weights
+
+
+def _take_gains(finder: Finder, modules: Sequence[str], extents: tuple[int, int]) -> Affine | None:
+    """The gains of a norm of queries or keys: of one head, the same for all, or of all heads together."""
+    gains = finder.take(modules, (None,))
+    per_head = gains is None or finder.get_shape(gains.weight) == extents[:1]
+    return gains if per_head else finder.take(modules, extents[1:])
+
+
+def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, LatentWeights]:
+    finder, config, hidden = source.finder, source.config, source.hidden_size
+    heads = config.read_count("num_attention_heads")
+    nope_dim, rope_dim, value_dim = map(config.read_count, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    q_a = finder.take(LOW_RANK_QUERIES, (None, hidden))
+    width = finder.get_shape(q_a.weight)[0] if q_a else hidden
+    kv_norm = finder.need(LATENT_NORMS, (None,))
+    [rank] = finder.get_shape(kv_norm.weight)
+    weights = LatentWeights(
+        q=finder.need(LATENT_QUERIES, (heads * (nope_dim + rope_dim), width)),
+        kv_a=finder.need(LATENTS, (rank + rope_dim, hidden)),
+        kv_norm=kv_norm,
+        kv=finder.need(LATENT_KEYS_VALUES, (heads * (nope_dim + value_dim), rank)),
+        o=finder.need(OUTPUTS, (hidden, heads * value_dim)),
+        q_a=q_a,
+        q_norm=finder.need(LOW_RANK_QUERY_NORMS, (width,)) if q_a else None,
+    )
+    rope, temperature = _read_rope(source, rope_dim, kind, latent=True)
+    attention = LatentAttention(
+        num_heads=heads,
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        scale=(nope_dim + rope_dim) ** -0.5 * temperature,
+        norm=Norm(LATENT_EPS),
+        rope=rope,
+        window=_read_window(config, kind),
+    )
+    return attention, weights
+
+
+def _read_rope(source: Source, dim: int, kind: str, *, latent: bool = False) -> tuple[Rope | None, float]:
+    """The rotary embedding in layers of that kind, if any, and DeepSeek's factor on attention scores."""
+    config, family = source.config, source.family
+    if not resolve(config, family.rotates):
+        return None, 1.0
+    parameters = read_parameters(config, layer_type=kind)
+    if kind == SLIDING and config.values.get("swa_rope_theta") is not None:
+        parameters = {**parameters, "rope_theta": config.resolve(Key("swa_rope_theta", parameters["rope_theta"]))}
+    if latent:  # the rotary embedding has values of its own, and rotates all of them
+        parameters = {**parameters, "partial_rotary_factor": 1.0, "rotary_dim": None}
+    interleaved = resolve(config, family.interleaved_latent if latent else family.interleaved)
+    rope = make_rope(parameters, dim, place=config.place, interleaved=interleaved)
+    return rope, find_temperature(parameters, place=config.place)
+
+
+def _read_window(config: Config, kind: str) -> int | None:
+    return config.read_count("sliding_window") if kind == SLIDING else None
