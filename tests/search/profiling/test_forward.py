@@ -248,8 +248,8 @@ def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
     )  # tokens whose router's logits are near choose other experts
 
 
-def test_sequences_that_are_scanned_one_by_one_equal_transformers(tmp_path, monkeypatch):
-    monkeypatch.setattr(recurrent, "SCAN_BYTES", 1)
+def test_sequences_that_are_mixed_one_by_one_equal_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(recurrent, "MIX_BYTES", 1)
     model, tokens = build("qwen3_next", rms_norm_eps=1e-7), draw_tokens()  # no other test's compiled layers
     tiny.save_checkpoint("qwen3_next", model, tmp_path)
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
