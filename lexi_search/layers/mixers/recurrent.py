@@ -3,15 +3,14 @@
 Whatever the type of the hidden states, convolutions, decays, recurrences and norms are float32.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.mixers.attention import apply_affine, map_rows, normalise
-from lexi_search.layers.mixers.scans import CHUNK, scan_channels, scan_delta, scan_linear
+from lexi_search.layers.mixers.scans import scan_channels, scan_delta, scan_linear
 from lexi_search.layers.spec import GatedDeltaNet, LightningAttention, Mamba, Mamba2, Recurrence
 from lexi_search.layers.weights import (
     Affine,
@@ -24,7 +23,8 @@ from lexi_search.layers.weights import (
     RecurrenceWeights,
 )
 
-SCAN_BYTES = 512 << 20  # of the values of all heads, float32, at a time; a scan holds about ten arrays of that size
+# Of the values of all heads, float32, of some whole sequences at a time; a layer holds about ten arrays of that size.
+MIX_BYTES = 512 << 20
 EPS = 1e-6  # of the lengths of queries and keys, as the kernels have it
 
 
@@ -32,6 +32,13 @@ def recur(
     x: Float[Array, "sequences length hidden"], weights: RecurrenceWeights, *, mixer: Recurrence
 ) -> Float[Array, "sequences length hidden"]:
     """The layer's output for every position, each seeing itself and those before it, in `x`'s type."""
+    size = 4 * x.shape[1] * weights.o.weight.shape[1]
+    return map_rows(lambda rows: _mix(rows[0][None], weights, mixer)[0], (x,), at_once=MIX_BYTES // size)
+
+
+def _mix(
+    x: Float[Array, "1 length hidden"], weights: RecurrenceWeights, mixer: Recurrence
+) -> Float[Array, "1 length hidden"]:
     match weights:
         case ConvolutionWeights():
             first, last, values = jnp.split(apply_affine(x, weights.input), 3, axis=-1)
@@ -59,7 +66,7 @@ def _mix_delta(
         _cut_heads(decays, mixer.num_groups, axis=2),
         _cut_heads(jax.nn.sigmoid(rates.astype(jnp.float32)), mixer.num_groups),
     )
-    read = normalise(_scan(scan_delta, inputs, x), weights.norm, norm=mixer.norm)
+    read = normalise(scan_delta(*inputs, dtype=_find_dtype(x)), weights.norm, norm=mixer.norm)
     return read.reshape(*x.shape[:2], -1) * ACTIVATIONS[mixer.gate](gates.astype(jnp.float32))
 
 
@@ -69,7 +76,7 @@ def _mix_lightning(
     joined = ACTIVATIONS[mixer.activation](apply_affine(x, weights.qkv).astype(jnp.float32))
     queries, keys, values = jnp.split(_cut_heads(joined, len(mixer.slopes)), 3, axis=-1)
     decays = jnp.broadcast_to(-jnp.asarray(mixer.slopes, jnp.float32)[None, None, :], queries.shape[:-1])
-    read = _scan(scan_linear, (queries, keys, values[:, :, :, None], decays[..., None, None]), x)
+    read = scan_linear(queries, keys, values[:, :, :, None], decays[..., None, None], dtype=_find_dtype(x))
     read = normalise(read.reshape(*x.shape[:2], -1), weights.norm, norm=mixer.norm)
     return read * jax.nn.sigmoid(apply_affine(x, weights.gate).astype(jnp.float32))
 
@@ -88,12 +95,7 @@ def _mix_mamba(
     steps = jax.nn.softplus(steps + weights.steps.bias.astype(jnp.float32)[None, None])
     keys, queries = (part.astype(jnp.float32) for part in normed[1:])
     rates = -jnp.exp(weights.decay_rate.astype(jnp.float32))
-
-    def scan(sequence: tuple[Array, ...]) -> Array:
-        return scan_channels(*(part[None] for part in sequence), rates)[0]
-
-    size = 4 * CHUNK * rates.size  # of the states of a chunk
-    read = map_rows(scan, (queries, keys, steps * channels, steps), at_once=SCAN_BYTES // size)
+    read = scan_channels(queries, keys, steps * channels, steps, rates)
     skipped = weights.skip.astype(jnp.float32)[None, None] * channels
     return (read + skipped) * jax.nn.silu(gates.astype(jnp.float32))
 
@@ -111,7 +113,7 @@ def _mix_mamba2(
     decays = -jnp.exp(weights.decay_rate.astype(jnp.float32))[None, None] * steps
     steps, decays = (_cut_heads(part[..., None], mixer.num_groups, axis=2) for part in (steps, decays))
     queries, keys = (_cut_heads(part, mixer.num_groups) for part in (queries, keys))
-    read = _scan(scan_linear, (queries, keys, steps * values, decays), x)
+    read = scan_linear(queries, keys, steps * values, decays, dtype=_find_dtype(x))
     skip = weights.skip.astype(jnp.float32).reshape(1, 1, *values.shape[2:4], 1)
     outputs = (read + skip * values).reshape(*x.shape[:2], -1) * jax.nn.silu(gates.astype(jnp.float32))
     normed = normalise(_cut_heads(outputs, mixer.num_groups), None, norm=mixer.norm).reshape(outputs.shape)
@@ -149,19 +151,9 @@ def _project_channel_delta(
     return *map(ACTIVATIONS[mixer.activation], convolved), decays, apply_affine(x, weights.rates), gates
 
 
-def _scan(
-    function: Callable, inputs: tuple[Array, ...], x: Array
-) -> Float[Array, "sequences length groups heads value"]:
-    """A scan of the `inputs` made from `x`, of as many sequences at a time as `SCAN_BYTES` allow."""
-    queries, _, values, *_ = inputs
-    size = 4 * values.shape[1] * values.shape[2] * values.shape[3] * max(queries.shape[-1], values.shape[-1])
-
-    dtype = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32  # states may be beyond float16
-
-    def scan(sequence: tuple[Array, ...]) -> Array:
-        return function(*(part[None] for part in sequence), dtype=dtype)[0]
-
-    return map_rows(scan, inputs, at_once=SCAN_BYTES // size)
+def _find_dtype(x: Array) -> DTypeLike:
+    """The type of operands of a recurrence's products; states may be beyond float16."""
+    return jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
 
 
 def convolve(

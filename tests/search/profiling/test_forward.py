@@ -227,29 +227,27 @@ def test_a_layer_with_fewer_experts_equals_transformers(tmp_path):
     assert np.linalg.norm(ours[1] - before[1]) > 0.01 * np.linalg.norm(before[1])
 
 
-def test_sixteen_bits_are_near_float32(tmp_path):
-    model, tokens = build("olmoe"), draw_tokens()
-    tiny.save_checkpoint("olmoe", model, tmp_path)
+# Where scores of experts are near, rounding chooses others.
+@pytest.mark.parametrize(("name", "tolerance"), [("olmoe", 0.05), ("qwen3_next", 0.15), ("nemotron_h", 0.15)])
+def test_sixteen_bits_are_near_float32(name, tolerance, tmp_path):
+    model, tokens = build(name), draw_tokens()
+    tiny.save_checkpoint(name, model, tmp_path)
     states, logits = run(tmp_path, tokens, dtype="bfloat16")
     assert (states[-1] == states[-1].astype(ml_dtypes.bfloat16)).all() and logits.dtype == np.float32
-    assert_same((states, logits), run_reference(model, tokens), tolerance=0.05)
+    assert_same((states, logits), run_reference(model, tokens), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "minimax", "jamba"])
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "jamba"])
 def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
     """Of a length that the chunks of the recurrence do not divide."""
     model = build(name, max_position_embeddings=256)
-    tokens = np.random.default_rng(0).integers(3, 256, (2, 2 * CHUNK + 7))
+    tokens = np.random.default_rng(0).integers(3, 256, (2, CHUNK + 7))
     tiny.save_checkpoint(name, model, tmp_path)
-    expected = run_reference(model, tokens)
-    assert_same(run(tmp_path, tokens), expected)
-    assert_same(
-        run(tmp_path, tokens, dtype="bfloat16"), expected, tolerance=0.15
-    )  # tokens whose router's logits are near choose other experts
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
 
 
-def test_sequences_that_are_scanned_one_by_one_equal_transformers(tmp_path, monkeypatch):
-    monkeypatch.setattr(recurrent, "SCAN_BYTES", 1)
+def test_sequences_that_are_mixed_one_by_one_equal_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(recurrent, "MIX_BYTES", 1)
     model, tokens = build("qwen3_next", rms_norm_eps=1e-7), draw_tokens()  # no other test's compiled layers
     tiny.save_checkpoint("qwen3_next", model, tmp_path)
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
