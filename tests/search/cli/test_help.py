@@ -5,17 +5,15 @@ import shlex
 
 import pytest
 from click.testing import CliRunner
-from command_line import list_warnings
+from command_line import list_warnings, shrink_runs
 from synthetic import make_cost_table
 
 from lexi_search.artifacts import serialisation
 from lexi_search.artifacts.profile import Profile
 from lexi_search.cli.main import main
-from lexi_search.profiling.profile import SAMPLES
 
 # A command -> those whose examples make what its own read.
 ORDER = ("profile", "merge", "search", "front", "plot", "export", "show", "compare", "judge", "prune", "auto")
-SMALL = {"length": 32, "samples": 256}  # in place of the defaults, which take minutes
 
 
 def list_examples(name):
@@ -45,11 +43,7 @@ def test_examples_work_in_the_order_of_the_commands(request, workplace, monkeypa
     weights = place / "weights"
     if not weights.exists():
         weights.symlink_to(request.config.rootpath / "examples" / "tiny-olmoe")
-    for command in main.commands.values():
-        for option in command.params:
-            if option.name in SMALL and isinstance(option.default, int):
-                monkeypatch.setattr(option, "default", SMALL[option.name])
-    monkeypatch.setitem(SAMPLES, "weights", SMALL["samples"])
+    shrink_runs(monkeypatch)
     if name == "search":
         model = serialisation.read_profile("profile.json").model
         table = make_cost_table(len(model.moe_layers), model.top_k)
