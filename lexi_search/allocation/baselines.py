@@ -21,7 +21,7 @@ from lexi_search.profiling.forward import Variant
 from lexi_search.solvers.exact import solve
 from lexi_search.solvers.problem import pose, sum_over_layers
 
-OURS, PAPER = "this allocation", "the paper's method"
+OURS, PAPER, COMPENSATED = "this allocation", "the paper's method", "compensated alike"
 
 
 class Contender(NamedTuple):
@@ -63,8 +63,8 @@ def list_contenders(
     rows = {OURS: tuple(allocation.top_k[layer] for layer in layers), spread: even}
     corrected = {OURS} if profile.settings.gate_exponent is not None else set()
     if profile.settings.compensation_rank is not None:
-        rows[f"{spread}, compensated alike"] = even
-        corrected |= {f"{spread}, compensated alike"}
+        rows[f"{spread}, {COMPENSATED}"] = even
+        corrected |= {f"{spread}, {COMPENSATED}"}
     if by_paper is not None:
         rows[PAPER] = _minimise_norms(by_paper, allocation.budget)
     rows[f"the model's own k = {full}"] = (full,) * len(layers)

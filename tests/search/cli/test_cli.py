@@ -18,7 +18,7 @@ import pytest
 import tiny
 from command_line import list_warnings, refuse, run, succeed, write
 from safetensors.numpy import load_file, save_file
-from synthetic import make_allocation, make_profile
+from synthetic import make_allocation, make_maps, make_profile
 
 import lexi_search
 from lexi_search.artifacts import serialisation
@@ -26,7 +26,7 @@ from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.cli.console import print_table
 from lexi_search.cli.main import main
 from lexi_search.cli.options import parse_budgets, parse_layers
-from lexi_search.cli.tables import tabulate_judgements
+from lexi_search.cli.tables import list_judgements, tabulate_judgements
 from lexi_search.errors import InputError
 from lexi_search.profiling.divergence import Judgement
 from lexi_search.profiling.forward import Variant
@@ -568,6 +568,19 @@ def read_terminal(master):
 
 def test_the_version_is_printed():
     assert lexi_search.__version__ in succeed("--version")
+
+
+def test_judged_allocations_show_what_makes_up_for_dropped_experts(capsys):
+    maps = make_maps(make_profile(2, 2).model, rank=3)
+    variants = {"full.json": Variant((1, 2), 0.25, maps), "alone.json": Variant((1, 2), 0.25), "none": Variant((1, 2))}
+    judged = {name: Judgement(float(place), 0.5) for place, name in enumerate(variants)}
+    rows = {row["name"]: (row["gate_exponent"], row["compensation_rank"]) for row in list_judgements(variants, judged)}
+    assert rows == {"full.json": (0.25, 3), "alone.json": (0.25, None), "none": (None, None)}
+    print_table(tabulate_judgements(variants, judged))
+    cells = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert cells[0][:4] == ["allocation", "budget", "exponent", "rank"]
+    assert cells[1] == ["full.json", "3", "0.25", "3", "0.0000", "0.5000"]
+    assert cells[3] == ["none", "3", "2.0000", "0.5000"]
 
 
 @pytest.mark.parametrize(("encoding", "sign"), [("ascii", "+-"), ("latin-1", "±"), ("utf-8", "±")])
