@@ -189,7 +189,7 @@ def test_profile_refuses_a_damaged_checkpoint(folder, checkpoint, spoil, words):
         (["--samples", "0"], "max_samples is 0, at least 1 expected"),
         (["--samples", "63"], "at most 63 samples allow no iteration of batch 2 x length 32; raise the cap"),
         (["--relative-error", "nan"], "relative_error is nan, a finite number of at least 0 expected"),
-        (["-o", "absent/profile.json"], "cannot write absent/profile.json: No such file or directory"),
+        (["-o", "absent/profile.json"], "/absent); make that folder first"),
         (["-o", "."], "cannot write .: not a regular file"),
         (["-o", "/proc/profile.json"], "cannot write /proc/profile.json: No such file or directory"),
     ],
