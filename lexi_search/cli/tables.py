@@ -157,7 +157,7 @@ def tabulate_comparisons(
     """One row per (profile, loss): its rank correlation, and the share of the gap from uniform to optimum it closes."""
     table = _table()
     first = next(iter(comparisons.values()))
-    for name in ("profile", "measured with", "loss"):
+    for name in ("profile", "compensation", "loss"):
         table.add_column(name)
     for name in ("Spearman", *(f"B={budget}" for budget in first.budgets.tolist())):
         table.add_column(name, justify="right")
@@ -167,7 +167,7 @@ def tabulate_comparisons(
             "" if math.isnan(share) else f"{'' if clear else '~ '}{100 * share:.0f} ±{100 * error:.0f} %"
             for share, error, clear in zip(*figures, strict=True)
         )
-        made_up = describe_compensation(profiles[path])
+        made_up = describe_compensation(profiles[path]) or "none"
         table.add_row(path, made_up, kind, f"{comparison.correlation:.3f}", *closed)
     pairs = zip(first.uniform.tolist(), first.optimum.tolist(), strict=True)
     gains = (f"{100 * (1 - optimum / uniform):.1f} %" if uniform else "" for uniform, optimum in pairs)

@@ -163,13 +163,12 @@ def _list_tiles(outcome: Outcome) -> tuple[Tile, ...]:
 def _compare(outcome: Outcome) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """The columns and rows that set the allocation beside others."""
     judged = outcome.contenders[0].judged is not None
-    made_up = outcome.profile.settings.gate_exponent is not None  # the profile's losses are with compensation
     columns = ("", "experts", _name_speed(outcome), "loss, layers summed")
     if judged:
         columns += ("loss, whole model", "this allocation loses")
     rows = []
     for index, one in enumerate(outcome.contenders):
-        summed = f"{one.loss:.4g}" if one.compensated or not made_up or one is outcome.contenders[-1] else ""
+        summed = "" if one.loss is None else f"{one.loss:.4g}"
         row = (one.name, str(sum(one.top_k)), f"{one.speedup:.3f}", summed)
         if judged:
             more, stderr = one.excess

@@ -179,8 +179,8 @@ def _explain_compensation(outcome: Outcome) -> Iterator[str]:
     if corrections:
         yield (
             f"Corrections are small maps for layers with fewer experts: {len(outcome.result.allocation.corrected)} of "
-            f"them in {corrections.file}, of which the folder that is served has a copy. Their time is not in an "
-            "estimate of speed."
+            f"them in {corrections.file}, of which the folder that is served has a copy. Speed-ups leave out the "
+            "time that they take."
         )
 
 

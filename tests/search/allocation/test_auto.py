@@ -121,6 +121,7 @@ def test_the_report_says_what_compensation_does_and_sums_no_losses_that_were_not
     # Without its corrections nothing is known of an allocation's layers: the profile was measured with them.
     assert summed["k = 2 and 3 spread evenly"] == summed["the paper's method"] == ""
     assert float(summed["this allocation"]) <= float(summed["k = 2 and 3 spread evenly, compensated alike"])
+    assert 'class="paper"' not in (place / "report.html").read_text()  # nor is there a place for it beside the front
     judged = {row["name"]: row["divergence"] for row in read_json_object(place / "judged.json")["judged"]}
     less = 100 * (1 - judged["this allocation"] / judged["k = 2 and 3 spread evenly, compensated alike"])
     same = read_top_k(place / "allocation.json") == (2, 2, 3)
@@ -418,7 +419,7 @@ def test_a_gate_exponent_is_part_of_what_is_judged_and_served(folder, weights):
     succeed("auto", weights, "--budget", 7, "-o", "served", *options, *OPTIONS)
     assert read_json_object("served/config.json")["lexi_allocation"]["gate_exponent"] == 0.5
     variants = read_json_object("served.lexi/judged.json")["variants"]
-    assert [variant["gate_exponent"] for variant in variants] == [0.5, None]
+    assert [variant["gate_exponent"] for variant in variants] == [0.5, None, 0.5]
     report = Path("served.lexi/report.md").read_text()
     assert "Compensation: gate exponent 0.5, to make up for dropped experts" in report and "corrections" not in report
 
