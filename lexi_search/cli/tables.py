@@ -73,6 +73,8 @@ def tabulate_search(results: Sequence[AllocationResult], targets: Sequence[str] 
     """One row per budget, or per target of time by its name in `targets`; empty columns are left out."""
     first = results[0].allocation
     title = f"{first.model.model_type}: {len(first.top_k)} MoE layers, loss in{_name_unit(first)}"
+    if any(result.expected_gain is not None and result.allocation.gap for result in results):
+        title += "; k are best by losses shrunk towards their mean over layers, gap is by those of the profile"
     columns = {
         "budget": lambda r: str(r.allocation.budget),
         "share %": lambda r: f"{100 * find_share(r.allocation):.4g}",
