@@ -248,6 +248,8 @@ def test_show_an_allocation(folder):
         "optimal_loss": 1.25,
         "gap": pytest.approx(0.2),
         "top_k": {"0": 1, "1": 2, "2": 3},
+        "gate_exponent": None,
+        "compensation": None,
     }
 
 
