@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="If the file does not exist, ")
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()
+    if not Path(arguments.folder, "config.json").is_file():
+        raise SystemExit(f"{arguments.folder} is no model folder: it has no config.json; export one with lexi-search")
     with serving(arguments.folder) as (url, log):
         text = complete(url, arguments.prompt, arguments.tokens)
         stated = STATED.search(log.read_text())

@@ -185,12 +185,10 @@ def compare_status(status: Status, allocation: Allocation, place: str) -> None:
         reduced = wanted < allocation.model.top_k
         exponent = allocation.gate_exponent if reduced else None
         source = allocation.compensation.sha256[:SHORT] if reduced and allocation.compensation else None
-        if status.gate_exponents.get(layer) != exponent:
-            raise AllocationError(
-                f"layer {layer} runs gate exponent {status.gate_exponents.get(layer)} there, {place} says {exponent}; "
-                f"serve {place}"
-            )
-        if (running := status.compensation.get(layer)) != source:
-            raise AllocationError(
-                f"layer {layer} runs compensation {running} there, {place} says {source}; serve {place}"
-            )
+        for name, running, asked in (
+            ("gate exponent", status.gate_exponents.get(layer), exponent),
+            ("compensation", status.compensation.get(layer), source),
+        ):
+            if running != asked:
+                there, here = (f"{name} {value}" if value is not None else f"no {name}" for value in (running, asked))
+                raise AllocationError(f"layer {layer} runs with {there}, {place} says {here}; serve {place}")

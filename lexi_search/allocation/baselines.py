@@ -21,12 +21,13 @@ from lexi_search.profiling.forward import Variant
 from lexi_search.solvers.exact import solve
 from lexi_search.solvers.problem import pose, sum_over_layers
 
-OURS, PAPER = "this allocation", "the paper's method"
+OURS, PAPER, COMPENSATED = "this allocation", "the paper's method", "compensated alike"
 
 
 class Contender(NamedTuple):
     """An allocation beside others: its k per layer, its loss by the profile, and its time and speed-up.
 
+    The loss is None without the compensation that the profile was measured with: nothing is known of its layers then.
     `compensated` says whether it is with the profile's gate exponent and corrections. `judged` is what the whole model
     loses under it on text of its own, and `excess` how much more our allocation loses on the same text; None where
     nothing was judged.
@@ -34,7 +35,7 @@ class Contender(NamedTuple):
 
     name: str
     top_k: tuple[int, ...]
-    loss: float
+    loss: float | None
     ms: float
     speedup: float
     compensated: bool = False
@@ -50,8 +51,8 @@ def spread_evenly(budget: int, layers: int) -> tuple[int, ...]:
 def list_contenders(
     profile: Profile, allocation: Allocation, cost: Cost, *, by_paper: Profile | None = None
 ) -> tuple[Contender, ...]:
-    """The allocation; a uniform k of its budget, or two spread evenly, as the model does and, with a profile that has
-    corrections, with those; the paper's, if its profile is given; full k.
+    """The allocation; a uniform k of its budget, or two spread evenly, as the model does and, with a profile that
+    compensates, as that does; the paper's, if its profile is given; full k.
 
     Losses are by the table of `profile` that a search minimises by default, which the allocation is the best by.
     """
@@ -62,17 +63,20 @@ def list_contenders(
     )
     rows = {OURS: tuple(allocation.top_k[layer] for layer in layers), spread: even}
     corrected = {OURS} if profile.settings.gate_exponent is not None else set()
-    if profile.settings.compensation_rank is not None:
-        rows[f"{spread}, compensated alike"] = even
-        corrected |= {f"{spread}, compensated alike"}
+    if corrected:
+        rows[f"{spread}, {COMPENSATED}"] = even
+        corrected |= {f"{spread}, {COMPENSATED}"}
     if by_paper is not None:
         rows[PAPER] = _minimise_norms(by_paper, allocation.budget)
     rows[f"the model's own k = {full}"] = (full,) * len(layers)
     chosen = np.array(list(rows.values()))
+    known = [not corrected or name in corrected or min(top_k) == full for name, top_k in rows.items()]
     losses, ms = sum_over_layers(np.asarray(profile.losses(profile.default_loss)), chosen), cost.time(chosen)
     return tuple(
-        Contender(name, top_k, float(loss), float(time), float(cost.base_ms / time), name in corrected)
-        for (name, top_k), loss, time in zip(rows.items(), losses, ms, strict=True)
+        Contender(
+            name, top_k, float(loss) if known else None, float(time), float(cost.base_ms / time), name in corrected
+        )
+        for (name, top_k), loss, time, known in zip(rows.items(), losses, ms, known, strict=True)
     )
 
 

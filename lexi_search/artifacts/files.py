@@ -288,7 +288,8 @@ def _open_temporary(path: str | os.PathLike[str]) -> tuple[Path, Path, BinaryIO]
             temporary = target.parent / f"{stem}{secrets.token_hex(8)}.tmp"
             file = _lock(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), temporary)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror} ({target.parent})") from error
+        remedy = "make that folder first" if isinstance(error, FileNotFoundError) else "name another file"
+        raise InputError(f"cannot write {path}: {error.strerror} ({target.parent}); {remedy}") from error
     for other in target.parent.glob(f"{stem}*.tmp"):
         if other != temporary:
             _remove_abandoned(other)

@@ -103,7 +103,7 @@ def _describe_maps(path: str) -> Record:
     for layer, k in places:
         ks.setdefault(layer, []).append(k)
     rows = [(layer, " ".join(map(str, held))) for layer, held in ks.items()]
-    title = f"{told['model_type']}: corrections of rank {told['rank']}, {os.path.getsize(path) / 1e6:.1f} MB"
+    title = f"{told['model_type']}: corrections of rank {told['rank']}, {os.path.getsize(path) / 1e6:.3g} MB"
     return Record(FORMAT, title, ("layer", "k"), rows)
 
 

@@ -94,7 +94,10 @@ def write_allocation(
     """
     rank = allocation.made_by.get("compensation_rank")
     if rank is not None and allocation.compensation is None and allocation.corrected:
-        raise InputError(f"cannot write {path}: the allocation's losses are with corrections, which it does not name")
+        raise InputError(
+            f"cannot write {path}: the allocation's losses are with corrections, which it does not name; write it by "
+            "write_allocations, with what read_profile_maps returns"
+        )
     write_atomically(path, to_bytes(allocation), apart_from=apart_from, force=force)
 
 

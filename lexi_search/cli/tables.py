@@ -73,6 +73,8 @@ def tabulate_search(results: Sequence[AllocationResult], targets: Sequence[str] 
     """One row per budget, or per target of time by its name in `targets`; empty columns are left out."""
     first = results[0].allocation
     title = f"{first.model.model_type}: {len(first.top_k)} MoE layers, loss in{_name_unit(first)}"
+    if any(result.expected_gain is not None and result.allocation.gap for result in results):
+        title += "; k are best by losses shrunk towards their mean over layers, gap is by those of the profile"
     columns = {
         "budget": lambda r: str(r.allocation.budget),
         "share %": lambda r: f"{100 * find_share(r.allocation):.4g}",
@@ -151,11 +153,13 @@ def summarise(allocation: Allocation) -> dict[str, Any]:
     }
 
 
-def tabulate_comparisons(comparisons: Mapping[tuple[str, str], Comparison], *, title: str) -> RenderableType:
+def tabulate_comparisons(
+    comparisons: Mapping[tuple[str, str], Comparison], profiles: Mapping[str, Profile], *, title: str
+) -> RenderableType:
     """One row per (profile, loss): its rank correlation, and the share of the gap from uniform to optimum it closes."""
     table = _table()
     first = next(iter(comparisons.values()))
-    for name in ("profile", "loss"):
+    for name in ("profile", "compensation", "loss"):
         table.add_column(name)
     for name in ("Spearman", *(f"B={budget}" for budget in first.budgets.tolist())):
         table.add_column(name, justify="right")
@@ -165,38 +169,23 @@ def tabulate_comparisons(comparisons: Mapping[tuple[str, str], Comparison], *, t
             "" if math.isnan(share) else f"{'' if clear else '~ '}{100 * share:.0f} ±{100 * error:.0f} %"
             for share, error, clear in zip(*figures, strict=True)
         )
-        table.add_row(path, kind, f"{comparison.correlation:.3f}", *closed)
+        made_up = describe_compensation(profiles[path]) or "none"
+        table.add_row(path, made_up, kind, f"{comparison.correlation:.3f}", *closed)
     pairs = zip(first.uniform.tolist(), first.optimum.tolist(), strict=True)
     gains = (f"{100 * (1 - optimum / uniform):.1f} %" if uniform else "" for uniform, optimum in pairs)
-    table.add_row("", "gain of the optimum over uniform", "", *gains, style="dim")
+    table.add_row("", "", "gain of the optimum over uniform", "", *gains, style="dim")
     return _entitle(title, table)
-
-
-def list_comparisons(comparisons: Mapping[tuple[str, str], Comparison]) -> list[dict[str, Any]]:
-    """The rows of `tabulate_comparisons` as JSON objects; entry j of a list is for budget j."""
-    return [
-        {
-            "profile": path,
-            "loss": kind,
-            "spearman": None if math.isnan(comparison.correlation) else comparison.correlation,
-            **{
-                name: getattr(comparison, name).tolist()
-                for name in ("budgets", "uniform", "found", "optimum", "lead_error", "closed_error", "distinguishable")
-            },
-        }
-        for (path, kind), comparison in comparisons.items()
-    ]
 
 
 def tabulate_judgements(variants: Mapping[str, "Variant"], judged: Mapping[str, "Judgement"]) -> RenderableType:
     """One row per variant, the best first."""
     table = _table()
     table.add_column("allocation")
-    for name in ("budget", "exponent", "divergence", "±"):
+    for name in ("budget", "exponent", "rank", "divergence", "±"):
         table.add_column(name, justify="right")
     for row in list_judgements(variants, judged):
-        exponent = "" if row["gate_exponent"] is None else f"{row['gate_exponent']:g}"
-        table.add_row(row["name"], str(row["budget"]), exponent, f"{row['divergence']:.4f}", f"{row['stderr']:.4f}")
+        made_up = ("" if row[name] is None else f"{row[name]:g}" for name in ("gate_exponent", "compensation_rank"))
+        table.add_row(row["name"], str(row["budget"]), *made_up, f"{row['divergence']:.4f}", f"{row['stderr']:.4f}")
     return _entitle("divergence of next-token distributions from the model's own, nats per token", table)
 
 
@@ -207,6 +196,7 @@ def list_judgements(variants: Mapping[str, "Variant"], judged: Mapping[str, "Jud
             "name": name,
             "budget": sum(variants[name].top_k),
             "gate_exponent": variants[name].exponent,
+            "compensation_rank": len(next(iter(maps.values())).A) if (maps := variants[name].maps) else None,
             **judgement._asdict(),
         }
         for name, judgement in sorted(judged.items(), key=lambda item: item[1].divergence)
@@ -242,10 +232,15 @@ def describe_profile(profile: Profile, loss: str) -> str:
     errors = sorted(error / value for value, error in pairs if value)
     known = f", known to {format_share(errors[len(errors) // 2])} in the median (standard error)" if errors else ""
     count = f"{len(profile.layers)} of {len(profile.model.moe_layers)} MoE layers"
-    exponent, rank = profile.settings.gate_exponent, profile.settings.compensation_rank
-    known += "" if exponent is None else f"; gate exponent {exponent:g}"
-    known += "" if rank is None else f" and corrections of rank {rank}"
+    known += f"; {made_up}" if (made_up := describe_compensation(profile)) else ""
     return f"{profile.model.model_type}: {loss} loss of {count} at k from 1 to {profile.max_k}{known}"
+
+
+def describe_compensation(profile: Profile) -> str:
+    """What the losses of a profile were measured with to make up for dropped experts; empty for nothing."""
+    exponent, rank = profile.settings.gate_exponent, profile.settings.compensation_rank
+    said = "" if exponent is None else f"gate exponent {exponent:g}"
+    return said if rank is None else f"{said} and corrections of rank {rank}"
 
 
 def tabulate_record(record: "Record") -> RenderableType:

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from lexi_search.artifacts import serialisation
 from lexi_search.cli.main import main
+from lexi_search.profiling.profile import SAMPLES
 
 
 def run(*arguments):
@@ -15,6 +16,18 @@ def run(*arguments):
 
 # What a command says on stderr where all is well: what it will take, how far it is, what was decided, how to go on.
 TOLD = re.compile(r"(plan|done|next): .*|.*: \d+ of \d+, elapsed \d+:\d\d:\d\d(, left \d+:\d\d:\d\d)?")
+
+
+SMALL = {"length": 32, "samples": 256}  # in place of the defaults, which take minutes
+
+
+def shrink_runs(patch):
+    """Have every command of lexi-search measure on a few tokens where it is not told how many."""
+    for command in main.commands.values():
+        for option in command.params:
+            if option.name in SMALL and isinstance(option.default, int):
+                patch.setattr(option, "default", SMALL[option.name])
+    patch.setitem(SAMPLES, "weights", SMALL["samples"])
 
 
 def list_warnings(stderr):

@@ -82,12 +82,14 @@ def make_allocation(
     return Allocation(identity, chosen, sum(chosen.values()), 1.5, 1.25, {"lexi_search": "0.1.0"}, gate_exponent)
 
 
-def make_cost_table(layers: int = 4, top_k: int = 4, **changes: Any) -> CostTable:
-    """A cost table with steps of 16 tokens, concave in k, and of 4096, linear; layers differ a little."""
+def make_cost_table(
+    layers: int = 4, top_k: int = 4, *, sizes: tuple[int, int] = (16, 4096), **changes: Any
+) -> CostTable:
+    """A cost table with steps of few tokens, concave in k, and of many, linear, `sizes`; layers differ a little."""
     identity, draw = make_identity(layers, top_k, **changes), random.Random(1)
     names = ("model_type", "num_hidden_layers", "num_experts", "top_k", "moe_layers")
     steps = {}
-    for tokens, power in ((16, 0.5), (4096, 1.0)):
+    for tokens, power in zip(sizes, (0.5, 1.0), strict=True):
         factors = {layer: draw.uniform(0.9, 1.1) for layer in identity.moe_layers}
         times = {
             layer: tuple(tokens**0.5 * factor * k**power for k in range(1, top_k + 1))

@@ -1,7 +1,8 @@
 """`lexi-search compare`."""
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -42,6 +43,8 @@ def compare(reference: str, profiles: tuple[str, ...], loss: str | None, resampl
     100 % is as good as REFERENCE itself, 0 % no better than the same k in every layer. Every loss that a profile holds
     is judged by itself. Standard errors come from those of the profiles; "~" marks what is within two of them of the
     same k in every layer: there REFERENCE cannot tell which is better.
+
+    Only the k are judged: every allocation is taken to run with the compensation that REFERENCE was measured with.
     """
     truth = read_profile(reference)
     others = {path: read_profile(path) for path in profiles}
@@ -56,13 +59,44 @@ def compare(reference: str, profiles: tuple[str, ...], loss: str | None, resampl
         for kind in other.loss_kinds
     }
     if as_json:
-        print_json(tables.list_comparisons(comparisons))
-    else:
-        print_table(tables.tabulate_comparisons(comparisons, title=f"by {loss} of {reference}"))
-        _conclude(comparisons, loss, truth)
+        print_json(_list_comparisons(comparisons, others))
+        return
+    made_up = tables.describe_compensation(truth)
+    title = f"by {loss} of {reference}, measured {f'with {made_up}' if made_up else 'without compensation'}"
+    print_table(tables.tabulate_comparisons(comparisons, others, title=title))
+    different = [path for path, other in others.items() if tables.describe_compensation(other) != made_up]
+    if different:
+        echo(
+            f"{', '.join(different)}: measured with another compensation than {reference}, so that the k are judged, "
+            "not what they lose with their own; lexi-search judge measures that",
+            err=True,
+        )
+    _conclude(comparisons, others, loss, truth)
 
 
-def _conclude(comparisons: Mapping[tuple[str, str], "Comparison"], loss: str, truth: Profile) -> None:
+def _list_comparisons(
+    comparisons: Mapping[tuple[str, str], "Comparison"], profiles: Mapping[str, Profile]
+) -> list[dict[str, Any]]:
+    """The rows of the table as JSON objects; entry j of a list is for budget j."""
+    return [
+        {
+            "profile": path,
+            "loss": kind,
+            "gate_exponent": profiles[path].settings.gate_exponent,
+            "compensation_rank": profiles[path].settings.compensation_rank,
+            "spearman": None if math.isnan(comparison.correlation) else comparison.correlation,
+            **{
+                name: getattr(comparison, name).tolist()
+                for name in ("budgets", "uniform", "found", "optimum", "lead_error", "closed_error", "distinguishable")
+            },
+        }
+        for (path, kind), comparison in comparisons.items()
+    ]
+
+
+def _conclude(
+    comparisons: Mapping[tuple[str, str], "Comparison"], others: Mapping[str, Profile], loss: str, truth: Profile
+) -> None:
     """Say which is best, and warn where the reference is too noisy to tell."""
     unsure = sum(int((~each.distinguishable).sum()) for each in comparisons.values())
     every = sum(each.distinguishable.size for each in comparisons.values())
@@ -73,7 +107,10 @@ def _conclude(comparisons: Mapping[tuple[str, str], "Comparison"], loss: str, tr
             + ("--loss divergence is mostly less noisy" if less else "profiles of more text would tell"),
             err=True,
         )
-    (path, kind), best = min(comparisons.items(), key=lambda item: item[1].found.sum())
+    # Of several as good, the loss that a search takes by itself.
+    (path, kind), best = min(
+        comparisons.items(), key=lambda item: (item[1].found.sum(), item[0][1] != others[item[0][0]].default_loss)
+    )
     middle = len(best.budgets) // 2
     said = "no budget leaves a choice"
     if len(best.budgets):

@@ -1,8 +1,10 @@
 """`lexi-search show` and `lexi-search plot`."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -19,7 +21,16 @@ from lexi_search.artifacts.files import (
 from lexi_search.artifacts.profile import Profile
 from lexi_search.artifacts.records import HISTORY, read_record
 from lexi_search.artifacts.serialisation import read_artifact, read_profile
-from lexi_search.cli.console import conclude, echo, json_option, loss_option, normalised_option, print_json, print_table
+from lexi_search.cli.console import (
+    conclude,
+    echo,
+    format_size,
+    json_option,
+    loss_option,
+    normalised_option,
+    print_json,
+    print_table,
+)
 from lexi_search.cli.options import force_option
 from lexi_search.errors import InputError
 
@@ -57,7 +68,8 @@ def show(file: str, loss: str | None, normalised: bool, as_json: bool) -> None:
         return
     artifact = read_artifact(file)
     if isinstance(artifact, Allocation):
-        summarise, tabulate, scale = tables.summarise, tables.tabulate_allocation, {}
+        tabulate, scale = tables.tabulate_allocation, {}
+        summarise: Callable[..., dict[str, Any]] = partial(_summarise, file)
         said = tables.describe_budget(artifact) + _describe_compensation(file, artifact)
         words = ["lexi-search", "export", file, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
     else:
@@ -72,17 +84,40 @@ def show(file: str, loss: str | None, normalised: bool, as_json: bool) -> None:
         conclude(said, words)
 
 
-def _describe_compensation(file: str, artifact: Profile | Allocation) -> str:
-    """How large the corrections are that a file names, and what they cost; empty without any."""
+def _summarise(file: str, allocation: Allocation) -> dict[str, Any]:
+    """An allocation as a JSON object, with what makes up for dropped experts."""
+    from lexi_search.cli.tables import summarise
+
+    measured = _measure_compensation(file, allocation)
+    named = None if measured is None else vars(allocation.compensation) | measured._asdict()
+    return summarise(allocation) | {"gate_exponent": allocation.gate_exponent, "compensation": named}
+
+
+class _Size(NamedTuple):
+    """How many corrections there are, the bytes of their file, and what one costs: products per token and layer."""
+
+    corrections: int
+    bytes: int
+    products: int
+
+
+def _measure_compensation(file: str, artifact: Profile | Allocation) -> _Size | None:
+    """How large the corrections are that a file names, and what they cost; None without any."""
     named = artifact.compensation
     if named is None:
-        return ""
+        return None
     maps = read_maps(file, named, artifact.model)
     first, size = next(iter(maps.values())), os.path.getsize(os.path.join(os.path.dirname(file), named.file))
-    products = first.A.size + first.B.size
+    return _Size(len(maps), size, first.A.size + first.B.size)
+
+
+def _describe_compensation(file: str, artifact: Profile | Allocation) -> str:
+    measured = _measure_compensation(file, artifact)
+    if measured is None:
+        return ""
     return (
-        f"; {len(maps)} corrections of rank {named.rank} in {named.file}, {size / 1e6:.1f} MB, at most "
-        f"{products / 1e3:,.0f} thousand products a token and layer"
+        f"; {measured.corrections} corrections of rank {artifact.compensation.rank} in {artifact.compensation.file}, "
+        f"{format_size(measured.bytes)}, at most {measured.products:,} products a token and layer"
     )
 
 

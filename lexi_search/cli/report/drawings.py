@@ -93,7 +93,7 @@ def draw_front(outcome: Outcome) -> str:
             f"{point.loss:.3g}</title></circle>"
         )
     for one in outcome.contenders:
-        if one.name == PAPER:
+        if one.name == PAPER and one.loss is not None:
             x, y = place(sum(one.top_k), one.loss)
             parts.append(
                 f'<path d="M{x:.2f} {y - 8:.2f}l8 8l-8 8l-8 -8z" class="paper"><title>{escape(PAPER)}: {one.loss:.3g}'

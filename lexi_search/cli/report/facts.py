@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lexi_search.allocation.auto import Outcome
-from lexi_search.allocation.baselines import Contender
+from lexi_search.allocation.baselines import COMPENSATED, Contender
 from lexi_search.allocation.tradeoff import thin
 from lexi_search.cli.report.statements import (
     Step,
@@ -60,7 +60,7 @@ class Facts(NamedTuple):
 
 def gather(outcome: Outcome) -> Facts:
     """The facts of a run, in words."""
-    ours, even = outcome.contenders[:2]
+    ours, even = outcome.contenders[0], _find_even(outcome)
     columns, rows = _compare(outcome)
     full, layers = outcome.job.model.top_k, len(ours.top_k)
     budget = sum(ours.top_k)
@@ -92,6 +92,13 @@ def state(value: float, stderr: float) -> str:
     return f"{value:.{max(digits, 0)}f} ± {stderr:.{max(digits, 0)}f}"
 
 
+def _find_even(outcome: Outcome) -> Contender:
+    """The k that are most alike, as the model runs them; by the profile alone as that was measured, compensated."""
+    ours, even, *others = outcome.contenders
+    alike = [one for one in others if one.compensated]
+    return alike[0] if alike and ours.judged is None else even
+
+
 def _lose(contender: Contender) -> float:
     """The loss to state: of the whole model where it was judged, else the sum over layers."""
     return contender.loss if contender.judged is None else contender.judged.divergence
@@ -111,7 +118,7 @@ def _name_speed(outcome: Outcome) -> str:
 
 def _judge(outcome: Outcome) -> str:
     """Whether the allocation beats the k of the same budget that are most alike."""
-    ours, even = outcome.contenders[:2]
+    ours, even = outcome.contenders[0], _find_even(outcome)
     if ours.judged is None:
         return (
             f"By the profile it loses {_put_beside(ours.loss, even.loss)} than {even.name}. That is the sum of what "
@@ -120,6 +127,9 @@ def _judge(outcome: Outcome) -> str:
     excess, stderr = even.excess
     much = _put_beside(ours.judged.divergence, even.judged.divergence)
     measured = f"Measured on text of its own, the whole model loses {much} than under {even.name}"
+    for alike in (one for one in outcome.contenders[2:] if one.compensated):
+        share = _put_beside(ours.judged.divergence, alike.judged.divergence)
+        measured += f" ({share} than under that {COMPENSATED})"
     if (ours.top_k, ours.compensated) == (even.top_k, even.compensated):
         return f"The best allocation of this budget is {even.name}."
     if excess < -2 * stderr:
@@ -130,7 +140,7 @@ def _judge(outcome: Outcome) -> str:
 
 
 def _list_tiles(outcome: Outcome) -> tuple[Tile, ...]:
-    ours, even = outcome.contenders[:2]
+    ours, even = outcome.contenders[0], _find_even(outcome)
     full, layers, sure = outcome.job.model.top_k, len(ours.top_k), outcome.result.share
     average = sum(ours.top_k) / layers
     error = f" ± {ours.judged.stderr:.1g}" if ours.judged else ""
@@ -158,7 +168,8 @@ def _compare(outcome: Outcome) -> tuple[tuple[str, ...], tuple[tuple[str, ...], 
         columns += ("loss, whole model", "this allocation loses")
     rows = []
     for index, one in enumerate(outcome.contenders):
-        row = (one.name, str(sum(one.top_k)), f"{one.speedup:.3f}", f"{one.loss:.4g}")
+        summed = "" if one.loss is None else f"{one.loss:.4g}"
+        row = (one.name, str(sum(one.top_k)), f"{one.speedup:.3f}", summed)
         if judged:
             more, stderr = one.excess
             row += (

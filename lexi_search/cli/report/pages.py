@@ -179,7 +179,7 @@ def _legend(outcome: Outcome) -> str:
         "the paper's method": '<path d="M11 1l6 6l-6 6l-6 -6z" class="paper"/>',
         "this allocation": '<path d="M11 0l2 5h5l-4 3l2 6l-5 -4l-5 4l2 -6l-4 -3h5z" class="ours"/>',
     }
-    if not any(one.name == PAPER for one in outcome.contenders):
+    if not any(one.name == PAPER and one.loss is not None for one in outcome.contenders):
         del marks["the paper's method"]
     items = (f'<li><svg viewBox="0 0 22 14" aria-hidden="true">{mark}</svg>{text}</li>' for text, mark in marks.items())
     return f'<ul class="legend">{"".join(items)}</ul>'

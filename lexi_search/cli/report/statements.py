@@ -17,11 +17,12 @@ from lexi_search.allocation.auto import (
     PROFILE,
     Outcome,
 )
+from lexi_search.allocation.baselines import COMPENSATED
 from lexi_search.allocation.baselines import PAPER as PAPER_NAME
 from lexi_search.allocation.targets import RESAMPLES, find_limit, sum_largest
 from lexi_search.artifacts.serialisation import sha256
 from lexi_search.cli.console import format_share
-from lexi_search.cli.tables import explain_fallbacks
+from lexi_search.cli.tables import describe_compensation, explain_fallbacks
 from lexi_search.solvers.uncertainty import NOISY, find_saving
 
 _UNITS = {"divergence": "nats per token", "increase": "nats per token"}
@@ -146,11 +147,7 @@ def explain(outcome: Outcome) -> Iterator[str]:
             f"The paper's method: the same budget, spent by the norms of LExI's Algorithm 1 (random input, "
             f"{PAPER_ITERATIONS} iterations), at the optimum of that objective."
         )
-    if outcome.profile.settings.gate_exponent is not None:
-        yield (
-            f"A gate exponent of {outcome.profile.settings.gate_exponent:g} is part of this allocation and of the "
-            "summed losses; for the whole model, the others were measured without it."
-        )
+    yield from _explain_compensation(outcome)
     if outcome.job.cost.estimated:
         origin = outcome.job.table.made_by["estimate"]
         yield (
@@ -167,6 +164,24 @@ def explain(outcome: Outcome) -> Iterator[str]:
         mix = ", ".join(f"{count:g} of {tokens} tokens" for tokens, count in outcome.job.cost.mix.items())
         yield f"Speed-ups are by the cost table measured on {clean(outcome.job.table.device)}, for steps: {mix}."
     yield f"A budget of 100 % is the model's own k = {full} in every MoE layer."
+
+
+def _explain_compensation(outcome: Outcome) -> Iterator[str]:
+    """What makes up for dropped experts, and which of the report's figures are with it."""
+    made_up, corrections = describe_compensation(outcome.profile), outcome.result.allocation.compensation
+    if not made_up:
+        return
+    alike = any(one.name.endswith(COMPENSATED) for one in outcome.contenders)
+    yield (
+        f"Compensation: {made_up}, to make up for dropped experts, in this allocation, summed losses and the front. "
+        f"All others{f' but the one {COMPENSATED}' * alike} are measured without it, and have no such sum."
+    )
+    if corrections:
+        yield (
+            f"Corrections are small maps for layers with fewer experts: {len(outcome.result.allocation.corrected)} of "
+            f"them in {corrections.file}, of which the folder that is served has a copy. Speed-ups leave out the "
+            "time that they take."
+        )
 
 
 def _name_choice(outcome: Outcome) -> str:

@@ -107,6 +107,27 @@ def test_a_budget_leads_to_a_folder_and_a_report(finished, weights):
     assert told[-2].startswith(f"done: 7 of {LAYERS * TOP_K} experts a token, 2.33 instead of 4 a layer")
 
 
+def test_the_report_says_what_compensation_does_and_sums_no_losses_that_were_not_measured(finished):
+    report = (finished / "served.lexi/report.md").read_text()
+    place = finished / "served.lexi"
+    profile, allocation = read_profile(place / "profile.json"), read_allocation(place / "allocation.json")
+    exponent, rank = profile.settings.gate_exponent, profile.settings.compensation_rank
+    assert f"Compensation: gate exponent {exponent:g} and corrections of rank {rank}, to make up for dropped" in report
+    assert f"{len(allocation.corrected)} of them in allocation.safetensors" in report
+    rows = [line.split("|")[1:-1] for line in report.splitlines() if line.startswith("| ")]
+    (head,) = [row for row in rows if "loss, whole model" in "".join(row)]
+    column = [name.strip() for name in head].index("loss, layers summed")
+    summed = {row[0].strip(): row[column].strip() for row in rows if len(row) == len(head)}
+    # Without its corrections nothing is known of an allocation's layers: the profile was measured with them.
+    assert summed["k = 2 and 3 spread evenly"] == summed["the paper's method"] == ""
+    assert float(summed["this allocation"]) <= float(summed["k = 2 and 3 spread evenly, compensated alike"])
+    assert 'class="paper"' not in (place / "report.html").read_text()  # nor is there a place for it beside the front
+    judged = {row["name"]: row["divergence"] for row in read_json_object(place / "judged.json")["judged"]}
+    less = 100 * (1 - judged["this allocation"] / judged["k = 2 and 3 spread evenly, compensated alike"])
+    same = read_top_k(place / "allocation.json") == (2, 2, 3)
+    assert same or f"({abs(less):.0f} % {'less' if less >= 0 else 'more'} than under that compensated alike)" in report
+
+
 def test_the_same_command_again_measures_and_writes_nothing(again, weights, monkeypatch):
     before = {path: path.lstat().st_mtime_ns for path in sorted(again.rglob("*")) if path.is_file()}
     monkeypatch.setattr(auto, "measure_variants", None)
@@ -140,7 +161,8 @@ def test_figures_of_the_report_are_those_of_the_files(finished):
         mean, error = divergence[row].mean(), divergence[row].std(ddof=1) / divergence.shape[1] ** 0.5
         assert judged["judged"][row]["divergence"] == pytest.approx(mean)
         paired = divergence[0] - divergence[row]
-        stated = [f"{loss:.4g}", state(mean, error)]
+        summed = [f"{loss:.4g}"] if judged["variants"][row]["gate_exponent"] is not None else []
+        stated = [*summed, state(mean, error)]
         if row:
             more = "more" if paired.mean() > 0 else "less"
             stated.append(f"{state(abs(paired.mean()), paired.std(ddof=1) / len(paired) ** 0.5)} {more}")
@@ -397,8 +419,9 @@ def test_a_gate_exponent_is_part_of_what_is_judged_and_served(folder, weights):
     succeed("auto", weights, "--budget", 7, "-o", "served", *options, *OPTIONS)
     assert read_json_object("served/config.json")["lexi_allocation"]["gate_exponent"] == 0.5
     variants = read_json_object("served.lexi/judged.json")["variants"]
-    assert [variant["gate_exponent"] for variant in variants] == [0.5, None]
-    assert "gate exponent of 0.5" in Path("served.lexi/report.md").read_text()
+    assert [variant["gate_exponent"] for variant in variants] == [0.5, None, 0.5]
+    report = Path("served.lexi/report.md").read_text()
+    assert "Compensation: gate exponent 0.5, to make up for dropped experts" in report and "corrections" not in report
 
 
 class Parser(HTMLParser):

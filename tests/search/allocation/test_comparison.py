@@ -10,7 +10,7 @@ from command_line import refuse, run, succeed, write
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
-from synthetic import add_model_losses, make_allocation, make_profile
+from synthetic import add_model_losses, make_allocation, make_corrected_profile, make_profile
 
 from lexi_search.allocation.comparison import SHARES, compare, correlate
 from lexi_search.artifacts.profile import LOSS_KINDS
@@ -115,6 +115,33 @@ def test_the_command_warns_of_a_noisy_reference(folder):
     assert row["loss"] == "divergence" and all(row["distinguishable"])
 
 
+def test_the_command_says_that_k_alone_are_judged_where_compensation_differs(folder):
+    corrected = make_corrected_profile(6, 4, spread=0.5, error=0.1)
+    for seed, file in enumerate(("truth.json", "p.json")):
+        write(folder / file, corrected if seed else add_model_losses(make_profile(6, 4)))
+    title = "by increase of truth.json, measured without compensation"
+    done = run("compare", "truth.json", "truth.json", "p.json")
+    assert done.stdout.splitlines()[0].strip() == title
+    (line,) = {line for line in done.stdout.splitlines() if line.startswith("p.json") and " divergence " in line}
+    assert " gate exponent 0.5 and corrections of rank 4 " in line
+    assert "p.json: measured with another compensation than truth.json, so that the k are judged, not" in done.stderr
+    rows = json.loads(run("compare", "truth.json", "truth.json", "p.json", "--json").stdout)
+    pairs = {(row["profile"], row["gate_exponent"], row["compensation_rank"]) for row in rows}
+    assert pairs == {("truth.json", None, None), ("p.json", 0.5, 4)}
+    alike = run("compare", "p.json", "p.json")
+    assert alike.stdout.startswith("by divergence of p.json, measured with gate exponent 0.5 and corrections of rank 4")
+    assert "another compensation" not in alike.stderr
+
+
+def test_of_losses_as_good_the_one_is_named_that_a_search_takes(folder):
+    profile = add_model_losses(make_profile(2, 2))  # so few choices that several losses lead to the same
+    write(folder / "p.json", profile)
+    found = {kind: compare(profile, profile, reference_loss="divergence", loss=kind).found for kind in LOSS_KINDS}
+    assert sum((each == found["divergence"]).all() for each in found.values()) > 1
+    done = run("compare", "p.json", "p.json", "--loss", "divergence")
+    assert "next: lexi-search search p.json --loss divergence --budget 50%" in done.stderr
+
+
 def test_other_models_are_refused():
     with pytest.raises(InputError, match="a different model"):
         compare(make_profile(), make_profile(router_sha256="f" * 64))
@@ -127,7 +154,7 @@ def test_the_command_judges_every_loss(folder):
     write(folder / "truth.json", add_model_losses(make_profile(5, 4)))
     write(folder / "paper.json", make_profile(5, 4, seed=3))
     lines = run("compare", "truth.json", "paper.json", "truth.json").stdout.splitlines()
-    assert lines[0].strip() == "by increase of truth.json"
+    assert lines[0].strip() == "by increase of truth.json, measured without compensation"
     rows = json.loads(succeed("compare", "truth.json", "paper.json", "truth.json", "--json"))
     kinds = [("paper.json", kind) for kind in ("frobenius", "rms", "squared")]
     kinds += [("truth.json", kind) for kind in LOSS_KINDS]

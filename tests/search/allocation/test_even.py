@@ -155,6 +155,14 @@ def test_search_says_in_one_line_where_it_fell_back(profiles):
     assert [Path(f"several/allocation-{budget}.json").read_bytes() for budget in (30, 54, 96)] == before
 
 
+def test_search_says_why_a_gap_is_no_fault_of_the_search(profiles):
+    told = "k are best by losses shrunk towards their mean over layers, gap is by those of the profile"
+    for budget, found in (("54", True), ("96", False)):  # at 96 there is one allocation, and no gap
+        shown = run("search", "apart.json", "--budget", budget, "--method", "exact", "-o", f"{budget}.json").stdout
+        assert bool(read_allocation(f"{budget}.json").gap) is found
+        assert (told in shown.splitlines()[0]) is found
+
+
 def test_search_says_nothing_where_it_found_a_better_one(profiles):
     result = run("search", "apart.json", "--budget", 54, "--json")
     (row,) = json.loads(result.stdout)

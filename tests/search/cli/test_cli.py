@@ -18,7 +18,7 @@ import pytest
 import tiny
 from command_line import list_warnings, refuse, run, succeed, write
 from safetensors.numpy import load_file, save_file
-from synthetic import make_allocation, make_profile
+from synthetic import make_allocation, make_maps, make_profile
 
 import lexi_search
 from lexi_search.artifacts import serialisation
@@ -26,7 +26,7 @@ from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.cli.console import print_table
 from lexi_search.cli.main import main
 from lexi_search.cli.options import parse_budgets, parse_layers
-from lexi_search.cli.tables import tabulate_judgements
+from lexi_search.cli.tables import list_judgements, tabulate_judgements
 from lexi_search.errors import InputError
 from lexi_search.profiling.divergence import Judgement
 from lexi_search.profiling.forward import Variant
@@ -189,7 +189,7 @@ def test_profile_refuses_a_damaged_checkpoint(folder, checkpoint, spoil, words):
         (["--samples", "0"], "max_samples is 0, at least 1 expected"),
         (["--samples", "63"], "at most 63 samples allow no iteration of batch 2 x length 32; raise the cap"),
         (["--relative-error", "nan"], "relative_error is nan, a finite number of at least 0 expected"),
-        (["-o", "absent/profile.json"], "cannot write absent/profile.json: No such file or directory"),
+        (["-o", "absent/profile.json"], "/absent); make that folder first"),
         (["-o", "."], "cannot write .: not a regular file"),
         (["-o", "/proc/profile.json"], "cannot write /proc/profile.json: No such file or directory"),
     ],
@@ -248,6 +248,8 @@ def test_show_an_allocation(folder):
         "optimal_loss": 1.25,
         "gap": pytest.approx(0.2),
         "top_k": {"0": 1, "1": 2, "2": 3},
+        "gate_exponent": None,
+        "compensation": None,
     }
 
 
@@ -568,6 +570,19 @@ def read_terminal(master):
 
 def test_the_version_is_printed():
     assert lexi_search.__version__ in succeed("--version")
+
+
+def test_judged_allocations_show_what_makes_up_for_dropped_experts(capsys):
+    maps = make_maps(make_profile(2, 2).model, rank=3)
+    variants = {"full.json": Variant((1, 2), 0.25, maps), "alone.json": Variant((1, 2), 0.25), "none": Variant((1, 2))}
+    judged = {name: Judgement(float(place), 0.5) for place, name in enumerate(variants)}
+    rows = {row["name"]: (row["gate_exponent"], row["compensation_rank"]) for row in list_judgements(variants, judged)}
+    assert rows == {"full.json": (0.25, 3), "alone.json": (0.25, None), "none": (None, None)}
+    print_table(tabulate_judgements(variants, judged))
+    cells = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert cells[0][:4] == ["allocation", "budget", "exponent", "rank"]
+    assert cells[1] == ["full.json", "3", "0.25", "3", "0.0000", "0.5000"]
+    assert cells[3] == ["none", "3", "2.0000", "0.5000"]
 
 
 @pytest.mark.parametrize(("encoding", "sign"), [("ascii", "+-"), ("latin-1", "±"), ("utf-8", "±")])

@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 from command_line import list_warnings, refuse, run, succeed, write
+from synthetic import make_allocation
 
 import lexi_adapter
 from lexi_adapter.model.compensation import check_compensation
@@ -240,12 +241,19 @@ def test_a_file_that_is_lost_or_exchanged_ends_every_command(place, weights):
 
 def test_show_says_how_large_the_corrections_are(place):
     search("profile.json", "--budget", 7, "-o", "a.json")
-    products = RANK * (48 + 64) / 1e3
+    products = RANK * (48 + 64)
     for file, count in (("profile.json", 9), ("a.json", len(serialisation.read_allocation("a.json").corrected))):
         told = run("show", file).stderr
-        size = os.path.getsize(file.replace(".json", ".safetensors")) / 1e6
-        assert f"; {count} corrections of rank {RANK} in {file[:-5]}.safetensors, {size:.1f} MB, at most " in told
-        assert f"{products:,.0f} thousand products a token and layer" in told
+        size = os.path.getsize(file.replace(".json", ".safetensors"))
+        assert f"; {count} corrections of rank {RANK} in {file[:-5]}.safetensors, {size / 1e3:.3g} kB, at most " in told
+        assert f"at most {products} products a token and layer" in told
+    shown = json.loads(run("show", "a.json", "--json").stdout)
+    named = dataclasses.asdict(serialisation.read_allocation("a.json").compensation)
+    assert shown["gate_exponent"] == EXPONENT
+    assert shown["compensation"] == named | {"corrections": count, "bytes": size, "products": products}
+    write(place / "plain.json", make_allocation(LAYERS, TOP_K))
+    shown = json.loads(run("show", "plain.json", "--json").stdout)
+    assert shown["gate_exponent"] is shown["compensation"] is None
 
 
 def test_profiles_that_cannot_be_judged_with_are_refused(place, weights):

@@ -7,6 +7,7 @@ import pytest
 from command_line import refuse, succeed
 from synthetic import add_model_losses, make_maps, make_profile
 
+import lexi_search
 from lexi_search.artifacts.compensation import name_beside, write_maps
 from lexi_search.artifacts.serialisation import read_allocation, read_allocation_maps, read_profile, write_profile
 
@@ -33,6 +34,18 @@ def read(path):
     maps = read_allocation_maps(path, allocation)
     assert set(maps) == set(allocation.corrected)
     return allocation
+
+
+def test_python_writes_what_the_command_does_and_is_told_how(profiled):
+    succeed(*SEARCH, "--budget", 9, "-o", "a.json")
+    profile = lexi_search.read_profile("p.json")
+    (found,) = lexi_search.allocate(profile, [9], method="exact", resamples=5)
+    with pytest.raises(lexi_search.InputError, match="; write it by write_allocations, with what read_profile_maps"):
+        lexi_search.write_allocation("b.json", found.allocation)
+    maps = lexi_search.read_profile_maps("p.json", profile)
+    lexi_search.write_allocations(["b.json"], [found.allocation], maps)
+    assert replace(read("b.json"), compensation=None) == replace(read("a.json"), compensation=None)
+    assert Path("b.safetensors").read_bytes() == Path("a.safetensors").read_bytes()
 
 
 def test_a_second_search_into_a_folder_does_not_break_the_first(profiled):
