@@ -2,13 +2,18 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_families import find_families
 from synthetic import make_profile
+from transformers import CONFIG_MAPPING
 
 from lexi_search.artifacts.cost_table import CostTable, StepTime
 from lexi_search.artifacts.identity import ModelShape
@@ -166,3 +171,16 @@ def test_times_of_a_mix_are_weighed_by_how_many_steps_there_are():
     steps = {16: StepTime(1.0, {0: (1.0, 3.0)}), 8192: StepTime(8.0, {0: (4.0, 120.0)})}
     speedups = figure.find_speedups(CostTable(ModelShape("olmoe", 1, 4, 2, (0,)), "a device", steps, {}))
     assert speedups == {1: (128 * 4 + 128) / (128 * 2 + 12), 2: 1.0}
+
+
+def test_the_table_of_families_is_what_the_registries_and_engines_say(tmp_path):
+    families = load("families")
+    assert families.TESTED == {{"deepseek_vl2": "deepseek_vl_v2"}.get(name, name) for name in tiny.FAMILIES}
+    assert families.UNTRIED == set(families.ARCHITECTURES) & set(CONFIG_MAPPING) - set(find_families())
+    made = tmp_path / "families.md"
+    done = subprocess.run([sys.executable, EXAMPLES / "families.py", "-o", made], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (path.read_text(encoding="utf-8").splitlines() for path in (made, EXAMPLES / "families.md"))
+    if ours[2] != theirs[2]:  # another transformers or vLLM than that of the table
+        ours, theirs = ([line.split("|")[:5] for line in lines if "|" in line] for lines in (ours, theirs))
+    assert ours == theirs
