@@ -92,7 +92,7 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
     assert recorder.planned.work == (
         (1,) * 18  # the text
         + (1,) * 3  # corrections with four exponents
-        + (1 + 4 * others,) * 3  # each tried at three k
+        + (1 + 2 * others,) * 3  # each tried at three k, on half of the text
         + (1,) * 3  # corrections with the best of them
         + (1, 1 + others, 1 + others)
     )
