@@ -13,7 +13,7 @@ import lexi_search
 
 ROOT = Path(lexi_search.__file__).parent.parent
 PAPER = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
-WEIGHTS = ["--batch", "2", "--length", "16", "--samples", "64"]
+WEIGHTS = ["--batch", "2", "--length", "16", "--samples", "64", "--compensation", "full"]
 CHANGED = {
     "JAX_ENABLE_X64": "1",
     "JAX_DEFAULT_PRNG_IMPL": "rbg",
