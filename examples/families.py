@@ -14,6 +14,7 @@ import click
 
 from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.moe_families import ARCHITECTURES, Architecture
+from lexi_search.profiling.profile import decide_compensation
 
 PLACE = Path(__file__).with_suffix(".md")
 HEADS = ("model_type", "MoE layers alone", "own text, whole model", "compensation", "transformers", "vLLM")
@@ -71,14 +72,13 @@ def describe(architecture: Architecture) -> tuple[str, ...]:
     from transformers import CONFIG_MAPPING
     from vllm.model_executor.models.registry import ModelRegistry
 
-    name, routing = architecture.model_type, architecture.routing
-    proportional = not routing.scales_input and routing.scoring != "sparsemixer"
+    name = architecture.model_type
     served = [each for each in find_classes(name) if each in ModelRegistry.get_supported_archs()]
     return (
         f"`{name}`",
         "yes",
         "yes" if name in FAMILIES else "no",
-        "full" if proportional else "none",
+        decide_compensation(None, None, "weights", architecture.routing),
         ("class" if name in UNTRIED else "tested") if name in CONFIG_MAPPING else "remote code",
         ("tested" if name in TESTED else f"class `{served[-1]}`") if served else "no class",
     )

@@ -179,7 +179,7 @@ def _attend_sequence(
     *,
     sinks: Float[Array, "kv_heads group"] | None,
     scale: float,
-    reach: "_Reach",
+    reach: _Reach,
 ) -> Float[Array, "length kv_heads group value"]:
     """Attention of one sequence, over chunks of queries, so that scores take at most `SCORE_BYTES`."""
     length, heads = len(queries), queries.shape[1] * queries.shape[2]
