@@ -26,7 +26,7 @@ import profile_shapes
 
 from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.reader import open_checkpoint
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe
 from lexi_search.profiling.paper.gaussian import measure_layer
 from lexi_search.profiling.paper.moments import relative_errors, summarise

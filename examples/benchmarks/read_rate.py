@@ -26,7 +26,8 @@ import jax
 import numpy as np
 
 from lexi_search.checkpoint.reader import INDEX, open_checkpoint
-from lexi_search.models import loading
+from lexi_search.models.loading import reader as loading
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe
 
 HIDDEN, BLOCK = 2048, 128
@@ -87,7 +88,7 @@ def read_plainly(files):
 
 
 def stream(checkpoint, model):
-    for _ in loading.stream_layers(checkpoint, model, model.layers):
+    for _ in stream_layers(checkpoint, model, model.layers):
         pass
 
 

@@ -20,12 +20,14 @@ from windows import cut_what_fits, read_streams
 
 from lexi_adapter.files import write_atomically
 from lexi_search.checkpoint.reader import open_checkpoint
-from lexi_search.models.loading import read_tensors
+from lexi_search.models.loading.reader import read_tensors
 from lexi_search.models.model import describe
 from lexi_search.profiling.compensation import RIDGES, choose_ks, find_rank, fit_layers
 from lexi_search.profiling.divergence import open_run
-from lexi_search.profiling.forward import MODEL, Run, Variant, forward, read_log_probabilities, split_tokens
-from lexi_search.profiling.sampling import draw_tokens
+from lexi_search.profiling.forward.losses import read_log_probabilities, split_tokens
+from lexi_search.profiling.forward.passes import forward
+from lexi_search.profiling.forward.sampling import draw_tokens
+from lexi_search.profiling.forward.variants import MODEL, Run, Variant
 
 RANKS, TOKENS, EXPONENTS = (4, 8, 16, 64, 10_000), (1, 2, 4, 32), (0.0, 0.25, 0.5, 0.75, 1.0)  # tokens: sequences
 DEFAULT_SEQUENCES, LENGTH = 8, 512

@@ -17,7 +17,7 @@ from lexi_search.artifacts.profile import Profile, ProfileSettings
 from lexi_search.artifacts.serialisation import sha256
 from lexi_search.errors import InputError
 from lexi_search.profiling.divergence import Judgement, average
-from lexi_search.profiling.forward import Variant
+from lexi_search.profiling.forward.variants import Variant
 from lexi_search.solvers.exact import solve
 from lexi_search.solvers.problem import pose, sum_over_layers
 

@@ -38,6 +38,22 @@ COSTS = (
     ),
 )
 
+
+class Size(click.ParamType):
+    """Bytes, as a number with a decimal unit, such as 500MB or 20GB."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(_NUMBER + r" ?([kMGT]?)B", value)
+        if match is None:
+            self.fail(f"{value!r} is no size; take a number and a unit, such as 20GB", param, ctx)
+        return int(Fraction(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+SIZE = Size()
 force_option = click.option("--force", is_flag=True, help="Replace files of another model or of another kind, too.")
 dtype_option = click.option(
     "--dtype",

@@ -1,8 +1,10 @@
 """Progress of long commands on stderr, and the observer of a profile's run that shows it."""
 
+import resource
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lexi_search.cli.console import echo, format_size
@@ -11,7 +13,7 @@ from lexi_search.profiling.resume import Partials
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from lexi_search.profiling.session import Plan
+    from lexi_search.profiling.observer import Plan
 
 
 class PlainProgress:
@@ -64,6 +66,23 @@ def _clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def describe_process() -> list[str]:
+    """Lines on what this process has read from files, as far as Linux tells, and the most memory that it has had."""
+    from jax import local_devices
+
+    try:
+        counts = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
+        lines = [f"read: {format_size(int(counts['rchar']))}, from disk {format_size(int(counts['read_bytes']))}"]
+    except OSError:
+        lines = []
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    lines.append(f"host memory: at most {format_size(host)}")
+    for device in local_devices():
+        if memory := device.memory_stats():
+            lines.append(f"{device.device_kind} {device.id}: at most {format_size(memory['peak_bytes_in_use'])}")
+    return lines
+
+
 def make_progress(*, quiet: bool = False) -> "Progress | PlainProgress":
     """Progress with the times elapsed and left on stderr: a bar on a terminal, else lines; nothing if `quiet`."""
     if not quiet and not sys.stderr.isatty():
@@ -90,6 +109,14 @@ def make_progress(*, quiet: bool = False) -> "Progress | PlainProgress":
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
 
 
+def _describe_staying(plan: "Plan") -> str:
+    """Where weights stay between passes, if there are several."""
+    if plan.staying is None or sum(passes for _, passes in plan.phases) < 2:
+        return ""
+    places = zip(plan.staying, ("the device", "host memory", "the files, and are read in every pass"), strict=True)
+    return "; weights stay " + ", ".join(f"in {where}: {format_size(size)}" for size, where in places if size)
+
+
 class Reporter:
     """The observer of a run that shows it on stderr; `kept` is what a run that is interrupted leaves behind."""
 
@@ -103,6 +130,8 @@ class Reporter:
         self.layers: Sequence[int] = ()
         self.work: Sequence[int] = ()
         self.reported = 0  # decoder layers, over all passes
+        self.planned: Plan | None = None
+        self.times = [time.monotonic()]  # of the start, and of the end of each pass
 
     def open(self, partials: Partials, layers: Sequence[int]) -> None:
         self.kept, self.layers = partials, layers
@@ -113,11 +142,12 @@ class Reporter:
     def plan(self, plan: "Plan") -> None:
         count = len(plan.work) // plan.decoder_layers
         passes = f" in {count} passes over {plan.decoder_layers} decoder layers" if count else ""
-        self.work = plan.work
+        self.work, self.planned = plan.work, plan
+        self.times.append(time.monotonic())
         memory, layers = format_size(plan.memory_bytes), format_size(plan.weights_bytes)
         echo(
             f"plan: read {format_size(plan.read_bytes)} of weights{passes}; memory for {memory}, of which {layers} are "
-            "two layers as stored",
+            f"two layers as stored{_describe_staying(plan)}",
             err=True,
         )
         if self.passes is not None:
@@ -128,6 +158,8 @@ class Reporter:
     def advance_pass(self, layer: int) -> None:
         if self.passes is not None:
             self.reported += 1
+            if self.planned is not None and self.reported % self.planned.decoder_layers == 0:
+                self.times.append(time.monotonic())
             done, total = sum(self.work[: self.reported]), sum(self.work)
             self.progress.update(self.passes, completed=100 * done // max(total, 1))
 
@@ -141,6 +173,16 @@ class Reporter:
     def describe_kept(self, verb: str) -> str:
         text = "the text and " if "text" in self.kept.findings else ""
         return f"{text}{self.count_finished()} of {len(self.layers)} layers {verb}"
+
+    def list_phases(self) -> list[str]:
+        """A line for each phase that is over: its passes, and the seconds of each."""
+        seconds = [after - before for before, after in pairwise((*self.times, time.monotonic()))]
+        lines, at = [f"opening: {seconds[0]:.1f} s"], 1
+        for name, passes in self.planned.phases if self.planned else ():
+            own, at = seconds[at : at + passes], at + passes
+            each = f" ({', '.join(f'{one:.1f}' for one in own)})" if passes > 1 else ""
+            lines.append(f"{name}: {passes} {'passes' if passes > 1 else 'pass'}, {sum(own):.1f} s{each}")
+        return [*lines, f"the rest: {sum(seconds[at:]):.1f} s"]
 
     def describe_end(self) -> str:
         """What a run that is interrupted leaves, and how it goes on."""

@@ -19,7 +19,7 @@ from lexi_search.cli.console import format_share, spell
 if TYPE_CHECKING:
     from lexi_search.artifacts.records import Record
     from lexi_search.profiling.divergence import Judgement
-    from lexi_search.profiling.forward import Variant
+    from lexi_search.profiling.forward.variants import Variant
 
 # The unit of each loss; the sums over layers that allocations have are in the same.
 UNITS = {

@@ -23,7 +23,9 @@ from lexi_search.errors import InputError, explain_overflow
 from lexi_search.layers.moe import find_features, find_seen, mixing_changes
 from lexi_search.layers.routing import Choice
 from lexi_search.layers.spec import Routing
-from lexi_search.profiling.forward import MoEOutputs, Run, forward
+from lexi_search.profiling.forward.layer import MoEOutputs
+from lexi_search.profiling.forward.passes import forward
+from lexi_search.profiling.forward.variants import Run
 
 RANK = 32
 CORRECTED_EXPONENTS = (0.0, 0.25, 0.5, 0.75)  # tried with corrections, which leave less to hand on

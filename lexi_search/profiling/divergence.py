@@ -17,10 +17,12 @@ from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError, explain_overflow
 from lexi_search.models.decoder_stack import describe_decoder
+from lexi_search.models.loading.residence import Residence, Room
 from lexi_search.models.model import Model
 from lexi_search.profiling.compensation import choose_ks, split, try_exponents
-from lexi_search.profiling.forward import Losses, Run, Variant, check_room, measure_losses
-from lexi_search.profiling.sampling import draw_tokens
+from lexi_search.profiling.forward.losses import Losses, measure_losses
+from lexi_search.profiling.forward.sampling import draw_tokens
+from lexi_search.profiling.forward.variants import Run, Variant, check_room
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried without corrections
 Report = Callable[[int], None]
@@ -33,9 +35,13 @@ class Judgement(NamedTuple):
     stderr: float
 
 
-def open_run(checkpoint: Checkpoint, model: Model, dtype: str) -> Run:
-    """The checkpoint, described for forward passes in `dtype`; InputError where a part of the model is not known."""
-    return Run(checkpoint, model, describe_decoder(checkpoint, model), dtype)
+def open_run(checkpoint: Checkpoint, model: Model, dtype: str, *, room: Room | None = None) -> Run:
+    """The checkpoint, described for forward passes in `dtype`; InputError where a part of the model is not known.
+
+    Weights stay in memory between passes as far as `room` says, by default as far as there is memory.
+    """
+    decoder = describe_decoder(checkpoint, model)
+    return Run(checkpoint, model, decoder, dtype, Residence(checkpoint, model, decoder, room=room))
 
 
 def measure_layers(

@@ -17,10 +17,10 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError, check_memory, explain_overflow
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.spec import Routing
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import Model
 from lexi_search.profiling.divergence import draw_samples, measure_layers, open_run
-from lexi_search.profiling.forward import Run
+from lexi_search.profiling.forward.variants import Run
 from lexi_search.profiling.paper.gaussian import find_needed, measure_layer
 from lexi_search.profiling.paper.moments import summarise
 

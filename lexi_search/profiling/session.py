@@ -4,11 +4,12 @@
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -20,11 +21,14 @@ from lexi_search.artifacts.profile import Header, Profile, ProfileSettings, find
 from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_profile
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
+from lexi_search.models.loading.residence import Room, find_room
 from lexi_search.models.model import Model, describe, find_dtype
 from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
 from lexi_search.profiling.divergence import EXPONENTS, draw_samples, find_compensation, open_run
-from lexi_search.profiling.forward import Run
+from lexi_search.profiling.forward.sampling import PASSES
+from lexi_search.profiling.forward.variants import Run
+from lexi_search.profiling.observer import Observer, Plan, Silent
 from lexi_search.profiling.profile import (
     AUTO,
     check_layers,
@@ -35,43 +39,6 @@ from lexi_search.profiling.profile import (
     read_settings,
 )
 from lexi_search.profiling.resume import COMPENSATION, FOUND, Partials, find_partials, keep_partials
-from lexi_search.profiling.sampling import PASSES
-
-
-class Plan(NamedTuple):
-    """What a run will take, known before it begins.
-
-    `work` has for every decoder layer of every pass over the model, in order, how many copies of the text go through;
-    it is empty on the paper's input. `read_bytes` of weights are read in all; `memory_bytes` are for hidden states or
-    expert outputs, and for `weights_bytes` of the two largest layers as stored.
-    """
-
-    work: tuple[int, ...]
-    decoder_layers: int
-    read_bytes: int
-    memory_bytes: int
-    weights_bytes: int
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """A listener to the events of a run, a method for each; all of them are called from the caller's thread."""
-
-    def plan(self, plan: Plan) -> None:
-        """What the run will take; after `open`, in process 0 only."""
-
-    def open(self, partials: Partials, layers: Sequence[int]) -> None:
-        """Results of an earlier run are loaded; `layers` are those of the profile. In process 0 only."""
-
-    def advance_pass(self, layer: int) -> None:
-        """A decoder layer is done in one of the passes over the whole model; on input `weights` only."""
-
-    def finish_layer(self, layer: int) -> None:
-        """The losses of a MoE layer are measured; in process 0 they are on disk."""
-
-
-class _Silent(Observer):
-    """The default observer, which does nothing."""
 
 
 class _Session(NamedTuple):
@@ -112,6 +79,8 @@ def profile_checkpoint(
     gate_exponent: float | str | None = None,
     compensation: str | None = None,
     rank: int | None = None,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
     restart: bool = False,
     reuse: bool = False,
     force: bool = False,
@@ -127,6 +96,8 @@ def profile_checkpoint(
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
         compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
             method. By default what is measured to lose least of all that input and family allow.
+        device_memory: bytes of weights that stay on each device between passes, by default half of its memory;
+            `host_memory` of those that stay in the host's, by default half of what is free. The rest is read again.
         restart: throw away what a run that was cut short left in `<output>.partial/`.
         reuse: return the profile in `output` where this very run has written it before; in one process.
         force: replace a file of another model or kind in `output`, too.
@@ -141,7 +112,9 @@ def profile_checkpoint(
     if group.index == 0:
         check_writable(output, apart_from=[source], nature=None if force else describe_nature(Profile))
         refuse_inputs(find_partials(output), [source])
-    session = _open(source, layers, dtype, group, observer or _Silent(), compensation, gate_exponent, rank, **settings)
+    room = find_room(device=device_memory, host=host_memory)
+    asked = compensation, gate_exponent, rank
+    session = _open(source, layers, dtype, group, observer or Silent(), *asked, room, **settings)
     if reuse and (finished := _find_finished(output, session)):
         return finished
     agree(group, session.header)
@@ -191,6 +164,7 @@ def _open(
     asked: str | None,
     exponent: float | str | None,
     rank: int | None,
+    room: Room,
     **settings: Any,
 ) -> _Session:
     exponent = read_exponent(exponent, settings["input"])
@@ -205,7 +179,7 @@ def _open(
         raise InputError(f"--rank is of corrections, which --compensation {compensation} has none of; leave it out")
     chosen_dtype = choose_dtype(dtype, settings["input"], find_dtype(checkpoint, model))
     complete = ProfileSettings(dtype=chosen_dtype, gate_exponent=model.routing.exponent, **settings)
-    run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype)
+    run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype, room=room)
     made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
     find_exponent = compensation != "none" and exponent in (None, AUTO)
     finds = find_exponent, find_exponent and asked is None and rank is None
@@ -221,22 +195,26 @@ def _plan(session: _Session) -> Plan:
     if session.run is None:
         read = sum(estimate_costs(checkpoint, model, missing, "paper").values())
         tokens = settings.batch * settings.length * (1 + model.top_k)
-        return Plan((), len(model.layers), read, tokens * row + largest, largest)
+        return Plan((), (), len(model.layers), read, tokens * row + largest, largest, None)
     layers, others = len(session.run.decoder.blocks), model.top_k - 1
     chooses = session.find_exponent and COMPENSATION not in partials.findings
-    work = (1,) * layers * (PASSES if (missing or chooses) and "text" not in partials.findings else 0)
     corrects = settings.compensation_rank is not None
-    work += (1,) * layers if chooses and corrects else ()
     tried = len(CORRECTED_EXPONENTS) * corrects + len(EXPONENTS) * (session.may_drop or not corrects)
     halves = 2 if corrects else 1  # of the text, on one of which corrections are tried
-    work += (1 + tried * len(choose_ks(model.top_k)) // halves,) * layers if chooses else ()
-    work += (1,) * layers if corrects and not partials.maps.keys() >= set(session.layers) else ()
+    unfitted = corrects and not partials.maps.keys() >= set(session.layers)
     # A variant has states of its own from the layer on in which it differs.
-    work += tuple(1 + others * sum(layer <= at for layer in missing) for at in range(layers)) if missing else ()
+    own = tuple(1 + others * sum(layer <= at for layer in missing) for at in range(layers))
+    passes = [("text", (1,) * layers)] * (PASSES if (missing or chooses) and "text" not in partials.findings else 0)
+    passes += [("compensation", (1,) * layers)] * (chooses and corrects)
+    passes += [("compensation", (1 + tried * len(choose_ks(model.top_k)) // halves,) * layers)] * chooses
+    passes += [("corrections", (1,) * layers)] * unfitted
+    passes += [("losses", own)] * bool(missing)
+    phases = tuple(Counter(name for name, _ in passes).items())
     whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
     states = whole * (1 + len(missing) * (model.top_k - 1)) * row
-    read = len(work) // layers * sum(entry.size for entry in checkpoint.entries.values())
-    return Plan(work, layers, read, states + largest, largest)
+    staying = session.run.find_residence().staying
+    read = bool(passes) * (sum(staying) + max(len(passes) - 1, 0) * staying.files)
+    return Plan(sum((one for _, one in passes), ()), phases, layers, read, states + largest, largest, staying)
 
 
 def _measure(session: _Session, output: str | os.PathLike[str], *, force: bool) -> Profile | None:

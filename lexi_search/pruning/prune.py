@@ -27,12 +27,12 @@ from lexi_search.checkpoint.folder import UNLINKED, build_folder
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.checkpoint.writer import Output, write_shards
 from lexi_search.errors import InputError
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import Model, describe, find_dtype
 from lexi_search.models.moe_tensors import BIASES, LayerTensors
 from lexi_search.profiling.divergence import open_run
-from lexi_search.profiling.forward import forward
-from lexi_search.profiling.sampling import draw_tokens
+from lexi_search.profiling.forward.passes import forward
+from lexi_search.profiling.forward.sampling import draw_tokens
 from lexi_search.pruning.importance import Batches, draw_batches, score_channels, score_experts
 from lexi_search.pruning.sizes import Sizes, change_config, check_width, find_blocks, find_sizes, is_single, pad_shared
 from lexi_search.pruning.slicing import ExpertBlock, Kept, find_unit, slice_experts, slice_rows

@@ -24,7 +24,7 @@ from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
     from lexi_search.profiling.divergence import Judgement
-    from lexi_search.profiling.forward import Variant
+    from lexi_search.profiling.forward.variants import Variant
 
 
 EXAMPLES = """\b
@@ -72,9 +72,9 @@ def judge(
     from lexi_search.cli.tables import list_judgements, tabulate_judgements
     from lexi_search.models.model import describe, find_dtype
     from lexi_search.profiling.divergence import judge_variants, open_run
-    from lexi_search.profiling.forward import Variant
+    from lexi_search.profiling.forward.sampling import PASSES
+    from lexi_search.profiling.forward.variants import Variant
     from lexi_search.profiling.profile import choose_dtype
-    from lexi_search.profiling.sampling import PASSES
 
     checkpoint = open_checkpoint(weights)
     model = describe(checkpoint)
@@ -130,7 +130,7 @@ def _list_uniform(
     by_path: Mapping[str, Allocation], top_k: int, measured: Profile | None, maps: Maps | None
 ) -> dict[str, "Variant"]:
     """The uniform k next to the budgets; with the profile that was `measured` also as that compensates."""
-    from lexi_search.profiling.forward import Variant
+    from lexi_search.profiling.forward.variants import Variant
 
     layers = len(next(iter(by_path.values())).top_k)
     ks = {k for one in by_path.values() for k in (one.budget // layers, -(-one.budget // layers))} - {top_k}

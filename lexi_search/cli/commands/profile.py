@@ -13,8 +13,8 @@ from lexi_search.cli.console import (
     explain_lost_process,
     prepare_environment,
 )
-from lexi_search.cli.options import dtype_option, force_option, parse_layers
-from lexi_search.cli.progress import Reporter, make_progress
+from lexi_search.cli.options import SIZE, dtype_option, force_option, parse_layers
+from lexi_search.cli.progress import Reporter, describe_process, make_progress
 
 INPUTS = ("weights", "paper")
 EXAMPLES = """\b
@@ -86,6 +86,22 @@ Examples:
     show_default=False,
     help="Rank of the corrections: more fits better and serves slower.  [default: 32]",
 )
+@click.option(
+    "--device-memory",
+    type=SIZE,
+    metavar="SIZE",
+    show_default=False,
+    help="Weights that stay on each GPU between passes, such as 20GB.  [default: half of the memory that JAX has]",
+)
+@click.option(
+    "--host-memory",
+    type=SIZE,
+    metavar="SIZE",
+    show_default=False,
+    help="Weights that stay in host memory, where the GPUs have no room. What fits in neither is read again in every "
+    "pass.  [default: half of what is free]",
+)
+@click.option("--verbose", is_flag=True, help="Say at the end how long each phase took, and what was read.")
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
 @force_option
 @click.option("--distributed", is_flag=True, help="One of several processes of Slurm, MPI or Kubernetes.")
@@ -100,17 +116,19 @@ def profile(
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
+    verbose: bool,
     **settings: Any,
 ) -> None:
     """Measure how much the model in WEIGHTS loses with each layer at each k.
 
-    WEIGHTS is a folder with config.json and safetensors shards, or a hub id; two layers at most are in memory. The
-    model samples a text and is then run on it, with every layer at every k in turn: ten times through the files.
+    WEIGHTS is a folder with config.json and safetensors shards, or a hub id. The model samples a text and is then run
+    on it, with every layer at every k in turn: ten passes. Weights that memory has room for are read once; for the
+    rest, two layers at most are in memory. Several GPUs of one process keep a part of the layers each.
     Hidden states take tokens x (1 + MoE layers x (k - 1)) x hidden size numbers, in host memory where the GPU has none
     to spare. Without attention and embeddings, or for families that are not known here, use --input paper.
 
-    Cut short, the same command goes on from what is kept in OUTPUT.partial: the text, which is six of the ten times
-    through the files, or on --input paper every finished layer.
+    Cut short, the same command goes on from what is kept in OUTPUT.partial: the text, which is six of the ten passes,
+    or on --input paper every finished layer.
 
     Several processes, on one host or many, share out the layers: start all with the same arguments, on their own GPUs
     each (CUDA_VISIBLE_DEVICES). Process 0 writes OUTPUT.
@@ -135,6 +153,9 @@ def profile(
                 raise Interruption(f"interrupted; {observer.describe_end()}") from None
         if made is None:
             return
+        if verbose:
+            for line in (*observer.list_phases(), *describe_process()):
+                echo(line, err=True)
         if rest := len(observer.kept.layers):
             echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
     echo(output)

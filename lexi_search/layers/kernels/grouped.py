@@ -1,4 +1,4 @@
-"""The distances of many tokens, with all experts in one launch on a GPU.
+"""The outputs of many tokens and their distances, with all experts in one launch on a GPU.
 
 The results are those of `experts` and `moe`, up to rounding, for the most common kind of expert: gated by SiLU, without
 biases. Those compute every other kind, device and element type.
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lexi_search.layers.kernels.blocks import (
     BLOCK_COLUMNS,
@@ -44,7 +44,7 @@ def can_group(
     routing: Routing,
     dtype: str,
 ) -> bool:
-    """Whether `measure_stacked` supports these experts, all of one kind, on `device`."""
+    """Whether this module supports these experts, all of one kind, on `device`."""
     if not has_kernels(device, dtype):
         return False
     expert = experts[0]
@@ -68,10 +68,28 @@ def measure_stacked(
     interpret: Any = None,
 ) -> Float[Array, "tokens K"]:
     """||Y_k - Y_K||^2 of every token for k = 1..K, float32."""
-    from lexi_search.layers.kernels.hopper import gram_distances, multiply_blocks, spread
+    from lexi_search.layers.kernels.hopper import gram_distances
+
+    outputs, places = _multiply(x, choice, experts, interpret)
+    return gram_distances(outputs, places, mixing_changes(choice.scores, routing=routing), interpret=interpret)
+
+
+@partial(jax.jit, static_argnames="interpret")
+def stacked_outputs(
+    x: Float[Array, "tokens hidden"], choice: Choice, experts: StackedExperts, *, interpret: Any = None
+) -> Float[Array, "tokens K hidden"]:
+    """The output of each token's K chosen experts, in `x`'s element type."""
+    outputs, places = _multiply(x, choice, experts, interpret)
+    return outputs[places]
+
+
+def _multiply(
+    x: Float[Array, "tokens hidden"], choice: Choice, experts: StackedExperts, interpret: Any
+) -> tuple[Float[Array, "rows hidden"], Int[Array, "tokens K"]]:
+    """All expert outputs, sorted by expert, and the row of each (token, rank)."""
+    from lexi_search.layers.kernels.hopper import multiply_blocks, spread
 
     layout = lay_out(choice.experts, num_experts=experts.down.shape[0])
     rows = spread(x, layout.places, rows=layout.block_experts.size * BLOCK_ROWS, interpret=interpret)
     hidden = multiply_blocks(rows, experts.gate_up, *layout[1:], gated=True, interpret=interpret)
-    outputs = multiply_blocks(hidden, experts.down, *layout[1:], gated=False, interpret=interpret)
-    return gram_distances(outputs, layout.places, mixing_changes(choice.scores, routing=routing), interpret=interpret)
+    return multiply_blocks(hidden, experts.down, *layout[1:], gated=False, interpret=interpret), layout.places

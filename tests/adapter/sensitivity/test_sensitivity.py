@@ -43,7 +43,7 @@ from lexi_adapter.tasks.texts import load_tokenizer
 from lexi_search.artifacts.serialisation import read_profile
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe
 
 WINDOWS = torch.randint(3, 256, (3, 12), generator=torch.Generator().manual_seed(5))

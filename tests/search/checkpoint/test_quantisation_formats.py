@@ -17,7 +17,7 @@ from lexi_search.checkpoint.dequantise import Plain, dequantise
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.decoder_stack import describe_decoder
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe, find_dtype
 from lexi_search.profiling.profile import profile_layers
 from lexi_search.pruning.prune import prune

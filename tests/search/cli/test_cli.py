@@ -29,7 +29,7 @@ from lexi_search.cli.options import parse_budgets, parse_layers
 from lexi_search.cli.tables import list_judgements, tabulate_judgements
 from lexi_search.errors import InputError
 from lexi_search.profiling.divergence import Judgement
-from lexi_search.profiling.forward import Variant
+from lexi_search.profiling.forward.variants import Variant
 
 FAST = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
 CALL = [sys.executable, "-c", "from lexi_search.cli.main import main; main()"]

@@ -22,7 +22,7 @@ from lexi_search.artifacts.compensation import format_maps
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.models.model import describe
 from lexi_search.profiling.divergence import open_run
-from lexi_search.profiling.sampling import draw_tokens
+from lexi_search.profiling.forward.sampling import draw_tokens
 
 QUICK = ["--batch", 2, "--length", 16, "--samples", 64]
 EXPONENT = 0.25

@@ -18,7 +18,7 @@ from lexi_search.layers.moe import compute_outputs as compute_outputs_of_experts
 from lexi_search.layers.moe import mix
 from lexi_search.layers.routing import route
 from lexi_search.layers.spec import Routing
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe, find_dtype
 from lexi_search.models.moe_families import ARCHITECTURES
 

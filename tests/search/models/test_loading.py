@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models import loading
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading import reader as loading
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe
 
 

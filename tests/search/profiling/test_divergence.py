@@ -25,7 +25,6 @@ from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import describe
-from lexi_search.profiling import forward
 from lexi_search.profiling.compensation import fit_layers
 from lexi_search.profiling.divergence import (
     EXPONENTS,
@@ -35,9 +34,13 @@ from lexi_search.profiling.divergence import (
     measure_layers,
     summarise,
 )
-from lexi_search.profiling.forward import Run, Variant, measure_losses
+from lexi_search.profiling.forward import losses as losses_of
+from lexi_search.profiling.forward import variants as variants_of
+from lexi_search.profiling.forward.losses import Losses, measure_losses, read_log_probabilities
+from lexi_search.profiling.forward.passes import forward
+from lexi_search.profiling.forward.sampling import draw_tokens
+from lexi_search.profiling.forward.variants import Run, Variant
 from lexi_search.profiling.profile import profile_layers
-from lexi_search.profiling.sampling import draw_tokens
 
 FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v2")  # the last begins with a dense layer
 QUICK = ("--batch", 2, "--length", 16, "--samples", 64)
@@ -188,10 +191,10 @@ def test_logits_are_those_of_the_served_allocation(opened):
     run, maps = fit(run, 0.0)
     layers, tokens = len(run.model.layers), make_tokens()
     variant = Variant(tuple(1 + n % 3 for n in range(layers)), 0.0, maps)
-    [states] = forward.forward(run, tokens, [variant])
-    ends = forward.read_tensors(run.checkpoint, run.decoder.ends._replace(embedding=()))
+    [states] = forward(run, tokens, [variant])
+    ends = run.find_residence().read_ends(0, first=False)
     hidden = jnp.asarray(states[0]).reshape(-1, run.model.hidden_size)
-    found = np.asarray(forward.read_log_probabilities(run.decoder, ends, hidden)).reshape(*tokens.shape, -1)
+    found = np.asarray(read_log_probabilities(run.decoder, ends, hidden)).reshape(*tokens.shape, -1)
     expected = find_log_probabilities(model, run, tokens, variant)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     plain = find_log_probabilities(model, run, tokens, variant._replace(maps=None))
@@ -202,9 +205,9 @@ def test_what_goes_through_at_once_changes_nothing(olmoe, monkeypatch):
     run, _ = olmoe
     tokens, variants = make_tokens(), make_variants(run)
     together = measure_losses(run, tokens, variants)
-    monkeypatch.setattr(forward, "PASS_BYTES", 1)
-    monkeypatch.setattr(forward, "LOGIT_BYTES", 1)
-    monkeypatch.setattr(forward, "_choose_storage", lambda run, tokens: np.asarray)
+    monkeypatch.setattr(variants_of, "PASS_BYTES", 1)
+    monkeypatch.setattr(losses_of, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(variants_of, "_choose_storage", lambda run, tokens: np.asarray)
     for one, other in zip(together, measure_losses(run, tokens, variants), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
@@ -257,7 +260,7 @@ def test_losses_are_means_with_standard_errors_over_sequences():
     squares, relative = rng.uniform(1, 2, (2, 3, 6, 4))
     squares[..., -1] = relative[..., -1] = 0
     divergence = rng.uniform(0, 1, (3, 6))
-    losses = forward.Losses(squares, relative, divergence)
+    losses = Losses(squares, relative, divergence)
     loss = summarise(losses, 1, divergence, make_settings(batch=3))
     assert (loss.iterations, loss.samples) == (2, 6 * LENGTH)
     for k in range(4):
@@ -293,7 +296,7 @@ def test_between_the_exponents_that_are_tried_it_is_where_a_parabola_is_lowest(o
     def measure(run, tokens, variants, report):
         tried.extend(variant.exponent for variant in variants)
         rows = [[(sum(variant.top_k) + curve * (variant.exponent - least) ** 2)] * 2 for variant in variants]
-        return forward.Losses(np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), np.array(rows))
+        return Losses(np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), np.array(rows))
 
     monkeypatch.setattr("lexi_search.profiling.divergence.measure_losses", measure)
     found = choose_compensation(olmoe[0], make_tokens()).exponent

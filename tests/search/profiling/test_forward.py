@@ -24,7 +24,8 @@ from lexi_search.layers.spec import GroupedAttention, Norm
 from lexi_search.layers.weights import Affine, GroupedWeights
 from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.decoder_stack import describe_decoder
-from lexi_search.models.loading import read_tensors, stream_blocks
+from lexi_search.models.loading.reader import read_tensors
+from lexi_search.models.loading.residence import Residence
 from lexi_search.models.model import describe
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
@@ -182,7 +183,7 @@ def run(folder, tokens, *, top_k=None, dtype="float32"):
     decoder = describe_decoder(checkpoint, model)
     ends = read_tensors(checkpoint, decoder.ends)
     hidden, states = embed(decoder, ends, jnp.asarray(tokens), dtype=dtype), []
-    for layer, weights in stream_blocks(checkpoint, model, decoder):
+    for layer, weights in Residence(checkpoint, model, decoder).stream(range(len(decoder.blocks))):
         block, routed = decoder.blocks[layer], None
         hidden, x = attend(block, weights, hidden)
         if weights.moe:

@@ -16,7 +16,7 @@ from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.layers import experts
 from lexi_search.layers.spec import Activation
 from lexi_search.layers.weights import ExpertWeights
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe
 from lexi_search.profiling.paper import gaussian
 from lexi_search.profiling.paper.gaussian import measure_layer

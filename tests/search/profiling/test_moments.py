@@ -16,7 +16,7 @@ from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.cli.main import main
 from lexi_search.errors import InputError
 from lexi_search.layers.routing import mixing_weights, route
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe
 from lexi_search.profiling.paper import gaussian
 from lexi_search.profiling.paper.moments import accumulate, begin, estimate, relative_errors, summarise

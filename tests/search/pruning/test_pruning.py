@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from lexi_search.checkpoint.reader import INDEX, open_checkpoint
 from lexi_search.errors import InputError
 from lexi_search.models.decoder_stack import describe_decoder
-from lexi_search.models.loading import stream_layers
+from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe
-from lexi_search.profiling.forward import Run
-from lexi_search.profiling.sampling import draw_tokens
+from lexi_search.profiling.forward.sampling import draw_tokens
+from lexi_search.profiling.forward.variants import Run
 from lexi_search.pruning import prune as pruning
 
 QUARTER = Fraction(1, 4)

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key
 
 from lexi_search.models.decoder_stack import count_tokens, find_first_token
-from lexi_search.models.loading import read_tensors
-from lexi_search.profiling.forward import MODEL, Run, forward, read_log_probabilities, split_tokens
+from lexi_search.profiling.forward.losses import read_log_probabilities, split_tokens
+from lexi_search.profiling.forward.passes import forward
+from lexi_search.profiling.forward.variants import MODEL, Run
 
 PASSES = 6  # each makes the text more like the model's own; `examples/fidelity` judges the result
 
@@ -40,9 +41,10 @@ def draw_tokens(
     first = find_first_token(run.checkpoint, run.model, vocabulary)
     if first is not None:
         tokens[:, 0] = first
+    residence = run.find_residence()
     for _ in range(passes):
         chunks = forward(run, tokens, report=report)
-        ends = read_tensors(run.checkpoint, run.decoder.ends._replace(embedding=()))
+        ends = residence.read_ends(0, first=False)
         drawn = np.empty(tokens.size, np.int32)
         hidden = np.concatenate([np.asarray(states[MODEL]) for states in chunks]).reshape(tokens.size, -1)
         for some in split_tokens(tokens.size, ends):

@@ -1,0 +1,177 @@
+"""A reader of tensors by their logical names, several at a time, into a device's memory; and of layers, by roles."""
+
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lexi_search.checkpoint.dequantise import Parts, Plain
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.errors import InputError
+from lexi_search.layers.decoder import Decoder
+from lexi_search.layers.weights import BlockWeights, ExpertWeights, LayerWeights
+from lexi_search.models.loading.pieces import (
+    Piece,
+    Recipe,
+    all_finite,
+    dequantise_one,
+    describe_recipe,
+    list_pieces,
+    make_expert,
+    make_plain,
+)
+from lexi_search.models.model import Model
+
+READERS = 8  # threads that read, each into its own host buffer, as large as the largest tensor it has read
+
+Weights = Any  # a tree of arrays, or of `Stored` references in their places
+NeededExperts = Callable[[int, Array, Array | None], Collection[int]]  # layer index, router, bias -> experts
+
+
+class Reader:
+    """A reader that gets tensors by their logical names and sends their parts to a device, several at a time.
+
+    The device is JAX's default where none is given.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: jax.Device | None = None):
+        self.tensors = checkpoint.tensors
+        self.pool = ThreadPoolExecutor(max_workers=READERS)
+        self._device = device
+        self._checkpoint = checkpoint
+        self._buffers = threading.local()
+
+    def count_bytes(self, part: str) -> int:
+        return self._checkpoint.entries[part].size
+
+    def close(self) -> None:
+        # Without waiting: this may run in a finaliser, where waiting for a thread may never end.
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def load_plain(self, name: str) -> Array:
+        recipe = describe_recipe(self.tensors, name, ("router",))
+        return self.load({0: (Piece(name, None, recipe),)})[0][0]["weight"]
+
+    def load(self, pieces: Mapping[int, tuple[Piece, ...]], *, apply: Callable = map) -> dict[int, tuple[Parts, ...]]:
+        """The parts of every expert's tensors on the device; InputError names a tensor whose values are not finite.
+
+        `apply` is `pool.map` for many; a few are read in this thread, not queued behind the pool's other work.
+        """
+        reading = {expert: apply(self._read, group) for expert, group in pieces.items()}
+        parts = {expert: tuple(results) for expert, results in reading.items()}
+        # One transfer for the flags of all experts; it waits for all of them.
+        flags = jax.device_get([all_finite(parts[e], recipes=tuple(p.recipe for p in pieces[e])) for e in pieces])
+        for group, finite in zip(pieces.values(), flags, strict=True):
+            for piece, ok in zip(group, finite, strict=True):
+                if not ok:
+                    file = self.tensors[piece.name].file
+                    raise InputError(f"{file}: tensor {piece.name} holds NaN or Inf; is the file damaged?")
+        return parts
+
+    def _read(self, piece: Piece) -> dict[str, Array]:
+        stored = self.tensors[piece.name]
+        rows = {role: None if role in stored.shared else piece.row for role in stored.parts}
+        return {role: self._send(self._read_part(part, rows[role])) for role, part in stored.parts.items()}
+
+    def _read_part(self, name: str, row: int | None) -> np.ndarray:
+        size = self._checkpoint.entries[name].size
+        if getattr(self._buffers, "size", -1) < size:
+            self._buffers.buffer, self._buffers.size = np.empty(size, np.uint8), size
+        return self._checkpoint.read(name, self._buffers.buffer, row=row)
+
+    def _send(self, view: np.ndarray) -> Array:
+        """A copy on the device, complete on return: the buffer may be used again."""
+        if view.dtype.name == "float8_e8m0fnu":
+            view = view.view(np.uint8)  # as schemes expect it; not every backend has the type
+        array = jax.device_put(view, self._device)
+        if array.device.platform == "cpu":
+            array = jnp.copy(array)  # this backend may share the buffer
+        return array.block_until_ready()
+
+
+def read_tensors(checkpoint: Checkpoint, tensors: Weights) -> Weights:
+    """The same tree with a dequantised array on the default device for every `Stored` reference in it.
+
+    Raises:
+        InputError: a shard that cannot be read; NaN or Inf in a tensor, by name.
+    """
+    reader = Reader(checkpoint)
+    try:
+        return read_tree(reader, tensors)
+    finally:
+        reader.close()
+
+
+def read_layer(reader: Reader, model: Model, needed: NeededExperts | None, layer: int) -> LayerWeights:
+    tensors = model.tensors[layer]
+    router = reader.load_plain(tensors.router)
+    bias = reader.load_plain(tensors.bias).reshape(-1) if tensors.bias else None  # some store it [1, E]
+    experts = Experts(reader, list_pieces(reader.tensors, tensors.experts))
+    first = range(len(experts)) if needed is None else sorted(needed(layer, router, bias))
+    experts.load(first, apply=reader.pool.map)
+    return LayerWeights(router, bias, experts)
+
+
+def read_block(reader: Reader, model: Model, decoder: Decoder, layer: int) -> BlockWeights:
+    moe = read_layer(reader, model, None, layer) if layer in model.tensors else None
+    return read_tree(reader, decoder.tensors[layer])._replace(moe=moe)
+
+
+def read_tree(reader: Reader, tensors: Weights) -> Weights:
+    leaves, structure = jax.tree.flatten(tensors)
+    recipes = [describe_recipe(reader.tensors, leaf.name, ("values",)) for leaf in leaves]
+    pieces = tuple(Piece(leaf.name, None, recipe) for leaf, recipe in zip(leaves, recipes, strict=True))
+    parts = reader.load({0: pieces}, apply=reader.pool.map)[0]
+    zipped = zip(leaves, parts, recipes, strict=True)
+    values = [_make_values(stored, recipe, rows=leaf.rows) for leaf, stored, recipe in zipped]
+    return jax.tree.unflatten(structure, values)
+
+
+def _make_values(parts: Parts, recipe: Recipe, *, rows: tuple[int, int] | None) -> Array:
+    plain = recipe.scheme == Plain()
+    values = parts["weight"] if plain else dequantise_one(parts, recipe=recipe)
+    return values if rows is None else values[slice(*rows)]
+
+
+class Experts(Sequence[ExpertWeights]):
+    """The experts of one layer: plain ones as matrices, quantised ones as stored parts; read by the first access."""
+
+    def __init__(self, reader: Reader, pieces: Sequence[tuple[Piece, ...]]):
+        self._reader, self._pieces = reader, pieces
+        self._loaded: dict[int, ExpertWeights | tuple[Parts, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, expert: int) -> ExpertWeights:
+        expert = range(len(self))[expert]
+        if expert not in self._loaded:
+            self.load([expert])
+        loaded = self._loaded[expert]
+        return loaded if isinstance(loaded, ExpertWeights) else self._make(expert, loaded)
+
+    def load(self, experts: Collection[int], *, apply: Callable = map) -> None:
+        """Put experts on the device and check that their values are finite."""
+        pieces = {expert: self._pieces[expert] for expert in experts}
+        parts = self._reader.load(pieces, apply=apply)
+        for expert, group in pieces.items():  # one by one, so that not all are on the device twice
+            plain = all(piece.recipe.scheme == Plain() for piece in group)
+            self._loaded[expert] = self._make(expert, parts.pop(expert)) if plain else parts.pop(expert)
+
+    def put(self, target: Any) -> "Experts":
+        """These experts, all of which are loaded, on another device or in host memory."""
+        moved = Experts(self._reader, self._pieces)
+        moved._loaded = jax.device_put(self._loaded, target)
+        return moved
+
+    def _make(self, expert: int, parts: tuple[Parts, ...]) -> ExpertWeights:
+        recipes = tuple(piece.recipe for piece in self._pieces[expert])
+        if all(recipe == make_plain(recipe) for recipe in recipes):
+            matrices = {recipe.fields[0]: stored["weight"] for recipe, stored in zip(recipes, parts, strict=True)}
+            return ExpertWeights(**{"gate": None} | matrices)  # as they are: a compiled function would copy them
+        return make_expert(parts, recipes=recipes)

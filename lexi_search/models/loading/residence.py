@@ -1,0 +1,224 @@
+"""The weights of a decoder that many passes go through: read once, as far as memory holds them.
+
+Layers stay as they are stored: on a device, or in host memory that a device can copy from directly; what fits in
+neither is read again in every pass. Several devices each keep a run of layers, of about the same work.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.layers.decoder import Decoder
+from lexi_search.layers.weights import BlockWeights, EndWeights
+from lexi_search.models.loading.pieces import list_parts
+from lexi_search.models.loading.reader import Reader, read_block, read_tree
+from lexi_search.models.loading.streaming import can_overlap, stream_ahead
+from lexi_search.models.model import Model
+
+DEVICE, HOST, FILES = "device", "host", "files"  # where a layer stays between passes
+# Shares of a device's memory for weights that stay, and of the host's free memory. A pass over a layer takes the rest:
+# hidden states, expert outputs, two layers that are on their way, a copy of one layer's experts.
+DEVICE_SHARE, HOST_SHARE = 1 / 2, 1 / 2
+COPIES = 20  # of the text that go through every layer in a profile's other passes
+MEMINFO = Path("/proc/meminfo")
+
+
+class Room(NamedTuple):
+    """Bytes of weights that may stay: on each device, and in host memory."""
+
+    device: int
+    host: int
+
+
+NO_ROOM = Room(0, 0)
+
+
+class Place(NamedTuple):
+    """The device that computes a layer, by its number among the local ones, and where the layer's weights stay."""
+
+    device: int
+    kept: str
+
+
+class Staying(NamedTuple):
+    """Bytes of a checkpoint's weights, by where they stay between passes."""
+
+    device: int
+    host: int
+    files: int
+
+
+def find_room(*, device: int | None = None, host: int | None = None) -> Room:
+    """The bytes that are given, else shares of the memory that there is; on a CPU all of it is the host's."""
+    memory = jax.local_devices()[0].memory_stats()
+    free = int(HOST_SHARE * _read_free_memory())
+    own = int(DEVICE_SHARE * memory["bytes_limit"]) if memory else free
+    return Room(own if device is None else device, (free if memory else 0) if host is None else host)
+
+
+def _read_free_memory() -> int:
+    """Bytes that a program can have without swapping; 0 where Linux does not say."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def place_layers(sizes: Sequence[int], work: Sequence[int], *, devices: int, room: Room) -> tuple[Place, ...]:
+    """The place of every layer: each device has a run of them, and the largest work of one device is as small as it
+    can be while the least has to leave the devices. `sizes` are in bytes."""
+    places, host = [], room.host
+    for device, layers in enumerate(_cut(sizes, work, devices, room.device)):
+        left = room.device
+        if sum(sizes[layer] for layer in layers) > left:  # two that do not stay are on their way
+            left -= 2 * max(sizes[layer] for layer in layers)
+        for layer in layers:
+            if sizes[layer] <= left:
+                places.append(Place(device, DEVICE))
+                left -= sizes[layer]
+            elif sizes[layer] <= host:
+                places.append(Place(device, HOST))
+                host -= sizes[layer]
+            else:
+                places.append(Place(device, FILES))
+    return tuple(places)
+
+
+def _cut(sizes: Sequence[int], work: Sequence[int], devices: int, room: int) -> list[range]:
+    """Runs of layers, one a device or fewer, by exact dynamic programming over (bytes beyond room, largest work)."""
+    layers, devices = len(sizes), min(devices, len(sizes))
+    best = {0: (0, 0, ())}  # the end of the runs so far -> what they cost, and their ends
+    for _ in range(devices):
+        following: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for start, (beyond, most, ends) in best.items():
+            size = load = 0
+            for end in range(start + 1, layers + 1):
+                size, load = size + sizes[end - 1], load + work[end - 1]
+                cost = (beyond + max(size - room, 0), max(most, load), (*ends, end))
+                following[end] = min(cost, following.get(end, cost))
+        best = following
+    ends = best[layers][2]
+    return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+
+
+class Residence:
+    """The layers and ends of one checkpoint. `stages` are the layers of each device, in order; `places` of each.
+
+    Not finite values, and files that cannot be read, are errors where a layer is first used, as in `stream_layers`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Model, decoder: Decoder, *, room: Room | None = None):
+        self.devices = jax.local_devices()
+        self._checkpoint, self._model, self._decoder = checkpoint, model, decoder
+        self._room = find_room() if room is None else room
+        self._layers: dict[int, BlockWeights] = {}
+        self._ends: dict[tuple[int, bool], EndWeights] = {}
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each layer as stored."""
+        tensors = self._decoder.tensors
+        return tuple(self._measure(own) + self._measure_moe(layer) for layer, own in enumerate(tensors))
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where each layer is computed, and where it stays."""
+        moe, others = self._model.layers, self._model.top_k - 1
+        work = [1 + COPIES + others * sum(own <= layer for own in moe) for layer in range(len(self.sizes))]
+        room = self._room._replace(device=max(self._room.device - self._measure(self._decoder.ends), 0))
+        return place_layers(self.sizes, work, devices=len(self.devices), room=room)
+
+    @cached_property
+    def stages(self) -> tuple[range, ...]:
+        """The layers of each device that has any, in order."""
+        own = [
+            [layer for layer, place in enumerate(self.places) if place.device == device]
+            for device in range(len(self.devices))
+        ]
+        return tuple(range(layers[0], layers[-1] + 1) for layers in own if layers)
+
+    @property
+    def staying(self) -> Staying:
+        """Bytes of layers by where they stay."""
+        sizes = Counter()
+        for size, place in zip(self.sizes, self.places, strict=True):
+            sizes[place.kept] += size
+        return Staying(sizes[DEVICE], sizes[HOST], sizes[FILES])
+
+    def is_kept(self, layers: range) -> bool:
+        """Whether all these layers are on their device, so that going through them reads and copies nothing."""
+        return all(layer in self._layers and self.places[layer].kept == DEVICE for layer in layers)
+
+    def stream(self, layers: range) -> Iterator[tuple[int, BlockWeights]]:
+        """Yield (index, weights on their device, with `LayerWeights` of MoE layers) of a stage's layers, in order."""
+        if self.is_kept(layers):
+            yield from ((layer, self._layers[layer]) for layer in layers)
+            return
+        reader = self._read_with(self.places[layers[0]].device)
+        try:
+            yield from stream_ahead(layers, partial(self._fetch, reader), overlap=self._overlap)
+        finally:
+            reader.close()
+
+    @cached_property
+    def _overlap(self) -> bool:
+        return can_overlap(self._checkpoint, self._model, self._model.layers)
+
+    def _read_with(self, device: int) -> Reader:
+        return Reader(self._checkpoint, self.devices[device])
+
+    def _fetch(self, reader: Reader, layer: int) -> BlockWeights:
+        device, kept = self.devices[self.places[layer].device], self.places[layer].kept
+        if layer in self._layers:
+            weights = self._layers[layer]
+            return weights if kept == DEVICE else _move(weights, device)
+        weights = read_block(reader, self._model, self._decoder, layer)
+        if kept == DEVICE:
+            self._layers[layer] = weights
+        elif kept == HOST:
+            self._layers[layer] = _move(weights, jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"))
+        return weights
+
+    def read_ends(self, device: int, *, first: bool) -> EndWeights:
+        """The embedding if `first`, else final norm and LM head, on a device by its number; the others are empty."""
+        if (device, first) not in self._ends:
+            ends = self._decoder.ends
+            wanted = ends._replace(norm=(), head=()) if first else ends._replace(embedding=())
+            reader = self._read_with(device)
+            try:
+                found = read_tree(reader, wanted)
+            finally:
+                reader.close()
+            if self._measure(ends) > self._room.device:
+                return found
+            self._ends[device, first] = found
+        return self._ends[device, first]
+
+    def _measure(self, tree: Any) -> int:
+        """Bytes of a tree's tensors, which are dequantised where they are read."""
+        tensors = (self._checkpoint.tensors[name] for name in {leaf.name for leaf in jax.tree.leaves(tree)})
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+
+    def _measure_moe(self, layer: int) -> int:
+        if layer not in self._model.tensors:
+            return 0
+        parts = list_parts(self._checkpoint.tensors, self._model.tensors[layer])
+        return sum(self._checkpoint.entries[part].size for part in parts)
+
+
+def _move(weights: BlockWeights, target: Any) -> BlockWeights:
+    """The weights on a device, or in host memory."""
+    moe = weights.moe
+    if moe is not None:
+        experts = moe.experts.put(target)
+        moe = moe._replace(
+            router=jax.device_put(moe.router, target), bias=jax.device_put(moe.bias, target), experts=experts
+        )
+    return jax.device_put(weights._replace(moe=None), target)._replace(moe=moe)

@@ -1,0 +1,72 @@
+"""Layer weights, read from the checkpoint and put on the device one layer ahead of their use.
+
+Weights are transferred as they are stored: quantised ones stay packed on the device and are dequantised when used.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.layers.weights import MEMORY_SHARE, LayerWeights
+from lexi_search.models.loading.pieces import list_parts, list_pieces
+from lexi_search.models.loading.reader import NeededExperts, Reader, Weights, read_layer
+from lexi_search.models.model import Model
+
+
+def stream_layers(
+    checkpoint: Checkpoint, model: Model, layers: Sequence[int], *, needed: NeededExperts | None = None
+) -> Iterator[tuple[int, LayerWeights]]:
+    """Yield (decoder-layer index, weights on the default device) for each of `layers`.
+
+    While the caller works on one layer, the next is read and sent to the device, `READERS` tensors at a time; so two
+    layers are on the device, as stored, unless they leave no room for the caller's own copy of one. `needed`, called in
+    another thread, may return the experts of a layer that are to be read ahead. All others are read on first access,
+    so it affects only the speed.
+
+    Raises:
+        InputError: a shard that cannot be read; NaN or Inf in a router, a bias or an expert that is read, by name.
+    """
+    reader = Reader(checkpoint)
+    overlap = can_overlap(checkpoint, model, [layer for layer in layers if layer in model.tensors])
+    try:
+        yield from stream_ahead(layers, partial(read_layer, reader, model, needed), overlap=overlap)
+    finally:
+        reader.close()
+
+
+def stream_ahead(
+    layers: Sequence[int], read: Callable[[int], Weights], *, overlap: bool
+) -> Iterator[tuple[int, Weights]]:
+    """Yield (layer, what `read` returns for it), read one layer ahead; without `overlap` only when the last is done."""
+    ahead = ThreadPoolExecutor(max_workers=1)
+    start = partial(ahead.submit, read)
+    try:
+        reading = start(layers[0]) if layers else None
+        for index, layer in enumerate(layers):
+            weights = reading.result()
+            reading = None  # it holds the weights
+            read_next = partial(start, layers[index + 1]) if index + 1 < len(layers) else lambda: None
+            if overlap:
+                reading = read_next()
+            yield layer, weights
+            del weights  # else it would still be on the device while the layer after the next arrives
+            if not overlap:
+                reading = read_next()
+    finally:
+        # Without waiting: this may run in a finaliser, where waiting for a thread may never end.
+        ahead.shutdown(wait=False, cancel_futures=True)
+
+
+def can_overlap(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> bool:
+    """Whether two layers as stored, and one more as 16-bit matrices, take at most `MEMORY_SHARE` of the device."""
+    memory, tensors = jax.local_devices()[0].memory_stats(), checkpoint.tensors
+    sizes = [0]
+    for layer in layers if memory else ():
+        pieces = [piece for expert in list_pieces(tensors, model.tensors[layer].experts) for piece in expert]
+        stored = sum(checkpoint.entries[part].size for part in list_parts(tensors, model.tensors[layer]))
+        sizes.append(2 * stored + 2 * sum(math.prod(piece.recipe.shape) for piece in pieces))
+    return memory is None or max(sizes) <= MEMORY_SHARE * memory["bytes_limit"]

@@ -1,0 +1,112 @@
+"""The losses of layers at every k, and of variants of the whole model, on some text."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int
+
+from lexi_search.artifacts.compensation import Maps
+from lexi_search.layers.decoder import Decoder, read_logits
+from lexi_search.layers.moe import corrected_distances, squared_distances
+from lexi_search.layers.weights import EndWeights
+from lexi_search.profiling.forward.layer import MoEOutputs, stack_corrections
+from lexi_search.profiling.forward.passes import forward, spread
+from lexi_search.profiling.forward.variants import MODEL, Hidden, Kept, Run, Variant, divide
+
+LOGIT_BYTES = 256 << 20  # of float32 logits at a time
+
+
+class Losses(NamedTuple):
+    """Means over the tokens of each sequence, for k = 1..K, float64.
+
+    `squares` of ||y_k - y_K||^2 in each MoE layer, `relative` of the same over ||h||^2, where h is the residual stream
+    that the layer's output is added to. `divergence` is the KL divergence of each variant's next-token distribution
+    from the unreduced model's, in nats.
+    """
+
+    squares: Float64[np.ndarray, "layers sequences K"]
+    relative: Float64[np.ndarray, "layers sequences K"]
+    divergence: Float64[np.ndarray, "variants sequences"]
+
+
+def measure_losses(
+    run: Run,
+    tokens: Int[np.ndarray, "sequences length"],
+    variants: Sequence[Variant],
+    *,
+    maps: Maps | None = None,
+    report: Callable[[int], None] = lambda layer: None,
+) -> Losses:
+    """The losses of every MoE layer at every k, and of all `variants`, on `tokens`; reads the checkpoint once.
+
+    `run.model.routing` and `maps` say how the layers' own losses are weighed and corrected; layers without maps are
+    not. A variant brings its own. `report` is called with the index of each decoder layer that is done. Not finite
+    where hidden states overflow in `run.dtype`.
+    """
+    losses: dict[int, list[np.ndarray]] = {layer: [] for layer in run.model.layers}
+
+    def observe(outputs: MoEOutputs) -> None:
+        losses[outputs.layer].append(_measure_layer(outputs, run, maps))
+
+    chunks = forward(run, tokens, variants, observe=observe, report=report)
+    by_layer = np.asarray(list(losses.values())).reshape(len(run.model.layers), len(chunks), 2, -1, run.model.top_k)
+    squares, relative = np.moveaxis(by_layer, 2, 0).reshape(2, len(run.model.layers), len(tokens), -1)
+    parts = spread(run, chunks, partial(_measure_divergence, run, count=len(variants)))
+    return Losses(squares, relative, np.concatenate(parts, axis=1))
+
+
+def _measure_layer(outputs: MoEOutputs, run: Run, maps: Maps | None) -> Float64[np.ndarray, "2 chunk K"]:
+    layer, top_k, routing = outputs.layer, run.model.top_k, run.model.routing
+    if maps is None or (layer, 1) not in maps:
+        distances = squared_distances(outputs.outputs, outputs.choice.scores, routing=routing)
+    else:
+        correction = stack_corrections(layer, range(1, top_k), maps, top_k)
+        distances = corrected_distances(outputs.outputs, outputs.choice, correction, routing=routing)
+    return np.asarray(_average(distances, outputs.hidden), np.float64)
+
+
+@jax.jit
+def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array, "2 chunk K"]:
+    # The stream of a token that the model never saw may be all zero; nothing is relative to that.
+    size = jnp.square(hidden.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    distances = distances.reshape(*hidden.shape[:2], -1)
+    relative = jnp.where(size > 0, distances / jnp.where(size > 0, size, 1.0), 0.0)
+    return jnp.stack([distances.mean(axis=1), relative.mean(axis=1)])
+
+
+def _measure_divergence(
+    run: Run, ends: EndWeights, states: dict[int, Kept], *, count: int
+) -> Float64[np.ndarray, "variants chunk"]:
+    """The KL divergence of each of `count` variants from the model; 0 for one that is the model itself."""
+    sequences, length, hidden = states[MODEL].shape
+    divergence = np.zeros((count, sequences * length))
+    for some in split_tokens(sequences * length, ends):
+        model = read_log_probabilities(run.decoder, ends, jnp.asarray(states[MODEL]).reshape(-1, hidden)[some])
+        for number in states.keys() - {MODEL}:
+            reduced = jnp.asarray(states[number]).reshape(-1, hidden)[some]
+            divergence[number, some] = _sum_divergence(model, read_log_probabilities(run.decoder, ends, reduced))
+    return divergence.reshape(count, sequences, length).mean(axis=2)
+
+
+def split_tokens(count: int, ends: EndWeights) -> Iterator[slice]:
+    """Equal slices of `count` tokens whose logits take at most `LOGIT_BYTES`."""
+    size = divide(count, LOGIT_BYTES // (4 * ends.head.weight.shape[0]))
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def read_log_probabilities(
+    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "tokens hidden"]
+) -> Float[Array, "tokens vocabulary"]:
+    """Log-probabilities of the next token, float32."""
+    return jax.nn.log_softmax(read_logits(decoder, ends, hidden), axis=-1)
+
+
+@jax.jit
+def _sum_divergence(
+    model: Float[Array, "tokens vocabulary"], variant: Float[Array, "tokens vocabulary"]
+) -> Float[Array, " tokens"]:
+    return (jnp.exp(model) * (model - variant)).sum(axis=-1)

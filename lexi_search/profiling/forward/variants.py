@@ -1,0 +1,135 @@
+"""What goes through a model, and how it is cut: variants, and how many tokens of them at a time."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lexi_search.artifacts.compensation import Maps
+from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.errors import check_memory
+from lexi_search.layers.decoder import Decoder
+from lexi_search.models.loading.residence import NO_ROOM, Residence
+from lexi_search.models.model import Model
+
+# Shares of a device's memory: expert outputs computed at once, hidden states of all variants. Where it is not told,
+# bytes. Weights that stay have a half of it (`residence`).
+PASS_SHARE, PASS_BYTES, HIDDEN_SHARE = 1 / 32, 16 << 20, 1 / 4
+GROUP_TOKENS = 2**15  # of variants that go through a layer together: more would not make a device faster
+CHUNKS_PER_DEVICE = 4  # of the sequences, where several devices work on them one after the other
+MODEL = -1  # the variant index of the unreduced model
+
+Hidden = Float[Array, "chunk length hidden"]  # of some of the sequences
+Kept = Hidden | Float[np.ndarray, "chunk length hidden"]  # on the device, or in host memory
+
+
+class Variant(NamedTuple):
+    """A top-k for each MoE layer, in order, a gate exponent or None (see `Routing`), and corrections of the layers.
+
+    `maps` has those of every (decoder layer, k below K) of the variant, or is None.
+    """
+
+    top_k: tuple[int, ...]
+    exponent: float | None = None
+    maps: Maps | None = None
+
+
+class Run(NamedTuple):
+    """A checkpoint and the element type of its hidden states: what all forward passes have in common.
+
+    `residence` keeps the weights between passes; without one every pass reads them.
+    """
+
+    checkpoint: Checkpoint
+    model: Model
+    decoder: Decoder
+    dtype: str
+    residence: Residence | None = None
+
+    def find_residence(self) -> Residence:
+        """The residence, or one for a single pass, in which nothing stays."""
+        return self.residence or Residence(self.checkpoint, self.model, self.decoder, room=NO_ROOM)
+
+
+class Plan(NamedTuple):
+    """The cut of a forward pass: `chunk` sequences at a time, `together` variants of them at a time.
+
+    `branches` has for each variant the first MoE layer, counted from 0, in which it differs from the model, or None.
+    `keep` moves hidden states to where they wait for the next layer: device or host memory.
+    """
+
+    chunk: int
+    together: int
+    branches: tuple[int | None, ...]
+    keep: Callable[[Hidden], Any]
+
+
+def plan_pass(
+    run: Run, tokens: Int[np.ndarray, "sequences length"], variants: Sequence[Variant], *, devices: int = 1
+) -> Plan:
+    """The cut of a pass over `devices` devices, which depends on no results."""
+    full, (sequences, length) = run.model.top_k, tokens.shape
+    branches = tuple(next((n for n, k in enumerate(variant.top_k) if k < full), None) for variant in variants)
+    limit = _limit_tokens(run)
+    share = sequences if devices == 1 else sequences // (CHUNKS_PER_DEVICE * devices)
+    chunk = divide(sequences, min(limit // length, share))
+    keep = _choose_storage(run, tokens.size * (1 + sum(branch is not None for branch in branches)))
+    return Plan(chunk, _size_groups(variants, branches, chunk * length, limit), branches, keep)
+
+
+def _size_groups(variants: Sequence[Variant], branches: Sequence[int | None], tokens: int, limit: int) -> int:
+    """How many variants, of so many `tokens` each, go through a layer together.
+
+    Groups are filled up to one size. Layer after layer as many variants branch off, and a multiple of that number
+    leaves little to fill up.
+    """
+    places = zip(variants, branches, strict=True)
+    alike = Counter((branch, _find_kind(variant)) for variant, branch in places if branch is not None)
+    step = min(alike.values(), default=1)
+    enough = step * max(-(-GROUP_TOKENS // (tokens * step)), 1)
+    most = max(Counter(map(_find_kind, variants)).values(), default=1)
+    return max(min(limit // tokens, enough, most), 1)
+
+
+def _limit_tokens(run: Run) -> int:
+    """The tokens whose expert outputs are computed at once."""
+    memory = jax.local_devices()[0].memory_stats()
+    space = PASS_SHARE * memory["bytes_limit"] if memory else PASS_BYTES
+    return int(space // (run.model.top_k * run.model.hidden_size * jnp.dtype(run.dtype).itemsize))
+
+
+def _choose_storage(run: Run, tokens: int) -> Callable[[Hidden], Any]:
+    """A function that moves hidden states to where they wait for the next layer: the device, or host memory.
+
+    `tokens` counts them over all variants.
+    """
+    memory, size = jax.local_devices()[0].memory_stats(), check_room(run, tokens)
+    return (lambda hidden: hidden) if memory is None or size <= HIDDEN_SHARE * memory["bytes_limit"] else np.asarray
+
+
+def check_room(run: Run, tokens: int) -> int:
+    """Bytes of the hidden states of so many tokens, over all variants; InputError for more than the host has."""
+    size = tokens * run.model.hidden_size * jnp.dtype(run.dtype).itemsize
+    check_memory("hidden states under all changes of k", size, "lower --samples, or take --layers in parts")
+    return size
+
+
+def group(numbers: Sequence[int], variants: Sequence[Variant], size: int) -> Iterator[list[int]]:
+    """Groups of at most `size` variants that have the same exponent and maps, as lists of their indices."""
+    kinds = {number: _find_kind(variants[number]) for number in numbers}
+    for kind in dict.fromkeys(kinds.values()):
+        alike = [number for number in numbers if kinds[number] == kind]
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def _find_kind(variant: Variant) -> tuple[float | None, int]:
+    return variant.exponent, id(variant.maps)
+
+
+def divide(count: int, most: int) -> int:
+    """The largest divisor of `count` up to `most`, at least 1."""
+    return next(size for size in range(max(min(count, most), 1), 0, -1) if count % size == 0)
