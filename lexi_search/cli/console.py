@@ -232,6 +232,11 @@ def print_table(table: "RenderableType") -> None:
     _write(capture.get())
 
 
+# Trying out kernels for each product of a new shape takes longer than the best of them saves; untried, only those of
+# the vendor's library are fast.
+_COMPILING = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+
 def prepare_environment() -> None:
     """Set what JAX and NumPy read from the environment; call before importing them.
 
@@ -240,6 +245,8 @@ def prepare_environment() -> None:
     """
     os.environ.update(_NUMBERS)
     os.environ.pop("JAX_DEFAULT_MATMUL_PRECISION", None)
+    flags = os.environ.get("XLA_FLAGS", "").removeprefix(_COMPILING).strip()
+    os.environ["XLA_FLAGS"] = f"{_COMPILING} {flags}".strip()  # the user's come last, and the last of a flag counts
     # Corrections are solved in threads of this program: BLAS's own would get in their way.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not sys.stderr.isatty():

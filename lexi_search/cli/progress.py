@@ -178,7 +178,10 @@ class Reporter:
         """A line for each phase that is over: its passes, and the seconds of each."""
         seconds = [after - before for before, after in pairwise((*self.times, time.monotonic()))]
         lines, at = [f"opening: {seconds[0]:.1f} s"], 1
+        dropped = {"corrections"} if self.kept and self.kept.header.settings.compensation_rank is None else {}
         for name, passes in self.planned.phases if self.planned else ():
+            if name in dropped:
+                continue
             own, at = seconds[at : at + passes], at + passes
             each = f" ({', '.join(f'{one:.1f}' for one in own)})" if passes > 1 else ""
             lines.append(f"{name}: {passes} {'passes' if passes > 1 else 'pass'}, {sum(own):.1f} s{each}")

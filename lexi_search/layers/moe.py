@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lexi_search.layers.experts import expert_outputs
@@ -68,14 +69,16 @@ def mix(
     outputs: Float[Array, "tokens K hidden"],
     scores: Float[Array, "tokens K"],
     k: Int[Array, "..."],
+    exponent: Float[Array | np.ndarray | np.generic, "..."] | None = None,
     *,
     routing: Routing,
 ) -> Float[Array, "tokens hidden"]:
     """The layer's output at `k`, one number or [tokens, 1], without shared experts, float32.
 
-    It is needed only to pass tokens on to the next layer, and in tests: `squared_distances` does without.
+    So is `exponent`, a gate exponent in the place of that of `routing`. The output is needed only to pass tokens on to
+    the next layer, and in tests: `squared_distances` does without.
     """
-    weights = mixing_weights(scores, k, routing=routing)
+    weights = mixing_weights(scores, k, routing=routing if exponent is None else routing._replace(exponent=exponent))
     # Not a matrix product: so outputs are read once, in the type that they are stored in.
     return (weights[:, :, None] * outputs.astype(jnp.float32)).sum(axis=1)
 

@@ -41,7 +41,7 @@ def open_run(checkpoint: Checkpoint, model: Model, dtype: str, *, room: Room | N
     Weights stay in memory between passes as far as `room` says, by default as far as there is memory.
     """
     decoder = describe_decoder(checkpoint, model)
-    return Run(checkpoint, model, decoder, dtype, Residence(checkpoint, model, decoder, room=room))
+    return Run(checkpoint, model, decoder, dtype, Residence(checkpoint, model, decoder, dtype=dtype, room=room))
 
 
 def measure_layers(

@@ -38,14 +38,16 @@ def profile_layers(
     settings: ProfileSettings,
     tokens: Int[np.ndarray, "sequences length"] | None = None,
     maps: Maps | None = None,
+    run: Run | None = None,
     report: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[tuple[int, LayerLoss]]:
     """Yield (decoder-layer index, losses) for each of `layers`: on `paper` input as each is done, else all at the end.
 
     The losses of a layer depend on the weights, its index and `settings`, not on which other layers are measured, or in
-    what order. The device holds the weights of two layers at most, as stored; on `paper` input an expert that gets no
-    token is not read. On other input the text is `tokens`, if it is sampled already, outputs are corrected by `maps`,
-    if given, and `report` is called with the index of every decoder layer in every pass over the model.
+    what order. On `paper` input the device holds the weights of two layers at most, as stored, and an expert that gets
+    no token is not read. On other input the text is `tokens`, if it is sampled already, outputs are corrected by
+    `maps`, if given, weights are where `run` keeps them, and `report` is called with the index of every decoder layer
+    in every pass over the model.
 
     Raises:
         InputError: a layer that is no MoE layer, an activation that is not known, NaN or Inf in a weight or output,
@@ -57,7 +59,7 @@ def profile_layers(
         raise InputError(f"{checkpoint.folder}: hidden_act {model.activation.name!r} is not known; known are {known}")
     if settings.input == "paper":
         return _profile_each(checkpoint, model, layers, settings)
-    run = open_run(checkpoint, model, settings.dtype)
+    run = open_run(checkpoint, model, settings.dtype) if run is None else run._replace(model=model)
     return _profile_text(run, layers, settings, tokens, maps, report)
 
 

@@ -21,7 +21,7 @@ from lexi_search.artifacts.profile import Header, Profile, ProfileSettings, find
 from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_profile
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
-from lexi_search.models.loading.residence import Room, find_room
+from lexi_search.models.loading.residence import Room
 from lexi_search.models.model import Model, describe, find_dtype
 from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
@@ -79,8 +79,7 @@ def profile_checkpoint(
     gate_exponent: float | str | None = None,
     compensation: str | None = None,
     rank: int | None = None,
-    device_memory: int | None = None,
-    host_memory: int | None = None,
+    room: Room | None = None,
     restart: bool = False,
     reuse: bool = False,
     force: bool = False,
@@ -90,17 +89,15 @@ def profile_checkpoint(
     """The profile of the checkpoint `source`, a folder or hub id, which is also written to `output`.
 
     Args:
-        layers: decoder-layer indices; by default all MoE layers.
-        input: `weights`, text sampled from the model, or `paper`, N(0, 1); settings are of `ProfileSettings`.
-        iterations: exactly so many on the paper's input, its N_iter, for `relative_error` and `samples`.
+        layers: decoder-layer indices, by default all MoE layers; other settings are of `ProfileSettings`.
+        input: `weights`, text sampled from the model, or `paper`, N(0, 1), for exactly so many `iterations`.
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
         compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
             method. By default what is measured to lose least of all that input and family allow.
-        device_memory: bytes of weights that stay on each device between passes, by default half of its memory;
-            `host_memory` of those that stay in the host's, by default half of what is free. The rest is read again.
+        room: weights that stay in memory between passes, from `find_room`; by default as far as half of it holds them.
         restart: throw away what a run that was cut short left in `<output>.partial/`.
         reuse: return the profile in `output` where this very run has written it before; in one process.
-        force: replace a file of another model or kind in `output`, too.
+        force: replace a file of another model or kind, too.
         group: this process among others, from `distributed.join`; process 0 writes `output`, others return None.
 
     Raises:
@@ -112,9 +109,7 @@ def profile_checkpoint(
     if group.index == 0:
         check_writable(output, apart_from=[source], nature=None if force else describe_nature(Profile))
         refuse_inputs(find_partials(output), [source])
-    room = find_room(device=device_memory, host=host_memory)
-    asked = compensation, gate_exponent, rank
-    session = _open(source, layers, dtype, group, observer or Silent(), *asked, room, **settings)
+    session = _open(source, layers, dtype, room, group, observer, compensation, gate_exponent, rank, **settings)
     if reuse and (finished := _find_finished(output, session)):
         return finished
     agree(group, session.header)
@@ -159,12 +154,12 @@ def _open(
     source: str | os.PathLike[str],
     layers: Collection[int] | None,
     dtype: str,
+    room: Room | None,
     group: Group,
-    observer: Observer,
+    observer: Observer | None,
     asked: str | None,
     exponent: float | str | None,
     rank: int | None,
-    room: Room,
     **settings: Any,
 ) -> _Session:
     exponent = read_exponent(exponent, settings["input"])
@@ -183,7 +178,7 @@ def _open(
     made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
     find_exponent = compensation != "none" and exponent in (None, AUTO)
     finds = find_exponent, find_exponent and asked is None and rank is None
-    return _Session(group, checkpoint, model, complete, run, chosen, observer, made_by, *finds)
+    return _Session(group, checkpoint, model, complete, run, chosen, observer or Silent(), made_by, *finds)
 
 
 def _plan(session: _Session) -> Plan:
@@ -235,6 +230,7 @@ def _measure(session: _Session, output: str | os.PathLike[str], *, force: bool) 
         settings=session.settings,
         tokens=get_text() if assigned and session.run is not None else None,
         maps=maps,
+        run=session.run,
         report=session.observer.advance_pass,
     )
     with closing(measured):

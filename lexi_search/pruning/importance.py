@@ -1,9 +1,9 @@
 """The importance of each expert, and of each channel of an expert, for its layer's output, without data.
 
 The inputs are Stage 1's, X ~ N(0, 1) (LExI, arXiv 2509.02753, section 3.1), or the layer's inputs on text that the
-model generates itself (`profiling.forward.sampling`). Importance is a root mean square over tokens: for an expert, of its
-gate weight times the norm of its output, zero where it is not selected, which is how far the layer's output moves if
-nothing replaces the expert; for a channel, of its activation times the norm of its column of `down`. REAP (arXiv 2510.13999)
+model generates itself (`forward.sampling`). Importance is a root mean square over tokens: for an expert, of its gate
+weight times the norm of its output, zero where it is not selected, which is how far the layer's output moves if nothing
+replaces the expert; for a channel, of its activation times the norm of its column of `down`. REAP (arXiv 2510.13999)
 uses the first product too, as a mean over those tokens of a text that select the expert.
 """
 

@@ -117,6 +117,8 @@ def profile(
     num_processes: int | None,
     process_id: int | None,
     verbose: bool,
+    device_memory: int | None,
+    host_memory: int | None,
     **settings: Any,
 ) -> None:
     """Measure how much the model in WEIGHTS loses with each layer at each k.
@@ -139,6 +141,7 @@ def profile(
     if together:
         explain_lost_process()
     prepare_environment()
+    from lexi_search.models.loading.residence import find_room
     from lexi_search.profiling.distributed import Group, join
     from lexi_search.profiling.session import profile_checkpoint
 
@@ -146,7 +149,9 @@ def profile(
         with make_progress(quiet=group.index > 0) as progress:
             observer = Reporter(progress, from_text=settings["input"] != "paper")
             try:
-                made = profile_checkpoint(weights, output, layers=wanted, group=group, observer=observer, **settings)
+                room = find_room(device=device_memory, host=host_memory)
+                told = {"layers": wanted, "room": room, "group": group, "observer": observer}
+                made = profile_checkpoint(weights, output, **told, **settings)
             except KeyboardInterrupt:
                 if observer.kept is None or not (observer.kept.layers or observer.kept.findings):
                     raise

@@ -163,6 +163,11 @@ class Experts(Sequence[ExpertWeights]):
             plain = all(piece.recipe.scheme == Plain() for piece in group)
             self._loaded[expert] = self._make(expert, parts.pop(expert)) if plain else parts.pop(expert)
 
+    @property
+    def are_plain(self) -> bool:
+        """Whether all of these experts, all of which are loaded, are matrices as they are used."""
+        return all(isinstance(loaded, ExpertWeights) for loaded in self._loaded.values())
+
     def put(self, target: Any) -> "Experts":
         """These experts, all of which are loaded, on another device or in host memory."""
         moved = Experts(self._reader, self._pieces)

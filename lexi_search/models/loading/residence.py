@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.layers.decoder import Decoder
+from lexi_search.layers.kernels.blocks import stack_experts
+from lexi_search.layers.kernels.grouped import can_group
 from lexi_search.layers.weights import BlockWeights, EndWeights
 from lexi_search.models.loading.pieces import list_parts
 from lexi_search.models.loading.reader import Reader, read_block, read_tree
@@ -80,10 +83,12 @@ def place_layers(sizes: Sequence[int], work: Sequence[int], *, devices: int, roo
         if sum(sizes[layer] for layer in layers) > left:  # two that do not stay are on their way
             left -= 2 * max(sizes[layer] for layer in layers)
         for layer in layers:
-            if sizes[layer] <= left:
+            if sizes[layer] <= left:  # the first ones, one after the other
                 places.append(Place(device, DEVICE))
                 left -= sizes[layer]
-            elif sizes[layer] <= host:
+                continue
+            left = -1
+            if sizes[layer] <= host:
                 places.append(Place(device, HOST))
                 host -= sizes[layer]
             else:
@@ -111,11 +116,21 @@ def _cut(sizes: Sequence[int], work: Sequence[int], devices: int, room: int) -> 
 class Residence:
     """The layers and ends of one checkpoint. `stages` are the layers of each device, in order; `places` of each.
 
+    Experts that stay on a device are stacked for its kernels, if these multiply them as they are stored, in `dtype`.
     Not finite values, and files that cannot be read, are errors where a layer is first used, as in `stream_layers`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Model, decoder: Decoder, *, room: Room | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Model,
+        decoder: Decoder,
+        *,
+        dtype: str | None = None,
+        room: Room | None = None,
+    ):
         self.devices = jax.local_devices()
+        self._dtype = dtype
         self._checkpoint, self._model, self._decoder = checkpoint, model, decoder
         self._room = find_room() if room is None else room
         self._layers: dict[int, BlockWeights] = {}
@@ -163,7 +178,11 @@ class Residence:
             return
         reader = self._read_with(self.places[layers[0]].device)
         try:
-            yield from stream_ahead(layers, partial(self._fetch, reader), overlap=self._overlap)
+            # What stays may arrive as fast as it can be read: there is room for it.
+            staying = [layer for layer in layers if self.places[layer].kept == DEVICE]
+            others = [layer for layer in layers if self.places[layer].kept != DEVICE]
+            yield from stream_ahead(staying, partial(self._fetch, reader), ahead=len(staying))
+            yield from stream_ahead(others, partial(self._fetch, reader), ahead=int(self._overlap))
         finally:
             reader.close()
 
@@ -178,13 +197,22 @@ class Residence:
         device, kept = self.devices[self.places[layer].device], self.places[layer].kept
         if layer in self._layers:
             weights = self._layers[layer]
-            return weights if kept == DEVICE else _move(weights, device)
+            return weights if kept == DEVICE else _move(weights, SingleDeviceSharding(device, memory_kind="device"))
         weights = read_block(reader, self._model, self._decoder, layer)
         if kept == DEVICE:
-            self._layers[layer] = weights
+            weights = self._layers[layer] = self._stack(weights, device)
         elif kept == HOST:
-            self._layers[layer] = _move(weights, jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host"))
+            self._layers[layer] = _move(weights, SingleDeviceSharding(device, memory_kind="pinned_host"))
         return weights
+
+    def _stack(self, weights: BlockWeights, device: jax.Device) -> BlockWeights:
+        moe, model = weights.moe, self._model
+        if moe is None or self._dtype is None or not moe.experts.are_plain or moe.experts[0].up.dtype != self._dtype:
+            return weights
+        traits = {"activation": model.activation, "routing": model.routing, "dtype": self._dtype}
+        if not can_group(moe.experts, device, top_k=model.top_k, **traits):
+            return weights
+        return weights._replace(moe=moe._replace(experts=stack_experts(moe.experts, dtype=self._dtype)))
 
     def read_ends(self, device: int, *, first: bool) -> EndWeights:
         """The embedding if `first`, else final norm and LM head, on a device by its number; the others are empty."""

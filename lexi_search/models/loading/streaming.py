@@ -4,8 +4,9 @@ Weights are transferred as they are stored: quantised ones stay packed on the de
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -33,32 +34,37 @@ def stream_layers(
     reader = Reader(checkpoint)
     overlap = can_overlap(checkpoint, model, [layer for layer in layers if layer in model.tensors])
     try:
-        yield from stream_ahead(layers, partial(read_layer, reader, model, needed), overlap=overlap)
+        yield from stream_ahead(layers, partial(read_layer, reader, model, needed), ahead=int(overlap))
     finally:
         reader.close()
 
 
-def stream_ahead(
-    layers: Sequence[int], read: Callable[[int], Weights], *, overlap: bool
-) -> Iterator[tuple[int, Weights]]:
-    """Yield (layer, what `read` returns for it), read one layer ahead; without `overlap` only when the last is done."""
-    ahead = ThreadPoolExecutor(max_workers=1)
-    start = partial(ahead.submit, read)
+def stream_ahead(layers: Sequence[int], read: Callable[[int], Weights], *, ahead: int) -> Iterator[tuple[int, Weights]]:
+    """Yield (layer, what `read` returns for it) of `layers`, of which up to `ahead` are read before they are asked for.
+
+    With 0 the next is begun only when the caller is done with the last; with more than 1, two are read at a time.
+    """
+    waiting, reading = deque(layers), deque[tuple[int, Future]]()
+    pool = ThreadPoolExecutor(max_workers=min(max(ahead, 1), 2))
+
+    def begin(count: int) -> None:
+        while waiting and len(reading) < count:
+            layer = waiting.popleft()
+            reading.append((layer, pool.submit(read, layer)))
+
     try:
-        reading = start(layers[0]) if layers else None
-        for index, layer in enumerate(layers):
-            weights = reading.result()
-            reading = None  # it holds the weights
-            read_next = partial(start, layers[index + 1]) if index + 1 < len(layers) else lambda: None
-            if overlap:
-                reading = read_next()
+        begin(max(ahead, 1))
+        while reading:
+            layer, future = reading.popleft()
+            weights = future.result()
+            del future  # it holds the weights
+            begin(ahead)
             yield layer, weights
             del weights  # else it would still be on the device while the layer after the next arrives
-            if not overlap:
-                reading = read_next()
+            begin(max(ahead, 1))
     finally:
         # Without waiting: this may run in a finaliser, where waiting for a thread may never end.
-        ahead.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def can_overlap(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> bool:

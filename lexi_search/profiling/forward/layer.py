@@ -29,17 +29,17 @@ class MoEOutputs(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """How outputs are mixed: a k, of all tokens or of each, a gate exponent, and a correction, as a `Variant` says."""
+    """How outputs are mixed, as a `Variant` says: a k and a gate exponent, of all tokens or of each; corrections."""
 
-    k: int | Int32[np.ndarray, "tokens 1"]
-    exponent: float | None
+    k: Int32[np.ndarray | np.generic, "..."]
+    exponent: Float[np.ndarray | np.generic, "..."] | None
     correction: Correction | None
 
 
 def prepare(run: Run, weights: BlockWeights) -> BlockWeights:
     """The weights for several uses: experts dequantised once, and stacked where the device multiplies all at once."""
     moe, model = weights.moe, run.model
-    if moe is None:
+    if moe is None or isinstance(moe.experts, StackedExperts):
         return weights
     [device] = moe.router.devices()
     traits = {"activation": model.activation, "routing": model.routing, "dtype": run.dtype}
@@ -59,38 +59,43 @@ def advance(
     full, is_moe = run.model.top_k, weights.moe is not None
     place = run.model.layers.index(layer) if is_moe else None
     step = partial(_step, run, layer, weights)
-
-    def list_mixings(some: Sequence[Variant]) -> list[Mixing]:
-        return [
-            Mixing(k, variant.exponent, stack_corrections(layer, [k], variant.maps, full))
-            for variant in some
-            for k in [variant.top_k[place] if is_moe else full]
-        ]
-
     reduced = [number for number in states if number != MODEL]
     branching = [number for number, branch in enumerate(plan.branches) if is_moe and branch == place]
     model = Variant((full,) * len(run.model.layers))
-    hidden, outputs = step(states[MODEL], list_mixings([model, *(variants[number] for number in branching)]))
+    own = [_mix_alike([variant], layer, place, full) for variant in (model, *(variants[n] for n in branching))]
+    hidden, outputs = step(states[MODEL], own)
     for some in group(reduced, variants, plan.together):
-        top_k = [variants[number].top_k[place] if is_moe else full for number in some]
-        top_k += top_k[-1:] * (plan.together - len(some))  # one shape, one compilation
-        joined = [states[number] for number in some]
-        joined = jnp.concatenate([*joined, *joined[-1:] * (plan.together - len(some))])
-        k = np.repeat(np.asarray(top_k, np.int32), joined.shape[1] * (len(joined) // plan.together))[:, None]
-        first = variants[some[0]]
-        [moved], _ = step(joined, [Mixing(k, first.exponent, stack_corrections(layer, top_k, first.maps, full))])
+        padded = some + some[-1:] * (plan.together - len(some))  # one shape, one compilation
+        joined = jnp.concatenate([states[number] for number in padded])
+        size = joined.shape[1] * (len(joined) // plan.together)
+        [moved], _ = step(joined, [_mix_alike([variants[n] for n in padded], layer, place, full, size=size)])
         states |= zip(some, map(plan.keep, jnp.split(moved, plan.together)), strict=False)
     states |= zip([MODEL, *branching], map(plan.keep, hidden), strict=True)
     return outputs
 
 
-def stack_corrections(layer: int, top_k: Sequence[int], maps: Maps | None, full: int) -> Correction | None:
-    """The corrections of a layer at each of `top_k`; None where there are none."""
-    if maps is None or all(k == full for k in top_k):
+def _mix_alike(some: Sequence[Variant], layer: int, place: int | None, full: int, *, size: int | None = None) -> Mixing:
+    """The mixing of one variant, or of several that each have `size` tokens; all or none of them have an exponent."""
+    top_k = np.asarray([full if place is None else variant.top_k[place] for variant in some], np.int32)
+    exponents = None
+    if some[0].exponent is not None:
+        exponents = np.asarray([variant.exponent for variant in some], np.float32)
+    correction = stack_corrections(layer, top_k.tolist(), [variant.maps for variant in some], full)
+    if size is None:
+        return Mixing(top_k[0], exponents if exponents is None else exponents[0], correction)
+    rows = [None if values is None else np.repeat(values, size)[:, None] for values in (top_k, exponents)]
+    return Mixing(*rows, correction)
+
+
+def stack_corrections(layer: int, top_k: Sequence[int], maps: Sequence[Maps | None], full: int) -> Correction | None:
+    """The corrections of a layer at each of `top_k` from its own `maps`, zero where there is none; None for none."""
+    rows = [None if own is None or k == full else own[layer, k] for k, own in zip(top_k, maps, strict=True)]
+    some = next((row for row in rows if row is not None), None)
+    if some is None:
         return None
-    some = next(maps[layer, k] for k in top_k if k < full)
-    rows = [maps[layer, k] if k < full else tuple(map(np.zeros_like, some)) for k in top_k]
-    return Correction(*(jnp.asarray(np.stack(arrays), jnp.float32) for arrays in zip(*rows, strict=True)))
+    empty = tuple(map(np.zeros_like, some))
+    stacked = zip(*(empty if row is None else row for row in rows), strict=True)
+    return Correction(*(jnp.asarray(np.stack(arrays), jnp.float32) for arrays in stacked))
 
 
 def _step(
@@ -109,9 +114,8 @@ def _step(
         outputs = compute_outputs(x, choice, moe.experts, routing=plain, activation=model.activation)
     results = []
     for mixing in mixings:
-        k = jnp.asarray(mixing.k, jnp.int32)
-        mixed = mix(outputs, choice.scores, k, routing=plain._replace(exponent=mixing.exponent))
+        mixed = mix(outputs, choice.scores, mixing.k, mixing.exponent, routing=plain)
         if mixing.correction is not None:
-            mixed = mixed + correct(choice, k, mixing.correction, routing=plain)
+            mixed = mixed + correct(choice, mixing.k, mixing.correction, routing=plain)
         results.append(finish(block, weights, hidden, x, mixed))
     return results, MoEOutputs(layer, x, outputs, choice, hidden)

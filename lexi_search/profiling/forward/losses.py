@@ -64,7 +64,7 @@ def _measure_layer(outputs: MoEOutputs, run: Run, maps: Maps | None) -> Float64[
     if maps is None or (layer, 1) not in maps:
         distances = squared_distances(outputs.outputs, outputs.choice.scores, routing=routing)
     else:
-        correction = stack_corrections(layer, range(1, top_k), maps, top_k)
+        correction = stack_corrections(layer, range(1, top_k), [maps] * (top_k - 1), top_k)
         distances = corrected_distances(outputs.outputs, outputs.choice, correction, routing=routing)
     return np.asarray(_average(distances, outputs.hidden), np.float64)
 

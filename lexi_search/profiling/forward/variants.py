@@ -1,6 +1,5 @@
 """What goes through a model, and how it is cut: variants, and how many tokens of them at a time."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from lexi_search.models.model import Model
 # Shares of a device's memory: expert outputs computed at once, hidden states of all variants. Where it is not told,
 # bytes. Weights that stay have a half of it (`residence`).
 PASS_SHARE, PASS_BYTES, HIDDEN_SHARE = 1 / 32, 16 << 20, 1 / 4
+CHUNK_TOKENS = 2**11  # of the model, where shapes are to repeat: half of the text that is usual
 GROUP_TOKENS = 2**15  # of variants that go through a layer together: more would not make a device faster
 CHUNKS_PER_DEVICE = 4  # of the sequences, where several devices work on them one after the other
 MODEL = -1  # the variant index of the unreduced model
@@ -76,23 +76,12 @@ def plan_pass(
     branches = tuple(next((n for n, k in enumerate(variant.top_k) if k < full), None) for variant in variants)
     limit = _limit_tokens(run)
     share = sequences if devices == 1 else sequences // (CHUNKS_PER_DEVICE * devices)
+    if jax.default_backend() != "cpu":  # every shape is compiled: one for the model, one for groups of variants
+        share = min(share, CHUNK_TOKENS // length)
     chunk = divide(sequences, min(limit // length, share))
     keep = _choose_storage(run, tokens.size * (1 + sum(branch is not None for branch in branches)))
-    return Plan(chunk, _size_groups(variants, branches, chunk * length, limit), branches, keep)
-
-
-def _size_groups(variants: Sequence[Variant], branches: Sequence[int | None], tokens: int, limit: int) -> int:
-    """How many variants, of so many `tokens` each, go through a layer together.
-
-    Groups are filled up to one size. Layer after layer as many variants branch off, and a multiple of that number
-    leaves little to fill up.
-    """
-    places = zip(variants, branches, strict=True)
-    alike = Counter((branch, _find_kind(variant)) for variant, branch in places if branch is not None)
-    step = min(alike.values(), default=1)
-    enough = step * max(-(-GROUP_TOKENS // (tokens * step)), 1)
-    most = max(Counter(map(_find_kind, variants)).values(), default=1)
-    return max(min(limit // tokens, enough, most), 1)
+    together = min(limit, GROUP_TOKENS) // (chunk * length)
+    return Plan(chunk, max(min(together, len(variants)), 1), branches, keep)
 
 
 def _limit_tokens(run: Run) -> int:
@@ -119,15 +108,10 @@ def check_room(run: Run, tokens: int) -> int:
 
 
 def group(numbers: Sequence[int], variants: Sequence[Variant], size: int) -> Iterator[list[int]]:
-    """Groups of at most `size` variants that have the same exponent and maps, as lists of their indices."""
-    kinds = {number: _find_kind(variants[number]) for number in numbers}
-    for kind in dict.fromkeys(kinds.values()):
-        alike = [number for number in numbers if kinds[number] == kind]
+    """Groups of at most `size` variants, as lists of their indices; all or none of a group have an exponent."""
+    for without in (True, False):
+        alike = [number for number in numbers if (variants[number].exponent is None) == without]
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
-
-
-def _find_kind(variant: Variant) -> tuple[float | None, int]:
-    return variant.exponent, id(variant.maps)
 
 
 def divide(count: int, most: int) -> int:

@@ -1,0 +1,176 @@
+"""Where weights stay between passes: every layer has a place, what stays is read once, and no value changes."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
+from lexi_search.models.decoder_stack import describe_decoder
+from lexi_search.models.loading.residence import DEVICE, FILES, HOST, Residence, Room, find_room, place_layers
+from lexi_search.models.model import describe
+
+EVERYTHING = Room(1 << 40, 0)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    folder = tiny.make_checkpoint("olmoe", tmp_path_factory.mktemp("olmoe") / "olmoe", num_hidden_layers=5)
+    checkpoint = open_checkpoint(folder)
+    model = describe(checkpoint)
+    return checkpoint, model, describe_decoder(checkpoint, model)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    names, read = [], Checkpoint.read
+
+    def spy(self, name, buffer, **options):
+        names.append(name)
+        return read(self, name, buffer, **options)
+
+    monkeypatch.setattr(Checkpoint, "read", spy)
+    return names
+
+
+def to_host(weights):
+    experts = [np.asarray(part) for expert in weights.moe.experts for part in expert if part is not None]
+    return [*map(np.asarray, jax.tree.leaves(weights._replace(moe=None))), np.asarray(weights.moe.router), *experts]
+
+
+def list_runs(layers, devices):
+    """Every way to cut layers into at most so many runs, as the ends of the runs."""
+    for count in range(1, devices + 1):
+        for ends in itertools.combinations(range(1, layers), count - 1):
+            yield [range(a, b) for a, b in itertools.pairwise((0, *ends, layers))]
+
+
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=7),
+    devices=st.integers(1, 3),
+    room=st.integers(0, 40),
+    host=st.integers(0, 40),
+)
+def test_every_layer_has_a_place_and_the_cut_is_the_best(layers, devices, room, host):
+    sizes, work = zip(*layers, strict=True)
+    places = place_layers(sizes, work, devices=devices, room=Room(room, host))
+    assert len(places) == len(layers)
+    owners = [place.device for place in places]
+    assert owners == sorted(owners) and set(owners) <= set(range(devices))
+
+    def cost(runs):
+        beyond = sum(max(sum(sizes[n] for n in run) - room, 0) for run in runs)
+        return beyond, max(sum(work[n] for n in run) for run in runs)
+
+    runs = [[n for n, own in enumerate(owners) if own == device] for device in sorted(set(owners))]
+    assert cost(runs) == min(map(cost, list_runs(len(layers), min(devices, len(layers)))))
+    for run in runs:
+        kept = sum(sizes[n] for n in run if places[n].kept == DEVICE)
+        assert kept <= room
+        whole = sum(sizes[n] for n in run)
+        assert (kept == whole) == (whole <= room)
+    assert sum(sizes[n] for n, place in enumerate(places) if place.kept == HOST) <= host
+
+
+def make_rooms(residence):
+    first, *_ = residence.sizes
+    ends = residence._measure(residence._decoder.ends)
+    return {
+        DEVICE: EVERYTHING,
+        HOST: Room(0, 1 << 40),
+        FILES: Room(0, 0),
+        "two": Room(4 * first + ends, 0),  # of five, since two more are on their way
+    }
+
+
+@pytest.mark.parametrize("kept", [DEVICE, HOST, FILES, "two"])
+def test_what_stays_is_read_once_and_what_does_not_again(opened, reads, kept):
+    whole = Residence(*opened, room=EVERYTHING)
+    [layers] = whole.stages
+    residence = Residence(*opened, room=make_rooms(whole)[kept])
+    expected = [to_host(weights) for _, weights in whole.stream(layers)]
+    reads.clear()
+    counts = []
+    for _ in range(3):
+        for (layer, weights), values in zip(residence.stream(layers), expected, strict=True):
+            for one, other in zip(to_host(weights), values, strict=True):
+                np.testing.assert_array_equal(one, other)
+        counts.append(len(reads))
+    again = [counts[1] - counts[0], counts[2] - counts[1]]
+    staying = residence.staying
+    assert sum(staying) == sum(residence.sizes)
+    if kept in (DEVICE, HOST):
+        assert again == [0, 0] and staying[2] == 0
+    elif kept == FILES:
+        assert again == [counts[0]] * 2 and staying == (0, 0, sum(residence.sizes))
+    else:
+        assert 0 < again[0] == again[1] < counts[0] and staying.device == sum(residence.sizes[:2])
+
+
+def test_ends_are_read_once_where_there_is_room(opened, reads):
+    for room, more in ((EVERYTHING, False), (Room(0, 0), True)):
+        residence = Residence(*opened, room=room)
+        first = residence.read_ends(0, first=True)
+        assert first.norm == () and first.head == () and residence.read_ends(0, first=False).embedding == ()
+        count = len(reads)
+        np.testing.assert_array_equal(residence.read_ends(0, first=True).embedding, first.embedding)
+        assert (len(reads) > count) == more
+
+
+def test_sizes_are_those_of_what_is_there(opened):
+    checkpoint, *_ = opened
+    residence = Residence(*opened, room=EVERYTHING)
+    assert sum(residence.sizes) + residence._measure(residence._decoder.ends) == sum(
+        entry.size for entry in checkpoint.entries.values()
+    )
+
+
+def test_room_is_what_is_asked_for_or_a_share_of_the_memory():
+    assert find_room(device=5, host=7) == Room(5, 7)
+    found = find_room()
+    assert found.device > 1 << 20 and found.host == 0  # on a CPU the device's memory is the host's
+
+
+TWICE = """
+import sys, numpy as np, jax
+from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.models.model import describe
+from lexi_search.profiling.divergence import open_run
+from lexi_search.profiling.forward.losses import measure_losses
+from lexi_search.profiling.forward.sampling import draw_tokens
+from lexi_search.profiling.forward.variants import Variant
+checkpoint = open_checkpoint(sys.argv[1])
+run = open_run(checkpoint, describe(checkpoint), "float32")
+assert len(run.residence.stages) == min(len(jax.local_devices()), 3), run.residence.stages
+tokens = draw_tokens(run, sequences=8, length=16, seed=0)
+full, layers = run.model.top_k, len(run.model.layers)
+variants = [Variant(tuple(k if n == own else full for n in range(layers)), 0.3) for own in range(layers) for k in (1, 2)]
+seen = []
+losses = measure_losses(run, tokens, [*variants, Variant((2,) * layers)], report=seen.append)
+np.savez(sys.argv[2], tokens=tokens, seen=seen, *losses)
+"""
+
+
+def test_several_devices_compute_what_one_computes(opened, tmp_path):
+    """Each has a run of layers, and chunks of sequences go from one to the next."""
+    found = {}
+    for devices in (1, 2, 3):
+        place = tmp_path / f"{devices}.npz"
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+        subprocess.run(
+            [sys.executable, "-c", TWICE, opened[0].folder, place], env=environment, check=True, timeout=300
+        )
+        found[devices] = dict(np.load(place))
+    for devices in (2, 3):
+        for name, values in found[1].items():
+            if name == "seen":
+                assert sorted(found[devices][name]) == sorted(values)
+            else:
+                np.testing.assert_allclose(found[devices][name], values, rtol=1e-3, atol=1e-6)
