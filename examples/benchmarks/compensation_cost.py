@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean, median, stdev
 
 import click
 import torch
@@ -31,7 +32,7 @@ from lexi_adapter.serving.kernels.correction import correct, find_features
 from lexi_adapter.speed import throughput
 
 EXPONENT, RANK = 0.5, 32
-WORKLOADS = ("16x32x128", "16x1024x8", "256x32x64", "256x256x4")  # decode- and prefill-heavy at both batches
+WORKLOADS = ("16x32x64", "16x1024x8", "256x32x64", "256x256x4")  # decode- and prefill-heavy at both batches
 SIZES = (16, 256, 8192)  # tokens for the kernels alone
 HIDDEN, EXPERTS, OWN, KEPT = 2048, 128, 8, 4
 
@@ -78,18 +79,19 @@ def measure(folder, share, workloads, rounds, kernels, engine, locks, report):
 
 
 def find_ratios(document):
-    """Workload -> throughput with compensation over that without: of the medians, and the range of the rounds."""
+    """Workload -> throughput with compensation over that without, of the rounds: median, mean, its standard error."""
     with_it, without = (variant["name"] for variant in document["variants"])
     spent = {}
     for run in document["runs"]:
         spent.setdefault((run["workload"], run["variant"]), {}).setdefault(run["round"], []).append(run["seconds"])
-    lines = {(line["workload"], line["variant"]): line["median"] for line in document["summary"]}
     ratios = {}
     for workload in document["workloads"]:
-        mean = [{turn: sum(s) / len(s) for turn, s in spent[workload, name].items()} for name in (with_it, without)]
-        rounds = [mean[1][turn] / mean[0][turn] for turn in sorted(set(mean[0]) & set(mean[1]))]
-        ratio = lines[workload, with_it] / lines[workload, without]
-        ratios[workload] = {"ratio": ratio, "lowest": min(rounds), "highest": max(rounds)}
+        ours, theirs = (
+            {turn: fmean(seconds) for turn, seconds in spent[workload, name].items()} for name in (with_it, without)
+        )
+        rounds = [theirs[turn] / ours[turn] for turn in sorted(ours.keys() & theirs.keys())]
+        error = stdev(rounds) / len(rounds) ** 0.5 if len(rounds) > 1 else None
+        ratios[workload] = {"rounds": len(rounds), "median": median(rounds), "mean": fmean(rounds), "error": error}
     return ratios
 
 
@@ -131,12 +133,13 @@ def time_kernels(tokens):
 @click.option("--workload", "workloads", multiple=True, default=WORKLOADS, show_default=True)
 @click.option("--rounds", default=4, show_default=True)
 @click.option("--kernels", is_flag=True, help="Also the time of kernels by kind, of every variant and workload.")
+@click.option("--alone/--not-alone", default=True, help="First, on a GPU, the compensation's kernels by themselves.")
 @click.option("--engine", default="{}", help="Other arguments of vllm.LLM, as JSON.")
 @click.option("--lock", "locks", multiple=True, help="A file for a card that others use too.")
 @click.option("-o", "--output", default="compensation_cost.json", show_default=True)
-def main(folders, share, workloads, rounds, kernels, engine, locks, output):
+def main(folders, share, workloads, rounds, kernels, alone, engine, locks, output):
     document = {"made_by": describe_call("python examples/benchmarks/compensation_cost.py"), "models": {}}
-    if torch.cuda.is_available():
+    if alone and torch.cuda.is_available():
         document["kernels"] = [time_kernels(tokens) for tokens in SIZES]
         for line in document["kernels"]:
             click.echo(json.dumps(line))
@@ -150,8 +153,9 @@ def main(folders, share, workloads, rounds, kernels, engine, locks, output):
 
         measure(folder, share, [*map(parse_workload, workloads)], rounds, kernels, json.loads(engine), locks, report)
         for workload, line in document["models"][Path(folder).name]["ratios"].items():
-            found = f"{line['ratio']:.4f} ({line['lowest']:.4f} to {line['highest']:.4f} by rounds)"
-            click.echo(f"{Path(folder).name}, {workload}: {found} of the throughput of the same k without")
+            error = "" if line["error"] is None else f" ± {line['error']:.4f}"
+            found = f"{line['mean']:.4f}{error}, median {line['median']:.4f} of {line['rounds']} rounds"
+            click.echo(f"{Path(folder).name}, {workload}: {found}, of the throughput of the same k without")
 
 
 if __name__ == "__main__":
