@@ -97,6 +97,7 @@ def find_ratios(document):
 
 def time_kernels(tokens):
     """Microseconds of the kernels and of those whose place they take, and differences from the definition."""
+    from vllm import _custom_ops as ops
     from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
 
     from lexi_adapter.serving.kernels import triton_correction as kernels
@@ -104,6 +105,7 @@ def time_kernels(tokens):
     torch.manual_seed(0)
     options = {"device": "cuda", "dtype": torch.bfloat16}
     logits, hidden = torch.randn(tokens, EXPERTS, **options), torch.randn(tokens, HIDDEN, **options)
+    outputs = torch.randn(tokens, KEPT, HIDDEN, **options)  # of a token's experts
     A, B = torch.randn(3 * EXPERTS, RANK, **options), torch.randn(RANK, HIDDEN, **options)
     c, output = torch.randn(HIDDEN, device="cuda"), torch.empty_like(hidden)
     rule = {"top_k": KEPT, "exponent": EXPONENT}
@@ -111,8 +113,8 @@ def time_kernels(tokens):
     base, chosen, _ = fused_topk(hidden, logits, OWN, True)
     weights, ids, sums = kernels.route(logits, A, **softmax)
     phi = find_features(logits, base, chosen, chosen[:, :KEPT])
-    kernels.add(hidden, sums, B, c, output)
-    expected = correct(hidden.float(), phi, A.T, B.T, c)
+    kernels.add(outputs, sums, B, c, output)
+    expected = correct(outputs.float().sum(1), phi, A.T, B.T, c)
     behind = kernels.narrow(logits, base, chosen, A, **rule, ranked=False)
     return {
         "tokens": tokens,
@@ -122,8 +124,10 @@ def time_kernels(tokens):
         "router_us": time_calls(lambda: fused_topk(hidden, logits, KEPT, True)),
         "route_us": time_calls(lambda: kernels.route(logits, A, **softmax)),
         "narrow_us": time_calls(lambda: kernels.narrow(logits, base, chosen, A, **rule, ranked=False)),
+        "sum_us": time_calls(lambda: ops.moe_sum(outputs, output)),
+        "sum_and_add_us": time_calls(lambda: kernels.add(outputs, sums, B, c, output)),
         "copy_us": time_calls(lambda: output.copy_(hidden)),
-        "add_us": time_calls(lambda: kernels.add(hidden, sums, B, c, output)),
+        "copy_and_add_us": time_calls(lambda: kernels.add(hidden, sums, B, c, output)),
     }
 
 

@@ -7,6 +7,8 @@ token's experts, or of the copy that ends their computation. A is [3 * experts, 
 only where it runs, or where a test interprets it (TRITON_INTERPRET=1).
 """
 
+import os
+
 import torch
 import triton
 from triton import language as tl
@@ -137,8 +139,9 @@ def add(source: torch.Tensor, sums: torch.Tensor, B: torch.Tensor, c: torch.Tens
 
 
 def _choose_precision(values: torch.Tensor) -> str:
-    # Half-precision numbers are exact in TF32.
-    return "ieee" if values.dtype == torch.float32 else "tf32"
+    # Half-precision numbers are exact in TF32. Triton's interpreter multiplies bfloat16 in float32 alone.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "ieee" if values.dtype == torch.float32 or interpreted else "tf32"
 
 
 # Never specialised by the number of tokens: nothing is compiled while a CUDA graph is captured.
@@ -170,15 +173,19 @@ def _route(
     there = (expert < experts)[None, :]
     place = row[:, None].to(tl.int64)
     logit = tl.load(logits + place * experts + expert[None, :], mask=(row < tokens)[:, None] & there, other=0.0)
-    logit = logit.to(tl.float32)
-    score = tl.exp(logit - tl.max(tl.where(there, logit, float("-inf")), axis=1)[:, None])
+    # The maps of logits, of kept scores and of dropped ones: read before the choice, which takes longer.
+    maps = _read_map(A, expert, experts, rank)
+    kept_maps = _read_map(A + experts * rank, expert, experts, rank)
+    dropped_maps = _read_map(A + 2 * experts * rank, expert, experts, rank)
+    wide = logit.to(tl.float32)
+    score = tl.exp(wide - tl.max(tl.where(there, wide, float("-inf")), axis=1)[:, None])
     score = tl.where(there, score, 0.0)
     score = score / tl.sum(score, axis=1)[:, None]
     score = tl.where(score == score, score, 0.0)  # padding rows may hold anything
     left = tl.where(there, score, -1.0)
+    dropped = left
     mass, kept = tl.zeros((rows,), tl.float32), tl.zeros((rows,), tl.float32)
     weight, index = tl.zeros((rows, columns), tl.float32), tl.zeros((rows, columns), tl.int32)
-    sums = tl.zeros((rows, rank), tl.float32)
     for turn in tl.static_range(own_top_k):
         best, which = tl.max(left, axis=1, return_indices=True, return_indices_tie_break_left=True)
         left = tl.where(expert[None, :] == which[:, None], -1.0, left)
@@ -187,9 +194,10 @@ def _route(
             kept += best
             weight = tl.where((column == turn)[None, :], best[:, None], weight)
             index = tl.where((column == turn)[None, :], which[:, None], index)
-            sums += _gather(A, best, which + experts, rank)
-        else:
-            sums += _gather(A, best, which + 2 * experts, rank)
+            dropped = left
+    chosen = dropped < 0.0
+    sums = _multiply(tl.where(chosen, score, 0.0), kept_maps, tl.zeros((rows, rank), tl.float32), precision)
+    sums = _multiply(tl.where(chosen | (left >= 0.0), 0.0, score), dropped_maps, sums, precision)
     unit = tl.zeros((rows,), tl.float32) + scale
     if renormalize:
         unit = unit / tl.maximum(mass, tiny)
@@ -200,8 +208,8 @@ def _route(
     stored = (row < tokens)[:, None] & (column < top_k)[None, :]
     tl.store(out_weights + place * top_k + column[None, :], weight * factor[:, None], mask=stored)
     tl.store(out_ids + place * top_k + column[None, :], index, mask=stored)
-    sums = _project(logit, A, sums * unit[:, None], expert, experts, rank, precision)
-    sums = tl.where(_find_largest(logit)[:, None] > 0.0, sums, float("nan"))
+    sums = _multiply(logit, maps, sums * unit[:, None], precision)
+    sums = tl.where(_find_largest(wide)[:, None] > 0.0, sums, float("nan"))
     offsets = place * rank + tl.arange(0, rank)[None, :]
     tl.store(out_sums + offsets, sums, mask=(row < tokens)[:, None])
 
@@ -249,9 +257,9 @@ def _narrow(
     for start in tl.static_range(0, experts, block):
         expert = start + tl.arange(0, block)
         there = known & (expert < experts)[None, :]
-        logit = tl.load(logits + place * experts + expert[None, :], mask=there, other=0.0).to(tl.float32)
-        sums = _project(logit, A, sums, expert, experts, rank, precision)
-        largest = tl.maximum(largest, _find_largest(logit))
+        logit = tl.load(logits + place * experts + expert[None, :], mask=there, other=0.0)
+        sums = _multiply(logit, _read_map(A, expert, experts, rank), sums, precision)
+        largest = tl.maximum(largest, _find_largest(logit.to(tl.float32)))
     sums = tl.where(largest[:, None] > 0.0, sums, float("nan"))
     tl.store(out_sums + place * rank + tl.arange(0, rank)[None, :], sums, mask=known)
 
@@ -270,11 +278,28 @@ def _gather(A, weight, column, rank: tl.constexpr):
 
 
 @triton.jit
-def _project(logit, A, sums, expert, experts: tl.constexpr, rank: tl.constexpr, precision: tl.constexpr):
-    """`sums` plus the product of the map with the logits of these experts."""
+def _read_map(A, expert, experts: tl.constexpr, rank: tl.constexpr):
+    """The rows [block, rank] of the map that belong to these experts; zeros past the last one."""
     offsets = expert[:, None] * rank + tl.arange(0, rank)[None, :]
-    values = tl.load(A + offsets, mask=(expert < experts)[:, None], other=0.0).to(tl.float32)
-    return tl.dot(logit, values, sums, input_precision=precision)
+    return tl.load(A + offsets, mask=(expert < experts)[:, None], other=0.0)
+
+
+@triton.jit
+def _multiply(values, right, sums, precision: tl.constexpr):
+    """`sums` + `values` times `right`. Of another type than `right`, `values` are the sum of two numbers of its type."""
+    if values.dtype == right.dtype:
+        return _dot(values, right, sums, precision)
+    else:
+        high = values.to(right.dtype)
+        low = (values.to(tl.float32) - high.to(tl.float32)).to(right.dtype)
+        return _dot(low, right, _dot(high, right, sums, precision), precision)
+
+
+@triton.jit
+def _dot(left, right, sums, precision: tl.constexpr):
+    if precision == "ieee":
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, sums, input_precision=precision)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -304,7 +329,7 @@ def _add(
     right = tl.load(B + inner[:, None] * hidden + column[None, :], mask=real, other=0.0).to(tl.float32)
     constant = tl.load(c + column[None, :], mask=real, other=0.0)
     value = tl.zeros((rows, block), tl.float32)
-    for expert in tl.static_range(experts):
+    for expert in range(experts):
         offsets = place * source_stride + expert * width + column[None, :]
         value += tl.load(source + offsets, mask=stored, other=0.0).to(tl.float32)
     change = tl.dot(left, right, input_precision=precision) + constant
