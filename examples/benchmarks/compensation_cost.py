@@ -79,11 +79,15 @@ def measure(folder, share, workloads, rounds, kernels, engine, locks, report):
 
 
 def find_ratios(document):
-    """Workload -> throughput with compensation over that without, of the rounds: median, mean, its standard error."""
+    """Workload -> throughput with compensation over that without, of the rounds: median, mean, its standard error.
+
+    Where kernels were recorded, `gpu` is the same of the time in which any of them ran.
+    """
     with_it, without = (variant["name"] for variant in document["variants"])
     spent = {}
     for run in document["runs"]:
         spent.setdefault((run["workload"], run["variant"]), {}).setdefault(run["round"], []).append(run["seconds"])
+    busy = {(line["variant"], line["workload"]): line["busy"] for line in document.get("kernels", ())}
     ratios = {}
     for workload in document["workloads"]:
         ours, theirs = (
@@ -92,6 +96,10 @@ def find_ratios(document):
         rounds = [theirs[turn] / ours[turn] for turn in sorted(ours.keys() & theirs.keys())]
         error = stdev(rounds) / len(rounds) ** 0.5 if len(rounds) > 1 else None
         ratios[workload] = {"rounds": len(rounds), "median": median(rounds), "mean": fmean(rounds), "error": error}
+        whole = parse_workload(workload)
+        recorded = str(replace(whole, output_length=min(whole.output_length, throughput.RECORDED_TOKENS)))
+        if (with_it, recorded) in busy:
+            ratios[workload]["gpu"] = busy[without, recorded] / busy[with_it, recorded]
     return ratios
 
 

@@ -283,11 +283,12 @@ def _compensate(build: Build, model: Any, device: Any) -> None:
 
 
 def _hook_output() -> None:
-    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda():  # where the experts are opaque to vLLM's compiler
+        from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+        from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
         hook(TopKWeightAndReduceNoOP, "apply", adding)
         hook(TritonExperts, "moe_sum", summing)
 

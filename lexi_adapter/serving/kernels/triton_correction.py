@@ -2,12 +2,10 @@
 
 For layers that are opaque to vLLM's compiler; `gates` and `correction` have the formulas. `route` stands for a
 softmax router and all that follows, `narrow` goes behind any other router, `add` takes the place of the sum over a
-token's experts, or of the copy that ends their computation. A is [3 * experts, rank] and B [rank, hidden] here, the rank a power of two from 16; `hold` of
-`vllm_correction` makes them. A phi is NaN for a token all of whose logits are zero, which gets no correction. Imported
-only where it runs, or where a test interprets it (TRITON_INTERPRET=1).
+token's experts, or of the copy that ends their computation. A is [3 * experts, rank] and B [rank, hidden] here, the
+rank a power of two from 16; `hold` of `vllm_correction` makes them. A phi is NaN for a token all of whose logits are
+zero, which gets no correction. Imported only where it runs, or where a test interprets it (TRITON_INTERPRET=1).
 """
-
-import os
 
 import torch
 import triton
@@ -18,7 +16,7 @@ from lexi_adapter.serving.kernels.triton_gates import ROWS, find_factor, find_ra
 
 MOST_ROUTED = 256  # experts of a layer whose scores one program of `route` holds
 BLOCK = 128  # experts whose logits a program of `narrow` holds at once
-OUTPUT_ROWS, OUTPUT_COLUMNS, OUTPUT_WARPS = 32, 128, 4  # of one program of `add`
+OUTPUT_ROWS, OUTPUT_COLUMNS, OUTPUT_WARPS = 16, 64, 4  # of one program of `add`
 
 
 def route(
@@ -65,7 +63,7 @@ def route(
             rank=A.shape[1],
             precision=_choose_precision(A),
             rows=ROWS,
-            num_warps=4 if block <= 128 else 8,
+            num_warps=4 if block <= 64 else 8,
         )
     return weights, ids, sums
 
@@ -139,9 +137,8 @@ def add(source: torch.Tensor, sums: torch.Tensor, B: torch.Tensor, c: torch.Tens
 
 
 def _choose_precision(values: torch.Tensor) -> str:
-    # Half-precision numbers are exact in TF32. Triton's interpreter multiplies bfloat16 in float32 alone.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "ieee" if values.dtype == torch.float32 or interpreted else "tf32"
+    # Half-precision numbers are exact in TF32.
+    return "ieee" if values.dtype == torch.float32 else "tf32"
 
 
 # Never specialised by the number of tokens: nothing is compiled while a CUDA graph is captured.
@@ -173,19 +170,15 @@ def _route(
     there = (expert < experts)[None, :]
     place = row[:, None].to(tl.int64)
     logit = tl.load(logits + place * experts + expert[None, :], mask=(row < tokens)[:, None] & there, other=0.0)
-    # The maps of logits, of kept scores and of dropped ones: read before the choice, which takes longer.
-    maps = _read_map(A, expert, experts, rank)
-    kept_maps = _read_map(A + experts * rank, expert, experts, rank)
-    dropped_maps = _read_map(A + 2 * experts * rank, expert, experts, rank)
-    wide = logit.to(tl.float32)
-    score = tl.exp(wide - tl.max(tl.where(there, wide, float("-inf")), axis=1)[:, None])
+    logit = logit.to(tl.float32)
+    score = tl.exp(logit - tl.max(tl.where(there, logit, float("-inf")), axis=1)[:, None])
     score = tl.where(there, score, 0.0)
     score = score / tl.sum(score, axis=1)[:, None]
     score = tl.where(score == score, score, 0.0)  # padding rows may hold anything
     left = tl.where(there, score, -1.0)
-    dropped = left
     mass, kept = tl.zeros((rows,), tl.float32), tl.zeros((rows,), tl.float32)
     weight, index = tl.zeros((rows, columns), tl.float32), tl.zeros((rows, columns), tl.int32)
+    sums = tl.zeros((rows, rank), tl.float32)
     for turn in tl.static_range(own_top_k):
         best, which = tl.max(left, axis=1, return_indices=True, return_indices_tie_break_left=True)
         left = tl.where(expert[None, :] == which[:, None], -1.0, left)
@@ -194,10 +187,9 @@ def _route(
             kept += best
             weight = tl.where((column == turn)[None, :], best[:, None], weight)
             index = tl.where((column == turn)[None, :], which[:, None], index)
-            dropped = left
-    chosen = dropped < 0.0
-    sums = _multiply(tl.where(chosen, score, 0.0), kept_maps, tl.zeros((rows, rank), tl.float32), precision)
-    sums = _multiply(tl.where(chosen | (left >= 0.0), 0.0, score), dropped_maps, sums, precision)
+            sums += _gather(A, best, which + experts, rank)
+        else:
+            sums += _gather(A, best, which + 2 * experts, rank)
     unit = tl.zeros((rows,), tl.float32) + scale
     if renormalize:
         unit = unit / tl.maximum(mass, tiny)
@@ -208,8 +200,8 @@ def _route(
     stored = (row < tokens)[:, None] & (column < top_k)[None, :]
     tl.store(out_weights + place * top_k + column[None, :], weight * factor[:, None], mask=stored)
     tl.store(out_ids + place * top_k + column[None, :], index, mask=stored)
-    sums = _multiply(logit, maps, sums * unit[:, None], precision)
-    sums = tl.where(_find_largest(wide)[:, None] > 0.0, sums, float("nan"))
+    sums = _project(logit, A, sums * unit[:, None], expert, experts, rank, precision)
+    sums = tl.where(_find_largest(logit)[:, None] > 0.0, sums, float("nan"))
     offsets = place * rank + tl.arange(0, rank)[None, :]
     tl.store(out_sums + offsets, sums, mask=(row < tokens)[:, None])
 
@@ -257,9 +249,9 @@ def _narrow(
     for start in tl.static_range(0, experts, block):
         expert = start + tl.arange(0, block)
         there = known & (expert < experts)[None, :]
-        logit = tl.load(logits + place * experts + expert[None, :], mask=there, other=0.0)
-        sums = _multiply(logit, _read_map(A, expert, experts, rank), sums, precision)
-        largest = tl.maximum(largest, _find_largest(logit.to(tl.float32)))
+        logit = tl.load(logits + place * experts + expert[None, :], mask=there, other=0.0).to(tl.float32)
+        sums = _project(logit, A, sums, expert, experts, rank, precision)
+        largest = tl.maximum(largest, _find_largest(logit))
     sums = tl.where(largest[:, None] > 0.0, sums, float("nan"))
     tl.store(out_sums + place * rank + tl.arange(0, rank)[None, :], sums, mask=known)
 
@@ -278,28 +270,11 @@ def _gather(A, weight, column, rank: tl.constexpr):
 
 
 @triton.jit
-def _read_map(A, expert, experts: tl.constexpr, rank: tl.constexpr):
-    """The rows [block, rank] of the map that belong to these experts; zeros past the last one."""
+def _project(logit, A, sums, expert, experts: tl.constexpr, rank: tl.constexpr, precision: tl.constexpr):
+    """`sums` plus the product of the map with the logits of these experts."""
     offsets = expert[:, None] * rank + tl.arange(0, rank)[None, :]
-    return tl.load(A + offsets, mask=(expert < experts)[:, None], other=0.0)
-
-
-@triton.jit
-def _multiply(values, right, sums, precision: tl.constexpr):
-    """`sums` + `values` times `right`. Of another type than `right`, `values` are the sum of two numbers of its type."""
-    if values.dtype == right.dtype:
-        return _dot(values, right, sums, precision)
-    else:
-        high = values.to(right.dtype)
-        low = (values.to(tl.float32) - high.to(tl.float32)).to(right.dtype)
-        return _dot(low, right, _dot(high, right, sums, precision), precision)
-
-
-@triton.jit
-def _dot(left, right, sums, precision: tl.constexpr):
-    if precision == "ieee":
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, sums, input_precision=precision)
+    values = tl.load(A + offsets, mask=(expert < experts)[:, None], other=0.0).to(tl.float32)
+    return tl.dot(logit, values, sums, input_precision=precision)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -112,7 +112,7 @@ class Calls(list):
 
 @pytest.fixture
 def kernels(monkeypatch, interpret, distributed):
-    """A platform that says it is CUDA, and interpreted kernels; the names of those called, `shapes` of what they read."""
+    """A platform that says it is CUDA, and interpreted kernels; the names called, `shapes` of what they read."""
     calls = Calls()
 
     def count(name):
