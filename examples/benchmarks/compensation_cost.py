@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean, median, stdev
 
 import click
 import torch
@@ -31,7 +32,7 @@ from lexi_adapter.serving.kernels.correction import correct, find_features
 from lexi_adapter.speed import throughput
 
 EXPONENT, RANK = 0.5, 32
-WORKLOADS = ("16x32x128", "16x1024x8", "256x32x64", "256x256x4")  # decode- and prefill-heavy at both batches
+WORKLOADS = ("16x32x64", "16x1024x8", "256x32x64", "256x256x4")  # decode- and prefill-heavy at both batches
 SIZES = (16, 256, 8192)  # tokens for the kernels alone
 HIDDEN, EXPERTS, OWN, KEPT = 2048, 128, 8, 4
 
@@ -78,23 +79,33 @@ def measure(folder, share, workloads, rounds, kernels, engine, locks, report):
 
 
 def find_ratios(document):
-    """Workload -> throughput with compensation over that without: of the medians, and the range of the rounds."""
+    """Workload -> throughput with compensation over that without, of the rounds: median, mean, its standard error.
+
+    Where kernels were recorded, `gpu` is the same of the time in which any of them ran.
+    """
     with_it, without = (variant["name"] for variant in document["variants"])
     spent = {}
     for run in document["runs"]:
         spent.setdefault((run["workload"], run["variant"]), {}).setdefault(run["round"], []).append(run["seconds"])
-    lines = {(line["workload"], line["variant"]): line["median"] for line in document["summary"]}
+    busy = {(line["variant"], line["workload"]): line["busy"] for line in document.get("kernels", ())}
     ratios = {}
     for workload in document["workloads"]:
-        mean = [{turn: sum(s) / len(s) for turn, s in spent[workload, name].items()} for name in (with_it, without)]
-        rounds = [mean[1][turn] / mean[0][turn] for turn in sorted(set(mean[0]) & set(mean[1]))]
-        ratio = lines[workload, with_it] / lines[workload, without]
-        ratios[workload] = {"ratio": ratio, "lowest": min(rounds), "highest": max(rounds)}
+        ours, theirs = (
+            {turn: fmean(seconds) for turn, seconds in spent[workload, name].items()} for name in (with_it, without)
+        )
+        rounds = [theirs[turn] / ours[turn] for turn in sorted(ours.keys() & theirs.keys())]
+        error = stdev(rounds) / len(rounds) ** 0.5 if len(rounds) > 1 else None
+        ratios[workload] = {"rounds": len(rounds), "median": median(rounds), "mean": fmean(rounds), "error": error}
+        whole = parse_workload(workload)
+        recorded = str(replace(whole, output_length=min(whole.output_length, throughput.RECORDED_TOKENS)))
+        if (with_it, recorded) in busy:
+            ratios[workload]["gpu"] = busy[without, recorded] / busy[with_it, recorded]
     return ratios
 
 
 def time_kernels(tokens):
     """Microseconds of the kernels and of those whose place they take, and differences from the definition."""
+    from vllm import _custom_ops as ops
     from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
 
     from lexi_adapter.serving.kernels import triton_correction as kernels
@@ -102,6 +113,7 @@ def time_kernels(tokens):
     torch.manual_seed(0)
     options = {"device": "cuda", "dtype": torch.bfloat16}
     logits, hidden = torch.randn(tokens, EXPERTS, **options), torch.randn(tokens, HIDDEN, **options)
+    outputs = torch.randn(tokens, KEPT, HIDDEN, **options)  # of a token's experts
     A, B = torch.randn(3 * EXPERTS, RANK, **options), torch.randn(RANK, HIDDEN, **options)
     c, output = torch.randn(HIDDEN, device="cuda"), torch.empty_like(hidden)
     rule = {"top_k": KEPT, "exponent": EXPONENT}
@@ -109,8 +121,8 @@ def time_kernels(tokens):
     base, chosen, _ = fused_topk(hidden, logits, OWN, True)
     weights, ids, sums = kernels.route(logits, A, **softmax)
     phi = find_features(logits, base, chosen, chosen[:, :KEPT])
-    kernels.add(hidden, sums, B, c, output)
-    expected = correct(hidden.float(), phi, A.T, B.T, c)
+    kernels.add(outputs, sums, B, c, output)
+    expected = correct(outputs.float().sum(1), phi, A.T, B.T, c)
     behind = kernels.narrow(logits, base, chosen, A, **rule, ranked=False)
     return {
         "tokens": tokens,
@@ -120,8 +132,10 @@ def time_kernels(tokens):
         "router_us": time_calls(lambda: fused_topk(hidden, logits, KEPT, True)),
         "route_us": time_calls(lambda: kernels.route(logits, A, **softmax)),
         "narrow_us": time_calls(lambda: kernels.narrow(logits, base, chosen, A, **rule, ranked=False)),
+        "sum_us": time_calls(lambda: ops.moe_sum(outputs, output)),
+        "sum_and_add_us": time_calls(lambda: kernels.add(outputs, sums, B, c, output)),
         "copy_us": time_calls(lambda: output.copy_(hidden)),
-        "add_us": time_calls(lambda: kernels.add(hidden, sums, B, c, output)),
+        "copy_and_add_us": time_calls(lambda: kernels.add(hidden, sums, B, c, output)),
     }
 
 
@@ -131,12 +145,13 @@ def time_kernels(tokens):
 @click.option("--workload", "workloads", multiple=True, default=WORKLOADS, show_default=True)
 @click.option("--rounds", default=4, show_default=True)
 @click.option("--kernels", is_flag=True, help="Also the time of kernels by kind, of every variant and workload.")
+@click.option("--alone/--not-alone", default=True, help="First, on a GPU, the compensation's kernels by themselves.")
 @click.option("--engine", default="{}", help="Other arguments of vllm.LLM, as JSON.")
 @click.option("--lock", "locks", multiple=True, help="A file for a card that others use too.")
 @click.option("-o", "--output", default="compensation_cost.json", show_default=True)
-def main(folders, share, workloads, rounds, kernels, engine, locks, output):
+def main(folders, share, workloads, rounds, kernels, alone, engine, locks, output):
     document = {"made_by": describe_call("python examples/benchmarks/compensation_cost.py"), "models": {}}
-    if torch.cuda.is_available():
+    if alone and torch.cuda.is_available():
         document["kernels"] = [time_kernels(tokens) for tokens in SIZES]
         for line in document["kernels"]:
             click.echo(json.dumps(line))
@@ -150,8 +165,9 @@ def main(folders, share, workloads, rounds, kernels, engine, locks, output):
 
         measure(folder, share, [*map(parse_workload, workloads)], rounds, kernels, json.loads(engine), locks, report)
         for workload, line in document["models"][Path(folder).name]["ratios"].items():
-            found = f"{line['ratio']:.4f} ({line['lowest']:.4f} to {line['highest']:.4f} by rounds)"
-            click.echo(f"{Path(folder).name}, {workload}: {found} of the throughput of the same k without")
+            error = "" if line["error"] is None else f" ± {line['error']:.4f}"
+            found = f"{line['mean']:.4f}{error}, median {line['median']:.4f} of {line['rounds']} rounds"
+            click.echo(f"{Path(folder).name}, {workload}: {found}, of the throughput of the same k without")
 
 
 if __name__ == "__main__":

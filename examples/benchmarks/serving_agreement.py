@@ -120,6 +120,7 @@ def main(folders, dtype, eager, engine, output, job):
         return
     checkpoint, allocation, *exported = folders
     options = json.loads(engine)
+    described = json.loads(Path(allocation).read_text())
     given = {} if exported else {"additional_config": {"lexi_allocation": allocation}}
     shared = {"prompts": read_prompts(checkpoint), "dtype": dtype}
     vllm = {"engine": "vllm", "eager": eager, **shared}
@@ -144,7 +145,8 @@ def main(folders, dtype, eager, engine, output, job):
         "cuda_graphs": not eager,
         "workers": base["workers"],
         "prompts": [len(shared["prompts"]), LENGTH],
-        "gate_exponent": json.loads(Path(allocation).read_text()).get("gate_exponent"),
+        "gate_exponent": described.get("gate_exponent"),
+        "compensation": described.get("compensation"),
         "top_k": {"base": base["top_k"], "mixed": mixed["top_k"]},
         "base, vLLM against transformers": compare(base, base_reference),
         "mixed, vLLM against transformers": compare(mixed, mixed_reference),

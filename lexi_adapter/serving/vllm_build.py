@@ -19,7 +19,7 @@ from lexi_adapter.allocation import KEY, Allocation, ModelIdentity, describe_run
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.compensation import EXPORTED, read_corrections
 from lexi_adapter.model.folder import READ_AS_STORED, check_routers, find_routers, has_weights
-from lexi_adapter.serving.vllm_correction import adding, correct_layer
+from lexi_adapter.serving.vllm_correction import adding, correct_layer, summing
 from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_adapter.serving.vllm_names import (
     CUSTOM_ROUTING,
@@ -271,7 +271,7 @@ def _compensate(build: Build, model: Any, device: Any) -> None:
         return
     corrections = read_corrections(allocation)
     if corrections:
-        _hook_copy()
+        _hook_output()
     for layer, layer_made in build.layers.items():
         if (top_k := allocation.top_k[layer]) < own_top_k:
             name = f"{type(model).__name__}: layer {layer}"
@@ -282,12 +282,15 @@ def _compensate(build: Build, model: Any, device: Any) -> None:
                 compensate_layer(layer_made, name, top_k, own_top_k, exponent)
 
 
-def _hook_copy() -> None:
-    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+def _hook_output() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda():  # where the experts are opaque to vLLM's compiler
+        from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+        from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
         hook(TopKWeightAndReduceNoOP, "apply", adding)
+        hook(TritonExperts, "moe_sum", summing)
 
 
 def read_top_k(model: Any) -> dict[int, int]:

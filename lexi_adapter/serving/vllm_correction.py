@@ -2,8 +2,8 @@
 
 Everything happens in the one call in which a layer routes and computes its experts: the choice is made before that call
 and goes in where it takes the router's logits, so nothing is kept between calls. On CUDA, A phi comes from the kernel
-that weighs the experts, and the rest is added where the experts' output is copied out of the workspace, in the place of
-that copy; where it goes by other ways, in one more kernel.
+that weighs the experts, and the rest is added where the outputs of a token's experts are summed, in the place of that
+sum, or where they are copied out of the workspace, in the place of that copy; elsewhere, in one more kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -273,7 +273,7 @@ def adding(apply: Callable) -> Callable:
 
     def copying(self: Any, output: Any, fused_expert_output: Any, *args: Any, **kwargs: Any) -> Any:
         pending = _pending.get()
-        if pending is None or output is None or fused_expert_output.shape != output.shape:
+        if pending is None or pending.done or output is None or fused_expert_output.shape != output.shape:
             return apply(self, output, fused_expert_output, *args, **kwargs)
         from lexi_adapter.serving.kernels.triton_correction import add
 
@@ -282,6 +282,24 @@ def adding(apply: Callable) -> Callable:
         return output
 
     return copying
+
+
+def summing(moe_sum: Callable) -> Callable:
+    """vLLM's sum over the outputs of a token's experts, to which what is pending is added."""
+
+    def summing_up(self: Any, input: Any, output: Any, topk_ids: Any = None, expert_map: Any = None) -> None:
+        pending = _pending.get()
+        # With a map, newer versions leave out experts of other workers, whose outputs hold anything.
+        others = () if topk_ids is None and expert_map is None else (topk_ids, expert_map)
+        whole = input.dim() == 3 and input.is_contiguous() and len(input) == len(output)
+        if pending is None or expert_map is not None or not whole or len(output) != len(pending.sums):
+            return moe_sum(self, input, output, *others)
+        from lexi_adapter.serving.kernels.triton_correction import add
+
+        add(input, pending.sums, pending.B, pending.c, output)
+        pending.done = True
+
+    return summing_up
 
 
 def _correct_block(block: Any, top_k: int, own_top_k: int, source: str) -> None:

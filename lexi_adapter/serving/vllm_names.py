@@ -27,6 +27,7 @@ HOOKED: Mapping[str, tuple[str, ...]] = {
         "MoERunner._fused_output_is_reduced",
         "MoERunner.do_naive_dispatch_combine",
     ),
+    "vllm.model_executor.layers.fused_moe.experts.triton_moe": ("TritonExperts.moe_sum",),
     "vllm.model_executor.layers.fused_moe.topk_weight_and_reduce": ("TopKWeightAndReduceNoOP.apply",),
     "vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep": ("MoEPrepareAndFinalizeNoDPEPModular.finalize",),
     "vllm.model_executor.models.minicpm": ("MiniCPMMoE.__init__", "MiniCPMMoE.forward"),

@@ -2,7 +2,8 @@
 
 LExI's protocol (arXiv 2509.02753, figure 2): a batch of requests with fixed input and output lengths; throughput is
 input and output tokens over the end-to-end seconds. Engines that share the card are measured in turn, round by round,
-so that a drift in speed affects all of them alike.
+so that a drift in speed affects all of them alike; every other round in reverse, as the first run after another
+workload can be slower.
 """
 
 import itertools
@@ -126,7 +127,7 @@ def measure(
             if first == 0:
                 progress(0, total, "engines are up")
             for number in range(rounds):
-                for workload, current in itertools.product(workloads, running):
+                for workload, current in itertools.product(workloads, running[:: -1 if number % 2 else 1]):
                     results.runs += _take_turn(current, workload, number, rounds, seconds)
                     turn = f"round {number + 1} of {rounds}, {workload}, {current.variant.name}"
                     progress(next(turns), total, turn)

@@ -1,10 +1,10 @@
 """The correction on CUDA: A phi beside the choice of experts, and B, c and the sum where the output is written anyway.
 
 For layers that are opaque to vLLM's compiler; `gates` and `correction` have the formulas. `route` stands for a
-softmax router and all that follows, `narrow` goes behind any other router, `add` takes the place of the copy that ends
-the experts' computation. A is [3 * experts, rank] and B [rank, hidden] here, the rank a power of two from 16; `hold` of
-`vllm_correction` makes them. A phi is NaN for a token all of whose logits are zero, which gets no correction. Imported
-only where it runs, or where a test interprets it (TRITON_INTERPRET=1).
+softmax router and all that follows, `narrow` goes behind any other router, `add` takes the place of the sum over a
+token's experts, or of the copy that ends their computation. A is [3 * experts, rank] and B [rank, hidden] here, the
+rank a power of two from 16; `hold` of `vllm_correction` makes them. A phi is NaN for a token all of whose logits are
+zero, which gets no correction. Imported only where it runs, or where a test interprets it (TRITON_INTERPRET=1).
 """
 
 import torch
@@ -16,7 +16,7 @@ from lexi_adapter.serving.kernels.triton_gates import ROWS, find_factor, find_ra
 
 MOST_ROUTED = 256  # experts of a layer whose scores one program of `route` holds
 BLOCK = 128  # experts whose logits a program of `narrow` holds at once
-OUTPUT_ROWS, OUTPUT_COLUMNS = 64, 128  # of one program of `add`
+OUTPUT_ROWS, OUTPUT_COLUMNS, OUTPUT_WARPS = 16, 64, 4  # of one program of `add`
 
 
 def route(
@@ -63,7 +63,7 @@ def route(
             rank=A.shape[1],
             precision=_choose_precision(A),
             rows=ROWS,
-            num_warps=4 if block <= 128 else 8,
+            num_warps=4 if block <= 64 else 8,
         )
     return weights, ids, sums
 
@@ -110,9 +110,10 @@ def narrow(
 def add(source: torch.Tensor, sums: torch.Tensor, B: torch.Tensor, c: torch.Tensor, output: torch.Tensor) -> None:
     """Write `source` + `sums` B + c into `output`, which may be `source`.
 
-    Both are [tokens, width], rows apart as they like; columns past the hidden size, of padding, are copied.
+    Both are [tokens, width], rows apart as they like; columns past the hidden size, of padding, are copied. A `source`
+    of [tokens, experts, width], without gaps, is summed over its experts.
     """
-    tokens, width = source.shape
+    tokens, width = output.shape
     if tokens:
         grid = triton.cdiv(tokens, OUTPUT_ROWS), triton.cdiv(width, OUTPUT_COLUMNS)
         _add[grid](
@@ -124,13 +125,14 @@ def add(source: torch.Tensor, sums: torch.Tensor, B: torch.Tensor, c: torch.Tens
             tokens,
             source.stride(0),
             output.stride(0),
+            experts=source.shape[1] if source.dim() == 3 else 1,
             width=width,
             hidden=B.shape[1],
             rank=B.shape[0],
             precision=_choose_precision(B),
             rows=OUTPUT_ROWS,
             block=OUTPUT_COLUMNS,
-            num_warps=4,
+            num_warps=OUTPUT_WARPS,
         )
 
 
@@ -285,6 +287,7 @@ def _add(
     tokens,
     source_stride,
     output_stride,
+    experts: tl.constexpr,
     width: tl.constexpr,
     hidden: tl.constexpr,
     rank: tl.constexpr,
@@ -295,11 +298,16 @@ def _add(
     row, column = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1) * block + tl.arange(0, block)
     place, inner = row[:, None].to(tl.int64), tl.arange(0, rank)
     known, real = (row < tokens)[:, None], (column < hidden)[None, :]
+    stored = known & (column < width)[None, :]
+    # All that is read is asked for before anything waits for it.
     left = tl.load(sums + place * rank + inner[None, :], mask=known, other=0.0)
     right = tl.load(B + inner[:, None] * hidden + column[None, :], mask=real, other=0.0).to(tl.float32)
-    change = tl.dot(left, right, input_precision=precision) + tl.load(c + column[None, :], mask=real, other=0.0)
+    constant = tl.load(c + column[None, :], mask=real, other=0.0)
+    value = tl.zeros((rows, block), tl.float32)
+    for expert in range(experts):
+        offsets = place * source_stride + expert * width + column[None, :]
+        value += tl.load(source + offsets, mask=stored, other=0.0).to(tl.float32)
+    change = tl.dot(left, right, input_precision=precision) + constant
     change = tl.where(change == change, change, 0.0)
-    stored = known & (column < width)[None, :]
-    value = tl.load(source + place * source_stride + column[None, :], mask=stored, other=0.0)
-    result = (value.to(tl.float32) + change).to(output.dtype.element_ty)
+    result = (value + change).to(output.dtype.element_ty)
     tl.store(output + place * output_stride + column[None, :], result, mask=stored)

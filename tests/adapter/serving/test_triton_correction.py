@@ -107,3 +107,17 @@ def test_the_sum_is_that_of_the_definition_in_place_or_not(interpret, dtype, tok
     assert torch.equal(output[:, hidden:], source[:, hidden:])
     interpret("triton_correction", "add", output, *(part * 0 for part in arguments), output)
     torch.testing.assert_close(output[:, :hidden], expected)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_the_outputs_of_a_tokens_experts_are_summed_on_the_way(interpret, experts):
+    generator = torch.Generator().manual_seed(0)
+    tokens, hidden, width = 37, 200, 208
+    source = torch.randn(tokens, experts, width, generator=generator).bfloat16()
+    sums, B = torch.randn(tokens, 16, generator=generator), torch.randn(16, hidden, generator=generator).bfloat16()
+    sums[3] = float("nan")  # of a token that gets no correction
+    c, output = torch.randn(hidden, generator=generator), torch.empty(tokens, width).bfloat16()
+    interpret("triton_correction", "add", source, sums, B, c, output)
+    expected = source.float().sum(1)
+    expected[:, :hidden] += (sums @ B.float() + c).nan_to_num()
+    torch.testing.assert_close(output, expected.bfloat16())

@@ -11,7 +11,7 @@ from lexi_adapter.model.compensation import Correction
 from lexi_adapter.serving import vllm_gates
 from lexi_adapter.serving.kernels.correction import correct, find_features
 from lexi_adapter.serving.kernels.gates import compensate
-from lexi_adapter.serving.vllm_correction import adding, correct_layer, read_source
+from lexi_adapter.serving.vllm_correction import adding, correct_layer, read_source, summing
 from lexi_adapter.serving.vllm_gates import read_gate_exponent
 from lexi_adapter.serving.vllm_names import ROUTERS
 
@@ -46,11 +46,19 @@ def copy_out(self, output, fused_expert_output, **_):
     return output
 
 
+@summing
+def sum_up(self, input, output, topk_ids=None, expert_map=None):
+    output.copy_(input.sum(1))
+
+
 class Runner(torch.nn.Module):
-    """vLLM's layer in short: expert e gives e + 1 times its input; the output is copied out of a workspace."""
+    """vLLM's layer in short: expert e gives e + 1 times its input; the output is copied out of a workspace.
+
+    With a `sum` its experts' outputs are summed by it, with these further arguments.
+    """
 
     do_naive_dispatch_combine = _fused_output_is_reduced = False
-    shared = None
+    shared = sum = None
 
     def __init__(self, name="FusedTopKRouter", *, scale=1.0, kernel="MoEPrepareAndFinalizeNoDPEPModular", **attributes):
         super().__init__()
@@ -67,7 +75,10 @@ class Runner(torch.nn.Module):
 
     def _apply_quant_method(self, hidden_states, router_logits, shared_experts_input, input_ids=None):
         weights, ids = self.router._compute_routing(hidden_states, router_logits, None, input_ids=input_ids)
-        workspace = (weights * (ids + 1)).sum(-1, keepdim=True) * hidden_states
+        outputs = (weights * (ids + 1))[..., None] * hidden_states[:, None]
+        workspace = outputs.sum(1)
+        if self.sum is not None:
+            sum_up(None, outputs, workspace, *self.sum)
         output = torch.empty_like(workspace)
         copied = copy_out(None, output=output, fused_expert_output=workspace)
         return self.shared, copied
@@ -93,14 +104,21 @@ def distributed(monkeypatch):
     return distributed
 
 
+class Calls(list):
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+
 @pytest.fixture
 def kernels(monkeypatch, interpret, distributed):
-    """A platform that says it is CUDA, and interpreted kernels that count their calls."""
-    calls = []
+    """A platform that says it is CUDA, and interpreted kernels; the names called, `shapes` of what they read."""
+    calls = Calls()
 
     def count(name):
         def run(*args, **options):
             calls.append(name)
+            calls.shapes.append(tuple(args[0].shape))
             return interpret("triton_correction", name, *args, **options)
 
         return run
@@ -151,6 +169,27 @@ def test_a_layer_adds_the_correction_in_the_kernels_that_run_anyway(kernels, nam
 def test_groups_of_one_are_a_plain_softmax(kernels):
     torch.testing.assert_close(run(build("GroupedTopKRouter", num_expert_group=1, topk_group=1))[1], expect())
     assert kernels == ["route", "add"]
+
+
+@pytest.mark.parametrize("others", [(), (None, None), ("ids", "map")])
+def test_experts_that_are_summed_by_a_kernel_get_the_correction_there(kernels, others):
+    """Once, whether in the sum or, where it leaves out experts of other workers, in the copy after it."""
+    runner = build()
+    runner.sum = others
+    torch.testing.assert_close(run(runner)[1], expect(), rtol=1e-5, atol=1e-5)
+    assert kernels == ["route", "add"]
+    assert kernels.shapes[-1] == ((5, HIDDEN) if "map" in others else (5, TOP_K, HIDDEN))
+    runner = build(kernel="DeepEPHTPrepareAndFinalize")
+    runner.sum = others
+    torch.testing.assert_close(run(runner)[1], expect(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(Runner())[1], run_with_sum(others))
+
+
+def run_with_sum(others):
+    """The output of a layer without correction."""
+    runner = Runner()
+    runner.sum = others
+    return run(runner)[1]
 
 
 def test_where_the_output_comes_by_another_way_it_is_added_afterwards(kernels):

@@ -351,6 +351,9 @@ def test_an_engine_that_runs_another_k_than_the_allocations_is_refused(monkeypat
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     base, half, *_ = make_variants()
     assert [line["variant"] for line in measure([base])["summary"]] == ["base"]
+    again = replace(base, name="again")
+    turns = [(run["round"], run["variant"]) for run in measure([base, again], rounds=2)["runs"]]
+    assert turns == [(0, "base"), (0, "again"), (1, "again"), (1, "base")]
     message = (
         "engine of 'half': layer 0 runs k = 3 and not the allocation's 1: .* VLLM_PLUGINS is set, name 'lexi' in it"
     )
