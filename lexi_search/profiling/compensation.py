@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +83,10 @@ def fit_layers(
             sums[layer] = jax.tree.map(jnp.add, sums[layer], found) if layer in sums else found
             seen[layer] += sequences
             if seen[layer] == len(tokens):  # solved while the device goes on
-                whole = [Sums(*map(np.asarray, one)) for one in sums.pop(layer)]
-                if not all(np.isfinite(array).all() for array in jax.tree.leaves(whole)):
-                    raise explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
+                whole = [pool.submit(_fetch, run, layer, one) for one in sums.pop(layer)]
                 solved[layer] = [
-                    [pool.submit(solve, one, at, rank=rank, ridges=ridges) for at in range(len(ks))] for one in whole
+                    [pool.submit(_solve_fetched, one, at, rank=rank, ridges=ridges) for at in range(len(ks))]
+                    for one in whole
                 ]
 
         forward(run, tokens, observe=observe, report=report)
@@ -96,6 +95,18 @@ def fit_layers(
             if not all(np.isfinite(array.astype(np.float32)).all() for array in jax.tree.leaves(corrections)):
                 raise explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
             yield layer, [{(layer, k): one for k, one in zip(ks, row, strict=True)} for row in corrections]
+
+
+def _fetch(run: Run, layer: int, sums: Sums) -> Sums:
+    """The sums in host memory; InputError where they are not finite."""
+    whole = Sums(*map(np.asarray, sums))
+    if not all(np.isfinite(array).all() for array in whole):
+        raise explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
+    return whole
+
+
+def _solve_fetched(sums: Future[Sums], at: int, **settings: Any) -> Correction:
+    return solve(sums.result(), at, **settings)
 
 
 def try_exponents(

@@ -93,16 +93,16 @@ def profile_checkpoint(
         input: `weights`, text sampled from the model, or `paper`, N(0, 1), for exactly so many `iterations`.
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
         compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
-            method. By default what is measured to lose least of all that input and family allow.
+            method. By default what loses least of all that input and family allow.
         room: weights that stay in memory between passes, from `find_room`; by default as far as half of it holds them.
         restart: throw away what a run that was cut short left in `<output>.partial/`.
-        reuse: return the profile in `output` where this very run has written it before; in one process.
+        reuse: return the profile in `output` where this very run wrote it; in one process.
         force: replace a file of another model or kind, too.
         group: this process among others, from `distributed.join`; process 0 writes `output`, others return None.
 
     Raises:
-        InputError: bad settings, a checkpoint that cannot be read or is not known, an `output` that cannot be written,
-            results of another run in `<output>.partial/` or, with `reuse`, in `output`, a process that has stopped.
+        InputError: bad settings, a checkpoint that cannot be read, an `output` that cannot be written, results of
+            another run in `<output>.partial/` or, with `reuse`, in `output`, a process that has stopped.
     """
     paper = {"relative_error": relative_error, "control_variate": control_variate, "max_k": max_k}
     settings = read_settings(input, iterations, samples, batch=batch, length=length, seed=seed, **paper)

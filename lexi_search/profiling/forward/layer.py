@@ -62,7 +62,7 @@ def advance(
     reduced = [number for number in states if number != MODEL]
     branching = [number for number, branch in enumerate(plan.branches) if is_moe and branch == place]
     model = Variant((full,) * len(run.model.layers))
-    own = [_mix_alike([variant], layer, place, full) for variant in (model, *(variants[n] for n in branching))]
+    own = _mix_each([model, *(variants[number] for number in branching)], layer, place, full)
     hidden, outputs = step(states[MODEL], own)
     for some in group(reduced, variants, plan.together):
         padded = some + some[-1:] * (plan.together - len(some))  # one shape, one compilation
@@ -74,15 +74,26 @@ def advance(
     return outputs
 
 
-def _mix_alike(some: Sequence[Variant], layer: int, place: int | None, full: int, *, size: int | None = None) -> Mixing:
-    """The mixing of one variant, or of several that each have `size` tokens; all or none of them have an exponent."""
+def _mix_each(some: Sequence[Variant], layer: int, place: int | None, full: int) -> list[Mixing]:
+    """The mixing of each variant, all on the same tokens. Corrections go to the device together."""
+    top_k = [full if place is None else variant.top_k[place] for variant in some]
+    stacked = stack_corrections(layer, top_k, [variant.maps for variant in some], full)
+    mixings = []
+    for number, (variant, k) in enumerate(zip(some, top_k, strict=True)):
+        own = None
+        if stacked is not None and variant.maps is not None and k < full:
+            own = Correction(*(array[number : number + 1] for array in stacked))
+        mixings.append(Mixing(np.int32(k), None if variant.exponent is None else np.float32(variant.exponent), own))
+    return mixings
+
+
+def _mix_alike(some: Sequence[Variant], layer: int, place: int | None, full: int, *, size: int) -> Mixing:
+    """The mixing of variants that each have `size` tokens of a batch; all or none of them have an exponent."""
     top_k = np.asarray([full if place is None else variant.top_k[place] for variant in some], np.int32)
     exponents = None
     if some[0].exponent is not None:
         exponents = np.asarray([variant.exponent for variant in some], np.float32)
     correction = stack_corrections(layer, top_k.tolist(), [variant.maps for variant in some], full)
-    if size is None:
-        return Mixing(top_k[0], exponents if exponents is None else exponents[0], correction)
     rows = [None if values is None else np.repeat(values, size)[:, None] for values in (top_k, exponents)]
     return Mixing(*rows, correction)
 

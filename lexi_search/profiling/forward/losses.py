@@ -17,7 +17,7 @@ from lexi_search.profiling.forward.layer import MoEOutputs, stack_corrections
 from lexi_search.profiling.forward.passes import forward, spread
 from lexi_search.profiling.forward.variants import MODEL, Hidden, Kept, Run, Variant, divide
 
-LOGIT_BYTES = 256 << 20  # of float32 logits at a time
+LOGIT_BYTES, LOGIT_SHARE = 256 << 20, 1 / 64  # of float32 logits at a time; there are several arrays of them
 
 
 class Losses(NamedTuple):
@@ -47,26 +47,28 @@ def measure_losses(
     not. A variant brings its own. `report` is called with the index of each decoder layer that is done. Not finite
     where hidden states overflow in `run.dtype`.
     """
-    losses: dict[int, list[np.ndarray]] = {layer: [] for layer in run.model.layers}
+    losses: dict[int, list[Array]] = {layer: [] for layer in run.model.layers}
 
     def observe(outputs: MoEOutputs) -> None:
         losses[outputs.layer].append(_measure_layer(outputs, run, maps))
 
     chunks = forward(run, tokens, variants, observe=observe, report=report)
-    by_layer = np.asarray(list(losses.values())).reshape(len(run.model.layers), len(chunks), 2, -1, run.model.top_k)
+    found = np.asarray(jax.device_get(list(losses.values())), np.float64)
+    by_layer = found.reshape(len(run.model.layers), len(chunks), 2, -1, run.model.top_k)
     squares, relative = np.moveaxis(by_layer, 2, 0).reshape(2, len(run.model.layers), len(tokens), -1)
     parts = spread(run, chunks, partial(_measure_divergence, run, count=len(variants)))
     return Losses(squares, relative, np.concatenate(parts, axis=1))
 
 
-def _measure_layer(outputs: MoEOutputs, run: Run, maps: Maps | None) -> Float64[np.ndarray, "2 chunk K"]:
+def _measure_layer(outputs: MoEOutputs, run: Run, maps: Maps | None) -> Float[Array, "2 chunk K"]:
+    # On the device still: the pass does not wait for them.
     layer, top_k, routing = outputs.layer, run.model.top_k, run.model.routing
     if maps is None or (layer, 1) not in maps:
         distances = squared_distances(outputs.outputs, outputs.choice.scores, routing=routing)
     else:
         correction = stack_corrections(layer, range(1, top_k), [maps] * (top_k - 1), top_k)
         distances = corrected_distances(outputs.outputs, outputs.choice, correction, routing=routing)
-    return np.asarray(_average(distances, outputs.hidden), np.float64)
+    return _average(distances, outputs.hidden)
 
 
 @jax.jit
@@ -84,17 +86,22 @@ def _measure_divergence(
     """The KL divergence of each of `count` variants from the model; 0 for one that is the model itself."""
     sequences, length, hidden = states[MODEL].shape
     divergence = np.zeros((count, sequences * length))
+    found: list[tuple[int, slice, Array]] = []
     for some in split_tokens(sequences * length, ends):
         model = read_log_probabilities(run.decoder, ends, jnp.asarray(states[MODEL]).reshape(-1, hidden)[some])
         for number in states.keys() - {MODEL}:
             reduced = jnp.asarray(states[number]).reshape(-1, hidden)[some]
-            divergence[number, some] = _sum_divergence(model, read_log_probabilities(run.decoder, ends, reduced))
+            found.append((number, some, _sum_divergence(model, read_log_probabilities(run.decoder, ends, reduced))))
+    for number, some, values in found:
+        divergence[number, some] = values
     return divergence.reshape(count, sequences, length).mean(axis=2)
 
 
 def split_tokens(count: int, ends: EndWeights) -> Iterator[slice]:
-    """Equal slices of `count` tokens whose logits take at most `LOGIT_BYTES`."""
-    size = divide(count, LOGIT_BYTES // (4 * ends.head.weight.shape[0]))
+    """Equal slices of `count` tokens, whose logits take at most `LOGIT_BYTES` or `LOGIT_SHARE` of a device's memory."""
+    memory = jax.local_devices()[0].memory_stats()
+    space = max(LOGIT_BYTES, int(LOGIT_SHARE * memory["bytes_limit"])) if memory else LOGIT_BYTES
+    size = divide(count, space // (4 * ends.head.weight.shape[0]))
     return (slice(start, start + size) for start in range(0, count, size))
 
 

@@ -99,7 +99,7 @@ def test_what_stays_is_read_once_and_what_does_not_again(opened, reads, kept):
     reads.clear()
     counts = []
     for _ in range(3):
-        for (layer, weights), values in zip(residence.stream(layers), expected, strict=True):
+        for (_, weights), values in zip(residence.stream(layers), expected, strict=True):
             for one, other in zip(to_host(weights), values, strict=True):
                 np.testing.assert_array_equal(one, other)
         counts.append(len(reads))
@@ -151,7 +151,8 @@ run = open_run(checkpoint, describe(checkpoint), "float32")
 assert len(run.residence.stages) == min(len(jax.local_devices()), 3), run.residence.stages
 tokens = draw_tokens(run, sequences=8, length=16, seed=0)
 full, layers = run.model.top_k, len(run.model.layers)
-variants = [Variant(tuple(k if n == own else full for n in range(layers)), 0.3) for own in range(layers) for k in (1, 2)]
+cells = [(own, k) for own in range(layers) for k in (1, 2)]
+variants = [Variant(tuple(k if n == own else full for n in range(layers)), 0.3) for own, k in cells]
 seen = []
 losses = measure_losses(run, tokens, [*variants, Variant((2,) * layers)], report=seen.append)
 np.savez(sys.argv[2], tokens=tokens, seen=seen, *losses)
@@ -164,9 +165,7 @@ def test_several_devices_compute_what_one_computes(opened, tmp_path):
     for devices in (1, 2, 3):
         place = tmp_path / f"{devices}.npz"
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-        subprocess.run(
-            [sys.executable, "-c", TWICE, opened[0].folder, place], env=environment, check=True, timeout=300
-        )
+        subprocess.run([sys.executable, "-c", TWICE, opened[0].folder, place], env=environment, check=True, timeout=300)
         found[devices] = dict(np.load(place))
     for devices in (2, 3):
         for name, values in found[1].items():
