@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 
 from lexi_search.models.decoder_families import FAMILIES
-from lexi_search.models.moe_families import ARCHITECTURES, Architecture
+from lexi_search.models.families.moe import Architecture
+from lexi_search.models.moe_families import ARCHITECTURES
 from lexi_search.profiling.profile import decide_compensation
 
 PLACE = Path(__file__).with_suffix(".md")

@@ -20,7 +20,7 @@ HOUSE = {
         "layers": "spec weights routing ffn experts moe mixers decoder kernels",
         "checkpoint": "folder config dequantise quantisation_methods quantisation_config quantisation_formats "
         "tensors reader writer",
-        "models": "config_defaults moe_families finder moe_tensors model decoder_families mixers decoder_stack loading",
+        "models": "families moe_families finder moe_tensors model decoder_families mixers decoder_stack loading",
         "profiling": "paper forward sampling compensation divergence profile distributed resume session",
         "allocation": "costs speed_estimate allocate tradeoff targets comparison baselines export auto",
         "pruning": "importance slicing sizes prune",
@@ -45,6 +45,7 @@ HOUSE = {
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
 FOLDERS = {
     "lexi_search/layers/mixers": "attention scans recurrent",
+    "lexi_search/models/families": "defaults config moe decoder",
     "lexi_search/models/mixers": "rope source attention recurrent",
     "lexi_search/layers/kernels": "blocks hopper grouped",
     "lexi_search/profiling/paper": "moments gaussian",

@@ -11,8 +11,9 @@ from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.spec import Block, Mixer, Norm, Recurrence, Residual
 from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, ExpertWeights, MixerWeights, Norms
-from lexi_search.models.config_defaults import name_sizes_left_out, read_config
-from lexi_search.models.decoder_families import FAMILIES, Family
+from lexi_search.models.decoder_families import FAMILIES
+from lexi_search.models.families.config import name_sizes_left_out, read_config
+from lexi_search.models.families.decoder import Family
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.mixers.recurrent import describe_mixer
 from lexi_search.models.mixers.source import REMEDY, Source, resolve

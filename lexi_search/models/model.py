@@ -11,8 +11,9 @@ from lexi_search.checkpoint.config import Config
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Activation, Routing
-from lexi_search.models.config_defaults import read_config
-from lexi_search.models.moe_families import ARCHITECTURES, Architecture
+from lexi_search.models.families.config import read_config
+from lexi_search.models.families.moe import Architecture
+from lexi_search.models.moe_families import ARCHITECTURES
 from lexi_search.models.moe_tensors import LayerTensors, find_routers, locate_tensors
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from lexi_search.checkpoint.dequantise import Plain
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
+from lexi_search.models.families.moe import Architecture
 from lexi_search.models.finder import explain_absence, require_shape
-from lexi_search.models.moe_families import Architecture
 
 # Names of an expert's (gate, up, down), or (up, down) where it has no gate, below `experts.N.` of the block; the first
 # entry that is present counts.

@@ -13,9 +13,10 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.checkpoint.writer import Output
 from lexi_search.errors import InputError
-from lexi_search.models.config_defaults import read_config
+from lexi_search.models.families.config import read_config
+from lexi_search.models.families.moe import Architecture
 from lexi_search.models.model import Model
-from lexi_search.models.moe_families import ARCHITECTURES, Architecture
+from lexi_search.models.moe_families import ARCHITECTURES
 from lexi_search.models.moe_tensors import LayerTensors, locate_tensors
 from lexi_search.pruning.slicing import pad
 

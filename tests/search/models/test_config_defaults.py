@@ -12,9 +12,9 @@ from transformers import CONFIG_MAPPING
 
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models.config_defaults import SIZES
 from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.decoder_stack import describe_decoder, find_first_token
+from lexi_search.models.families.defaults import SIZES
 from lexi_search.models.model import describe
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
