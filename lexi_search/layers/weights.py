@@ -42,10 +42,22 @@ class Experts(Protocol):
     def __getitem__(self, expert: int, /) -> ExpertWeights: ...
 
 
+class Scales(NamedTuple):
+    """Factors that a MoE layer has besides: of the router's input and of the experts' [hidden], of their outputs [E].
+
+    The layer's input is then normalised without gains. The router's input is divided by the root of its size, too.
+    """
+
+    router: Any
+    experts: Any
+    outputs: Any
+
+
 class LayerWeights(NamedTuple):
     """One MoE layer: the router, the bias of its selection or logits (or None), and the experts.
 
-    Where weights are quantised, each access `experts[e]` dequantises again; do not keep many.
+    Where weights are quantised, each access `experts[e]` dequantises again; do not keep many. A layer with `Scales` has
+    them multiplied into these weights.
     """
 
     router: Float[Array, "experts hidden"]
@@ -167,19 +179,27 @@ MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
 
 
 class Norms(NamedTuple):
-    """The norms before and after the token mixer, and before and after the MLP or MoE; None where a family has none."""
+    """The norms before and after the token mixer, and before and after the MLP or MoE; None where a family has none.
+
+    Where a dense MLP stands beside the routed experts, with norms of its own, `dense_input` is the gain of its input
+    (the layer's is normalised without one), `dense_output` and `routed_output` are norms before the sum of the two.
+    """
 
     attention_input: Any = None
     attention_output: Any = None
     ffn_input: Any = None
     ffn_output: Any = None
+    dense_input: Any = None
+    dense_output: Any = None
+    routed_output: Any = None
 
 
 class BlockWeights(NamedTuple):
     """One decoder layer.
 
     `ffn` is the dense MLP, or the shared experts of a MoE layer, whose output `ffn_gate` [1, hidden] scales if there
-    is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer.
+    is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer. `scale` [1] multiplies the
+    hidden states after the layer, if there is one.
     """
 
     mixer: MixerWeights | None
@@ -187,6 +207,7 @@ class BlockWeights(NamedTuple):
     ffn: ExpertWeights | None
     ffn_gate: Affine | None
     moe: Any = None
+    scale: Any = None
 
 
 class EndWeights(NamedTuple):

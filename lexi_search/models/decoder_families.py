@@ -15,19 +15,23 @@ from lexi_search.models.families.decoder import (
     attend_by_pattern,
     attend_by_type,
     attend_in_chunks,
+    attend_in_each_sixth,
     attend_in_last_windows,
     attend_in_window,
     attend_in_window_if_used,
     by_type_or_every,
     count_heads_by_kind,
+    count_heads_of_all,
     depth_scale,
     find_chunk,
     find_growth,
     find_offset,
     find_sparse_reach,
     has_rotary_embedding,
+    keys_are_values,
     logit_divisor,
     mup_scale,
+    root_of_size,
     width_scale,
 )
 
@@ -58,6 +62,25 @@ DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
 )
 BY_TYPE = Family("mellum", kinds=attend_by_type)
+GEMMA4 = Family(
+    "gemma4",
+    norms=Norms(
+        attention_input="input_layernorm",
+        attention_output="post_attention_layernorm",
+        ffn_output="post_feedforward_layernorm",
+        dense_input="pre_feedforward_layernorm",
+        dense_output="post_feedforward_layernorm_1",
+        routed_output="post_feedforward_layernorm_2",
+    ),
+    kinds=attend_in_each_sixth,
+    heads=count_heads_of_all,
+    scale=1.0,
+    unit_values=True,
+    keys_are_values=keys_are_values,
+    embedding_scale=root_of_size,
+    logit_cap=Key("final_logit_softcapping", math.inf),
+    layer_scale="layer_scalar",
+)
 QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
 
 
@@ -134,6 +157,8 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="kimi_linear", rotates=False),
     LLAMA4,
     LLAMA4._replace(model_type="llama4_text"),
+    GEMMA4,
+    GEMMA4._replace(model_type="gemma4_text"),
     Family(
         "mimo_v2_flash",
         eps=Key("rms_norm_eps", 1e-5),

@@ -99,6 +99,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         norm=norm,
         embedding_scale=resolve(config, family.embedding_scale),
         logit_scale=resolve(config, family.logit_scale),
+        logit_cap=resolve(config, family.logit_cap),
         max_length=min((limit for limit in limits if limit), default=None),
     )
 
@@ -132,11 +133,12 @@ def _find_block(source: Source, mixer: MixerWeights | None, *, moe: bool) -> Blo
     if not has_ffn:
         norms = norms._replace(ffn_input=None, ffn_output=None)
     norms = Norms(*(name and finder.need([name], (hidden,)) for name in norms))
-    ffn = _find_ffn(source, SHARED if moe else DENSE) if has_ffn else None
+    ffn = _find_ffn(source, SHARED if moe and not norms.dense_input else DENSE) if has_ffn else None
     if ffn is None and not moe and has_ffn:
         finder.need([DENSE[0] + SPLIT[0][0]], (None, hidden))
     gate = finder.take(SHARED_GATES, (1, hidden)) if moe else None
-    return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate)
+    scale = family.layer_scale and finder.need_tensor(family.layer_scale, (1,))
+    return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate, scale=scale)
 
 
 def _find_ffn(source: Source, stems: Sequence[str]) -> ExpertWeights | None:
@@ -167,7 +169,7 @@ def _find_ffn(source: Source, stems: Sequence[str]) -> ExpertWeights | None:
 
 def _refuse_unused(checkpoint: Checkpoint, model: Model, finder: Finder, stem: str, left_out: tuple[str, ...]) -> None:
     """Raise InputError for a layer's tensor that no description uses: the model does something unknown with it."""
-    of_moe = ((moe.router, moe.bias, *(moe.experts.fused or ())) for moe in model.tensors.values())
+    of_moe = ((moe.router, moe.bias, *(moe.experts.fused or ()), *(moe.scales or ())) for moe in model.tensors.values())
     names = finder.used.union(*of_moe) - {None}
     known = {part for name in names for part in finder.tensors[name].parts.values()}
     in_layer = re.compile(rf"{re.escape(stem)}layers\.(\d{{1,9}})\.")

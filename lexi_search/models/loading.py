@@ -20,7 +20,8 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
-from lexi_search.layers.weights import MEMORY_SHARE, BlockWeights, ExpertWeights, LayerWeights
+from lexi_search.layers.experts import scale_layer
+from lexi_search.layers.weights import MEMORY_SHARE, BlockWeights, ExpertWeights, LayerWeights, Scales
 from lexi_search.models.model import Model
 from lexi_search.models.moe_tensors import ExpertTensors
 
@@ -133,9 +134,12 @@ def _read_layer(reader: "_Reader", model: Model, needed: _NeededExperts | None, 
     router = reader.load_plain(tensors.router)
     bias = reader.load_plain(tensors.bias).reshape(-1) if tensors.bias else None  # some store it [1, E]
     experts = _Experts(reader, _list_pieces(reader.tensors, tensors.experts))
-    first = range(len(experts)) if needed is None else sorted(needed(layer, router, bias))
+    weights = LayerWeights(router, bias, experts)
+    if tensors.scales is not None:
+        weights = scale_layer(weights, Scales(*map(reader.load_plain, tensors.scales)))
+    first = range(len(experts)) if needed is None else sorted(needed(layer, weights.router, bias))
     experts.load(first, apply=reader.pool.map)
-    return LayerWeights(router, bias, experts)
+    return weights
 
 
 def _read_block(reader: "_Reader", model: Model, decoder: Decoder, layer: int) -> BlockWeights:

@@ -79,6 +79,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
             hidden_size,
             has_bias=routing.bias is not None,
             interleaved=architecture.interleaved,
+            scales=architecture.scales,
         )
         for layer in layers
     }

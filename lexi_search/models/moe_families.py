@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from lexi_search.checkpoint.config import Key
 from lexi_search.layers.spec import Activation, Routing
+from lexi_search.layers.weights import Scales
 from lexi_search.models.families.moe import (
     BIASED,
     PLAIN,
@@ -56,6 +57,16 @@ GPT_OSS = Architecture(
     activation=SWIGLU_OAI,
     interleaved=True,
     width=FFN_WIDTH,
+)
+GEMMA4 = Architecture(
+    "gemma4",
+    routers=("router.proj",),
+    top_k=("top_k_experts",),
+    routing=Routing(renormalize=True, scales_output=True),
+    activation=Activation(Key("hidden_activation", "gelu_pytorch_tanh")),
+    choices={},
+    differing=True,
+    scales=Scales("router.scale", "pre_feedforward_layernorm_2.weight", "router.per_expert_scale"),
 )
 LLAMA4 = Architecture(
     "llama4_text",
@@ -234,6 +245,8 @@ _FAMILIES = (
     BAILING,
     BAILING._replace(model_type="bailing_moe_v2"),
     GPT_OSS,
+    GEMMA4,
+    GEMMA4._replace(model_type="gemma4_text"),
     LLAMA4,
     LLAMA4._replace(model_type="llama4"),
 )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from lexi_search.checkpoint.dequantise import Plain
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
+from lexi_search.layers.weights import Scales
 from lexi_search.models.families.moe import Architecture
 from lexi_search.models.finder import explain_absence, require_shape
 
@@ -52,11 +53,15 @@ class ExpertTensors(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """Names of one MoE layer's tensors: router [E, H], bias of the selection or of the logits (or None), experts."""
+    """Names of one MoE layer's tensors: router [E, H], bias of the selection or of the logits (or None), experts.
+
+    `scales` are those of the layer's `Scales`, if it has them.
+    """
 
     router: str
     bias: str | None
     experts: ExpertTensors
+    scales: Scales | None = None
 
 
 def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) -> tuple[str, tuple[int, ...]]:
@@ -111,19 +116,29 @@ def locate_tensors(
     *,
     has_bias: bool = False,
     interleaved: bool = False,
+    scales: Scales | None = None,
 ) -> LayerTensors:
     """The checked tensors of the layer whose router is called `router`; InputError names a tensor that does not fit."""
     require_shape(tensors, router, (num_experts, hidden_size))
     if tensors[router].scheme != Plain():
         raise InputError(f"{tensors[router].file}: router {router} is quantised; only plain routers are supported")
-    block = re.match(r"(.*\.)?layers\.\d+\.[^.]+\.", router).group()
+    block = find_block(router, in_layer=scales is not None)
     bias = _find_bias(tensors, block, num_experts) if has_bias else None
     fused = next((names for names in FUSED if any(block + name in tensors for name in names)), None)
     if fused:
         experts = _check_fused(tensors, (block + fused[0], block + fused[1]), num_experts, hidden_size, interleaved)
     else:
         experts = _check_separate(tensors, block + "experts.", num_experts, hidden_size)
-    return LayerTensors(router, bias, experts)
+    if scales is not None:
+        scales = Scales(*(block + name for name in scales))
+        for name, extent in zip(scales, (hidden_size, hidden_size, num_experts), strict=True):
+            require_shape(tensors, name, (extent,))
+    return LayerTensors(router, bias, experts, scales)
+
+
+def find_block(router: str, *, in_layer: bool) -> str:
+    """What the names of a layer's experts begin with: that of the router's block, or of the layer itself."""
+    return re.match(r"(.*\.)?layers\.\d+\." + ("" if in_layer else r"[^.]+\."), router).group()
 
 
 def _find_bias(tensors: Tensors, block: str, num_experts: int) -> str:

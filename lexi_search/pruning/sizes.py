@@ -38,10 +38,20 @@ class Sizes:
         return replace(self, num_experts=num_experts, width=width, shared_experts=shared)
 
 
+def _find_architecture(config: Mapping[str, Any]) -> Architecture | None:
+    model_type = config.get("model_type")
+    return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+
+
+def has_differing_layers(config: Mapping[str, Any]) -> bool:
+    """Whether the config's `per_layer_config` is about the sizes of attention."""
+    architecture = _find_architecture(config)
+    return architecture is not None and architecture.differing
+
+
 def is_single(config: Mapping[str, Any]) -> bool:
     """Whether each token runs one expert of the model that `config` describes."""
-    model_type = config.get("model_type")
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    architecture = _find_architecture(config)
     return bool(architecture) and any(_find_section(config).get(key) == 1 for key in architecture.top_k)
 
 
@@ -78,6 +88,7 @@ def find_blocks(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> dict[
                 model.hidden_size,
                 has_bias=model.routing.bias is not None,
                 interleaved=architecture.interleaved,
+                scales=architecture.scales,
             )
     return {re.match(r"(.*\.)?layers\.\d+\.[^.]+", router)[0]: block for router, block in blocks.items()}
 

@@ -16,6 +16,7 @@ def silu(x, alpha=1.0):
 ACTIVATIONS = {
     "silu": silu,
     "gelu": erf_gelu,
+    "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }

@@ -146,6 +146,15 @@ GRANITE = LOCAL | dict(
     shared_intermediate_size=32, layer_types=["attention"] * 2, mamba_n_heads=2, mamba_d_head=64, mamba_n_groups=1
 )
 ARIA = LOCAL | dict(moe_num_experts=16, moe_topk=4, moe_num_shared_experts=1)
+GEMMA4 = PLAIN | dict(
+    num_experts=16,
+    top_k_experts=4,
+    enable_moe_block=True,
+    moe_intermediate_size=32,
+    hidden_size_per_layer_input=0,
+    global_head_dim=64,
+    layer_types=["sliding_attention", "full_attention"],
+)
 LLAMA4 = LOCAL | dict(num_experts_per_tok=1, intermediate_size_mlp=64, moe_layers=[1], interleave_moe_layer_step=2)
 LLAMA4_VISION = VISION | dict(
     vision_output_dim=64, pixel_shuffle_ratio=0.5, projector_input_dim=64, projector_output_dim=64
@@ -243,6 +252,8 @@ ALL_FAMILIES = FAMILIES | {
     "bailing_moe": ("Qwen3Moe", QWEN | dict(norm_topk_prob=True)),
     "bailing_moe_v2": ("Glm4Moe", GLM),
     "gpt_oss": ("GptOss", LOCAL | dict(swiglu_limit=0.5)),
+    "gemma4": ("Gemma4 ForConditionalGeneration", with_vision(GEMMA4, VISION | dict(head_dim=16))),
+    "gemma4_text": ("Gemma4Text Gemma4ForCausalLM", GEMMA4),
     "llama4": ("Llama4 ForConditionalGeneration", with_vision(LLAMA4, LLAMA4_VISION)),
     "llama4_text": ("Llama4Text Llama4ForCausalLM", LLAMA4),
 }
@@ -252,8 +263,10 @@ ROUTERS = (
     "mixer.gate.weight",
     "router.weight",
     "router.gate.weight",
+    "router.proj.weight",
     "gate.wg.weight",
 )
+SCALES = ("router.scale", "router.per_expert_scale", "pre_feedforward_layernorm_2.weight")
 BIASES = ("e_score_correction_bias", "expert_bias", "router.bias")
 
 
@@ -280,6 +293,8 @@ def build_reference(family: str, *, seed: int = 0, **changes):
                 value.normal_(0.0, value.shape[-1] ** -0.5, generator=generator)
             if key.endswith(ROUTERS):
                 value.mul_(2.0)
+            if key.endswith(SCALES):
+                value.uniform_(0.5, 1.5, generator=generator)
         for key, value in (*model.named_parameters(), *model.named_buffers()):
             if key.endswith(BIASES):
                 value.uniform_(0.0, 0.3, generator=generator)
@@ -302,12 +317,25 @@ def save_checkpoint(family: str, model, folder: Path, *, shard_size: str = "5GB"
 
 def find_moe_blocks(model) -> dict[int, torch.nn.Module]:
     """Decoder-layer index -> MoE block (the module that holds a router and experts)."""
-    named = ((re.fullmatch(r"(.*\.)?layers\.(\d+)\.\w+", name), module) for name, module in model.named_modules())
+    named = ((re.fullmatch(r"(.*\.)?layers\.(\d+)(\.\w+)?", name), module) for name, module in model.named_modules())
     return {
-        int(match[2]): module
+        int(match[2]): module if match[3] else ScaledBlock(module)
         for match, module in named
         if match and hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router"))
     }
+
+
+class ScaledBlock(torch.nn.Module):
+    """The router and the experts of a Gemma 4 layer, which has them beside its dense MLP, as a block of their own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.router, self.experts, self.norm = layer.router, layer.experts, layer.pre_feedforward_layernorm_2
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        _, weights, chosen = self.router(rows)
+        return self.experts(self.norm(rows), chosen, weights).reshape(x.shape)
 
 
 def read_config(folder: Path) -> SimpleNamespace:
@@ -412,6 +440,15 @@ def _deepseek_config(config):
     }
 
 
+def _gemma4_config(config):
+    """The hub's names for what transformers writes of layers that attend to all."""
+    text = config.get("text_config", config)
+    own = next(iter(text.pop("per_layer_config").values()))
+    text["global_head_dim"] = own["head_dim"]
+    text["num_global_key_value_heads"] = own.get("num_key_value_heads")
+    return config
+
+
 # The changes that turn transformers' checkpoint into the hub's: functions of a tensor's name, whose None drops the
 # tensor, and of the config.
 REWRITES = {
@@ -424,6 +461,7 @@ REWRITES = {
     "kimi_k25": (lambda key: key.replace("language_model.model.blocks.", "language_model.model.layers."), dict),
     "kimi_linear": (_name_dense, dict),
     "minimax_m3_vl": (_name_dense, dict),
+    "gemma4": (str, _gemma4_config),
     "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
     "bailing_moe": (str, _retype("bailing_moe")),
     "bailing_moe_v2": (

@@ -82,6 +82,8 @@ def _project_grouped(
     queries, keys = (_prepare(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
     if attention.growth is not None:
         queries = queries * _grow(x.shape[1], *attention.growth).astype(x.dtype)[None, :, None, None, None]
+    if attention.unit_values:
+        values = normalise(values, None, norm=attention.norm)
     values = _clip(values, attention.clip) * jnp.asarray(attention.value_scale, x.dtype)
     return queries, keys, values, *gates
 

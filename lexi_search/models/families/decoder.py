@@ -60,6 +60,14 @@ def by_type_or_every(period: int | str) -> Kinds:
     return partial(attend_by_type, otherwise=partial(attend_to_all_in_every, period=period))
 
 
+def attend_in_each_sixth(config: Config, num_layers: int) -> Sequence[str]:
+    """The config's `layer_types`, or windows but in every sixth layer; the last one attends to all (Gemma 4)."""
+    config.read_choice("use_bidirectional_attention", {None: None, "vision": None})  # of images
+    if config.values.get("layer_types"):
+        return [*read_types(config)[:-1], FULL]
+    return [*attend_to_all_in_every(config, num_layers - 1, period=6), FULL]
+
+
 def attend_in_last_windows(config: Config, num_layers: int) -> Sequence[str]:
     first = config.resolve(Key("max_window_layers", 0))
     return [SLIDING if i >= first else FULL for i in range(num_layers)]
@@ -110,6 +118,25 @@ def count_heads_by_kind(config: Config, kind: str) -> tuple[int, int]:
     return heads, config.read_count("swa_num_key_value_heads") if named else 2 * kv_heads
 
 
+def count_heads_of_all(config: Config, kind: str) -> tuple[int, int]:
+    """The same where layers that attend to all may have another number of keys' heads (Gemma 4)."""
+    heads, kv_heads = count_heads(config, kind)
+    if kind != FULL:
+        return heads, kv_heads
+    layers = config.values.get("per_layer_config")  # as transformers writes it, for these layers only
+    given = next(iter(layers.values()), None) if isinstance(layers, dict) else None
+    if isinstance(given, dict):
+        own_config = config._replace(values={"num_key_value_heads": kv_heads} | given)
+        return heads, own_config.read_count("num_key_value_heads")
+    own = keys_are_values(config, kind) and config.values.get("num_global_key_value_heads") is not None
+    return heads, config.read_count("num_global_key_value_heads") if own else kv_heads
+
+
+def keys_are_values(config: Config, kind: str) -> bool:
+    """Whether layers of that kind have keys for values (Gemma 4)."""
+    return kind == FULL and config.resolve(Key("attention_k_eq_v", False))
+
+
 class Family(NamedTuple):
     """One family. Any number may be a `Key` of the config or a function of the config instead of a value."""
 
@@ -130,6 +157,8 @@ class Family(NamedTuple):
     unit: Any = False  # queries and keys are normalised without gains where they are rotated
     growth: Callable[[Config], tuple[float, float] | None] | None = None  # of queries without rotary embedding
     value_scale: Any = 1.0
+    unit_values: bool = False  # values are normalised without gains
+    keys_are_values: Callable[[Config, str], bool] | None = None  # in layers of a kind, before they are normalised
     value_dim: Any = 0  # of a head's values; 0: that of its keys
     heads: Callable[[Config, str], tuple[int, int]] = count_heads
     chunk: Callable[[Config], int | None] | None = None  # of attention in chunks
@@ -144,6 +173,8 @@ class Family(NamedTuple):
     residual_scale: Any = 1.0  # of the outputs of attention and of MLP or MoE
     weighs_residuals: bool = False  # by factors in the config; residuals are the layer's normalised input (MiniMax)
     logit_scale: Any = 1.0
+    logit_cap: Any = math.inf
+    layer_scale: str | None = None  # the tensor below `layers.N.` that multiplies the hidden states after the layer
 
 
 def depth_scale(config: Config) -> float:
@@ -158,8 +189,12 @@ def logit_divisor(config: Config) -> float:
     return 1 / config.resolve(Key("logits_scaling", 1.0))
 
 
+def root_of_size(config: Config) -> float:
+    return math.sqrt(config.read_count("hidden_size"))
+
+
 def mup_scale(config: Config) -> float:
-    return math.sqrt(config.read_count("hidden_size")) if config.resolve(Key("mup_enabled", False)) else 1.0
+    return root_of_size(config) if config.resolve(Key("mup_enabled", False)) else 1.0
 
 
 def has_rotary_embedding(config: Config) -> bool:

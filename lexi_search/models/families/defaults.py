@@ -17,7 +17,7 @@ SIZES = (
     *("mamba_n_heads", "mamba_num_heads", "mamba_n_groups", "n_groups", "mamba_d_state", "ssm_state_size"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
 )
-TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
+TOP_K = ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "num_experts_per_tok")
 
 
 def _list_defaults(*, k: int, heads: int | None = None, kv_heads: int | None = None, **more: Any) -> dict[str, Any]:
@@ -91,6 +91,18 @@ MIXTRAL = _list_defaults(
     k=2, heads=32, kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131072, bos_token_id=1
 )
 
+GEMMA4 = dict(
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+    sliding_window=512,
+    max_position_embeddings=131072,
+    bos_token_id=2,
+    tie_word_embeddings=True,
+)
 LLAMA4 = _list_defaults(
     k=1,
     heads=40,
@@ -275,6 +287,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             sliding_window=128,
             max_position_embeddings=131072,
         ),
+        "gemma4": GEMMA4,
+        "gemma4_text": GEMMA4,
         "llama4": LLAMA4,
         "llama4_text": LLAMA4,
     }

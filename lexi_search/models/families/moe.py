@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lexi_search.checkpoint.config import Key
 from lexi_search.layers.spec import Activation, Routing
+from lexi_search.layers.weights import Scales
 
 SIGMOID = Routing(
     scoring="sigmoid",
@@ -46,3 +47,5 @@ class Architecture(NamedTuple):
     width: tuple[str, ...] = ("moe_intermediate_size",)  # config keys of an expert's width: all that are present
     shared_experts: tuple[str, ...] = ()  # config keys of the number of shared experts, each as wide as `width` says
     bound: tuple[str, ...] = ()  # other modules below `layers.N.` whose width the same keys give
+    differing: bool = False  # layers have other sizes of attention, by the config's `per_layer_config`
+    scales: Scales | None = None  # tensors below `layers.N.`, which then has the experts itself, not in a block

@@ -50,10 +50,11 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
     rows //= 1 + gated
     dim = rows // heads
     value_dim = resolve(config, family.value_dim) or dim
+    values = KEYS if family.keys_are_values and family.keys_are_values(config, kind) else VALUES
     weights = GroupedWeights(
         q=q,
         k=finder.need(KEYS, (kv_heads * dim, hidden)),
-        v=finder.need(VALUES, (kv_heads * value_dim, hidden)),
+        v=finder.need(values, (kv_heads * value_dim, hidden)),
         o=finder.need(OUTPUTS, (hidden, heads * value_dim)),
         q_norm=_take_gains(finder, QUERY_NORMS, (dim, rows)),
         k_norm=_take_gains(finder, KEY_NORMS, (dim, kv_heads * dim)),
@@ -77,6 +78,7 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
         chunk=family.chunk(config) if kind == CHUNKED else None,
         growth=family.growth(config) if family.growth and not rotates else None,
         value_scale=resolve(config, family.value_scale),
+        unit_values=family.unit_values,
     )
     return attention, weights
 

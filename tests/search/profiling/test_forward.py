@@ -131,7 +131,12 @@ SETTINGS |= {
     | dict(linear_num_heads=3, linear_head_dim=24, mlp_layer_types=["dense", "sparse", "sparse"]),
 }
 CHUNKS = GROUPED | dict(num_experts_per_tok=2, attention_chunk_size=7, no_rope_layers=[1, 0], floor_scale=9)
+GEMMA4 = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=7, final_logit_softcapping=3.0) | dict(
+    attention_k_eq_v=True, num_global_key_value_heads=1, tie_word_embeddings=True
+)
 SETTINGS |= {
+    "gemma4": GEMMA4,
+    "gemma4_text": GEMMA4 | dict(attention_k_eq_v=False, layer_types=None, num_hidden_layers=3),
     "llama4": CHUNKS,
     "llama4_text": CHUNKS | dict(use_qk_norm=False),
     "mimo_v2_flash": dict(num_attention_heads=8, num_key_value_heads=2, v_head_dim=24, sliding_window=7)
@@ -158,6 +163,9 @@ def build(name, **changes):
         for value in model.parameters():
             if value.ndim == 1:
                 value.add_(torch.randn(value.shape, generator=generator), alpha=0.3)
+        for name, value in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                value.fill_(0.7)
     return model
 
 
