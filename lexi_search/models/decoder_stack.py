@@ -128,6 +128,8 @@ def _has_mixer(source: Source, *, moe: bool) -> bool:
 def _find_block(source: Source, mixer: MixerWeights | None, *, moe: bool) -> BlockWeights:
     finder, hidden, family = source.finder, source.hidden_size, source.family
     norms, has_ffn = family.norms, mixer is None or not family.alternates
+    if moe and family.moe_norm:
+        norms = norms._replace(ffn_output=family.moe_norm)
     if mixer is None:
         norms = norms._replace(attention_input=None, attention_output=None)
     if not has_ffn:

@@ -50,6 +50,9 @@ DEEPSEEK_V3 = DEEPSEEK_V2._replace(model_type="deepseek_v3", routing=SIGMOID, ch
 CLAMPED = DEEPSEEK_V3._replace(
     model_type="hy_v4", activation=Activation(Key("hidden_act", "silu"), limit=Key("swiglu_limit", 10.0))
 )
+MISTRAL4 = DEEPSEEK_V3._replace(
+    model_type="mistral4", routing=SIGMOID._replace(scoring="softmax", bias=None), choices=PLAIN
+)
 GPT_OSS = Architecture(
     "gpt_oss",
     routers=("mlp.router",),
@@ -165,6 +168,7 @@ _FAMILIES = (
     ),
     DEEPSEEK_V2,
     DEEPSEEK_V2._replace(model_type="deepseek_vl_v2"),
+    DEEPSEEK_V2._replace(model_type="deepseek_ocr2"),
     DEEPSEEK_V3,
     DEEPSEEK_V3._replace(model_type="deepseek_v32"),
     DEEPSEEK_V3._replace(model_type="kimi_k2"),
@@ -179,6 +183,7 @@ _FAMILIES = (
         choices={"moe_router_activation_func": SIGMOID_OR_SOFTMAX},
         shared_experts=("num_shared_experts",),
     ),
+    DEEPSEEK_V3._replace(model_type="axk1"),
     DEEPSEEK_V3._replace(model_type="glm4_moe"),
     DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
     DEEPSEEK_V3._replace(model_type="glm_moe_dsa"),
@@ -193,11 +198,8 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="mimo_v2_flash"),
     CLAMPED,
     CLAMPED._replace(model_type="glm5_next"),
-    DEEPSEEK_V3._replace(
-        model_type="mistral4",
-        routing=SIGMOID._replace(scoring="softmax", bias=None),
-        choices=PLAIN,
-    ),
+    MISTRAL4,
+    MISTRAL4._replace(model_type="mistral3"),  # around it: Mistral Small 4
     DEEPSEEK_V3._replace(
         model_type="nemotron_h",
         routers=("mixer.gate",),
@@ -244,6 +246,15 @@ _FAMILIES = (
     ),
     BAILING,
     BAILING._replace(model_type="bailing_moe_v2"),
+    BAILING._replace(model_type="sarvam_moe"),
+    BAILING._replace(
+        model_type="sarvam_mla",
+        routing=SIGMOID._replace(scale=Key("routed_scaling_factor", 2.5)),
+        choices={
+            "score_function": SIGMOID_OR_SOFTMAX,
+            "moe_router_enable_expert_bias": {True: {}, False: {"bias": None}},
+        },
+    ),
     GPT_OSS,
     GEMMA4,
     GEMMA4._replace(model_type="gemma4_text"),

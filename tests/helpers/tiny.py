@@ -228,6 +228,17 @@ ALL_FAMILIES = FAMILIES | {
         ),
     ),
     "mistral4": ("Mistral4", MLA),
+    "mistral3": (
+        "Mistral3 ForConditionalGeneration",
+        with_vision(MLA | dict(model_type="mistral4"), VISION | dict(model_type="pixtral", head_dim=16)),
+    ),
+    "axk1": ("AXK1", MLA),
+    "deepseek_ocr2": (
+        "DeepseekOcr2 ForConditionalGeneration",
+        with_vision(DEEPSEEK_MOE | dict(routed_scaling_factor=1.5), OCR2_VISION),
+    ),
+    "sarvam_moe": ("Glm4Moe", GLM),
+    "sarvam_mla": ("DeepseekV3", MLA | dict(n_group=1, topk_group=1)),
     "nemotron_h": (
         "NemotronH",
         MLA
@@ -464,6 +475,11 @@ REWRITES = {
     "gemma4": (str, _gemma4_config),
     "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
     "bailing_moe": (str, _retype("bailing_moe")),
+    "sarvam_moe": (
+        lambda key: key.replace("e_score_correction_bias", "expert_bias"),
+        _retype("sarvam_moe", num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True),
+    ),
+    "sarvam_mla": (str, _retype("sarvam_mla", num_experts=16, num_shared_experts=1)),
     "bailing_moe_v2": (
         lambda key: key.replace("e_score_correction_bias", "expert_bias"),
         _retype("bailing_moe_v2", num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True),

@@ -174,6 +174,7 @@ class Family(NamedTuple):
     weighs_residuals: bool = False  # by factors in the config; residuals are the layer's normalised input (MiniMax)
     logit_scale: Any = 1.0
     logit_cap: Any = math.inf
+    moe_norm: str | None = None  # the norm below `layers.N.` of what a MoE and its shared experts return
     layer_scale: str | None = None  # the tensor below `layers.N.` that multiplies the hidden states after the layer
 
 

@@ -91,6 +91,14 @@ MIXTRAL = _list_defaults(
     k=2, heads=32, kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131072, bos_token_id=1
 )
 
+MISTRAL4 = _list_latent(64, 64, 128) | _list_defaults(
+    k=4,
+    heads=32,
+    rope_parameters=MISTRAL4_ROPE,
+    max_position_embeddings=1048576,
+    bos_token_id=1,
+    n_shared_experts=1,
+)
 GEMMA4 = dict(
     num_attention_heads=8,
     num_key_value_heads=4,
@@ -175,6 +183,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "kimi_k2": DEEPSEEK_V3,
         "kimi_k25": DEEPSEEK_V3,
         "kimi_vl": DEEPSEEK_V2 | {"topk_method": "greedy", "norm_topk_prob": False},  # vLLM's class
+        "deepseek_ocr2": dict(num_attention_heads=32, max_position_embeddings=2048, bos_token_id=1, n_shared_experts=2),
+        "axk1": DEEPSEEK_V3 | dict(num_attention_heads=64, max_position_embeddings=32768, bos_token_id=163691),
         "glm4_moe": GLM4,
         "glm4v_moe": GLM4 | {"max_position_embeddings": 65536},
         "glm4_moe_lite": GLM_LATENT | _list_defaults(k=4, heads=20, routed_scaling_factor=1.8),
@@ -221,15 +231,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
         "hy_v4": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.827),
         "glm5_next": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
-        "mistral4": _list_latent(64, 64, 128)
-        | _list_defaults(
-            k=4,
-            heads=32,
-            rope_parameters=MISTRAL4_ROPE,
-            max_position_embeddings=1048576,
-            bos_token_id=1,
-            n_shared_experts=1,
-        ),
+        "mistral4": MISTRAL4,
+        "mistral3": MISTRAL4,
         "nemotron_h": _list_defaults(
             k=2,
             heads=32,

@@ -174,6 +174,7 @@ _SCALINGS: Mapping[str, Callable[[np.ndarray, RopeParameters], tuple[np.ndarray,
         "dynamic": _scale_dynamic,
         "llama3": _scale_llama3,
         "yarn": _scale_yarn,
+        "deepseek_yarn": _scale_yarn,  # vLLM's name where there are two `mscale`
         "longrope": _scale_longrope,
         "proportional": _scale_proportional,
     }

@@ -46,6 +46,14 @@ SETTINGS |= {
     "deepseek_v3": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8), first_k_dense_replace=1),
     "kimi_k2": dict(rope_interleave=False, attention_bias=True),
 }
+MISTRAL4 = dict(
+        head_dim=64,
+        rope_parameters=YARN
+        | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5),
+    ),
+    "mistral3": dict(
+        head_dim=64, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5)
+    )
 LONG = dict(short_factor=[1.0, 1.5] * 8, long_factor=[2.0] * 16, short_mscale=1.1, long_mscale=1.3)
 SLIDING = dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"])
 SETTINGS |= {
@@ -63,11 +71,11 @@ SETTINGS |= {
         rope_parameters=dict(rope_type="dynamic", alpha=50.0, factor=1.0, rope_theta=1e4),
     ),
     "ernie4_5_moe": GROUPED | dict(use_bias=True, moe_layer_start_index=1, moe_num_shared_experts=2),
-    "mistral4": dict(
-        head_dim=64,
-        rope_parameters=YARN
-        | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5),
-    ),
+    "mistral4": MISTRAL4,
+    "mistral3": MISTRAL4,
+    "axk1": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8), first_k_dense_replace=1),
+    "deepseek_ocr2": GROUPED | dict(attention_bias=True),
+    "sarvam_mla": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8)),
     "deepseek_v32": dict(index_topk=LENGTH),
     "glm_moe_dsa": dict(index_topk=LENGTH),
     "glm4_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True, first_k_dense_replace=1),
