@@ -47,13 +47,9 @@ SETTINGS |= {
     "kimi_k2": dict(rope_interleave=False, attention_bias=True),
 }
 MISTRAL4 = dict(
-        head_dim=64,
-        rope_parameters=YARN
-        | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5),
-    ),
-    "mistral3": dict(
-        head_dim=64, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5)
-    )
+    head_dim=64,
+    rope_parameters=YARN | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5),
+)
 LONG = dict(short_factor=[1.0, 1.5] * 8, long_factor=[2.0] * 16, short_mscale=1.1, long_mscale=1.3)
 SLIDING = dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"])
 SETTINGS |= {
