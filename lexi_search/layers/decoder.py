@@ -94,6 +94,8 @@ def _attend(
     x = _normalise(hidden, weights.norms.ffn_input, block)
     if weights.norms.dense_input is not None:
         x = normalise(hidden, None, norm=block.norm)
+    if block.parallel:
+        x = normed
     return x if block.ffn_residual.normed else hidden, x.reshape(-1, x.shape[-1])
 
 
@@ -123,7 +125,7 @@ def _finish(
         common = _normalise(apply_ffn(own, weights.ffn, activation=block.activation), norms.dense_output, block)
         if weights.ffn_gate is not None:
             common = common * jax.nn.sigmoid(apply_affine(x, weights.ffn_gate))
-        output = output + common.astype(jnp.float32)
+        output = output + common.astype(jnp.float32) * jnp.float32(block.ffn_scale)
     output = _normalise(output.astype(hidden.dtype), weights.norms.ffn_output, block)
     hidden = _add(hidden, output.reshape(hidden.shape), block.ffn_residual)
     return hidden if weights.scale is None else hidden * weights.scale.astype(hidden.dtype).reshape(1, 1, 1)

@@ -107,6 +107,7 @@ class GroupedAttention(NamedTuple):
     growth: tuple[float, float] | None = None
     value_scale: float = 1.0
     unit_values: bool = False
+    gate: str = "sigmoid"  # the function of a `gate` among the weights, or "softplus"
 
 
 class LatentAttention(NamedTuple):
@@ -210,5 +211,7 @@ class Block(NamedTuple):
     mixer: Mixer | None  # None where a family's layers are either a token mixer, or an MLP or MoE
     norm: Norm
     activation: Activation  # of the dense MLP or the shared expert
+    parallel: bool = False  # the MLP or MoE has the token mixer's input for its own, and both outputs are added
+    ffn_scale: float = 1.0  # of the dense MLP's or the shared experts' output
     mixer_residual: Residual = Residual()
     ffn_residual: Residual = Residual()

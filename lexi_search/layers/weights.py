@@ -68,8 +68,8 @@ class LayerWeights(NamedTuple):
 class GroupedWeights(NamedTuple):
     """The weights of `GroupedAttention`: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden], o.
 
-    The output projection o is [hidden, heads * head_dim]. A `gate` of q's shape scales its input; `sinks` [heads] are
-    attention scores of an extra position without a value.
+    The output projection o is [hidden, heads * head_dim]. A `gate` of q's shape, or with a row for each head, scales
+    its input; `sinks` [heads] are attention scores of an extra position without a value.
     """
 
     q: Affine

@@ -11,16 +11,21 @@ from lexi_search.models.families.decoder import (
     POST_NORMS,
     SANDWICH_NORMS,
     Family,
+    attend_after_dense,
     attend_alternately,
     attend_by_pattern,
     attend_by_type,
     attend_in_chunks,
     attend_in_each_sixth,
     attend_in_last_windows,
+    attend_in_three_windows,
     attend_in_window,
     attend_in_window_if_used,
+    attend_with_plain_head,
     by_type_or_every,
+    choose_head_norm,
     count_heads_by_kind,
+    count_heads_by_layer,
     count_heads_of_all,
     depth_scale,
     find_chunk,
@@ -28,12 +33,16 @@ from lexi_search.models.families.decoder import (
     find_offset,
     find_sparse_reach,
     has_rotary_embedding,
+    is_layer_norm,
     keys_are_values,
     logit_divisor,
     mup_scale,
+    norm_eps,
     root_of_size,
+    rotates_dense,
     width_scale,
 )
+from lexi_search.models.families.moe import mean_share
 
 PLAIN = Family("aria")
 LLAMA4 = Family(
@@ -60,6 +69,13 @@ DEEPSEEK_V3 = Family("deepseek_v3", interleaved_latent=Key("rope_interleave", Tr
 # Sparse attention: an indexer selects the positions that a query attends to: all of them in short sequences.
 DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
+)
+BAILING = Family(
+    "bailing_moe",
+    attention="attention.",
+    embedding="word_embeddings",
+    kinds=attend_with_plain_head,
+    head_norm=choose_head_norm,
 )
 BY_TYPE = Family("mellum", kinds=attend_by_type)
 GEMMA4 = Family(
@@ -137,6 +153,24 @@ _FAMILIES = (
         embedding_scale=mup_scale,
         rotates_windows_only=True,
     ),
+    BY_TYPE._replace(model_type="laguna", heads=count_heads_by_layer, gate="softplus"),
+    Family(
+        "cohere2_moe",
+        norms=Norms(attention_input="input_layernorm"),
+        eps=norm_eps,
+        centred=is_layer_norm,
+        interleaved=True,
+        kinds=attend_after_dense,
+        rotates_windows_only=True,
+        rotates_dense=rotates_dense,
+        parallel=True,
+        shared_scale=mean_share,
+        logit_scale=Key("logit_scale", 0.0625),
+    ),
+    GRANITE._replace(model_type="granitemoe_swa", kinds=attend_in_three_windows),
+    BAILING,
+    BAILING._replace(model_type="bailing_moe_v2"),
+    BAILING._replace(model_type="sarvam_moe"),
     QWEN3_NEXT,
     QWEN3_NEXT._replace(model_type="qwen3_5_moe"),
     QWEN3_NEXT._replace(model_type="qwen3_5_moe_text"),

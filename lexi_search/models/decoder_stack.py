@@ -71,7 +71,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         raise InputError(f"{config.place}: hidden_act {model.activation.name!r} is not known; known are {known}")
     family, finder = FAMILIES[identity.model_type], Finder(checkpoint.tensors)
     stem = identity.router[: identity.router.index("layers.{}")]
-    norm = Norm(resolve(config, family.eps), family.centred, resolve(config, family.offset))
+    norm = Norm(resolve(config, family.eps), resolve(config, family.centred), resolve(config, family.offset))
     whole = Source(
         finder=finder,
         config=config,
@@ -83,11 +83,13 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
     )
     blocks, tensors = [], []
     for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
-        source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."), layer=layer)
         moe = layer in model.tensors
+        source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."), layer=layer, dense=not moe)
         with name_sizes_left_out(checkpoint):
             mixer, weights = describe_mixer(source, kind) if _has_mixer(source, moe=moe) else (None, None)
-        blocks.append(Block(mixer, norm, model.activation, *_list_residuals(config, family, mixer)))
+        scale = resolve(config, family.shared_scale) if moe else 1.0
+        residuals = _list_residuals(config, family, mixer)
+        blocks.append(Block(mixer, norm, model.activation, family.parallel, scale, *residuals))
         tensors.append(_find_block(source, weights, moe=moe))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
     ropes = [getattr(block.mixer, "rope", None) for block in blocks]

@@ -117,7 +117,10 @@ def _read_routing(config: Config, architecture: Architecture, num_experts: int, 
     chosen = {}
     for key, known in architecture.choices.items():
         chosen |= known[config.read_choice(key, known)]
-    routing = Routing(*map(config.resolve, architecture.routing._replace(**chosen)))
+    rule = architecture.routing._replace(**chosen)
+    if callable(rule.scale):
+        rule = rule._replace(scale=rule.scale(config))
+    routing = Routing(*map(config.resolve, rule))
     num_groups, topk_groups = routing.num_groups, routing.topk_groups
     least = 2 if num_groups > 1 and routing.group_score == "top2" else 1  # experts that a group needs for its score
     if not 1 <= topk_groups <= num_groups or num_experts % num_groups or num_experts // num_groups < least:

@@ -14,6 +14,7 @@ from lexi_search.models.families.moe import (
     SOFTMAX_OR_SIGMOID,
     SWIGLU_OAI,
     Architecture,
+    mean_share,
 )
 
 FFN_WIDTH = ("intermediate_size",)
@@ -150,12 +151,13 @@ _FAMILIES = (
     ),
     Architecture(
         "cohere2_moe",
+        routing=Routing(scale=mean_share),
         choices={
             "expert_selection_fn": {
                 "softmax": {"renormalize": True},
                 "sigmoid": {"scoring": "sigmoid", "renormalize": Key("norm_topk_prob", True)},
             },
-            "shared_expert_combination_strategy": {"average": {"scale": 0.5}, "sum": {}},
+            "shared_expert_combination_strategy": {"average": {}, "sum": {}},
         },
         width=FFN_WIDTH,
         shared_experts=("num_shared_experts",),

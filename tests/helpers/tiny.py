@@ -356,7 +356,7 @@ def read_config(folder: Path) -> SimpleNamespace:
 def _rewrite(folder, rename, reconfigure):
     tensors = {rename(k): v for k, v in load_file(folder / "model.safetensors").items()}
     tensors.pop(None, None)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_join_inputs(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(reconfigure(config), indent=2))
 
@@ -460,6 +460,24 @@ def _gemma4_config(config):
     return config
 
 
+BAILING = dict(num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True, use_rmsnorm=True)
+BAILING_NAMES = {"self_attn.o_proj": "attention.dense", "self_attn.q_norm": "attention.query_layernorm"}
+BAILING_NAMES |= {"self_attn.k_norm": "attention.key_layernorm", "embed_tokens": "word_embeddings"}
+BAILING_NAMES |= {"self_attn.": "attention.", "e_score_correction_bias": "expert_bias"}
+
+
+def _bailing_name(key):
+    return re.sub("|".join(map(re.escape, BAILING_NAMES)), lambda match: BAILING_NAMES[match[0]], key)
+
+
+def _join_inputs(tensors):
+    """Queries, keys and values of one layer as one tensor, where modules are called `attention`."""
+    for query in [key for key in tensors if ".attention.q_proj." in key]:
+        parts = [tensors.pop(query.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        tensors[query.replace("q_proj", "query_key_value")] = torch.cat(parts)
+    return tensors
+
+
 # The changes that turn transformers' checkpoint into the hub's: functions of a tensor's name, whose None drops the
 # tensor, and of the config.
 REWRITES = {
@@ -474,16 +492,10 @@ REWRITES = {
     "minimax_m3_vl": (_name_dense, dict),
     "gemma4": (str, _gemma4_config),
     "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
-    "bailing_moe": (str, _retype("bailing_moe")),
-    "sarvam_moe": (
-        lambda key: key.replace("e_score_correction_bias", "expert_bias"),
-        _retype("sarvam_moe", num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True),
-    ),
+    "bailing_moe": (_bailing_name, _retype("bailing_moe", use_rmsnorm=True, use_qk_norm=True)),
+    "sarvam_moe": (_bailing_name, _retype("sarvam_moe", **BAILING)),
     "sarvam_mla": (str, _retype("sarvam_mla", num_experts=16, num_shared_experts=1)),
-    "bailing_moe_v2": (
-        lambda key: key.replace("e_score_correction_bias", "expert_bias"),
-        _retype("bailing_moe_v2", num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True),
-    ),
+    "bailing_moe_v2": (_bailing_name, _retype("bailing_moe_v2", **BAILING)),
 }
 
 # What transformers needs beside a config whose model_type it does not know, so that vLLM can read it.

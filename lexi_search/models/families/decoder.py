@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from lexi_search.artifacts.codec import short
 from lexi_search.checkpoint.config import Config, Key
 from lexi_search.errors import InputError
+from lexi_search.layers.spec import Norm
 from lexi_search.layers.weights import Norms
 
 PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_layernorm")
@@ -103,14 +104,14 @@ def attend_by_pattern(config: Config, num_layers: int) -> Sequence[str]:
     return [FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING for i in range(num_layers)]
 
 
-def count_heads(config: Config, kind: str) -> tuple[int, int]:
+def count_heads(config: Config, kind: str, layer: int) -> tuple[int, int]:
     """The heads of queries, and of keys and values."""
     return config.read_count("num_attention_heads"), config.read_count("num_key_value_heads", "num_attention_heads")
 
 
-def count_heads_by_kind(config: Config, kind: str) -> tuple[int, int]:
+def count_heads_by_kind(config: Config, kind: str, layer: int) -> tuple[int, int]:
     """The same where layers with windows have other numbers: twice as many of keys, if the config has none (MiMo)."""
-    heads, kv_heads = count_heads(config, kind)
+    heads, kv_heads = count_heads(config, kind, layer)
     if kind != SLIDING:
         return heads, kv_heads
     heads = config.read_count("swa_num_attention_heads", "num_attention_heads")
@@ -118,9 +119,9 @@ def count_heads_by_kind(config: Config, kind: str) -> tuple[int, int]:
     return heads, config.read_count("swa_num_key_value_heads") if named else 2 * kv_heads
 
 
-def count_heads_of_all(config: Config, kind: str) -> tuple[int, int]:
+def count_heads_of_all(config: Config, kind: str, layer: int) -> tuple[int, int]:
     """The same where layers that attend to all may have another number of keys' heads (Gemma 4)."""
-    heads, kv_heads = count_heads(config, kind)
+    heads, kv_heads = count_heads(config, kind, layer)
     if kind != FULL:
         return heads, kv_heads
     layers = config.values.get("per_layer_config")  # as transformers writes it, for these layers only
@@ -130,6 +131,20 @@ def count_heads_of_all(config: Config, kind: str) -> tuple[int, int]:
         return heads, own_config.read_count("num_key_value_heads")
     own = keys_are_values(config, kind) and config.values.get("num_global_key_value_heads") is not None
     return heads, config.read_count("num_global_key_value_heads") if own else kv_heads
+
+
+def count_heads_by_layer(config: Config, kind: str, layer: int) -> tuple[int, int]:
+    """The same where each layer may have its own number of queries' heads (Laguna)."""
+    heads, kv_heads = count_heads(config, kind, layer)
+    given = config.values.get("num_attention_heads_per_layer")
+    if given is None:
+        return heads, kv_heads
+    if not isinstance(given, list) or not layer < len(given):
+        raise InputError(
+            f"{config.place}: num_attention_heads_per_layer is {short(given)}, expected one for each layer"
+        )
+    own = config._replace(values={"num_attention_heads_per_layer": given[layer]})
+    return own.read_count("num_attention_heads_per_layer"), kv_heads
 
 
 def keys_are_values(config: Config, kind: str) -> bool:
@@ -146,7 +161,7 @@ class Family(NamedTuple):
     embedding: str = "embed_tokens"  # modules beside `layers`
     final_norm: str = "norm"
     eps: Any = Key("rms_norm_eps", 1e-6)
-    centred: bool = False  # norms that subtract the mean
+    centred: Any = False  # norms that subtract the mean
     offset: Any = 0.0  # of the gains of norms, which are stored without it
     gated: Any = False  # the projection of queries has their gates as well
     norm_last: bool = False  # queries and keys are normalised after the rotary embedding
@@ -156,15 +171,20 @@ class Family(NamedTuple):
     clip: Any = math.inf  # of queries, keys and values
     unit: Any = False  # queries and keys are normalised without gains where they are rotated
     growth: Callable[[Config], tuple[float, float] | None] | None = None  # of queries without rotary embedding
+    head_norm: Callable[[Config], Norm] | None = None  # of queries and keys, where it is not that of layers
+    gate: str = "sigmoid"  # the function of gates that have a projection of their own
     value_scale: Any = 1.0
     unit_values: bool = False  # values are normalised without gains
     keys_are_values: Callable[[Config, str], bool] | None = None  # in layers of a kind, before they are normalised
     value_dim: Any = 0  # of a head's values; 0: that of its keys
-    heads: Callable[[Config, str], tuple[int, int]] = count_heads
+    heads: Callable[[Config, str, int], tuple[int, int]] = count_heads
     chunk: Callable[[Config], int | None] | None = None  # of attention in chunks
     kinds: Kinds = attend_to_all
     rotates: Any = True  # attention has a rotary embedding
-    rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding
+    rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding ...
+    rotates_dense: Callable[[Config], bool] | None = None  # ... but in layers without experts
+    parallel: bool = False  # the MLP or MoE has the input of attention for its own
+    shared_scale: Any = 1.0  # of the output of shared experts
     alternates: bool = False  # a layer is a token mixer, or else an MLP or MoE
     gated_mlp: bool = True
     left_out: tuple[str, ...] = ()  # modules below `layers.N.` without effect on up to `max_length` tokens
@@ -184,6 +204,46 @@ def depth_scale(config: Config) -> float:
 
 def width_scale(config: Config) -> float:
     return config.resolve(Key("dim_model_base", 1.0)) / config.read_count("hidden_size")
+
+
+def is_layer_norm(config: Config) -> bool:
+    return config.values.get("rms_norm_eps") is None
+
+
+def norm_eps(config: Config) -> float:
+    return config.resolve(Key("layer_norm_eps" if is_layer_norm(config) else "rms_norm_eps", 1e-5))
+
+
+def rotates_dense(config: Config) -> bool:
+    return config.resolve(Key("prefix_dense_sliding_window_pattern", 1)) == 1
+
+
+def attend_after_dense(config: Config, num_layers: int) -> Sequence[str]:
+    """The config's `layer_types`; else windows but in every n-th layer, counted anew after the dense ones (Cohere)."""
+    if config.values.get("layer_types"):
+        return read_types(config)
+    dense = min(config.resolve(Key("first_k_dense_replace", 0)), num_layers)
+    first = attend_to_all_in_every(config, dense, period="prefix_dense_sliding_window_pattern")
+    return [*first, *attend_to_all_in_every(config, num_layers - dense, period="sliding_window_pattern")]
+
+
+def attend_in_three_windows(config: Config, num_layers: int) -> Sequence[str]:
+    """The config's `layer_types`, or windows but in every fourth layer from the first (Granite)."""
+    if config.values.get("layer_types"):
+        return read_types(config)
+    return [SLIDING if i % 4 else FULL for i in range(num_layers)]
+
+
+def attend_with_plain_head(config: Config, num_layers: int) -> Sequence[str]:
+    """To all; a `norm_head`, whose rows vLLM normalises, is refused (Ling)."""
+    config.read_choice("norm_head", {False: None})
+    return attend_to_all(config, num_layers)
+
+
+def choose_head_norm(config: Config) -> Norm:
+    """That of queries and keys in Ling, as vLLM has it."""
+    rms = config.resolve(Key("use_rmsnorm", False))
+    return Norm(config.resolve(Key("rms_norm_eps", 1e-6)) if rms else 1e-6, centred=not rms)
 
 
 def logit_divisor(config: Config) -> float:

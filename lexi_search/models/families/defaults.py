@@ -53,6 +53,10 @@ MELLUM_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+LAGUNA_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+}
 MIMO_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.334},
@@ -148,7 +152,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "granitemoe": GRANITE,
         "granitemoeshared": GRANITE,
         "granitemoehybrid": GRANITE | dict(mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256),
-        "granitemoe_swa": _list_defaults(k=2),
+        "granitemoe_swa": GRANITE | dict(sliding_window=128),
         "jamba": _list_defaults(k=2, heads=32, kv_heads=8, bos_token_id=1),
         "hunyuan_v1_moe": dict(
             moe_topk=1,
@@ -175,7 +179,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=2048,
             bos_token_id=1,
         ),
-        "cohere2_moe": _list_defaults(k=2),
+        "cohere2_moe": _list_defaults(
+            k=2,
+            heads=64,
+            sliding_window=4096,
+            sliding_window_pattern=4,
+            prefix_dense_sliding_window_pattern=1,
+            max_position_embeddings=8192,
+            bos_token_id=5,
+            tie_word_embeddings=True,
+        ),
         "deepseek_v2": DEEPSEEK_V2,
         "deepseek_vl_v2": DEEPSEEK_V2,
         "deepseek_v3": DEEPSEEK_V3,
@@ -269,7 +282,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=16384,
             num_shared_experts=2,
         ),
-        "laguna": _list_defaults(k=8),
+        "laguna": _list_defaults(
+            k=8, heads=48, kv_heads=8, sliding_window=512, rope_parameters=LAGUNA_ROPE, max_position_embeddings=131072
+        ),
         "lfm2_moe": _list_defaults(
             k=4,
             heads=32,

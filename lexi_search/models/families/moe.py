@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lexi_search.checkpoint.config import Key
+from lexi_search.checkpoint.config import Config, Key
 from lexi_search.layers.spec import Activation, Routing
 from lexi_search.layers.weights import Scales
 
@@ -29,8 +29,15 @@ PLAIN = MappingProxyType({"topk_method": {"greedy": {}}, "scoring_func": SOFTMAX
 BIASED = MappingProxyType({"topk_method": {"noaux_tc": {}}, "scoring_func": SIGMOID_OR_SOFTMAX})
 
 
+def mean_share(config: Config) -> float:
+    """The factor of routed experts whose output and that of shared ones are averaged (Cohere); 1 where they are not."""
+    average = config.values.get("shared_expert_combination_strategy") in (None, "average")
+    return 0.5 if average and config.resolve(Key("num_shared_experts", 0)) else 1.0
+
+
 class Architecture(NamedTuple):
-    """One family. Any field of its `routing` and `activation` may be a `Key` of the config instead of a value.
+    """One family. Any field of its `routing` and `activation` may be a `Key` of the config instead of a value, and its
+    scale a function of the config.
 
     `choices` maps further config keys to their known values, the default first, and each value to the fields of
     `routing` that it sets. Any other value is refused.

@@ -20,8 +20,10 @@ DEFAULT_THETA = 1e4
 RopeParameters = Mapping[str, Any]  # as `rope_parameters` in a config holds them
 
 
-def read_parameters(config: Config, *, layer_type: str | None = None) -> RopeParameters:
+def read_parameters(config: Config, *, layer_type: str | None = None, theta: Any = None) -> RopeParameters:
     """The config's rotary parameters for layers of `layer_type`: new (`rope_parameters`) and old keys together.
+
+    `theta` is the layer's own base, if it has one.
 
     Raises:
         InputError: an unknown kind of scaling, or a parameter that is not of its type.
@@ -33,7 +35,7 @@ def read_parameters(config: Config, *, layer_type: str | None = None) -> RopePar
     if not isinstance(given, dict):
         raise InputError(f"{config.place}: the rope parameters are {short(given)}, expected an object")
     outer = {key: values[key] for key in _OUTER_KEYS if values.get(key) is not None}
-    parameters = {"rope_theta": DEFAULT_THETA} | outer | given
+    parameters = {"rope_theta": DEFAULT_THETA} | outer | given | ({} if theta is None else {"rope_theta": theta})
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if not isinstance(kind, str) or kind not in _SCALINGS:
         known = ", ".join(_SCALINGS)

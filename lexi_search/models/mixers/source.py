@@ -22,6 +22,7 @@ class Source(NamedTuple):
     hidden_size: int
     activation: str  # of the model's MLPs
     layer: int = 0
+    dense: bool = False  # the layer has no experts
     num_layers: int = 0
 
 

@@ -76,6 +76,17 @@ SETTINGS |= {
     "glm_moe_dsa": dict(index_topk=LENGTH),
     "glm4_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True, first_k_dense_replace=1),
     "glm4v_moe": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])),
+    "laguna": GROUPED | SLIDING | dict(num_attention_heads_per_layer=[4, 2], gating=True),
+    "cohere2_moe": GROUPED
+    | dict(num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    | dict(mlp_layer_types=["dense", "sparse", "sparse"], sliding_window=7, num_shared_experts=2, logit_scale=0.3)
+    | dict(prefix_dense_intermediate_size=48, tie_word_embeddings=True),
+    "granitemoe_swa": GROUPED
+    | SLIDING
+    | dict(shared_intermediate_size=32, layer_rope_theta=[0, 100.0], residual_multiplier=0.5, attention_multiplier=0.1),
+    "bailing_moe": GROUPED,
+    "bailing_moe_v2": GROUPED | dict(use_qk_norm=True, first_k_dense_replace=1),
+    "sarvam_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True),
     "minimax_m2": GROUPED | dict(rotary_dim=16),
     "dots1": GROUPED | SLIDING,
     "mellum": GROUPED
@@ -368,7 +379,7 @@ def rewrite_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["hy_v4", "laguna"])
+@pytest.mark.parametrize("name", ["hy_v4", "glm5_next"])
 def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
     message = (
