@@ -64,6 +64,24 @@ class _ScaledExperts(Sequence[ExpertWeights]):
         return _scale_expert(self._experts[expert], self._scales.experts, self._scales.outputs, np.int32(expert))
 
 
+class _LimitedExperts(Sequence[ExpertWeights]):
+    """Experts with a limit."""
+
+    def __init__(self, experts: Experts, limit: Float[Array, ""]):
+        self._experts, self._limit = experts, limit
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, expert: int) -> ExpertWeights:
+        return self._experts[expert]._replace(limit=self._limit)
+
+
+def limit_layer(weights: LayerWeights, limit: float) -> LayerWeights:
+    """The layer with a `limit` of its experts."""
+    return weights._replace(experts=_LimitedExperts(weights.experts, jnp.asarray(limit, jnp.float32)))
+
+
 def scale_layer(weights: LayerWeights, scales: Scales) -> LayerWeights:
     """The layer with its factors multiplied into the weights; the router is then float32."""
     width = weights.router.shape[1]

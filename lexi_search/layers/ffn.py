@@ -42,9 +42,13 @@ def compute_hidden(
     if weights.gate is None:
         return _activate(up, activation)
     gate = _project(x, weights.gate, weights.gate_bias).astype(jnp.float32)
-    if activation.limit is not None:
+    limit = activation.limit if activation.limits_output else weights.limit
+    if activation.limit is not None and not activation.limits_output:
         gate, up = jnp.minimum(gate, activation.limit), jnp.clip(up, -activation.limit, activation.limit)
-    return _activate(gate, activation) * (up + activation.up_offset)
+    gate = _activate(gate, activation)
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * (up + activation.up_offset)
 
 
 def _activate(x: Float[Array, "rows width"], activation: Activation) -> Float[Array, "rows width"]:

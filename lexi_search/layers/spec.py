@@ -45,13 +45,15 @@ class Activation(NamedTuple):
     """The activation of an expert, between its products.
 
     Gated experts compute f(gate) * (up + `up_offset`), where f is the function called `name`, or x * sigmoid(alpha x)
-    if `alpha` is not 1, and `limit` bounds gate from above and up on both sides. Ungated ones compute f(up).
+    if `alpha` is not 1, and `limit` bounds gate from above and up on both sides; if `limits_output`, f(gate) instead of
+    gate. Ungated ones compute f(up).
     """
 
     name: str = "silu"
     alpha: float = 1.0
     limit: float | None = None
     up_offset: float = 0.0
+    limits_output: bool = False
 
 
 class Norm(NamedTuple):

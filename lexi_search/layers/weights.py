@@ -22,7 +22,8 @@ class Affine(NamedTuple):
 class ExpertWeights(NamedTuple):
     """One expert or dense MLP, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
 
-    Where `gate` is None, y = down @ act(up @ x). Each product adds its bias where there is one.
+    Where `gate` is None, y = down @ act(up @ x). Each product adds its bias where there is one. A `limit`, a number,
+    bounds act(gate @ x) from above and up @ x on both sides.
     """
 
     gate: Float[Array, "width hidden"] | None
@@ -31,6 +32,7 @@ class ExpertWeights(NamedTuple):
     gate_bias: Float[Array, " width"] | None = None
     up_bias: Float[Array, " width"] | None = None
     down_bias: Float[Array, " hidden"] | None = None
+    limit: Float[Array, ""] | None = None
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from lexi_search.models.families.decoder import (
     Family,
     attend_after_dense,
     attend_alternately,
+    attend_by_longer_types,
     attend_by_pattern,
     attend_by_type,
     attend_in_chunks,
@@ -24,9 +25,11 @@ from lexi_search.models.families.decoder import (
     attend_with_plain_head,
     by_type_or_every,
     choose_head_norm,
+    choose_layer_rope,
     count_heads_by_kind,
     count_heads_by_layer,
     count_heads_of_all,
+    count_heads_of_windows,
     depth_scale,
     find_chunk,
     find_growth,
@@ -69,6 +72,15 @@ DEEPSEEK_V3 = Family("deepseek_v3", interleaved_latent=Key("rope_interleave", Tr
 # Sparse attention: an indexer selects the positions that a query attends to: all of them in short sequences.
 DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
+)
+STEP = Family(
+    "step3p5",
+    eps=Key("rms_norm_eps", 1e-5),
+    offset=1.0,
+    kinds=attend_by_longer_types,
+    heads=count_heads_of_windows,
+    layer_rope=choose_layer_rope,
+    limits="swiglu_limits_shared",
 )
 BAILING = Family(
     "bailing_moe",
@@ -138,6 +150,8 @@ _FAMILIES = (
     PLAIN._replace(model_type="glm4_moe"),
     PLAIN._replace(model_type="glm4v_moe"),
     PLAIN._replace(model_type="solar_open"),
+    STEP,
+    STEP._replace(model_type="step3p7"),
     PLAIN._replace(model_type="minimax_m2"),
     PLAIN._replace(model_type="hy_v3"),
     BY_TYPE,

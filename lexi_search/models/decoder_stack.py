@@ -17,7 +17,7 @@ from lexi_search.models.families.decoder import Family
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.mixers.recurrent import describe_mixer
 from lexi_search.models.mixers.source import REMEDY, Source, resolve
-from lexi_search.models.model import Model
+from lexi_search.models.model import Model, read_limit
 
 
 def find_first_token(checkpoint: Checkpoint, model: Model, vocabulary: int) -> int | None:
@@ -36,7 +36,7 @@ def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
 DENSE = ("mlp.", "feed_forward.", "mixer.")
 SHARED = (
     *("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_mlp.", "shared_mlp."),
-    *("block_sparse_moe.shared_experts.", "mixer.shared_experts.", "feed_forward.shared_expert."),
+    *("block_sparse_moe.shared_experts.", "mixer.shared_experts.", "feed_forward.shared_expert.", "share_expert."),
 )
 SHARED_GATES = ("mlp.shared_expert_gate",)
 SPLIT = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
@@ -89,7 +89,9 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
             mixer, weights = describe_mixer(source, kind) if _has_mixer(source, moe=moe) else (None, None)
         scale = resolve(config, family.shared_scale) if moe else 1.0
         residuals = _list_residuals(config, family, mixer)
-        blocks.append(Block(mixer, norm, model.activation, family.parallel, scale, *residuals))
+        limit = read_limit(config, family.limits, layer)
+        activation = model.activation._replace(limit=limit, limits_output=True) if limit else model.activation
+        blocks.append(Block(mixer, norm, activation, family.parallel, scale, *residuals))
         tensors.append(_find_block(source, weights, moe=moe))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
     ropes = [getattr(block.mixer, "rope", None) for block in blocks]

@@ -20,7 +20,7 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
-from lexi_search.layers.experts import scale_layer
+from lexi_search.layers.experts import limit_layer, scale_layer
 from lexi_search.layers.weights import MEMORY_SHARE, BlockWeights, ExpertWeights, LayerWeights, Scales
 from lexi_search.models.model import Model
 from lexi_search.models.moe_tensors import ExpertTensors
@@ -137,6 +137,8 @@ def _read_layer(reader: "_Reader", model: Model, needed: _NeededExperts | None, 
     weights = LayerWeights(router, bias, experts)
     if tensors.scales is not None:
         weights = scale_layer(weights, Scales(*map(reader.load_plain, tensors.scales)))
+    if tensors.limit is not None:
+        weights = limit_layer(weights, tensors.limit)
     first = range(len(experts)) if needed is None else sorted(needed(layer, weights.router, bias))
     experts.load(first, apply=reader.pool.map)
     return weights
@@ -260,6 +262,8 @@ def _list_pieces(tensors: Tensors, experts: ExpertTensors) -> list[tuple[_Piece,
             for names in experts.separate
         ]
     fields = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
+    if experts.apart:
+        fields = (("gate",), ("up",), ("down",))
     recipes = [
         _describe_recipe(tensors, name, group, fused=True)._replace(
             transposed=experts.transposed, interleaved=experts.interleaved

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from lexi_search.artifacts.codec import short
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.profile import DTYPES
-from lexi_search.checkpoint.config import Config
+from lexi_search.checkpoint.config import Config, Key
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Activation, Routing
@@ -80,7 +80,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
             has_bias=routing.bias is not None,
             interleaved=architecture.interleaved,
             scales=architecture.scales,
-        )
+        )._replace(limit=read_limit(config, architecture.limits, layer))
         for layer in layers
     }
     identity = ModelIdentity(
@@ -130,6 +130,16 @@ def _read_routing(config: Config, architecture: Architecture, num_experts: int, 
     if topk_groups * (num_experts // num_groups) < top_k:
         raise InputError(f"{config.place}: topk_group {topk_groups} leaves fewer than {top_k} experts to choose from")
     return routing
+
+
+def read_limit(config: Config, key: str | None, layer: int) -> float | None:
+    """The limit of a layer's activation in the config's list under `key`; 0 and null are none."""
+    limits = config.values.get(key) if key else None
+    if limits is None:
+        return None
+    if not isinstance(limits, list) or layer >= len(limits):
+        raise InputError(f"{config.place}: {key} is {short(limits)}, expected a number for each layer")
+    return config._replace(values={key: limits[layer]}).resolve(Key(key, 0.0)) or None
 
 
 def hash_routers(checkpoint: Checkpoint, pattern: str, layers: tuple[int, ...]) -> str:

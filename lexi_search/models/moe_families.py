@@ -87,6 +87,21 @@ MINIMAX_M2 = Architecture(
     choices=BIASED,
     width=FFN_WIDTH,
 )
+STEP = Architecture(
+    "step3p5",
+    routers=("moe.gate",),
+    num_experts=("n_routed_experts", "moe_num_experts"),
+    top_k=("num_experts_per_tok", "moe_top_k"),
+    routing=SIGMOID._replace(
+        renormalize=Key("norm_expert_weight", True),
+        scale=Key("moe_router_scaling_factor", 1.0),
+        num_groups=1,
+        topk_groups=1,
+    ),
+    choices={"moe_router_activation": {"sigmoid": {}}, "use_moe_router_bias": {True: {}}},
+    limits="swiglu_limits",
+    differing=True,
+)
 BAILING = Architecture(
     "bailing_moe",
     routing=DEEPSEEK_V2.routing._replace(**GROUPS),
@@ -209,6 +224,8 @@ _FAMILIES = (
         choices=BIASED | {"moe_latent_size": {None: {}}},
         shared_experts=(),
     ),
+    STEP,
+    STEP._replace(model_type="step3p7"),
     MINIMAX_M2,
     MINIMAX_M2._replace(
         model_type="minimax_m3_vl",

@@ -21,6 +21,7 @@ FUSED = (
     ("experts.fc1.weight", "experts.fc2.weight"),
 )
 FUSED_BIAS = "_bias"
+APART = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")  # (gate, up, down), each of all experts
 # Names of the bias per expert, of the selection or the logits, below the block.
 BIASES = (
     "gate.e_score_correction_bias",
@@ -30,20 +31,22 @@ BIASES = (
     "expert_bias",
     "gate.expert_bias",
     "router.bias",
+    "router_bias",
 )
 # Prefixes of parts with decoder layers of their own: multi-token prediction, speech.
 LEFT_OUT = re.compile(r"(.*\.)?(mtp|talker)\.")
 # Names below `layers.N.` of tensors that only a MoE layer has, and of tensors one of which a dense layer has.
-EXPERTS = re.compile(r"(.*\.)?(experts|switch_mlp|block_sparse_moe)\.")
+EXPERTS = re.compile(r"(.*\.)?(experts|switch_mlp|block_sparse_moe|moe)\.")
 MLP = re.compile(r"(.*\.)?(mlp|feed_forward|shared_mlp|mixer)\.")
 
 
 class ExpertTensors(NamedTuple):
-    """Names of one layer's expert tensors, in one of two layouts.
+    """Names of one layer's expert tensors, in one of three layouts.
 
     `separate` has one (gate, up, down) per expert, or (up, down) where experts have no gate, each stored [out, in].
     `fused` is (gate_up, down), perhaps with their biases (.., gate_up_bias, down_bias), with a leading expert axis,
-    stored [out, in] or, if `transposed`, [in, out]; gate comes before up, or their rows alternate if `interleaved`.
+    stored [out, in] or, if `transposed`, [in, out]; gate comes before up, or their rows alternate if `interleaved`. If
+    `apart`, it is (gate, up, down).
     """
 
     separate: tuple[tuple[str, ...], ...] = ()
@@ -51,17 +54,27 @@ class ExpertTensors(NamedTuple):
     transposed: bool = False
     interleaved: bool = False
 
+    @property
+    def apart(self) -> bool:
+        return self.fused is not None and len(self.fused) == len(APART)
+
+    @property
+    def down(self) -> str:
+        """The name of the down projection, of all experts or of the first."""
+        return self.fused[2 if self.apart else 1] if self.fused else self.separate[0][-1]
+
 
 class LayerTensors(NamedTuple):
     """Names of one MoE layer's tensors: router [E, H], bias of the selection or of the logits (or None), experts.
 
-    `scales` are those of the layer's `Scales`, if it has them.
+    `scales` are those of the layer's `Scales`, if it has them; `limit` is that of its experts, a number.
     """
 
     router: str
     bias: str | None
     experts: ExpertTensors
     scales: Scales | None = None
+    limit: float | None = None
 
 
 def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) -> tuple[str, tuple[int, ...]]:
@@ -125,7 +138,10 @@ def locate_tensors(
     block = find_block(router, in_layer=scales is not None)
     bias = _find_bias(tensors, block, num_experts) if has_bias else None
     fused = next((names for names in FUSED if any(block + name in tensors for name in names)), None)
-    if fused:
+    stacks = [block + name for name in APART]
+    if any(name in tensors and len(tensors[name].shape) == 3 for name in stacks):
+        experts = _check_apart(tensors, stacks, num_experts, hidden_size)
+    elif fused:
         experts = _check_fused(tensors, (block + fused[0], block + fused[1]), num_experts, hidden_size, interleaved)
     else:
         experts = _check_separate(tensors, block + "experts.", num_experts, hidden_size)
@@ -163,6 +179,13 @@ def _check_separate(tensors: Tensors, stem: str, num_experts: int, hidden_size: 
             require_shape(tensors, name, (width, hidden_size))
         require_shape(tensors, down, (hidden_size, width))
     return ExpertTensors(separate=separate)
+
+
+def _check_apart(tensors: Tensors, names: Sequence[str], num_experts: int, hidden_size: int) -> ExpertTensors:
+    width = require_shape(tensors, names[0], (num_experts, None, hidden_size))[1]
+    require_shape(tensors, names[1], (num_experts, width, hidden_size))
+    require_shape(tensors, names[2], (num_experts, hidden_size, width))
+    return ExpertTensors(fused=tuple(names))
 
 
 def _check_fused(

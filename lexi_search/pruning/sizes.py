@@ -59,7 +59,7 @@ def find_sizes(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> Sizes:
     """The sizes of a checkpoint, as stored."""
     architecture = ARCHITECTURES[model.identity.model_type]
     experts = model.tensors[model.layers[0]].experts
-    down = tensors[experts.fused[1] if experts.fused else experts.separate[0][-1]].shape
+    down = tensors[experts.down].shape
     values = read_config(checkpoint).values
     counts = (values.get(key) for key in architecture.shared_experts)
     shared = next((count for count in counts if count is not None), 0)

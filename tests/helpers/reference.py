@@ -60,7 +60,8 @@ def choose_in_turn(logits, jitter, top_k):
 
 def run_expert(x, expert, activation):
     """One row through one expert: (gate or None, up, down), or these and their three biases."""
-    gate, up, down, gate_bias, up_bias, down_bias = (*expert, 0, 0, 0)[:6]
+    gate, up, down, gate_bias, up_bias, down_bias, bound = (*expert, 0, 0, 0, 0, 0)[:7]
+    bound = bound or np.inf
     function = ACTIVATIONS[activation.name]
     lifted = up @ x + up_bias
     if gate is None:
@@ -69,6 +70,7 @@ def run_expert(x, expert, activation):
     if activation.limit is not None:
         gated, lifted = np.minimum(gated, activation.limit), np.clip(lifted, -activation.limit, activation.limit)
     gated = silu(gated, activation.alpha) if activation.alpha != 1 else function(gated)
+    gated, lifted = np.minimum(gated, bound), np.clip(lifted, -bound, bound)
     return down @ (gated * (lifted + activation.up_offset)) + down_bias
 
 

@@ -146,6 +146,15 @@ GRANITE = LOCAL | dict(
     shared_intermediate_size=32, layer_types=["attention"] * 2, mamba_n_heads=2, mamba_d_head=64, mamba_n_groups=1
 )
 ARIA = LOCAL | dict(moe_num_experts=16, moe_topk=4, moe_num_shared_experts=1)
+STEP = PLAIN | dict(
+    n_routed_experts=16,
+    num_local_experts=16,
+    moe_intermediate_size=32,
+    share_expert_dim=48,
+    mlp_layer_types=["sparse"] * 2,
+    moe_router_scaling_factor=1.5,
+    swiglu_limits=[0.5, None],
+)
 GEMMA4 = PLAIN | dict(
     num_experts=16,
     top_k_experts=4,
@@ -251,6 +260,8 @@ ALL_FAMILIES = FAMILIES | {
             n_groups=1,
         ),
     ),
+    "step3p5": ("Step3p7 ForConditionalGeneration", with_vision(STEP, VISION | dict(head_dim=16))),
+    "step3p7": ("Step3p7 ForConditionalGeneration", with_vision(STEP, VISION | dict(head_dim=16))),
     "minimax_m2": ("MiniMaxM2", LOCAL),
     "minimax_m3_vl": (
         "MiniMaxM3VL MiniMaxM3SparseForConditionalGeneration",
@@ -460,6 +471,24 @@ def _gemma4_config(config):
     return config
 
 
+def _step3p5_name(key):
+    return None if "vi" in key.split(".")[0] else key
+
+
+def _step3p5_config(config):
+    """The language model's part alone, by the hub's keys; lists go on with entries of prediction layers."""
+    text = config["text_config"]
+    text["moe_num_experts"], text["moe_top_k"] = text.pop("n_routed_experts"), text.pop("num_experts_per_tok")
+    text["num_attention_groups"] = text.pop("num_key_value_heads")
+    text["attention_other_setting"] = {"num_attention_heads": text.pop("num_sliding_attention_heads")}
+    rope = text.pop("rope_parameters")
+    text["layer_types"] = [*text["layer_types"], "sliding_attention"]
+    text["rope_theta"] = [rope.get(kind, {}).get("rope_theta", 1e4) for kind in text["layer_types"]]
+    text["partial_rotary_factors"] = [rope.get(k, {}).get("partial_rotary_factor", 1.0) for k in text["layer_types"]]
+    text.pop("per_layer_config", None)
+    return text | {"architectures": ["Step3p5ForCausalLM"], "model_type": "step3p5", "dtype": config["dtype"]}
+
+
 BAILING = dict(num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True, use_rmsnorm=True)
 BAILING_NAMES = {"self_attn.o_proj": "attention.dense", "self_attn.q_norm": "attention.query_layernorm"}
 BAILING_NAMES |= {"self_attn.k_norm": "attention.key_layernorm", "embed_tokens": "word_embeddings"}
@@ -491,6 +520,7 @@ REWRITES = {
     "kimi_linear": (_name_dense, dict),
     "minimax_m3_vl": (_name_dense, dict),
     "gemma4": (str, _gemma4_config),
+    "step3p5": (_step3p5_name, _step3p5_config),
     "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
     "bailing_moe": (_bailing_name, _retype("bailing_moe", use_rmsnorm=True, use_qk_norm=True)),
     "sarvam_moe": (_bailing_name, _retype("sarvam_moe", **BAILING)),

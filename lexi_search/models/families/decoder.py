@@ -6,6 +6,7 @@ show (biases, norms of queries and keys, low-rank queries, shared experts, dense
 """
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -67,6 +68,15 @@ def attend_in_each_sixth(config: Config, num_layers: int) -> Sequence[str]:
     if config.values.get("layer_types"):
         return [*read_types(config)[:-1], FULL]
     return [*attend_to_all_in_every(config, num_layers - 1, period=6), FULL]
+
+
+def attend_by_longer_types(config: Config, num_layers: int) -> Sequence[str]:
+    """The config's `layer_types`, which may go on with those of prediction layers (Step)."""
+    if not config.values.get("layer_types"):
+        raise InputError(f"{config.place}: layer_types is missing; fetch the config again")
+    if config.values.get("use_rope_layers") and False in config.values["use_rope_layers"]:
+        raise InputError(f"{config.place}: use_rope_layers leaves layers out, and what these compute is not known")
+    return read_types(config)[:num_layers]
 
 
 def attend_in_last_windows(config: Config, num_layers: int) -> Sequence[str]:
@@ -147,6 +157,32 @@ def count_heads_by_layer(config: Config, kind: str, layer: int) -> tuple[int, in
     return own.read_count("num_attention_heads_per_layer"), kv_heads
 
 
+def count_heads_of_windows(config: Config, kind: str, layer: int) -> tuple[int, int]:
+    """The same where layers with windows have numbers of their own, by the hub's keys or transformers' (Step)."""
+    values = config.values
+    own = values.get("attention_other_setting") if kind == SLIDING else None
+    own = own if isinstance(own, dict) else {}
+    if kind == SLIDING and values.get("num_sliding_attention_heads") is not None:
+        own = {"num_attention_heads": values["num_sliding_attention_heads"]} | own
+    config = config._replace(values=ChainMap(own, values))
+    return config.read_count("num_attention_heads"), config.read_count("num_attention_groups", "num_key_value_heads")
+
+
+def choose_layer_rope(config: Config, kind: str, layer: int) -> Config:
+    """The config with a base and a share for lists of them, and no scaling where it is of other layers (Step)."""
+    values = config.values
+    own: dict[str, Any] = {}
+    for key, name in (("rope_theta", "rope_theta"), ("partial_rotary_factors", "partial_rotary_factor")):
+        if isinstance(given := values.get(key), list):
+            if layer >= len(given):
+                raise InputError(f"{config.place}: {key} is {short(given)}, expected a number for each layer")
+            own[name] = given[layer]
+    only = values.get("yarn_only_types")
+    if isinstance(only, list) and only and kind not in only:
+        own["rope_scaling"] = None
+    return config._replace(values=ChainMap(own, values))
+
+
 def keys_are_values(config: Config, kind: str) -> bool:
     """Whether layers of that kind have keys for values (Gemma 4)."""
     return kind == FULL and config.resolve(Key("attention_k_eq_v", False))
@@ -183,6 +219,7 @@ class Family(NamedTuple):
     rotates: Any = True  # attention has a rotary embedding
     rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding ...
     rotates_dense: Callable[[Config], bool] | None = None  # ... but in layers without experts
+    layer_rope: Callable[[Config, str, int], Config] | None = None  # the config as a layer's rotary embedding reads it
     parallel: bool = False  # the MLP or MoE has the input of attention for its own
     shared_scale: Any = 1.0  # of the output of shared experts
     alternates: bool = False  # a layer is a token mixer, or else an MLP or MoE
@@ -195,6 +232,7 @@ class Family(NamedTuple):
     logit_scale: Any = 1.0
     logit_cap: Any = math.inf
     moe_norm: str | None = None  # the norm below `layers.N.` of what a MoE and its shared experts return
+    limits: str | None = None  # config key of a list of the limits of each layer's dense MLP or shared experts
     layer_scale: str | None = None  # the tensor below `layers.N.` that multiplies the hidden states after the layer
 
 

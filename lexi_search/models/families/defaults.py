@@ -17,7 +17,7 @@ SIZES = (
     *("mamba_n_heads", "mamba_num_heads", "mamba_n_groups", "n_groups", "mamba_d_state", "ssm_state_size"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
 )
-TOP_K = ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "num_experts_per_tok")
+TOP_K = ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "num_experts_per_tok", "moe_top_k")
 
 
 def _list_defaults(*, k: int, heads: int | None = None, kv_heads: int | None = None, **more: Any) -> dict[str, Any]:
@@ -103,6 +103,7 @@ MISTRAL4 = _list_latent(64, 64, 128) | _list_defaults(
     bos_token_id=1,
     n_shared_experts=1,
 )
+STEP = _list_defaults(k=8, heads=64, kv_heads=8, max_position_embeddings=128000)
 GEMMA4 = dict(
     num_attention_heads=8,
     num_key_value_heads=4,
@@ -257,6 +258,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             ssm_state_size=128,
             mamba_hidden_act="silu",
         ),
+        "step3p5": STEP,
+        "step3p7": STEP,
         "minimax_m2": _list_defaults(
             k=8, heads=48, kv_heads=8, rope_theta=5e6, max_position_embeddings=196608, bos_token_id=200034
         ),

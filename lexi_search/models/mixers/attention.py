@@ -148,6 +148,8 @@ def _read_rope(source: Source, dim: int, kind: str, *, latent: bool = False) -> 
     config, family = source.config, source.family
     if not resolve(config, family.rotates):
         return None, 1.0
+    if family.layer_rope is not None:
+        config = family.layer_rope(config, kind, source.layer)
     if isinstance(bases := config.values.get("layer_rope_theta"), list):
         if len(bases) != source.num_layers:
             raise InputError(f"{config.place}: layer_rope_theta is of {len(bases)} layers, not of {source.num_layers}")

@@ -50,6 +50,19 @@ MISTRAL4 = dict(
     head_dim=64,
     rope_parameters=YARN | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5),
 )
+STEP = GROUPED | dict(
+    sliding_window=7,
+    num_hidden_layers=3,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    mlp_layer_types=["dense", "sparse", "sparse"],
+    num_sliding_attention_heads=2,
+    swiglu_limits=[None, 0.5, 0.0],
+    swiglu_limits_shared=[0.4, 0.0, 0.3],
+    rope_parameters={
+        "full_attention": dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.5),
+        "sliding_attention": dict(rope_type="default", rope_theta=100.0),
+    },
+)
 LONG = dict(short_factor=[1.0, 1.5] * 8, long_factor=[2.0] * 16, short_mscale=1.1, long_mscale=1.3)
 SLIDING = dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"])
 SETTINGS |= {
@@ -87,6 +100,8 @@ SETTINGS |= {
     "bailing_moe": GROUPED,
     "bailing_moe_v2": GROUPED | dict(use_qk_norm=True, first_k_dense_replace=1),
     "sarvam_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True),
+    "step3p5": STEP,
+    "step3p7": STEP,
     "minimax_m2": GROUPED | dict(rotary_dim=16),
     "dots1": GROUPED | SLIDING,
     "mellum": GROUPED
