@@ -480,7 +480,14 @@ def _step3p5_config(config):
     text = config["text_config"]
     text["moe_num_experts"], text["moe_top_k"] = text.pop("n_routed_experts"), text.pop("num_experts_per_tok")
     text["num_attention_groups"] = text.pop("num_key_value_heads")
-    text["attention_other_setting"] = {"num_attention_heads": text.pop("num_sliding_attention_heads")}
+    text["attention_other_setting"] = {
+        "attention_type": "sliding_attention",
+        "num_attention_heads": text.pop("num_sliding_attention_heads"),
+        "num_attention_groups": text["num_attention_groups"],
+        "head_dim": text["head_dim"],
+    }
+    sparse = [str(layer) for layer, kind in enumerate(text.pop("mlp_layer_types")) if kind == "sparse"]
+    text |= {"moe_layers_enum": ",".join(sparse), "use_head_wise_attn_gate": True, "moe_router_activation": "sigmoid"}
     rope = text.pop("rope_parameters")
     text["layer_types"] = [*text["layer_types"], "sliding_attention"]
     text["rope_theta"] = [rope.get(kind, {}).get("rope_theta", 1e4) for kind in text["layer_types"]]
