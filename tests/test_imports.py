@@ -45,7 +45,7 @@ HOUSE = {
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
 FOLDERS = {
     "lexi_search/layers/mixers": "attention scans recurrent",
-    "lexi_search/models/families": "defaults config moe decoder",
+    "lexi_search/models/families": "defaults config refused moe kinds decoder",
     "lexi_search/models/mixers": "rope source attention recurrent",
     "lexi_search/layers/kernels": "blocks hopper grouped",
     "lexi_search/profiling/paper": "moments gaussian",

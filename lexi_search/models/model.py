@@ -13,6 +13,7 @@ from lexi_search.errors import InputError
 from lexi_search.layers.spec import Activation, Routing
 from lexi_search.models.families.config import read_config
 from lexi_search.models.families.moe import Architecture
+from lexi_search.models.families.refused import REFUSED
 from lexi_search.models.moe_families import ARCHITECTURES
 from lexi_search.models.moe_tensors import LayerTensors, find_routers, locate_tensors
 
@@ -107,6 +108,9 @@ def find_dtype(checkpoint: Checkpoint, model: Model) -> str:
 
 def _find_architecture(checkpoint: Checkpoint) -> Architecture:
     model_type = checkpoint.config.get("model_type")
+    if isinstance(model_type, str) and model_type in REFUSED:
+        thing = f"models of model_type {model_type} are refused: {REFUSED[model_type]}"
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {thing}")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         place, known = checkpoint.folder / "config.json", ", ".join(sorted(ARCHITECTURES))
         raise InputError(f"{place}: model_type {short(model_type)} is not known; known are {known}")

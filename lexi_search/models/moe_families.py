@@ -201,6 +201,7 @@ _FAMILIES = (
         shared_experts=("num_shared_experts",),
     ),
     DEEPSEEK_V3._replace(model_type="axk1"),
+    DEEPSEEK_V3._replace(model_type="axk2"),
     DEEPSEEK_V3._replace(model_type="glm4_moe"),
     DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
     DEEPSEEK_V3._replace(model_type="glm_moe_dsa"),
@@ -266,6 +267,15 @@ _FAMILIES = (
     BAILING,
     BAILING._replace(model_type="bailing_moe_v2"),
     BAILING._replace(model_type="sarvam_moe"),
+    BAILING._replace(  # Ling 2.5 and 3
+        model_type="bailing_hybrid",
+        routing=SIGMOID,
+        choices={
+            "score_function": {"sigmoid": {}},
+            "moe_router_enable_expert_bias": {True: {}},
+            "expert_swiglu_limit_list": {None: {}},
+        },
+    ),
     BAILING._replace(
         model_type="sarvam_mla",
         routing=SIGMOID._replace(scale=Key("routed_scaling_factor", 2.5)),

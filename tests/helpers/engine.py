@@ -45,13 +45,6 @@ MORE = {
         num_hidden_layers=3, layer_types=TYPES, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=24
     ),
     "qwen3_next": dict(num_hidden_layers=3, layer_types=TYPES, linear_key_head_dim=128, linear_value_head_dim=128),
-    "step3p5": dict(
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        mlp_layer_types=["sparse"] * 3,
-        sliding_window=7,
-        swiglu_limits=None,
-    ),
 }
 CHANGES = MORE | {"deepseek_v2": LATENT_ATTENTION, "deepseek_vl2": LATENT_ATTENTION}
 OPTIONS = {

@@ -242,11 +242,13 @@ ALL_FAMILIES = FAMILIES | {
         with_vision(MLA | dict(model_type="mistral4"), VISION | dict(model_type="pixtral", head_dim=16)),
     ),
     "axk1": ("AXK1", MLA),
+    "axk2": ("AXK2", INDEXED | dict(gated_norm_rank=8, mlp_layer_types=["sparse"] * 2)),
     "deepseek_ocr2": (
         "DeepseekOcr2 ForConditionalGeneration",
         with_vision(DEEPSEEK_MOE | dict(routed_scaling_factor=1.5), OCR2_VISION),
     ),
     "sarvam_moe": ("Glm4Moe", GLM),
+    "bailing_hybrid": ("Glm4Moe", GLM),
     "sarvam_mla": ("DeepseekV3", MLA | dict(n_group=1, topk_group=1)),
     "nemotron_h": (
         "NemotronH",
@@ -531,6 +533,7 @@ REWRITES = {
     "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
     "bailing_moe": (_bailing_name, _retype("bailing_moe", use_rmsnorm=True, use_qk_norm=True)),
     "sarvam_moe": (_bailing_name, _retype("sarvam_moe", **BAILING)),
+    "bailing_hybrid": (_bailing_name, _retype("bailing_hybrid", **BAILING)),
     "sarvam_mla": (str, _retype("sarvam_mla", num_experts=16, num_shared_experts=1)),
     "bailing_moe_v2": (_bailing_name, _retype("bailing_moe_v2", **BAILING)),
 }

@@ -8,7 +8,7 @@ from lexi_search.checkpoint.config import Config, Key
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import GroupedAttention, LatentAttention, Norm, Rope
 from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
-from lexi_search.models.families.decoder import CHUNKED, FULL, SLIDING
+from lexi_search.models.families.kinds import CHUNKED, FULL, SLIDING
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.mixers.rope import find_temperature, make_rope, read_parameters
 from lexi_search.models.mixers.source import REMEDY, Source, resolve

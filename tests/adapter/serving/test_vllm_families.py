@@ -16,7 +16,7 @@ SHIFTED = ("olmoe", "qwen3_moe", "deepseek_v2", "minicpm")
 # As they are, without and with shared experts, for what an engine does without an allocation.
 PLAIN = ("olmoe", "deepseek_v2")
 # transformers has no classes for these: their language models are those of other families.
-INNER = {"deepseek": "deepseek_ocr2", "deepseek_vl2": "deepseek_v2", "minicpm": "mixtral", "step3p5": "step3p7"}
+INNER = {"deepseek": "deepseek_ocr2", "deepseek_vl2": "deepseek_v2", "minicpm": "mixtral"}
 
 
 def run_reference(model):

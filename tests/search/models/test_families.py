@@ -10,6 +10,7 @@ import reference
 import tiny
 import torch
 from blocks import compute_reference
+from moe_families import find_families
 from safetensors.torch import load_file, save_file
 
 from lexi_search.checkpoint.reader import open_checkpoint
@@ -18,12 +19,18 @@ from lexi_search.layers.moe import compute_outputs as compute_outputs_of_experts
 from lexi_search.layers.moe import mix
 from lexi_search.layers.routing import route
 from lexi_search.layers.spec import Routing
+from lexi_search.models.families.refused import REFUSED
 from lexi_search.models.loading import stream_layers
 from lexi_search.models.model import describe, find_dtype
 from lexi_search.models.moe_families import ARCHITECTURES
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
 MAX_K = {"llama4": 4, "llama4_text": 4}  # where the model's own k is 1
+
+
+def test_every_family_of_transformers_is_known_or_refused_with_its_reason():
+    assert set(find_families()) <= set(ARCHITECTURES) | set(REFUSED)
+    assert not set(ARCHITECTURES) & set(REFUSED)
 
 
 def test_every_registered_family_is_tested():
@@ -268,7 +275,7 @@ def replace(suffix, change):
     ("config", "tensors", "message"),
     [
         ({"model_type": "gpt9"}, None, "model_type 'gpt9' is not known; known are afmoe, .*qwen3_moe"),
-        ({"model_type": "longcat_flash"}, None, "model_type 'longcat_flash' is not known"),  # experts that are nothing
+        ({"model_type": "longcat_flash"}, None, "longcat_flash are refused: some of its experts do nothing"),
         ({"norm_topk_prob": "yes"}, None, "norm_topk_prob is 'yes', expected a value like False"),
         ({"num_experts_per_tok": [4, 2, 4]}, None, "num_experts_per_tok differs between layers"),
         ({"num_experts_per_tok": [4.0, 4]}, None, r"num_experts_per_tok is 4.0, expected a whole number"),
