@@ -1,6 +1,6 @@
 """The outputs of every token's chosen experts: rows are sorted by expert, and each expert takes its own in chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -64,22 +64,29 @@ class _ScaledExperts(Sequence[ExpertWeights]):
         return _scale_expert(self._experts[expert], self._scales.experts, self._scales.outputs, np.int32(expert))
 
 
-class _LimitedExperts(Sequence[ExpertWeights]):
-    """Experts with a limit."""
+class _SharingExperts(Sequence[ExpertWeights]):
+    """Experts with fields that all of them have in common."""
 
-    def __init__(self, experts: Experts, limit: Float[Array, ""]):
-        self._experts, self._limit = experts, limit
+    def __init__(self, experts: Experts, common: Mapping[str, Array]):
+        self._experts, self._common = experts, common
 
     def __len__(self) -> int:
         return len(self._experts)
 
     def __getitem__(self, expert: int) -> ExpertWeights:
-        return self._experts[expert]._replace(limit=self._limit)
+        return self._experts[expert]._replace(**self._common)
 
 
 def limit_layer(weights: LayerWeights, limit: float) -> LayerWeights:
     """The layer with a `limit` of its experts."""
-    return weights._replace(experts=_LimitedExperts(weights.experts, jnp.asarray(limit, jnp.float32)))
+    return weights._replace(experts=_SharingExperts(weights.experts, {"limit": jnp.asarray(limit, jnp.float32)}))
+
+
+def project_layer(
+    weights: LayerWeights, input: Float[Array, "latent hidden"], output: Float[Array, "hidden latent"]
+) -> LayerWeights:
+    """The layer with the maps into the latent space of its experts, and back."""
+    return weights._replace(experts=_SharingExperts(weights.experts, {"input": input, "output": output}))
 
 
 def scale_layer(weights: LayerWeights, scales: Scales) -> LayerWeights:

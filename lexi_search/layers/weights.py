@@ -23,7 +23,8 @@ class ExpertWeights(NamedTuple):
     """One expert or dense MLP, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
 
     Where `gate` is None, y = down @ act(up @ x). Each product adds its bias where there is one. A `limit`, a number,
-    bounds act(gate @ x) from above and up @ x on both sides.
+    bounds act(gate @ x) from above and up @ x on both sides. Where experts work in a latent space, `input` maps x
+    there, and `output` y back.
     """
 
     gate: Float[Array, "width hidden"] | None
@@ -33,6 +34,8 @@ class ExpertWeights(NamedTuple):
     up_bias: Float[Array, " width"] | None = None
     down_bias: Float[Array, " hidden"] | None = None
     limit: Float[Array, ""] | None = None
+    input: Float[Array, "latent outer"] | None = None
+    output: Float[Array, "outer latent"] | None = None
 
 
 @runtime_checkable

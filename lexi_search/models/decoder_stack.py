@@ -175,8 +175,8 @@ def _find_ffn(source: Source, stems: Sequence[str]) -> ExpertWeights | None:
 
 def _refuse_unused(checkpoint: Checkpoint, model: Model, finder: Finder, stem: str, left_out: tuple[str, ...]) -> None:
     """Raise InputError for a layer's tensor that no description uses: the model does something unknown with it."""
-    of_moe = ((moe.router, moe.bias, *(moe.experts.fused or ()), *(moe.scales or ())) for moe in model.tensors.values())
-    names = finder.used.union(*of_moe) - {None}
+    of_moe = (moe.names for moe in model.tensors.values())
+    names = finder.used.union(*of_moe)
     known = {part for name in names for part in finder.tensors[name].parts.values()}
     in_layer = re.compile(rf"{re.escape(stem)}layers\.(\d{{1,9}})\.")
     for name, entry in checkpoint.entries.items():

@@ -20,8 +20,9 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
-from lexi_search.layers.experts import limit_layer, scale_layer
+from lexi_search.layers.experts import limit_layer, project_layer, scale_layer
 from lexi_search.layers.weights import MEMORY_SHARE, BlockWeights, ExpertWeights, LayerWeights, Scales
+from lexi_search.models.finder import Stored
 from lexi_search.models.model import Model
 from lexi_search.models.moe_tensors import ExpertTensors
 
@@ -137,6 +138,8 @@ def _read_layer(reader: "_Reader", model: Model, needed: _NeededExperts | None, 
     weights = LayerWeights(router, bias, experts)
     if tensors.scales is not None:
         weights = scale_layer(weights, Scales(*map(reader.load_plain, tensors.scales)))
+    if tensors.latent is not None:
+        weights = project_layer(weights, *_read_tree(reader, tuple(map(Stored, tensors.latent))))
     if tensors.limit is not None:
         weights = limit_layer(weights, tensors.limit)
     first = range(len(experts)) if needed is None else sorted(needed(layer, weights.router, bias))

@@ -81,6 +81,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
             has_bias=routing.bias is not None,
             interleaved=architecture.interleaved,
             scales=architecture.scales,
+            latent_size=read_latent_size(config, architecture),
         )._replace(limit=read_limit(config, architecture.limits, layer))
         for layer in layers
     }
@@ -134,6 +135,12 @@ def _read_routing(config: Config, architecture: Architecture, num_experts: int, 
     if topk_groups * (num_experts // num_groups) < top_k:
         raise InputError(f"{config.place}: topk_group {topk_groups} leaves fewer than {top_k} experts to choose from")
     return routing
+
+
+def read_latent_size(config: Config, architecture: Architecture) -> int | None:
+    """The size of the space that the experts work in, where that is not the hidden size."""
+    key = architecture.latent
+    return None if key is None or config.values.get(key) is None else config.read_count(key)
 
 
 def read_limit(config: Config, key: str | None, layer: int) -> float | None:

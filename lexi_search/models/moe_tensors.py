@@ -33,6 +33,7 @@ BIASES = (
     "router.bias",
     "router_bias",
 )
+LATENT = ("fc1_latent_proj", "fc2_latent_proj")  # into the space that the experts work in, and back
 # Prefixes of parts with decoder layers of their own: multi-token prediction, speech.
 LEFT_OUT = re.compile(r"(.*\.)?(mtp|talker)\.")
 # Names below `layers.N.` of tensors that only a MoE layer has, and of tensors one of which a dense layer has.
@@ -67,7 +68,8 @@ class ExpertTensors(NamedTuple):
 class LayerTensors(NamedTuple):
     """Names of one MoE layer's tensors: router [E, H], bias of the selection or of the logits (or None), experts.
 
-    `scales` are those of the layer's `Scales`, if it has them; `limit` is that of its experts, a number.
+    `scales` are those of the layer's `Scales`, if it has them; `limit` is that of its experts, a number; `latent` are
+    the maps into the space of its experts, and back.
     """
 
     router: str
@@ -75,6 +77,13 @@ class LayerTensors(NamedTuple):
     experts: ExpertTensors
     scales: Scales | None = None
     limit: float | None = None
+    latent: tuple[str, str] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors but those of separate experts."""
+        single = (self.router, *([self.bias] if self.bias else ()))
+        return (*single, *(self.experts.fused or ()), *(self.scales or ()), *(self.latent or ()))
 
 
 def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) -> tuple[str, tuple[int, ...]]:
@@ -130,6 +139,7 @@ def locate_tensors(
     has_bias: bool = False,
     interleaved: bool = False,
     scales: Scales | None = None,
+    latent_size: int | None = None,
 ) -> LayerTensors:
     """The checked tensors of the layer whose router is called `router`; InputError names a tensor that does not fit."""
     require_shape(tensors, router, (num_experts, hidden_size))
@@ -137,24 +147,35 @@ def locate_tensors(
         raise InputError(f"{tensors[router].file}: router {router} is quantised; only plain routers are supported")
     block = find_block(router, in_layer=scales is not None)
     bias = _find_bias(tensors, block, num_experts) if has_bias else None
+    latent = None if latent_size is None else _find_latent(tensors, block, latent_size, hidden_size)
+    width = latent_size or hidden_size  # of the experts' inputs and outputs
     fused = next((names for names in FUSED if any(block + name in tensors for name in names)), None)
     stacks = [block + name for name in APART]
     if any(name in tensors and len(tensors[name].shape) == 3 for name in stacks):
-        experts = _check_apart(tensors, stacks, num_experts, hidden_size)
+        experts = _check_apart(tensors, stacks, num_experts, width)
     elif fused:
-        experts = _check_fused(tensors, (block + fused[0], block + fused[1]), num_experts, hidden_size, interleaved)
+        experts = _check_fused(tensors, (block + fused[0], block + fused[1]), num_experts, width, interleaved)
     else:
-        experts = _check_separate(tensors, block + "experts.", num_experts, hidden_size)
+        experts = _check_separate(tensors, block + "experts.", num_experts, width)
     if scales is not None:
         scales = Scales(*(block + name for name in scales))
         for name, extent in zip(scales, (hidden_size, hidden_size, num_experts), strict=True):
             require_shape(tensors, name, (extent,))
-    return LayerTensors(router, bias, experts, scales)
+    return LayerTensors(router, bias, experts, scales, latent=latent)
 
 
 def find_block(router: str, *, in_layer: bool) -> str:
     """What the names of a layer's experts begin with: that of the router's block, or of the layer itself."""
     return re.match(r"(.*\.)?layers\.\d+\." + ("" if in_layer else r"[^.]+\."), router).group()
+
+
+def _find_latent(tensors: Tensors, block: str, latent_size: int, hidden_size: int) -> tuple[str, str]:
+    names = tuple(f"{block}{module}.weight" for module in LATENT)
+    for name, shape in zip(names, ((latent_size, hidden_size), (hidden_size, latent_size)), strict=True):
+        require_shape(tensors, name, shape)
+        if (bias := name.removesuffix("weight") + "bias") in tensors:
+            raise InputError(f"{tensors[bias].file}: tensor {bias} is not supported beside experts in a latent space")
+    return names
 
 
 def _find_bias(tensors: Tensors, block: str, num_experts: int) -> str:

@@ -15,7 +15,7 @@ from lexi_search.checkpoint.writer import Output
 from lexi_search.errors import InputError
 from lexi_search.models.families.config import read_config
 from lexi_search.models.families.moe import Architecture
-from lexi_search.models.model import Model
+from lexi_search.models.model import Model, read_latent_size
 from lexi_search.models.moe_families import ARCHITECTURES
 from lexi_search.models.moe_tensors import LayerTensors, locate_tensors
 from lexi_search.pruning.slicing import pad
@@ -89,6 +89,7 @@ def find_blocks(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> dict[
                 has_bias=model.routing.bias is not None,
                 interleaved=architecture.interleaved,
                 scales=architecture.scales,
+                latent_size=read_latent_size(read_config(checkpoint), architecture),
             )
     return {re.match(r"(.*\.)?layers\.\d+\.[^.]+", router)[0]: block for router, block in blocks.items()}
 

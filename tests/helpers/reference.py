@@ -60,7 +60,7 @@ def choose_in_turn(logits, jitter, top_k):
 
 def run_expert(x, expert, activation):
     """One row through one expert: (gate or None, up, down), or these and their three biases."""
-    gate, up, down, gate_bias, up_bias, down_bias, bound = (*expert, 0, 0, 0, 0, 0)[:7]
+    gate, up, down, gate_bias, up_bias, down_bias, bound = (*expert, 0, 0, 0, 0)[:7]
     bound = bound or np.inf
     function = ACTIVATIONS[activation.name]
     lifted = up @ x + up_bias

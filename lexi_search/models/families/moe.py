@@ -55,5 +55,6 @@ class Architecture(NamedTuple):
     shared_experts: tuple[str, ...] = ()  # config keys of the number of shared experts, each as wide as `width` says
     bound: tuple[str, ...] = ()  # other modules below `layers.N.` whose width the same keys give
     differing: bool = False  # layers have other sizes of attention, by the config's `per_layer_config`
+    latent: str | None = None  # config key of the size of the space that the experts work in
     limits: str | None = None  # config key of a list of the limits of each layer's experts
     scales: Scales | None = None  # tensors below `layers.N.`, which then has the experts itself, not in a block

@@ -256,10 +256,21 @@ def test_one_number_for_every_layer_may_be_a_list(tmp_path):
     assert describe(open_checkpoint(tmp_path)) == before
 
 
-def test_a_choice_that_a_family_does_not_know_is_refused(tmp_path):
+def test_experts_in_a_latent_space_equal_transformers(tmp_path):
+    """As those of Nemotron-3 Super."""
+    tiny.make_checkpoint("nemotron_h", tmp_path, moe_latent_size=24)
+    blocks = tiny.find_moe_blocks(tiny.build_reference("nemotron_h", moe_latent_size=24))
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    for layer, block in blocks.items():
+        for k, ours in enumerate(compute_outputs(tmp_path, layer, x), 1):
+            theirs = compute_reference(block, x, k)
+            assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs), (layer, k)
+
+
+def test_a_latent_space_needs_the_maps_to_it(tmp_path):
     tiny.make_checkpoint("nemotron_h", tmp_path)
     rewrite_config(tmp_path, moe_latent_size=32)
-    with pytest.raises(InputError, match="moe_latent_size 32 is not known; known are None"):
+    with pytest.raises(InputError, match="fc1_latent_proj.weight is missing"):
         describe(open_checkpoint(tmp_path))
 
 
