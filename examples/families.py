@@ -34,6 +34,7 @@ UNSERVED = {
     "lfm2_moe": "the CPU build computes another model than transformers, without an allocation, too",
     "llama4": "see llama4_text",
     "llama4_text": "it runs one expert a token, and the engine weighs the inputs of no more",
+    "minimax_m3_vl": "its processor needs torchvision, which the tests do without",
     "mimo_v2_flash": "the engine's class wants the hub's config, and transformers writes another",
     "nemotron_h": "the CPU build has no experts without gates",
     "qwen3_5_moe": "its processor needs torchvision, which the tests do without",
