@@ -13,16 +13,38 @@ from pathlib import Path
 import click
 
 from lexi_search.models.decoder_families import FAMILIES
-from lexi_search.models.moe_families import ARCHITECTURES, Architecture
+from lexi_search.models.families.moe import Architecture
+from lexi_search.models.families.refused import REFUSED
+from lexi_search.models.moe_families import ARCHITECTURES
 from lexi_search.profiling.profile import decide_compensation
 
 PLACE = Path(__file__).with_suffix(".md")
 HEADS = ("model_type", "MoE layers alone", "own text, whole model", "compensation", "transformers", "vLLM")
-# Run in a real engine by the tests, under mixed allocations and with corrections.
-TESTED = frozenset("olmoe mixtral qwen2_moe qwen3_moe deepseek deepseek_v2 deepseek_vl_v2 minicpm".split())
+# Run in a real engine by the tests, under mixed allocations; the first ones with corrections, too.
+TESTED = frozenset(
+    """olmoe mixtral qwen2_moe qwen3_moe deepseek deepseek_v2 deepseek_vl_v2 minicpm
+    axk1 cohere2_moe exaone_moe gemma4_text granitemoehybrid qwen3_next""".split()
+)
+# Why the tests do not, where it was tried: they have the engine's build for CPUs.
+UNSERVED = {
+    "gemma4": "its processor needs torchvision, which the tests do without; see gemma4_text",
+    "jamba": "the CPU build has no scan of Mamba",
+    "kimi_linear": "the CPU build refuses the blocks of its caches",
+    "laguna": "the CPU build's router takes softmax scores alone, where there are no groups",
+    "lfm2_moe": "the CPU build computes another model than transformers, without an allocation, too",
+    "llama4": "see llama4_text",
+    "llama4_text": "it runs one expert a token, and the engine weighs the inputs of no more",
+    "minimax_m3_vl": "its processor needs torchvision, which the tests do without",
+    "mimo_v2_flash": "the engine's class wants the hub's config, and transformers writes another",
+    "nemotron_h": "the CPU build has no experts without gates",
+    "qwen3_5_moe": "its processor needs torchvision, which the tests do without",
+    "qwen3_5_moe_text": "its processor needs torchvision, which the tests do without",
+    "step3p5": "the CPU build's router takes softmax scores alone, where there are no groups",
+}
 # That transformers has, and the tests apply no allocation to.
 UNTRIED = frozenset(
-    ("aria", "glm4v_moe", "glm5_next", "kimi_k25", "minimax_m3_vl", "mistral4", "qwen3_omni_moe", "qwen3_vl_moe")
+    """aria deepseek_ocr2 glm4v_moe glm5_next kimi_k25 minimax_m3_vl mistral3 mistral4 qwen3_omni_moe qwen3_vl_moe
+    step3p5 step3p7""".split()
 )
 # Checkpoints' own `architectures` where transformers has no such class, or calls it otherwise.
 HUB_CLASSES = {
@@ -37,6 +59,10 @@ HUB_CLASSES = {
     "minimax": "MiniMaxText01ForCausalLM",
     "phimoe": "PhiMoEForCausalLM",
     "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
+    "bailing_hybrid": "BailingMoeV3ForCausalLM",
+    "sarvam_mla": "SarvamMLAForCausalLM",
+    "sarvam_moe": "SarvamMoEForCausalLM",
+    "step3p5": "Step3p5ForCausalLM",
 }
 NOTES = """
 - **MoE layers alone** is `lexi-search profile --input paper`; **own text, whole model** is the default. "no" there:
@@ -51,6 +77,8 @@ NOTES = """
   the engine's own routers, whatever the family, and the start ends with one line where it cannot. "no class": the
   engine does not serve it.
 """
+UNSERVED_HEAD = "## Tried in vLLM without a GPU, and not tested"
+REFUSED_HEAD = "## Refused"
 
 
 def find_version(package: str) -> str:
@@ -95,6 +123,9 @@ def make_lines() -> Iterator[str]:
     rows = (HEADS, ("---",) * len(HEADS), *(describe(ARCHITECTURES[name]) for name in sorted(ARCHITECTURES)))
     yield from (f"| {' | '.join(row)} |" for row in rows)
     yield NOTES.rstrip()
+    for head, reasons in ((UNSERVED_HEAD, UNSERVED), (REFUSED_HEAD, REFUSED)):
+        yield from ("", head, "| model_type | reason |", "| --- | --- |")
+        yield from (f"| `{name}` | {reasons[name]} |" for name in sorted(reasons))
 
 
 @click.command()

@@ -20,7 +20,7 @@ HOUSE = {
         "layers": "spec weights routing ffn experts moe mixers decoder kernels",
         "checkpoint": "folder config dequantise quantisation_methods quantisation_config quantisation_formats "
         "tensors reader writer",
-        "models": "config_defaults moe_families finder moe_tensors model decoder_families mixers decoder_stack loading",
+        "models": "families moe_families finder moe_tensors model decoder_families mixers decoder_stack loading",
         "profiling": "paper forward compensation divergence profile distributed resume observer session",
         "allocation": "costs speed_estimate allocate tradeoff targets comparison baselines export auto",
         "pruning": "importance slicing sizes prune",
@@ -45,6 +45,7 @@ HOUSE = {
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
 FOLDERS = {
     "lexi_search/layers/mixers": "attention scans recurrent",
+    "lexi_search/models/families": "defaults config refused moe kinds decoder",
     "lexi_search/models/loading": "pieces reader streaming residence",
     "lexi_search/profiling/forward": "variants layer passes losses sampling",
     "lexi_search/models/mixers": "rope source attention recurrent",

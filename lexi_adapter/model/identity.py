@@ -16,18 +16,19 @@ from lexi_adapter.model.tensors import Tensor, hash_tensors
 
 # Endings of a router weight's name. The module that has the weight, or one of the two around it, holds the top-k.
 ROUTER_WEIGHTS = tuple(
-    f".{router}.weight" for router in ("gate", "router", "gate.wg", "router.gate", "router.layer", "router.classifier")
+    f".{router}.weight"
+    for router in ("gate", "router", "gate.wg", "router.gate", "router.layer", "router.proj", "router.classifier")
 )
-PACKED_ROUTER = re.compile(r"(.*\.)?(gate|router)(\.(wg|gate|layer|classifier))?\.(qweight|weight_packed)")
+PACKED_ROUTER = re.compile(r"(.*\.)?(gate|router)(\.(wg|gate|layer|proj|classifier))?\.(qweight|weight_packed)")
 
 # Keys of a language model's config, in order of preference.
-TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
+TOP_K = ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "num_experts_per_tok", "moe_top_k")
 NUM_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_experts", "num_local_experts")
 NUM_LAYERS = ("num_hidden_layers", "layers_block_type")  # the second has an entry for every layer
 LAYER = re.compile(r"((?:.*\.)?layers)\.(0|[1-9][0-9]{0,8})\.(.+)")
 LEFT_OUT = re.compile(r"(?:.*\.)?(?:mtp|talker)\.")  # parts with decoder layers of their own
 # Names below `layers.N.` of tensors that only a MoE layer has, and of tensors one of which a dense layer has.
-EXPERTS = re.compile(r"(.*\.)?(experts|switch_mlp|block_sparse_moe)\.")
+EXPERTS = re.compile(r"(.*\.)?(experts|switch_mlp|block_sparse_moe|moe)\.")
 MLP = re.compile(r"(.*\.)?(mlp|feed_forward|shared_mlp|mixer)\.")
 
 

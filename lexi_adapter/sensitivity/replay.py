@@ -36,10 +36,10 @@ def find_decoder(model: torch.nn.Module, identity: ModelIdentity) -> Decoder:
     for layer, name in find_routers(model, identity).items():
         parts = name.split(".")
         index = parts.index(str(layer))
-        if len(parts) < index + 4:  # layer, block, router, weight
+        blocks[layer] = model.get_submodule(".".join(parts[: index + 2]))
+        if len(parts) < index + 4 or not hasattr(blocks[layer], "experts"):  # layer, block, router, weight
             raise AdapterError(f"{name} is not in a block with its experts: unknown family")
         prefixes.add(".".join(parts[:index]))
-        blocks[layer] = model.get_submodule(".".join(parts[: index + 2]))
     if len(prefixes) != 1:
         raise AdapterError(f"{type(model).__name__} has routers in {len(prefixes)} stacks of layers: unknown family")
     return Decoder(model, list(model.get_submodule(prefixes.pop())), blocks)

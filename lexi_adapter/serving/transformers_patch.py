@@ -4,6 +4,7 @@ transformers 5 has a convention for layers that differ, `per_layer_config`, but 
 layer from the global value, so a model loaded from an exported folder still runs the full k until `apply`.
 """
 
+import copy
 import hashlib
 import os
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from lexi_adapter.serving.transformers_gates import (
 )
 
 TOP_K_NAMES = ("top_k", "num_experts_per_tok")
+TOP_K_OF_CONFIG = "top_k_experts"  # routers of Gemma 4 hold no top-k: they read the config at each call
 # Buffers with a fixed choice of experts for every token of the vocabulary, as wide as the model's own top-k.
 FIXED_CHOICES = ("tid2eid",)
 
@@ -78,7 +80,7 @@ def apply(
         for module in around[layer]:
             restore_block(module)
         for module, attribute in attributes:
-            setattr(module, attribute, top_k)
+            _set_top_k(module, attribute, top_k)
         if allocation.gate_exponent is not None and top_k < identity.top_k:
             corrected = None
             if layer in corrections:
@@ -144,9 +146,22 @@ def _find_holders(modules: list[torch.nn.Module], weight: str) -> list[tuple[tor
     if any(hasattr(module, name) for module in modules for name in FIXED_CHOICES):
         raise AdapterError(f"{router} looks its experts up for every token: no other top-k can be applied")
     holders = [(module, name) for module in modules for name in TOP_K_NAMES if type(vars(module).get(name)) is int]
+    holders = holders or [(module, TOP_K_OF_CONFIG) for module in modules[1:2] if _reads_config(module)]
     if not holders:
         raise AdapterError(f"{router} and its block hold no {' or '.join(TOP_K_NAMES)}: unknown family")
     return holders
+
+
+def _reads_config(module: torch.nn.Module) -> bool:
+    return type(getattr(getattr(module, "config", None), TOP_K_OF_CONFIG, None)) is int
+
+
+def _set_top_k(module: torch.nn.Module, attribute: str, top_k: int) -> None:
+    if attribute != TOP_K_OF_CONFIG:
+        setattr(module, attribute, top_k)
+        return
+    module.config = copy.copy(module.config)  # the router's own; all layers have one config together
+    setattr(module.config, attribute, top_k)
 
 
 def _check_weights(identity: ModelIdentity, model: torch.nn.Module, routers: Mapping[int, str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lexi_adapter.errors import AdapterError, AllocationError
-from lexi_adapter.serving.vllm_names import LARGEST, ORDERED_SCORES, ROUTERS
+from lexi_adapter.serving.vllm_names import LARGEST, ORDERED_SCORES, ROUTERS, UNPROPORTIONAL_ROUTING
 
 REMEDY = "search in a profile made with --compensation none"
 
@@ -39,6 +39,9 @@ def _check_router(router: Any, name: str) -> None:
     kind = type(router).__name__
     if kind not in ROUTERS:
         raise AllocationError(f"{name}: no gate exponent can be applied in a {kind}; {REMEDY}")
+    custom = getattr(getattr(router, "custom_routing_function", None), "__qualname__", None)
+    if custom in UNPROPORTIONAL_ROUTING:
+        raise AllocationError(f"{name}: no gate exponent can be applied in {custom}; {REMEDY}")
     if getattr(router, "num_fused_shared_experts", 0):
         raise AllocationError(f"{name}: no gate exponent can be applied where shared experts are routed; {REMEDY}")
 

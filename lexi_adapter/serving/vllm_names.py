@@ -61,7 +61,10 @@ HOLDERS: Mapping[str, tuple[str, ...]] = {
 # Arguments of the factory that replace its routing, by one for which the factory's top-k need not count ...
 CUSTOM_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
 # ... except these functions, by qualified name: they choose as many experts as the factory's top-k says.
-ROUTING_AT_TOP_K = frozenset({"token_choice_with_bias"})  # Cohere2-MoE
+ROUTING_AT_TOP_K = frozenset({"token_choice_with_bias", "Gemma4Router.routing_function"})  # Cohere2-MoE, Gemma 4
+
+# Of these, the ones whose weights are not the scores up to one factor a token.
+UNPROPORTIONAL_ROUTING = frozenset({"Gemma4Router.routing_function"})
 
 # Router classes whose weights are the scores up to one factor a token, so that a gate exponent can be applied. The
 # value says which of the K experts that a router returns on CUDA it would choose at a smaller top-k: the first ones,

@@ -62,10 +62,14 @@ def format_text(allocation: Allocation, form: str) -> str:
 def make_overlay(allocation: Allocation) -> dict[str, Any]:
     """The overlay for config.json by transformers 5's convention, at the level of the model's own k.
 
-    Raises InputError for an allocation with a gate exponent, which the convention cannot express.
+    Raises InputError for an allocation with a gate exponent, which the convention cannot express, or for a family whose
+    layers differ in something else.
     """
     if allocation.gate_exponent is not None:
         raise InputError("a config cannot hold a gate exponent; apply the allocation itself, with lexi_adapter.apply")
+    if _differs(allocation.model):
+        thing = f"per_layer_config of {allocation.model.model_type} is of its attention and cannot hold the k"
+        raise InputError(f"{thing}; apply the allocation itself, with lexi_adapter.apply")
     return _overlay(allocation)
 
 
@@ -143,7 +147,7 @@ def check_config(model: ModelIdentity, config: Mapping[str, Any]) -> None:
             raise InputError(
                 f"the allocation is for {name} {expected!r}, the config has {short(actual)}: not the same model"
             )
-    if "lexi_allocation" in config or "per_layer_config" in section:
+    if "lexi_allocation" in config or ("per_layer_config" in section and not _differs(model)):
         raise InputError("the config already has values per layer; export from the model's original folder")
 
 
@@ -232,7 +236,13 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+def _differs(model: ModelIdentity) -> bool:
+    return model.model_type in ARCHITECTURES and ARCHITECTURES[model.model_type].differing
+
+
 def _overlay(allocation: Allocation) -> dict[str, Any]:
+    if _differs(allocation.model):
+        return {}  # the overlay would take the place of what the layers' attention is made of
     *path, top_k = allocation.model.top_k_key.split(".")
     overlay: dict[str, Any] = {
         "per_layer_config": {layer: {top_k: k} for layer, k in list_top_k(allocation).items()},

@@ -5,6 +5,7 @@ one pass), then `finish`. Hidden states keep their element type. Several variant
 sequences.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Decoder(NamedTuple):
     norm: Norm
     embedding_scale: float
     logit_scale: float
+    logit_cap: float = math.inf  # logits are cap * tanh(logits / cap)
     max_length: int | None = None  # of sequences, in tokens; a model computes longer ones in another way
 
 
@@ -76,7 +78,8 @@ def read_logits(
     decoder: Decoder, ends: EndWeights, hidden: Float[Array, "*rows hidden"]
 ) -> Float[Array, "*rows vocabulary"]:
     """The logits of the next token, float32, from the hidden states after the last layer."""
-    return _read_logits(ends._replace(embedding=None), hidden, norm=decoder.norm, scale=decoder.logit_scale)
+    traits = {"norm": decoder.norm, "scale": decoder.logit_scale, "cap": decoder.logit_cap}
+    return _read_logits(ends._replace(embedding=None), hidden, **traits)
 
 
 @partial(jax.jit, static_argnames="block")
@@ -89,6 +92,10 @@ def _attend(
         output = _normalise(output, weights.norms.attention_output, block)
         hidden = _add(normed if block.mixer_residual.normed else hidden, output, block.mixer_residual)
     x = _normalise(hidden, weights.norms.ffn_input, block)
+    if weights.norms.dense_input is not None:
+        x = normalise(hidden, None, norm=block.norm)
+    if block.parallel:
+        x = normed
     return x if block.ffn_residual.normed else hidden, x.reshape(-1, x.shape[-1])
 
 
@@ -111,18 +118,22 @@ def _finish(
     block: Block,
 ) -> Float[Array, "sequences length hidden"]:
     output = jnp.zeros(x.shape, jnp.float32) if routed is None else routed.astype(jnp.float32)
+    output = _normalise(output, weights.norms.routed_output, block)
     if weights.ffn is not None:
-        common = apply_ffn(x, weights.ffn, activation=block.activation)
+        norms = weights.norms
+        own = x if norms.dense_input is None else x * norms.dense_input.weight.astype(x.dtype)[None, :]
+        common = _normalise(apply_ffn(own, weights.ffn, activation=block.activation), norms.dense_output, block)
         if weights.ffn_gate is not None:
             common = common * jax.nn.sigmoid(apply_affine(x, weights.ffn_gate))
-        output = output + common.astype(jnp.float32)
+        output = output + common.astype(jnp.float32) * jnp.float32(block.ffn_scale)
     output = _normalise(output.astype(hidden.dtype), weights.norms.ffn_output, block)
-    return _add(hidden, output.reshape(hidden.shape), block.ffn_residual)
+    hidden = _add(hidden, output.reshape(hidden.shape), block.ffn_residual)
+    return hidden if weights.scale is None else hidden * weights.scale.astype(hidden.dtype).reshape(1, 1, 1)
 
 
-@partial(jax.jit, static_argnames=("norm", "scale"))
+@partial(jax.jit, static_argnames=("norm", "scale", "cap"))
 def _read_logits(
-    ends: EndWeights, hidden: Float[Array, "*rows hidden"], *, norm: Norm, scale: float
+    ends: EndWeights, hidden: Float[Array, "*rows hidden"], *, norm: Norm, scale: float, cap: float
 ) -> Float[Array, "*rows vocabulary"]:
     normed = normalise(hidden, ends.norm, norm=norm)
     head = ends.head.weight.astype(normed.dtype)
@@ -131,7 +142,8 @@ def _read_logits(
     )
     if ends.head.bias is not None:
         logits = logits + ends.head.bias.astype(jnp.float32).reshape((1,) * (logits.ndim - 1) + (-1,))
-    return logits * jnp.float32(scale)
+    logits = logits * jnp.float32(scale)
+    return logits if cap == math.inf else jnp.tanh(logits / cap) * jnp.float32(cap)
 
 
 def _normalise(x: Float[Array, "*rows hidden"], weights: Affine | None, block: Block) -> Float[Array, "*rows hidden"]:

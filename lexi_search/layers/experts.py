@@ -1,6 +1,8 @@
 """The outputs of every token's chosen experts: rows are sorted by expert, and each expert takes its own in chunks."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lexi_search.layers.ffn import apply_ffn
 from lexi_search.layers.spec import Activation
-from lexi_search.layers.weights import Experts, ExpertWeights
+from lexi_search.layers.weights import Experts, ExpertWeights, LayerWeights, Scales
 
 # Rows in one expert product. Loads are cut into these sizes, so that a few compiled programs serve every expert of
 # every layer: few launches for a large load, little padding for a small one.
@@ -48,6 +50,77 @@ def expert_outputs(
             )
             start += used
     return result.reshape(*experts.shape, -1)
+
+
+class _ScaledExperts(Sequence[ExpertWeights]):
+    """Experts with the factors of their inputs and outputs in their matrices, multiplied at each access."""
+
+    def __init__(self, experts: Any, scales: Scales):
+        self._experts, self._scales = experts, scales
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, expert: int) -> ExpertWeights:
+        return _scale_expert(self._experts[expert], self._scales.experts, self._scales.outputs, np.int32(expert))
+
+    are_plain = False  # an access computes
+
+    def put(self, target: Any) -> "_ScaledExperts":
+        """These experts on another device or in host memory."""
+        return _ScaledExperts(self._experts.put(target), jax.device_put(self._scales, target))
+
+
+class _SharingExperts(Sequence[ExpertWeights]):
+    """Experts with fields that all of them have in common."""
+
+    def __init__(self, experts: Any, common: Mapping[str, Array]):
+        self._experts, self._common = experts, common
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, expert: int) -> ExpertWeights:
+        return self._experts[expert]._replace(**self._common)
+
+    are_plain = False  # no kernel multiplies them
+
+    def put(self, target: Any) -> "_SharingExperts":
+        """These experts on another device or in host memory."""
+        return _SharingExperts(self._experts.put(target), jax.device_put(self._common, target))
+
+
+def limit_layer(weights: LayerWeights, limit: float) -> LayerWeights:
+    """The layer with a `limit` of its experts."""
+    return weights._replace(experts=_SharingExperts(weights.experts, {"limit": jnp.asarray(limit, jnp.float32)}))
+
+
+def project_layer(
+    weights: LayerWeights, input: Float[Array, "latent hidden"], output: Float[Array, "hidden latent"]
+) -> LayerWeights:
+    """The layer with the maps into the latent space of its experts, and back."""
+    return weights._replace(experts=_SharingExperts(weights.experts, {"input": input, "output": output}))
+
+
+def scale_layer(weights: LayerWeights, scales: Scales) -> LayerWeights:
+    """The layer with its factors multiplied into the weights; the router is then float32."""
+    width = weights.router.shape[1]
+    gain = scales.router.astype(jnp.float32) * jnp.float32(width**-0.5)
+    router = weights.router.astype(jnp.float32) * gain[None, :]
+    return weights._replace(router=router, experts=_ScaledExperts(weights.experts, scales))
+
+
+@jax.jit
+def _scale_expert(
+    weights: ExpertWeights, gain: Float[Array, " hidden"], factors: Float[Array, " experts"], expert: Int[Array, ""]
+) -> ExpertWeights:
+    def scale(matrix: Array | None, factor: Array) -> Array | None:
+        return None if matrix is None else (matrix.astype(jnp.float32) * factor).astype(matrix.dtype)
+
+    gain, factor = gain.astype(jnp.float32)[None, :], factors.astype(jnp.float32)[expert]
+    down_bias = scale(weights.down_bias, factor)
+    gate, up, down = scale(weights.gate, gain), scale(weights.up, gain), scale(weights.down, factor)
+    return weights._replace(gate=gate, up=up, down=down, down_bias=down_bias)
 
 
 def cut_into_chunks(load: int) -> list[tuple[int, int]]:

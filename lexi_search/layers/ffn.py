@@ -31,20 +31,27 @@ def apply_ffn(
 ) -> Float[Array, "rows hidden"]:
     """The expert's output for every row of `x`, in `x`'s element type; the activation itself is float32."""
     hidden = compute_hidden(x, weights, activation=activation)
-    return _project(hidden.astype(x.dtype), weights.down, weights.down_bias)
+    output = _project(hidden.astype(x.dtype), weights.down, weights.down_bias)
+    return output if weights.output is None else _project(output, weights.output, None)
 
 
 def compute_hidden(
     x: Float[Array, "rows hidden"], weights: ExpertWeights, *, activation: Activation
 ) -> Float[Array, "rows width"]:
     """The hidden channels, which `down` multiplies, for every row of `x`; float32."""
+    if weights.input is not None:
+        x = _project(x, weights.input, None)
     up = _project(x, weights.up, weights.up_bias).astype(jnp.float32)
     if weights.gate is None:
         return _activate(up, activation)
     gate = _project(x, weights.gate, weights.gate_bias).astype(jnp.float32)
-    if activation.limit is not None:
+    limit = activation.limit if activation.limits_output else weights.limit
+    if activation.limit is not None and not activation.limits_output:
         gate, up = jnp.minimum(gate, activation.limit), jnp.clip(up, -activation.limit, activation.limit)
-    return _activate(gate, activation) * (up + activation.up_offset)
+    gate = _activate(gate, activation)
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * (up + activation.up_offset)
 
 
 def _activate(x: Float[Array, "rows width"], activation: Activation) -> Float[Array, "rows width"]:

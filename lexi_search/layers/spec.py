@@ -15,7 +15,8 @@ class Routing(NamedTuple):
     of its best two. A bias per expert is added to the scores for the selection only, or to the logits. Weights are the
     unbiased scores of the chosen experts, divided by their sum (plus `epsilon`, at least `norm_min`) if `renormalize`,
     times `scale`: a softmax over the chosen logits alone is a softmax over all of them, renormalised. If
-    `scales_input`, the scores multiply the experts' inputs instead, and their outputs are summed as they are.
+    `scales_input`, the scores multiply the experts' inputs instead, and their outputs are summed as they are. If
+    `scales_output`, each expert's output has a factor of its own besides, which `LayerWeights` include.
 
     With an `exponent` b, the weights of the k kept of K experts are their weights at K, times (S_K / S_k)^b, where S_j
     is the sum of the j largest scores: the gate exponent of an allocation. Without, they are those of a router whose
@@ -36,6 +37,7 @@ class Routing(NamedTuple):
     norm_min: float = 0.0
     jitter: float = 0.0
     scales_input: bool = False
+    scales_output: bool = False
     exponent: float | None = None
 
 
@@ -43,13 +45,15 @@ class Activation(NamedTuple):
     """The activation of an expert, between its products.
 
     Gated experts compute f(gate) * (up + `up_offset`), where f is the function called `name`, or x * sigmoid(alpha x)
-    if `alpha` is not 1, and `limit` bounds gate from above and up on both sides. Ungated ones compute f(up).
+    if `alpha` is not 1, and `limit` bounds gate from above and up on both sides; if `limits_output`, f(gate) instead of
+    gate. Ungated ones compute f(up).
     """
 
     name: str = "silu"
     alpha: float = 1.0
     limit: float | None = None
     up_offset: float = 0.0
+    limits_output: bool = False
 
 
 class Norm(NamedTuple):
@@ -85,8 +89,9 @@ class GroupedAttention(NamedTuple):
     one for each value of a head or of all heads together: before the rotary embedding, or after it if `norm_last`.
     If `gated`, the projection of queries has a head's gate after its query: the sigmoid scales the head's output.
 
-    If `unit`, queries and keys are normalised without gains. With a `chunk`, a query sees only the positions of its own
-    chunk of that many. With `growth` (a, b), a query at position p is multiplied by 1 + a log(1 + floor((p + 1) / b)).
+    If `unit`, queries and keys are normalised without gains; if `unit_values`, so are values. With a `chunk`, a query
+    sees only the positions of its own chunk of that many. With `growth` (a, b), a query at position p is multiplied by
+    1 + a log(1 + floor((p + 1) / b)).
     """
 
     num_heads: int
@@ -103,6 +108,8 @@ class GroupedAttention(NamedTuple):
     chunk: int | None = None
     growth: tuple[float, float] | None = None
     value_scale: float = 1.0
+    unit_values: bool = False
+    gate: str = "sigmoid"  # the function of a `gate` among the weights, or "softplus"
 
 
 class LatentAttention(NamedTuple):
@@ -206,5 +213,7 @@ class Block(NamedTuple):
     mixer: Mixer | None  # None where a family's layers are either a token mixer, or an MLP or MoE
     norm: Norm
     activation: Activation  # of the dense MLP or the shared expert
+    parallel: bool = False  # the MLP or MoE has the token mixer's input for its own, and both outputs are added
+    ffn_scale: float = 1.0  # of the dense MLP's or the shared experts' output
     mixer_residual: Residual = Residual()
     ffn_residual: Residual = Residual()

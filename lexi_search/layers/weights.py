@@ -22,7 +22,9 @@ class Affine(NamedTuple):
 class ExpertWeights(NamedTuple):
     """One expert or dense MLP, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
 
-    Where `gate` is None, y = down @ act(up @ x). Each product adds its bias where there is one.
+    Where `gate` is None, y = down @ act(up @ x). Each product adds its bias where there is one. A `limit`, a number,
+    bounds act(gate @ x) from above and up @ x on both sides. Where experts work in a latent space, `input` maps x
+    there, and `output` y back.
     """
 
     gate: Float[Array, "width hidden"] | None
@@ -31,6 +33,9 @@ class ExpertWeights(NamedTuple):
     gate_bias: Float[Array, " width"] | None = None
     up_bias: Float[Array, " width"] | None = None
     down_bias: Float[Array, " hidden"] | None = None
+    limit: Float[Array, ""] | None = None
+    input: Float[Array, "latent outer"] | None = None
+    output: Float[Array, "outer latent"] | None = None
 
 
 @runtime_checkable
@@ -42,10 +47,22 @@ class Experts(Protocol):
     def __getitem__(self, expert: int, /) -> ExpertWeights: ...
 
 
+class Scales(NamedTuple):
+    """Factors that a MoE layer has besides: of the router's input and of the experts' [hidden], of their outputs [E].
+
+    The layer's input is then normalised without gains. The router's input is divided by the root of its size, too.
+    """
+
+    router: Any
+    experts: Any
+    outputs: Any
+
+
 class LayerWeights(NamedTuple):
     """One MoE layer: the router, the bias of its selection or logits (or None), and the experts.
 
-    Where weights are quantised, each access `experts[e]` dequantises again; do not keep many.
+    Where weights are quantised, each access `experts[e]` dequantises again; do not keep many. A layer with `Scales` has
+    them multiplied into these weights.
     """
 
     router: Float[Array, "experts hidden"]
@@ -56,8 +73,8 @@ class LayerWeights(NamedTuple):
 class GroupedWeights(NamedTuple):
     """The weights of `GroupedAttention`: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden], o.
 
-    The output projection o is [hidden, heads * head_dim]. A `gate` of q's shape scales its input; `sinks` [heads] are
-    attention scores of an extra position without a value.
+    The output projection o is [hidden, heads * head_dim]. A `gate` of q's shape, or with a row for each head, scales
+    its input; `sinks` [heads] are attention scores of an extra position without a value.
     """
 
     q: Affine
@@ -167,19 +184,27 @@ MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
 
 
 class Norms(NamedTuple):
-    """The norms before and after the token mixer, and before and after the MLP or MoE; None where a family has none."""
+    """The norms before and after the token mixer, and before and after the MLP or MoE; None where a family has none.
+
+    Where a dense MLP stands beside the routed experts, with norms of its own, `dense_input` is the gain of its input
+    (the layer's is normalised without one), `dense_output` and `routed_output` are norms before the sum of the two.
+    """
 
     attention_input: Any = None
     attention_output: Any = None
     ffn_input: Any = None
     ffn_output: Any = None
+    dense_input: Any = None
+    dense_output: Any = None
+    routed_output: Any = None
 
 
 class BlockWeights(NamedTuple):
     """One decoder layer.
 
     `ffn` is the dense MLP, or the shared experts of a MoE layer, whose output `ffn_gate` [1, hidden] scales if there
-    is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer.
+    is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer. `scale` [1] multiplies the
+    hidden states after the layer, if there is one.
     """
 
     mixer: MixerWeights | None
@@ -187,6 +212,7 @@ class BlockWeights(NamedTuple):
     ffn: ExpertWeights | None
     ffn_gate: Affine | None
     moe: Any = None
+    scale: Any = None
 
 
 class EndWeights(NamedTuple):

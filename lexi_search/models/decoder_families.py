@@ -1,198 +1,53 @@
-"""Decoder families as data: attention, norms, windows and multipliers outside the MoE layer.
-
-A family is one `Family` below; without an entry, no tokens can be run through its models. Properties that the tensors
-show (biases, norms of queries and keys, low-rank queries, shared experts, dense layers) are not listed here:
-`decoder_stack` reads them from the checkpoint. So are layers with a recurrence in the place of attention (`mixers`).
-"""
+"""The decoder of every family outside its MoE layers, as data; without an entry, no model of it runs tokens."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
-from lexi_search.artifacts.codec import short
-from lexi_search.checkpoint.config import Config, Key
-from lexi_search.errors import InputError
+from lexi_search.checkpoint.config import Key
 from lexi_search.layers.weights import Norms
-
-PRE_NORMS = Norms(attention_input="input_layernorm", ffn_input="post_attention_layernorm")
-POST_NORMS = Norms(attention_output="post_attention_layernorm", ffn_output="post_feedforward_layernorm")
-SANDWICH_NORMS = Norms("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
-
-# Kinds of attention, as configs call them.
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-_Kinds = Callable[[Config, int], Sequence[str]]  # config, number of layers -> the kind of each layer
-
-
-def _attend_to_all(config: Config, num_layers: int) -> Sequence[str]:
-    return [FULL] * num_layers
-
-
-def _attend_in_window(config: Config, num_layers: int) -> Sequence[str]:
-    return [SLIDING if config.values.get("sliding_window") else FULL] * num_layers
-
-
-def _attend_in_window_if_used(config: Config, num_layers: int) -> Sequence[str]:
-    return (_attend_in_window if config.values.get("use_sliding_window") else _attend_to_all)(config, num_layers)
-
-
-def _read_types(config: Config) -> Sequence[str]:
-    types = config.values[config.find_key(("layer_types",))]
-    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
-        raise InputError(f"{config.place}: layer_types is {short(types)}, expected a list of names")
-    return types
-
-
-def _attend_by_type(config: Config, num_layers: int, *, otherwise: _Kinds = _attend_to_all) -> Sequence[str]:
-    """The config's `layer_types`, where it has a window; without, the kinds that `otherwise` gives."""
-    if not config.values.get("sliding_window"):
-        return _attend_to_all(config, num_layers)
-    return (_read_types if config.values.get("layer_types") else partial(otherwise, num_layers=num_layers))(config)
-
-
-def _attend_to_all_in_every(config: Config, num_layers: int, *, period: int | str) -> Sequence[str]:
-    """Windows but in every n-th layer: n is `period` or, of a text, the config's value under that key."""
-    every = config.read_count(period) if isinstance(period, str) else period
-    return [FULL if (i + 1) % every == 0 else SLIDING for i in range(num_layers)]
-
-
-def _by_type_or_every(period: int | str) -> _Kinds:
-    return partial(_attend_by_type, otherwise=partial(_attend_to_all_in_every, period=period))
-
-
-def _attend_in_last_windows(config: Config, num_layers: int) -> Sequence[str]:
-    first = config.resolve(Key("max_window_layers", 0))
-    return [SLIDING if i >= first else FULL for i in range(num_layers)]
-
-
-def _attend_alternately(config: Config, num_layers: int) -> Sequence[str]:
-    """The config's `layer_types`; without, windows, if used, in even layers below `max_window_layers` (Qwen2-MoE)."""
-    values = config.values
-    if values.get("layer_types") or not values.get("use_sliding_window"):
-        return _read_types(config) if values.get("layer_types") else _attend_to_all(config, num_layers)
-    last = config.resolve(Key("max_window_layers", 28))
-    return [SLIDING if i % 2 == 0 and i < last else FULL for i in range(num_layers)]
-
-
-def _attend_in_chunks(config: Config, num_layers: int) -> Sequence[str]:
-    """Chunks where `no_rope_layers`, or every n-th layer without it, does not say otherwise (Llama 4)."""
-    flags = config.values.get("no_rope_layers")
-    if not flags:
-        every = config.resolve(Key("no_rope_layer_interval", 4)) or 4
-        flags = [(i + 1) % every != 0 for i in range(num_layers)]
-    if not isinstance(flags, list):
-        raise InputError(f"{config.place}: no_rope_layers is {short(flags)}, expected a list")
-    return [CHUNKED if flag else FULL for flag in flags]
-
-
-def _attend_by_pattern(config: Config, num_layers: int) -> Sequence[str]:
-    """The config's `hybrid_layer_pattern`, as vLLM reads it, or `layer_types`; else all in each sixth (MiMo)."""
-    pattern = config.values.get("hybrid_layer_pattern")
-    if isinstance(pattern, list) and pattern:
-        return [SLIDING if flag == 1 else FULL for flag in pattern]
-    if config.values.get("layer_types"):
-        return _read_types(config)
-    return [FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING for i in range(num_layers)]
-
-
-def _count_heads(config: Config, kind: str) -> tuple[int, int]:
-    """The heads of queries, and of keys and values."""
-    return config.read_count("num_attention_heads"), config.read_count("num_key_value_heads", "num_attention_heads")
-
-
-def _count_heads_by_kind(config: Config, kind: str) -> tuple[int, int]:
-    """The same where layers with windows have other numbers: twice as many of keys, if the config has none (MiMo)."""
-    heads, kv_heads = _count_heads(config, kind)
-    if kind != SLIDING:
-        return heads, kv_heads
-    heads = config.read_count("swa_num_attention_heads", "num_attention_heads")
-    named = config.values.get("swa_num_key_value_heads") is not None
-    return heads, config.read_count("swa_num_key_value_heads") if named else 2 * kv_heads
-
-
-class Family(NamedTuple):
-    """One family. Any number may be a `Key` of the config or a function of the config instead of a value."""
-
-    model_type: str
-    norms: Norms = PRE_NORMS  # module names below `layers.N.`
-    attention: str = "self_attn."  # likewise
-    embedding: str = "embed_tokens"  # modules beside `layers`
-    final_norm: str = "norm"
-    eps: Any = Key("rms_norm_eps", 1e-6)
-    centred: bool = False  # norms that subtract the mean
-    offset: Any = 0.0  # of the gains of norms, which are stored without it
-    gated: Any = False  # the projection of queries has their gates as well
-    norm_last: bool = False  # queries and keys are normalised after the rotary embedding
-    interleaved: Any = False  # the rotary embedding rotates pairs of neighbours
-    interleaved_latent: Any = True  # the same in latent attention
-    scale: Any = None  # of attention scores; None: head_dim ** -0.5
-    clip: Any = math.inf  # of queries, keys and values
-    unit: Any = False  # queries and keys are normalised without gains where they are rotated
-    growth: Callable[[Config], tuple[float, float] | None] | None = None  # of queries without rotary embedding
-    value_scale: Any = 1.0
-    value_dim: Any = 0  # of a head's values; 0: that of its keys
-    heads: Callable[[Config, str], tuple[int, int]] = _count_heads
-    chunk: Callable[[Config], int | None] | None = None  # of attention in chunks
-    kinds: _Kinds = _attend_to_all
-    rotates: Any = True  # attention has a rotary embedding
-    rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding
-    alternates: bool = False  # a layer is a token mixer, or else an MLP or MoE
-    gated_mlp: bool = True
-    left_out: tuple[str, ...] = ()  # modules below `layers.N.` without effect on up to `max_length` tokens
-    max_length: Any = None
-    embedding_scale: Any = 1.0
-    residual_scale: Any = 1.0  # of the outputs of attention and of MLP or MoE
-    weighs_residuals: bool = False  # by factors in the config; residuals are the layer's normalised input (MiniMax)
-    logit_scale: Any = 1.0
-
-
-def _depth_scale(config: Config) -> float:
-    return config.resolve(Key("scale_depth", 1.0)) / math.sqrt(config.count_layers())
-
-
-def _width_scale(config: Config) -> float:
-    return config.resolve(Key("dim_model_base", 1.0)) / config.read_count("hidden_size")
-
-
-def _logit_divisor(config: Config) -> float:
-    return 1 / config.resolve(Key("logits_scaling", 1.0))
-
-
-def _mup_scale(config: Config) -> float:
-    return math.sqrt(config.read_count("hidden_size")) if config.resolve(Key("mup_enabled", False)) else 1.0
-
-
-def _has_rotary_embedding(config: Config) -> bool:
-    return config.values.get("position_embedding_type") == "rope"
-
-
-def _find_offset(config: Config) -> float:
-    return 1.0 if config.resolve(Key("use_gemma_norm", True)) else 0.0
-
-
-def _find_sparse_reach(config: Config) -> int:
-    """The tokens up to which MiniMax-M3's choice of blocks of keys leaves none out."""
-    given = config.values.get("sparse_attention_config")
-    given = given if isinstance(given, dict) else {}
-    section = config._replace(values=given, place=f"{config.place}, sparse_attention_config")
-    blocks = section.resolve(Key("sparse_topk_blocks", config.resolve(Key("index_topk_blocks", 16))))
-    return blocks * section.resolve(Key("sparse_block_size", config.resolve(Key("index_block_size", 128))))
-
-
-def _find_growth(config: Config) -> tuple[float, float] | None:
-    if not config.values.get("attn_temperature_tuning", True):  # a number in older configs
-        return None
-    period = config.resolve(Key("floor_scale", 8192.0))
-    if period <= 0:
-        raise InputError(f"{config.place}: floor_scale is {period}, expected a number above 0")
-    return config.resolve(Key("attn_scale", 0.1)), period
-
-
-def _find_chunk(config: Config) -> int | None:
-    named = config.values.get("attention_chunk_size") is not None
-    return config.read_count("attention_chunk_size") if named else None
-
+from lexi_search.models.families.decoder import (
+    POST_NORMS,
+    SANDWICH_NORMS,
+    Family,
+    choose_head_norm,
+    choose_layer_rope,
+    count_heads_by_kind,
+    count_heads_by_layer,
+    count_heads_of_all,
+    count_heads_of_windows,
+    depth_scale,
+    find_chunk,
+    find_growth,
+    find_offset,
+    find_sparse_reach,
+    has_rotary_embedding,
+    is_layer_norm,
+    keys_are_values,
+    logit_divisor,
+    mup_scale,
+    norm_eps,
+    root_of_size,
+    rotates_dense,
+    width_scale,
+)
+from lexi_search.models.families.kinds import (
+    attend_after_dense,
+    attend_alternately,
+    attend_by_longer_types,
+    attend_by_pattern,
+    attend_by_type,
+    attend_in_chunks,
+    attend_in_each_sixth,
+    attend_in_last_windows,
+    attend_in_three_windows,
+    attend_in_window,
+    attend_in_window_if_used,
+    attend_with_plain_head,
+    by_type_or_every,
+)
+from lexi_search.models.families.moe import mean_share
 
 PLAIN = Family("aria")
 LLAMA4 = Family(
@@ -201,18 +56,18 @@ LLAMA4 = Family(
     interleaved=True,
     norm_last=True,
     unit=Key("use_qk_norm", True),
-    growth=_find_growth,
-    kinds=_attend_in_chunks,
-    chunk=_find_chunk,
+    growth=find_growth,
+    kinds=attend_in_chunks,
+    chunk=find_chunk,
     rotates_windows_only=True,
 )
-QWEN3_MOE = Family("qwen3_moe", kinds=_attend_in_window_if_used)
+QWEN3_MOE = Family("qwen3_moe", kinds=attend_in_window_if_used)
 GRANITE = Family(
     "granitemoe",
     scale=Key("attention_multiplier", 1.0),
     embedding_scale=Key("embedding_multiplier", 1.0),
     residual_scale=Key("residual_multiplier", 1.0),
-    logit_scale=_logit_divisor,
+    logit_scale=logit_divisor,
 )
 DEEPSEEK_V2 = Family("deepseek_v2")
 DEEPSEEK_V3 = Family("deepseek_v3", interleaved_latent=Key("rope_interleave", True))
@@ -220,22 +75,57 @@ DEEPSEEK_V3 = Family("deepseek_v3", interleaved_latent=Key("rope_interleave", Tr
 DEEPSEEK_V32 = DEEPSEEK_V2._replace(
     model_type="deepseek_v32", left_out=("self_attn.indexer.",), max_length=Key("index_topk", 2048)
 )
-BY_TYPE = Family("mellum", kinds=_attend_by_type)
+STEP = Family(
+    "step3p5",
+    eps=Key("rms_norm_eps", 1e-5),
+    offset=1.0,
+    kinds=attend_by_longer_types,
+    heads=count_heads_of_windows,
+    layer_rope=choose_layer_rope,
+    limits="swiglu_limits_shared",
+)
+BAILING = Family(
+    "bailing_moe",
+    attention="attention.",
+    embedding="word_embeddings",
+    kinds=attend_with_plain_head,
+    head_norm=choose_head_norm,
+)
+BY_TYPE = Family("mellum", kinds=attend_by_type)
+GEMMA4 = Family(
+    "gemma4",
+    norms=Norms(
+        attention_input="input_layernorm",
+        attention_output="post_attention_layernorm",
+        ffn_output="post_feedforward_layernorm",
+        dense_input="pre_feedforward_layernorm",
+        dense_output="post_feedforward_layernorm_1",
+        routed_output="post_feedforward_layernorm_2",
+    ),
+    kinds=attend_in_each_sixth,
+    heads=count_heads_of_all,
+    scale=1.0,
+    unit_values=True,
+    keys_are_values=keys_are_values,
+    embedding_scale=root_of_size,
+    logit_cap=Key("final_logit_softcapping", math.inf),
+    layer_scale="layer_scalar",
+)
 QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
 
 
 _FAMILIES = (
     Family("olmoe", clip=Key("clip_qkv", math.inf)),
     Family("flex_olmo", norms=POST_NORMS),
-    Family("mixtral", kinds=_attend_in_window),
-    Family("phimoe", kinds=_attend_in_window, centred=True),
+    Family("mixtral", kinds=attend_in_window),
+    Family("phimoe", kinds=attend_in_window, centred=True),
     Family(
         "minicpm",
         embedding_scale=Key("scale_emb", 1.0),
-        residual_scale=_depth_scale,
-        logit_scale=_width_scale,
+        residual_scale=depth_scale,
+        logit_scale=width_scale,
     ),
-    Family("qwen2_moe", kinds=_attend_alternately),
+    Family("qwen2_moe", kinds=attend_alternately),
     QWEN3_MOE,
     Family("qwen3_vl_moe"),
     Family("qwen3_omni_moe"),
@@ -245,6 +135,7 @@ _FAMILIES = (
     Family("ernie4_5_moe", interleaved=True),
     PLAIN,
     PLAIN._replace(model_type="deepseek"),
+    PLAIN._replace(model_type="deepseek_ocr2"),
     DEEPSEEK_V2,
     DEEPSEEK_V2._replace(model_type="deepseek_vl_v2"),
     DEEPSEEK_V3,
@@ -253,26 +144,49 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="kimi_vl"),
     DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
     DEEPSEEK_V3._replace(model_type="mistral4"),
+    DEEPSEEK_V3._replace(model_type="mistral3"),
+    DEEPSEEK_V3._replace(model_type="axk1", moe_norm="post_mlp_layernorm"),
+    DEEPSEEK_V3._replace(model_type="sarvam_mla", interleaved_latent=True),
     DEEPSEEK_V32,
     DEEPSEEK_V32._replace(model_type="glm_moe_dsa"),
     PLAIN._replace(model_type="glm4_moe"),
     PLAIN._replace(model_type="glm4v_moe"),
     PLAIN._replace(model_type="solar_open"),
+    STEP,
+    STEP._replace(model_type="step3p7"),
     PLAIN._replace(model_type="minimax_m2"),
     PLAIN._replace(model_type="hy_v3"),
     BY_TYPE,
-    BY_TYPE._replace(model_type="dots1", kinds=partial(_attend_by_type, otherwise=_attend_in_last_windows)),
+    BY_TYPE._replace(model_type="dots1", kinds=partial(attend_by_type, otherwise=attend_in_last_windows)),
     BY_TYPE._replace(
-        model_type="exaone_moe", kinds=_by_type_or_every("sliding_window_pattern"), rotates_windows_only=True
+        model_type="exaone_moe", kinds=by_type_or_every("sliding_window_pattern"), rotates_windows_only=True
     ),
-    BY_TYPE._replace(model_type="gpt_oss", kinds=_by_type_or_every(2)),
+    BY_TYPE._replace(model_type="gpt_oss", kinds=by_type_or_every(2)),
     BY_TYPE._replace(
         model_type="afmoe",
-        kinds=_by_type_or_every("global_attn_every_n_layers"),
+        kinds=by_type_or_every("global_attn_every_n_layers"),
         norms=SANDWICH_NORMS,
-        embedding_scale=_mup_scale,
+        embedding_scale=mup_scale,
         rotates_windows_only=True,
     ),
+    BY_TYPE._replace(model_type="laguna", heads=count_heads_by_layer, gate="softplus"),
+    Family(
+        "cohere2_moe",
+        norms=Norms(attention_input="input_layernorm"),
+        eps=norm_eps,
+        centred=is_layer_norm,
+        interleaved=True,
+        kinds=attend_after_dense,
+        rotates_windows_only=True,
+        rotates_dense=rotates_dense,
+        parallel=True,
+        shared_scale=mean_share,
+        logit_scale=Key("logit_scale", 0.0625),
+    ),
+    GRANITE._replace(model_type="granitemoe_swa", kinds=attend_in_three_windows),
+    BAILING,
+    BAILING._replace(model_type="bailing_moe_v2"),
+    BAILING._replace(model_type="sarvam_moe"),
     QWEN3_NEXT,
     QWEN3_NEXT._replace(model_type="qwen3_5_moe"),
     QWEN3_NEXT._replace(model_type="qwen3_5_moe_text"),
@@ -282,7 +196,7 @@ _FAMILIES = (
         eps=Key("norm_eps", 1e-5),
         final_norm="embedding_norm",
     ),
-    GRANITE._replace(model_type="granitemoehybrid", rotates=_has_rotary_embedding),
+    GRANITE._replace(model_type="granitemoehybrid", rotates=has_rotary_embedding),
     Family(
         "nemotron_h",
         norms=Norms(attention_input="norm", ffn_input="norm"),
@@ -297,11 +211,13 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="kimi_linear", rotates=False),
     LLAMA4,
     LLAMA4._replace(model_type="llama4_text"),
+    GEMMA4,
+    GEMMA4._replace(model_type="gemma4_text"),
     Family(
         "mimo_v2_flash",
         eps=Key("rms_norm_eps", 1e-5),
-        kinds=_attend_by_pattern,
-        heads=_count_heads_by_kind,
+        kinds=attend_by_pattern,
+        heads=count_heads_by_kind,
         value_dim=Key("v_head_dim", 0),
         value_scale=Key("attention_value_scale", 1.0),
     ),
@@ -314,11 +230,11 @@ _FAMILIES = (
     Family(
         "minimax",
         eps=Key("rms_norm_eps", 1e-5),
-        kinds=_attend_in_window,
+        kinds=attend_in_window,
         weighs_residuals=True,
         # Buffers, which follow from the numbers of heads and layers.
         left_out=tuple(f"self_attn.{name}" for name in ("slope_rate", "query_decay", "key_decay", "diagonal_decay")),
     ),
-    Family("minimax_m3_vl", offset=_find_offset, left_out=("self_attn.index_",), max_length=_find_sparse_reach),
+    Family("minimax_m3_vl", offset=find_offset, left_out=("self_attn.index_",), max_length=find_sparse_reach),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _FAMILIES})

@@ -11,12 +11,13 @@ from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.spec import Block, Mixer, Norm, Recurrence, Residual
 from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, ExpertWeights, MixerWeights, Norms
-from lexi_search.models.config_defaults import name_sizes_left_out, read_config
-from lexi_search.models.decoder_families import FAMILIES, Family
+from lexi_search.models.decoder_families import FAMILIES
+from lexi_search.models.families.config import name_sizes_left_out, read_config
+from lexi_search.models.families.decoder import Family
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.mixers.recurrent import describe_mixer
 from lexi_search.models.mixers.source import REMEDY, Source, resolve
-from lexi_search.models.model import Model
+from lexi_search.models.model import Model, read_limit
 
 
 def find_first_token(checkpoint: Checkpoint, model: Model, vocabulary: int) -> int | None:
@@ -35,7 +36,7 @@ def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
 DENSE = ("mlp.", "feed_forward.", "mixer.")
 SHARED = (
     *("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_mlp.", "shared_mlp."),
-    *("block_sparse_moe.shared_experts.", "mixer.shared_experts.", "feed_forward.shared_expert."),
+    *("block_sparse_moe.shared_experts.", "mixer.shared_experts.", "feed_forward.shared_expert.", "share_expert."),
 )
 SHARED_GATES = ("mlp.shared_expert_gate",)
 SPLIT = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
@@ -70,7 +71,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         raise InputError(f"{config.place}: hidden_act {model.activation.name!r} is not known; known are {known}")
     family, finder = FAMILIES[identity.model_type], Finder(checkpoint.tensors)
     stem = identity.router[: identity.router.index("layers.{}")]
-    norm = Norm(resolve(config, family.eps), family.centred, resolve(config, family.offset))
+    norm = Norm(resolve(config, family.eps), resolve(config, family.centred), resolve(config, family.offset))
     whole = Source(
         finder=finder,
         config=config,
@@ -82,11 +83,15 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
     )
     blocks, tensors = [], []
     for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
-        source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."), layer=layer)
         moe = layer in model.tensors
+        source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."), layer=layer, dense=not moe)
         with name_sizes_left_out(checkpoint):
             mixer, weights = describe_mixer(source, kind) if _has_mixer(source, moe=moe) else (None, None)
-        blocks.append(Block(mixer, norm, model.activation, *_list_residuals(config, family, mixer)))
+        scale = resolve(config, family.shared_scale) if moe else 1.0
+        residuals = _list_residuals(config, family, mixer)
+        limit = read_limit(config, family.limits, layer)
+        activation = model.activation._replace(limit=limit, limits_output=True) if limit else model.activation
+        blocks.append(Block(mixer, norm, activation, family.parallel, scale, *residuals))
         tensors.append(_find_block(source, weights, moe=moe))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
     ropes = [getattr(block.mixer, "rope", None) for block in blocks]
@@ -98,6 +103,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         norm=norm,
         embedding_scale=resolve(config, family.embedding_scale),
         logit_scale=resolve(config, family.logit_scale),
+        logit_cap=resolve(config, family.logit_cap),
         max_length=min((limit for limit in limits if limit), default=None),
     )
 
@@ -126,16 +132,19 @@ def _has_mixer(source: Source, *, moe: bool) -> bool:
 def _find_block(source: Source, mixer: MixerWeights | None, *, moe: bool) -> BlockWeights:
     finder, hidden, family = source.finder, source.hidden_size, source.family
     norms, has_ffn = family.norms, mixer is None or not family.alternates
+    if moe and family.moe_norm:
+        norms = norms._replace(ffn_output=family.moe_norm)
     if mixer is None:
         norms = norms._replace(attention_input=None, attention_output=None)
     if not has_ffn:
         norms = norms._replace(ffn_input=None, ffn_output=None)
     norms = Norms(*(name and finder.need([name], (hidden,)) for name in norms))
-    ffn = _find_ffn(source, SHARED if moe else DENSE) if has_ffn else None
+    ffn = _find_ffn(source, SHARED if moe and not norms.dense_input else DENSE) if has_ffn else None
     if ffn is None and not moe and has_ffn:
         finder.need([DENSE[0] + SPLIT[0][0]], (None, hidden))
     gate = finder.take(SHARED_GATES, (1, hidden)) if moe else None
-    return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate)
+    scale = family.layer_scale and finder.need_tensor(family.layer_scale, (1,))
+    return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate, scale=scale)
 
 
 def _find_ffn(source: Source, stems: Sequence[str]) -> ExpertWeights | None:
@@ -166,8 +175,8 @@ def _find_ffn(source: Source, stems: Sequence[str]) -> ExpertWeights | None:
 
 def _refuse_unused(checkpoint: Checkpoint, model: Model, finder: Finder, stem: str, left_out: tuple[str, ...]) -> None:
     """Raise InputError for a layer's tensor that no description uses: the model does something unknown with it."""
-    of_moe = ((moe.router, moe.bias, *(moe.experts.fused or ())) for moe in model.tensors.values())
-    names = finder.used.union(*of_moe) - {None}
+    of_moe = (moe.names for moe in model.tensors.values())
+    names = finder.used.union(*of_moe)
     known = {part for name in names for part in finder.tensors[name].parts.values()}
     in_layer = re.compile(rf"{re.escape(stem)}layers\.(\d{{1,9}})\.")
     for name, entry in checkpoint.entries.items():

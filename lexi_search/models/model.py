@@ -7,12 +7,14 @@ from typing import NamedTuple
 from lexi_search.artifacts.codec import short
 from lexi_search.artifacts.identity import ModelIdentity
 from lexi_search.artifacts.profile import DTYPES
-from lexi_search.checkpoint.config import Config
+from lexi_search.checkpoint.config import Config, Key
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Activation, Routing
-from lexi_search.models.config_defaults import read_config
-from lexi_search.models.moe_families import ARCHITECTURES, Architecture
+from lexi_search.models.families.config import read_config
+from lexi_search.models.families.moe import Architecture
+from lexi_search.models.families.refused import REFUSED
+from lexi_search.models.moe_families import ARCHITECTURES
 from lexi_search.models.moe_tensors import LayerTensors, find_routers, locate_tensors
 
 
@@ -78,7 +80,9 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
             hidden_size,
             has_bias=routing.bias is not None,
             interleaved=architecture.interleaved,
-        )
+            scales=architecture.scales,
+            latent_size=read_latent_size(config, architecture),
+        )._replace(limit=read_limit(config, architecture.limits, layer))
         for layer in layers
     }
     identity = ModelIdentity(
@@ -105,6 +109,9 @@ def find_dtype(checkpoint: Checkpoint, model: Model) -> str:
 
 def _find_architecture(checkpoint: Checkpoint) -> Architecture:
     model_type = checkpoint.config.get("model_type")
+    if isinstance(model_type, str) and model_type in REFUSED:
+        thing = f"models of model_type {model_type} are refused: {REFUSED[model_type]}"
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {thing}")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         place, known = checkpoint.folder / "config.json", ", ".join(sorted(ARCHITECTURES))
         raise InputError(f"{place}: model_type {short(model_type)} is not known; known are {known}")
@@ -115,7 +122,10 @@ def _read_routing(config: Config, architecture: Architecture, num_experts: int, 
     chosen = {}
     for key, known in architecture.choices.items():
         chosen |= known[config.read_choice(key, known)]
-    routing = Routing(*map(config.resolve, architecture.routing._replace(**chosen)))
+    rule = architecture.routing._replace(**chosen)
+    if callable(rule.scale):
+        rule = rule._replace(scale=rule.scale(config))
+    routing = Routing(*map(config.resolve, rule))
     num_groups, topk_groups = routing.num_groups, routing.topk_groups
     least = 2 if num_groups > 1 and routing.group_score == "top2" else 1  # experts that a group needs for its score
     if not 1 <= topk_groups <= num_groups or num_experts % num_groups or num_experts // num_groups < least:
@@ -125,6 +135,22 @@ def _read_routing(config: Config, architecture: Architecture, num_experts: int, 
     if topk_groups * (num_experts // num_groups) < top_k:
         raise InputError(f"{config.place}: topk_group {topk_groups} leaves fewer than {top_k} experts to choose from")
     return routing
+
+
+def read_latent_size(config: Config, architecture: Architecture) -> int | None:
+    """The size of the space that the experts work in, where that is not the hidden size."""
+    key = architecture.latent
+    return None if key is None or config.values.get(key) is None else config.read_count(key)
+
+
+def read_limit(config: Config, key: str | None, layer: int) -> float | None:
+    """The limit of a layer's activation in the config's list under `key`; 0 and null are none."""
+    limits = config.values.get(key) if key else None
+    if limits is None:
+        return None
+    if not isinstance(limits, list) or layer >= len(limits):
+        raise InputError(f"{config.place}: {key} is {short(limits)}, expected a number for each layer")
+    return config._replace(values={key: limits[layer]}).resolve(Key(key, 0.0)) or None
 
 
 def hash_routers(checkpoint: Checkpoint, pattern: str, layers: tuple[int, ...]) -> str:

@@ -1,52 +1,21 @@
-"""MoE families as data: config keys, router names, routing rules and activations.
-
-A family is one `Architecture` below: which config keys hold its sizes, what its router module is called, how its router
-turns logits into weights, and what its experts compute. Tensor layouts are shared by all families, and `moe_tensors`
-recognises them in the checkpoint.
-"""
+"""The MoE layers of every family, as data."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
 from lexi_search.checkpoint.config import Key
 from lexi_search.layers.spec import Activation, Routing
-
-SIGMOID = Routing(
-    scoring="sigmoid",
-    renormalize=Key("norm_topk_prob", True),
-    scale=Key("routed_scaling_factor", 1.0),
-    num_groups=Key("n_group", 1),
-    topk_groups=Key("topk_group", 1),
-    group_score="top2",
-    bias="selection",
+from lexi_search.layers.weights import Scales
+from lexi_search.models.families.moe import (
+    BIASED,
+    PLAIN,
+    SIGMOID,
+    SIGMOID_OR_SOFTMAX,
+    SOFTMAX_OR_SIGMOID,
+    SWIGLU_OAI,
+    Architecture,
+    mean_share,
 )
-SWIGLU_OAI = Activation("silu", alpha=Key("swiglu_alpha", 1.702), limit=Key("swiglu_limit", 7.0), up_offset=1.0)
-SOFTMAX_OR_SIGMOID = MappingProxyType({"softmax": {"scoring": "softmax"}, "sigmoid": {"scoring": "sigmoid"}})
-SIGMOID_OR_SOFTMAX = MappingProxyType(dict(reversed(SOFTMAX_OR_SIGMOID.items())))
-PLAIN = MappingProxyType({"topk_method": {"greedy": {}}, "scoring_func": SOFTMAX_OR_SIGMOID})
-BIASED = MappingProxyType({"topk_method": {"noaux_tc": {}}, "scoring_func": SIGMOID_OR_SOFTMAX})
-
-
-class Architecture(NamedTuple):
-    """One family. Any field of its `routing` and `activation` may be a `Key` of the config instead of a value.
-
-    `choices` maps further config keys to their known values, the default first, and each value to the fields of
-    `routing` that it sets. Any other value is refused.
-    """
-
-    model_type: str
-    routers: tuple[str, ...] = ("mlp.gate",)  # module names of the router below `layers.N.`, all that are in use
-    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # config keys; the first one present counts
-    top_k: tuple[str, ...] = ("num_experts_per_tok",)
-    routing: Routing = Routing()
-    activation: Activation = Activation(Key("hidden_act", "silu"))
-    choices: Mapping[str, Mapping[Any, Mapping[str, Any]]] = PLAIN
-    interleaved: bool = False  # rows of gate and up alternate, where both are one tensor
-    width: tuple[str, ...] = ("moe_intermediate_size",)  # config keys of an expert's width: all that are present
-    shared_experts: tuple[str, ...] = ()  # config keys of the number of shared experts, each as wide as `width` says
-    bound: tuple[str, ...] = ()  # other modules below `layers.N.` whose width the same keys give
-
 
 FFN_WIDTH = ("intermediate_size",)
 ROUTED = ("n_routed_experts", "num_experts", "num_local_experts")
@@ -82,6 +51,9 @@ DEEPSEEK_V3 = DEEPSEEK_V2._replace(model_type="deepseek_v3", routing=SIGMOID, ch
 CLAMPED = DEEPSEEK_V3._replace(
     model_type="hy_v4", activation=Activation(Key("hidden_act", "silu"), limit=Key("swiglu_limit", 10.0))
 )
+MISTRAL4 = DEEPSEEK_V3._replace(
+    model_type="mistral4", routing=SIGMOID._replace(scoring="softmax", bias=None), choices=PLAIN
+)
 GPT_OSS = Architecture(
     "gpt_oss",
     routers=("mlp.router",),
@@ -89,6 +61,16 @@ GPT_OSS = Architecture(
     activation=SWIGLU_OAI,
     interleaved=True,
     width=FFN_WIDTH,
+)
+GEMMA4 = Architecture(
+    "gemma4",
+    routers=("router.proj",),
+    top_k=("top_k_experts",),
+    routing=Routing(renormalize=True, scales_output=True),
+    activation=Activation(Key("hidden_activation", "gelu_pytorch_tanh")),
+    choices={},
+    differing=True,
+    scales=Scales("router.scale", "pre_feedforward_layernorm_2.weight", "router.per_expert_scale"),
 )
 LLAMA4 = Architecture(
     "llama4_text",
@@ -104,6 +86,21 @@ MINIMAX_M2 = Architecture(
     routing=SIGMOID._replace(renormalize=True, scale=1.0),
     choices=BIASED,
     width=FFN_WIDTH,
+)
+STEP = Architecture(
+    "step3p5",
+    routers=("moe.gate",),
+    num_experts=("n_routed_experts", "moe_num_experts"),
+    top_k=("num_experts_per_tok", "moe_top_k"),
+    routing=SIGMOID._replace(
+        renormalize=Key("norm_expert_weight", True),
+        scale=Key("moe_router_scaling_factor", 1.0),
+        num_groups=1,
+        topk_groups=1,
+    ),
+    choices={"moe_router_activation": {"sigmoid": {}}, "use_moe_router_bias": {True: {}}},
+    limits="swiglu_limits",
+    differing=True,
 )
 BAILING = Architecture(
     "bailing_moe",
@@ -169,12 +166,13 @@ _FAMILIES = (
     ),
     Architecture(
         "cohere2_moe",
+        routing=Routing(scale=mean_share),
         choices={
             "expert_selection_fn": {
                 "softmax": {"renormalize": True},
                 "sigmoid": {"scoring": "sigmoid", "renormalize": Key("norm_topk_prob", True)},
             },
-            "shared_expert_combination_strategy": {"average": {"scale": 0.5}, "sum": {}},
+            "shared_expert_combination_strategy": {"average": {}, "sum": {}},
         },
         width=FFN_WIDTH,
         shared_experts=("num_shared_experts",),
@@ -187,6 +185,7 @@ _FAMILIES = (
     ),
     DEEPSEEK_V2,
     DEEPSEEK_V2._replace(model_type="deepseek_vl_v2"),
+    DEEPSEEK_V2._replace(model_type="deepseek_ocr2"),
     DEEPSEEK_V3,
     DEEPSEEK_V3._replace(model_type="deepseek_v32"),
     DEEPSEEK_V3._replace(model_type="kimi_k2"),
@@ -201,6 +200,8 @@ _FAMILIES = (
         choices={"moe_router_activation_func": SIGMOID_OR_SOFTMAX},
         shared_experts=("num_shared_experts",),
     ),
+    DEEPSEEK_V3._replace(model_type="axk1"),
+    DEEPSEEK_V3._replace(model_type="axk2"),
     DEEPSEEK_V3._replace(model_type="glm4_moe"),
     DEEPSEEK_V3._replace(model_type="glm4_moe_lite"),
     DEEPSEEK_V3._replace(model_type="glm_moe_dsa"),
@@ -215,18 +216,18 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="mimo_v2_flash"),
     CLAMPED,
     CLAMPED._replace(model_type="glm5_next"),
-    DEEPSEEK_V3._replace(
-        model_type="mistral4",
-        routing=SIGMOID._replace(scoring="softmax", bias=None),
-        choices=PLAIN,
-    ),
+    MISTRAL4,
+    MISTRAL4._replace(model_type="mistral3"),  # around it: Mistral Small 4
     DEEPSEEK_V3._replace(
         model_type="nemotron_h",
         routers=("mixer.gate",),
         activation=Activation(Key("mlp_hidden_act", "relu2")),
-        choices=BIASED | {"moe_latent_size": {None: {}}},
+        choices=BIASED,
+        latent="moe_latent_size",
         shared_experts=(),
     ),
+    STEP,
+    STEP._replace(model_type="step3p7"),
     MINIMAX_M2,
     MINIMAX_M2._replace(
         model_type="minimax_m3_vl",
@@ -266,7 +267,27 @@ _FAMILIES = (
     ),
     BAILING,
     BAILING._replace(model_type="bailing_moe_v2"),
+    BAILING._replace(model_type="sarvam_moe"),
+    BAILING._replace(  # Ling 2.5 and 3
+        model_type="bailing_hybrid",
+        routing=SIGMOID,
+        choices={
+            "score_function": {"sigmoid": {}},
+            "moe_router_enable_expert_bias": {True: {}},
+            "expert_swiglu_limit_list": {None: {}},
+        },
+    ),
+    BAILING._replace(
+        model_type="sarvam_mla",
+        routing=SIGMOID._replace(scale=Key("routed_scaling_factor", 2.5)),
+        choices={
+            "score_function": SIGMOID_OR_SOFTMAX,
+            "moe_router_enable_expert_bias": {True: {}, False: {"bias": None}},
+        },
+    ),
     GPT_OSS,
+    GEMMA4,
+    GEMMA4._replace(model_type="gemma4_text"),
     LLAMA4,
     LLAMA4._replace(model_type="llama4"),
 )

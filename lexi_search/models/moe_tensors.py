@@ -7,8 +7,9 @@ from typing import NamedTuple
 from lexi_search.checkpoint.dequantise import Plain
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.errors import InputError
+from lexi_search.layers.weights import Scales
+from lexi_search.models.families.moe import Architecture
 from lexi_search.models.finder import explain_absence, require_shape
-from lexi_search.models.moe_families import Architecture
 
 # Names of an expert's (gate, up, down), or (up, down) where it has no gate, below `experts.N.` of the block; the first
 # entry that is present counts.
@@ -20,6 +21,7 @@ FUSED = (
     ("experts.fc1.weight", "experts.fc2.weight"),
 )
 FUSED_BIAS = "_bias"
+APART = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")  # (gate, up, down), each of all experts
 # Names of the bias per expert, of the selection or the logits, below the block.
 BIASES = (
     "gate.e_score_correction_bias",
@@ -29,20 +31,23 @@ BIASES = (
     "expert_bias",
     "gate.expert_bias",
     "router.bias",
+    "router_bias",
 )
+LATENT = ("fc1_latent_proj", "fc2_latent_proj")  # into the space that the experts work in, and back
 # Prefixes of parts with decoder layers of their own: multi-token prediction, speech.
 LEFT_OUT = re.compile(r"(.*\.)?(mtp|talker)\.")
 # Names below `layers.N.` of tensors that only a MoE layer has, and of tensors one of which a dense layer has.
-EXPERTS = re.compile(r"(.*\.)?(experts|switch_mlp|block_sparse_moe)\.")
+EXPERTS = re.compile(r"(.*\.)?(experts|switch_mlp|block_sparse_moe|moe)\.")
 MLP = re.compile(r"(.*\.)?(mlp|feed_forward|shared_mlp|mixer)\.")
 
 
 class ExpertTensors(NamedTuple):
-    """Names of one layer's expert tensors, in one of two layouts.
+    """Names of one layer's expert tensors, in one of three layouts.
 
     `separate` has one (gate, up, down) per expert, or (up, down) where experts have no gate, each stored [out, in].
     `fused` is (gate_up, down), perhaps with their biases (.., gate_up_bias, down_bias), with a leading expert axis,
-    stored [out, in] or, if `transposed`, [in, out]; gate comes before up, or their rows alternate if `interleaved`.
+    stored [out, in] or, if `transposed`, [in, out]; gate comes before up, or their rows alternate if `interleaved`. If
+    `apart`, it is (gate, up, down).
     """
 
     separate: tuple[tuple[str, ...], ...] = ()
@@ -50,13 +55,35 @@ class ExpertTensors(NamedTuple):
     transposed: bool = False
     interleaved: bool = False
 
+    @property
+    def apart(self) -> bool:
+        return self.fused is not None and len(self.fused) == len(APART)
+
+    @property
+    def down(self) -> str:
+        """The name of the down projection, of all experts or of the first."""
+        return self.fused[2 if self.apart else 1] if self.fused else self.separate[0][-1]
+
 
 class LayerTensors(NamedTuple):
-    """Names of one MoE layer's tensors: router [E, H], bias of the selection or of the logits (or None), experts."""
+    """Names of one MoE layer's tensors: router [E, H], bias of the selection or of the logits (or None), experts.
+
+    `scales` are those of the layer's `Scales`, if it has them; `limit` is that of its experts, a number; `latent` are
+    the maps into the space of its experts, and back.
+    """
 
     router: str
     bias: str | None
     experts: ExpertTensors
+    scales: Scales | None = None
+    limit: float | None = None
+    latent: tuple[str, str] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors but those of separate experts."""
+        single = (self.router, *([self.bias] if self.bias else ()))
+        return (*single, *(self.experts.fused or ()), *(self.scales or ()), *(self.latent or ()))
 
 
 def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) -> tuple[str, tuple[int, ...]]:
@@ -111,19 +138,44 @@ def locate_tensors(
     *,
     has_bias: bool = False,
     interleaved: bool = False,
+    scales: Scales | None = None,
+    latent_size: int | None = None,
 ) -> LayerTensors:
     """The checked tensors of the layer whose router is called `router`; InputError names a tensor that does not fit."""
     require_shape(tensors, router, (num_experts, hidden_size))
     if tensors[router].scheme != Plain():
         raise InputError(f"{tensors[router].file}: router {router} is quantised; only plain routers are supported")
-    block = re.match(r"(.*\.)?layers\.\d+\.[^.]+\.", router).group()
+    block = find_block(router, in_layer=scales is not None)
     bias = _find_bias(tensors, block, num_experts) if has_bias else None
+    latent = None if latent_size is None else _find_latent(tensors, block, latent_size, hidden_size)
+    width = latent_size or hidden_size  # of the experts' inputs and outputs
     fused = next((names for names in FUSED if any(block + name in tensors for name in names)), None)
-    if fused:
-        experts = _check_fused(tensors, (block + fused[0], block + fused[1]), num_experts, hidden_size, interleaved)
+    stacks = [block + name for name in APART]
+    if any(name in tensors and len(tensors[name].shape) == 3 for name in stacks):
+        experts = _check_apart(tensors, stacks, num_experts, width)
+    elif fused:
+        experts = _check_fused(tensors, (block + fused[0], block + fused[1]), num_experts, width, interleaved)
     else:
-        experts = _check_separate(tensors, block + "experts.", num_experts, hidden_size)
-    return LayerTensors(router, bias, experts)
+        experts = _check_separate(tensors, block + "experts.", num_experts, width)
+    if scales is not None:
+        scales = Scales(*(block + name for name in scales))
+        for name, extent in zip(scales, (hidden_size, hidden_size, num_experts), strict=True):
+            require_shape(tensors, name, (extent,))
+    return LayerTensors(router, bias, experts, scales, latent=latent)
+
+
+def find_block(router: str, *, in_layer: bool) -> str:
+    """What the names of a layer's experts begin with: that of the router's block, or of the layer itself."""
+    return re.match(r"(.*\.)?layers\.\d+\." + ("" if in_layer else r"[^.]+\."), router).group()
+
+
+def _find_latent(tensors: Tensors, block: str, latent_size: int, hidden_size: int) -> tuple[str, str]:
+    names = tuple(f"{block}{module}.weight" for module in LATENT)
+    for name, shape in zip(names, ((latent_size, hidden_size), (hidden_size, latent_size)), strict=True):
+        require_shape(tensors, name, shape)
+        if (bias := name.removesuffix("weight") + "bias") in tensors:
+            raise InputError(f"{tensors[bias].file}: tensor {bias} is not supported beside experts in a latent space")
+    return names
 
 
 def _find_bias(tensors: Tensors, block: str, num_experts: int) -> str:
@@ -148,6 +200,13 @@ def _check_separate(tensors: Tensors, stem: str, num_experts: int, hidden_size: 
             require_shape(tensors, name, (width, hidden_size))
         require_shape(tensors, down, (hidden_size, width))
     return ExpertTensors(separate=separate)
+
+
+def _check_apart(tensors: Tensors, names: Sequence[str], num_experts: int, hidden_size: int) -> ExpertTensors:
+    width = require_shape(tensors, names[0], (num_experts, None, hidden_size))[1]
+    require_shape(tensors, names[1], (num_experts, width, hidden_size))
+    require_shape(tensors, names[2], (num_experts, hidden_size, width))
+    return ExpertTensors(fused=tuple(names))
 
 
 def _check_fused(

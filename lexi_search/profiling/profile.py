@@ -87,7 +87,7 @@ def decide_compensation(compensation: str | None, exponent: float | str | None, 
         if compensation in ("full", "exponent"):
             raise InputError(f"--compensation {compensation} is found on the model's own text; leave --input paper out")
         return "none" if exponent is None else "exponent"
-    proportional = not routing.scales_input and routing.scoring != "sparsemixer"
+    proportional = not (routing.scales_input or routing.scales_output) and routing.scoring != "sparsemixer"
     if compensation in ("full", "exponent") and not proportional:
         raise InputError(
             f"--compensation {compensation}: this family's gate weights are not the scores up to one factor a token; "

@@ -29,12 +29,21 @@ from lexi_search.checkpoint.writer import Output, write_shards
 from lexi_search.errors import InputError
 from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import Model, describe, find_dtype
-from lexi_search.models.moe_tensors import BIASES, LayerTensors
+from lexi_search.models.moe_tensors import BIASES, LayerTensors, find_block
 from lexi_search.profiling.divergence import open_run
 from lexi_search.profiling.forward.passes import forward
 from lexi_search.profiling.forward.sampling import draw_tokens
 from lexi_search.pruning.importance import Batches, draw_batches, score_channels, score_experts
-from lexi_search.pruning.sizes import Sizes, change_config, check_width, find_blocks, find_sizes, is_single, pad_shared
+from lexi_search.pruning.sizes import (
+    Sizes,
+    change_config,
+    check_width,
+    find_blocks,
+    find_sizes,
+    has_differing_layers,
+    is_single,
+    pad_shared,
+)
 from lexi_search.pruning.slicing import ExpertBlock, Kept, find_unit, slice_experts, slice_rows
 
 FORMAT, VERSION = "lexi-pruning", 1
@@ -141,7 +150,8 @@ def _open_source(weights: str, experts: Fraction, width: Fraction) -> _Source:
     checkpoint = open_checkpoint(weights)
     if (checkpoint.folder / RECORD).exists():
         raise InputError(f"{weights}: already pruned, says {RECORD} there; prune the model that it was made from")
-    if any("lexi_allocation" in part or "per_layer_config" in part for part in _list_parts(checkpoint.config)):
+    layered = {"lexi_allocation", *(() if has_differing_layers(checkpoint.config) else ("per_layer_config",))}
+    if any(layered & part.keys() for part in _list_parts(checkpoint.config)):
         raise InputError(f"{weights}: the config has values per layer; prune the model's original folder")
     model = _describe(checkpoint)
     tensors = checkpoint.tensors
@@ -151,7 +161,7 @@ def _open_source(weights: str, experts: Fraction, width: Fraction) -> _Source:
             checkpoint=checkpoint,
             tensors=tensors,
             experts=block.experts,
-            stem=f"{name}.experts.",
+            stem=find_block(block.router, in_layer=block.scales is not None) + "experts.",
             width=before.width,
         )
         for name, block in blocks.items()
@@ -254,6 +264,7 @@ def _plan_changes(source: _Source, kept: Mapping[str, Kept]) -> dict[str, Output
     for name, block in source.blocks.items():
         per_expert = [part for part in checkpoint.entries if part.startswith(block.router.removesuffix("weight"))]
         per_expert += [f"{name}.{bias}" for bias in BIASES if f"{name}.{bias}" in checkpoint.entries]
+        per_expert += [block.scales.outputs] if block.scales else []
         for part in per_expert:
             changes[part] = slice_rows(checkpoint, part, kept[name].experts, before.num_experts)
         changes |= slice_experts(source.experts[name], kept[name])

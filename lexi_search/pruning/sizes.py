@@ -13,9 +13,10 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.checkpoint.tensors import Tensors
 from lexi_search.checkpoint.writer import Output
 from lexi_search.errors import InputError
-from lexi_search.models.config_defaults import read_config
-from lexi_search.models.model import Model
-from lexi_search.models.moe_families import ARCHITECTURES, Architecture
+from lexi_search.models.families.config import read_config
+from lexi_search.models.families.moe import Architecture
+from lexi_search.models.model import Model, read_latent_size
+from lexi_search.models.moe_families import ARCHITECTURES
 from lexi_search.models.moe_tensors import LayerTensors, locate_tensors
 from lexi_search.pruning.slicing import pad
 
@@ -37,10 +38,20 @@ class Sizes:
         return replace(self, num_experts=num_experts, width=width, shared_experts=shared)
 
 
+def _find_architecture(config: Mapping[str, Any]) -> Architecture | None:
+    model_type = config.get("model_type")
+    return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+
+
+def has_differing_layers(config: Mapping[str, Any]) -> bool:
+    """Whether the config's `per_layer_config` is about the sizes of attention."""
+    architecture = _find_architecture(config)
+    return architecture is not None and architecture.differing
+
+
 def is_single(config: Mapping[str, Any]) -> bool:
     """Whether each token runs one expert of the model that `config` describes."""
-    model_type = config.get("model_type")
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    architecture = _find_architecture(config)
     return bool(architecture) and any(_find_section(config).get(key) == 1 for key in architecture.top_k)
 
 
@@ -48,7 +59,7 @@ def find_sizes(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> Sizes:
     """The sizes of a checkpoint, as stored."""
     architecture = ARCHITECTURES[model.identity.model_type]
     experts = model.tensors[model.layers[0]].experts
-    down = tensors[experts.fused[1] if experts.fused else experts.separate[0][-1]].shape
+    down = tensors[experts.down].shape
     values = read_config(checkpoint).values
     counts = (values.get(key) for key in architecture.shared_experts)
     shared = next((count for count in counts if count is not None), 0)
@@ -77,6 +88,8 @@ def find_blocks(tensors: Tensors, checkpoint: Checkpoint, model: Model) -> dict[
                 model.hidden_size,
                 has_bias=model.routing.bias is not None,
                 interleaved=architecture.interleaved,
+                scales=architecture.scales,
+                latent_size=read_latent_size(read_config(checkpoint), architecture),
             )
     return {re.match(r"(.*\.)?layers\.\d+\.[^.]+", router)[0]: block for router, block in blocks.items()}
 

@@ -194,7 +194,8 @@ def _list_parts(tensors: Tensors, experts: ExpertTensors) -> Iterator[_Part]:
 def _list_matrices(experts: ExpertTensors) -> Iterator[tuple[str, str | None]]:
     """The logical name of every matrix or bias, and the side that has the channels (None: neither)."""
     if experts.fused:
-        yield from zip(experts.fused, ("out", "in", "out", None), strict=False)
+        sides = ("out", "out", "in") if experts.apart else ("out", "in", "out", None)
+        yield from zip(experts.fused, sides, strict=False)
     for *inputs, down in experts.separate:
         yield from ((name, "out") for name in inputs)
         yield down, "in"
@@ -215,7 +216,7 @@ def _find_axis(block: ExpertBlock, part: _Part, shape: tuple[int, ...]) -> _Axis
     number = int((part.side == "in") != flipped)
     if len(shape) <= number or shape[number] == 1:
         return None  # one number for all channels
-    copies = 2 if experts.fused and part.side == "out" else 1
+    copies = 2 if experts.fused and not experts.apart and part.side == "out" else 1
     extent, rest = divmod(shape[number], copies)
     if extent == 1 and not rest:
         return None  # one number for all channels of gate, and one for those of up

@@ -33,8 +33,23 @@ LATENT_OPTIONS = {
     "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
     "attention_backend": "CPU_MLA",
 }
-CHANGES = {"deepseek_v2": LATENT_ATTENTION, "deepseek_vl2": LATENT_ATTENTION}
+TYPES = ["linear_attention", "full_attention", "linear_attention"]
+# Families beside the ones of `tiny.FAMILIES`, tried under one mixed allocation each, with what the engine's CPU build
+# needs: heads of its kernels' sizes, and sixteen bits for gated delta nets.
+MORE = {
+    "axk1": LATENT_ATTENTION,
+    "cohere2_moe": dict(tie_word_embeddings=True),
+    "exaone_moe": {},
+    "gemma4_text": {},
+    "granitemoehybrid": dict(
+        num_hidden_layers=3, layer_types=TYPES, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=24
+    ),
+    "qwen3_next": dict(num_hidden_layers=3, layer_types=TYPES, linear_key_head_dim=128, linear_value_head_dim=128),
+}
+CHANGES = MORE | {"deepseek_v2": LATENT_ATTENTION, "deepseek_vl2": LATENT_ATTENTION}
 OPTIONS = {
+    "axk1": LATENT_OPTIONS,
+    "qwen3_next": {"dtype": "bfloat16"},
     "deepseek_v2": LATENT_OPTIONS,
     "deepseek_vl2": LATENT_OPTIONS | {"limit_mm_per_prompt": {"image": 0}, "skip_tokenizer_init": False},
     "deepseek": {"trust_remote_code": True},

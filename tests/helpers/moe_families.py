@@ -48,6 +48,13 @@ SETTINGS = {
         "expert_ffn_hidden_size": 16,
         "zero_expert_num": 0,
     },
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": 16,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 16,
+    },
     "mimo_v2_flash": {"num_key_value_heads": 1},  # its windowed layers have twice as many
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_expand": 2, "layer_types": ["attention"] * 3},
     "hunyuan_v1_moe": {"rope_parameters": ROPE, "head_dim": 16},
@@ -76,6 +83,7 @@ def build(model_type, top_k=TOP_K):
     """The family's tiny model, float32, in evaluation mode; its routers have clear preferences, whatever the top_k."""
     text_class, whole_class = find_text_class(model_type), CONFIG_MAPPING[model_type]
     default = text_class()
+    default.allow_global_per_layer_attribute_access = True
     sizes = {key: value for key, value in SIZES.items() if getattr(default, key, None) is not None}
     text = text_class(**sizes | {find_top_k_key(text_class): top_k} | SETTINGS.get(model_type, {}))
     config = text if text_class is whole_class else whole_class(text_config=text)

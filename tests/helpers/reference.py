@@ -16,6 +16,7 @@ def silu(x, alpha=1.0):
 ACTIVATIONS = {
     "silu": silu,
     "gelu": erf_gelu,
+    "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
@@ -59,7 +60,8 @@ def choose_in_turn(logits, jitter, top_k):
 
 def run_expert(x, expert, activation):
     """One row through one expert: (gate or None, up, down), or these and their three biases."""
-    gate, up, down, gate_bias, up_bias, down_bias = (*expert, 0, 0, 0)[:6]
+    gate, up, down, gate_bias, up_bias, down_bias, bound = (*expert, 0, 0, 0, 0)[:7]
+    bound = bound or np.inf
     function = ACTIVATIONS[activation.name]
     lifted = up @ x + up_bias
     if gate is None:
@@ -68,6 +70,7 @@ def run_expert(x, expert, activation):
     if activation.limit is not None:
         gated, lifted = np.minimum(gated, activation.limit), np.clip(lifted, -activation.limit, activation.limit)
     gated = silu(gated, activation.alpha) if activation.alpha != 1 else function(gated)
+    gated, lifted = np.minimum(gated, bound), np.clip(lifted, -bound, bound)
     return down @ (gated * (lifted + activation.up_offset)) + down_bias
 
 

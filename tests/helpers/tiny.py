@@ -146,6 +146,24 @@ GRANITE = LOCAL | dict(
     shared_intermediate_size=32, layer_types=["attention"] * 2, mamba_n_heads=2, mamba_d_head=64, mamba_n_groups=1
 )
 ARIA = LOCAL | dict(moe_num_experts=16, moe_topk=4, moe_num_shared_experts=1)
+STEP = PLAIN | dict(
+    n_routed_experts=16,
+    num_local_experts=16,
+    moe_intermediate_size=32,
+    share_expert_dim=48,
+    mlp_layer_types=["sparse"] * 2,
+    moe_router_scaling_factor=1.5,
+    swiglu_limits=[0.5, None],
+)
+GEMMA4 = PLAIN | dict(
+    num_experts=16,
+    top_k_experts=4,
+    enable_moe_block=True,
+    moe_intermediate_size=32,
+    hidden_size_per_layer_input=0,
+    global_head_dim=64,
+    layer_types=["sliding_attention", "full_attention"],
+)
 LLAMA4 = LOCAL | dict(num_experts_per_tok=1, intermediate_size_mlp=64, moe_layers=[1], interleave_moe_layer_step=2)
 LLAMA4_VISION = VISION | dict(
     vision_output_dim=64, pixel_shuffle_ratio=0.5, projector_input_dim=64, projector_output_dim=64
@@ -219,6 +237,19 @@ ALL_FAMILIES = FAMILIES | {
         ),
     ),
     "mistral4": ("Mistral4", MLA),
+    "mistral3": (
+        "Mistral3 ForConditionalGeneration",
+        with_vision(MLA | dict(model_type="mistral4"), VISION | dict(model_type="pixtral", head_dim=16)),
+    ),
+    "axk1": ("AXK1", MLA),
+    "axk2": ("AXK2", INDEXED | dict(gated_norm_rank=8, mlp_layer_types=["sparse"] * 2)),
+    "deepseek_ocr2": (
+        "DeepseekOcr2 ForConditionalGeneration",
+        with_vision(DEEPSEEK_MOE | dict(routed_scaling_factor=1.5), OCR2_VISION),
+    ),
+    "sarvam_moe": ("Glm4Moe", GLM),
+    "bailing_hybrid": ("Glm4Moe", GLM),
+    "sarvam_mla": ("DeepseekV3", MLA | dict(n_group=1, topk_group=1)),
     "nemotron_h": (
         "NemotronH",
         MLA
@@ -231,6 +262,8 @@ ALL_FAMILIES = FAMILIES | {
             n_groups=1,
         ),
     ),
+    "step3p5": ("Step3p7 ForConditionalGeneration", with_vision(STEP, VISION | dict(head_dim=16))),
+    "step3p7": ("Step3p7 ForConditionalGeneration", with_vision(STEP, VISION | dict(head_dim=16))),
     "minimax_m2": ("MiniMaxM2", LOCAL),
     "minimax_m3_vl": (
         "MiniMaxM3VL MiniMaxM3SparseForConditionalGeneration",
@@ -243,6 +276,8 @@ ALL_FAMILIES = FAMILIES | {
     "bailing_moe": ("Qwen3Moe", QWEN | dict(norm_topk_prob=True)),
     "bailing_moe_v2": ("Glm4Moe", GLM),
     "gpt_oss": ("GptOss", LOCAL | dict(swiglu_limit=0.5)),
+    "gemma4": ("Gemma4 ForConditionalGeneration", with_vision(GEMMA4, VISION | dict(head_dim=16))),
+    "gemma4_text": ("Gemma4Text Gemma4ForCausalLM", GEMMA4),
     "llama4": ("Llama4 ForConditionalGeneration", with_vision(LLAMA4, LLAMA4_VISION)),
     "llama4_text": ("Llama4Text Llama4ForCausalLM", LLAMA4),
 }
@@ -252,8 +287,10 @@ ROUTERS = (
     "mixer.gate.weight",
     "router.weight",
     "router.gate.weight",
+    "router.proj.weight",
     "gate.wg.weight",
 )
+SCALES = ("router.scale", "router.per_expert_scale", "pre_feedforward_layernorm_2.weight")
 BIASES = ("e_score_correction_bias", "expert_bias", "router.bias")
 
 
@@ -280,6 +317,8 @@ def build_reference(family: str, *, seed: int = 0, **changes):
                 value.normal_(0.0, value.shape[-1] ** -0.5, generator=generator)
             if key.endswith(ROUTERS):
                 value.mul_(2.0)
+            if key.endswith(SCALES):
+                value.uniform_(0.5, 1.5, generator=generator)
         for key, value in (*model.named_parameters(), *model.named_buffers()):
             if key.endswith(BIASES):
                 value.uniform_(0.0, 0.3, generator=generator)
@@ -302,12 +341,25 @@ def save_checkpoint(family: str, model, folder: Path, *, shard_size: str = "5GB"
 
 def find_moe_blocks(model) -> dict[int, torch.nn.Module]:
     """Decoder-layer index -> MoE block (the module that holds a router and experts)."""
-    named = ((re.fullmatch(r"(.*\.)?layers\.(\d+)\.\w+", name), module) for name, module in model.named_modules())
+    named = ((re.fullmatch(r"(.*\.)?layers\.(\d+)(\.\w+)?", name), module) for name, module in model.named_modules())
     return {
-        int(match[2]): module
+        int(match[2]): module if match[3] else ScaledBlock(module)
         for match, module in named
         if match and hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router"))
     }
+
+
+class ScaledBlock(torch.nn.Module):
+    """The router and the experts of a Gemma 4 layer, which has them beside its dense MLP, as a block of their own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.router, self.experts, self.norm = layer.router, layer.experts, layer.pre_feedforward_layernorm_2
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        _, weights, chosen = self.router(rows)
+        return self.experts(self.norm(rows), chosen, weights).reshape(x.shape)
 
 
 def read_config(folder: Path) -> SimpleNamespace:
@@ -317,7 +369,7 @@ def read_config(folder: Path) -> SimpleNamespace:
 def _rewrite(folder, rename, reconfigure):
     tensors = {rename(k): v for k, v in load_file(folder / "model.safetensors").items()}
     tensors.pop(None, None)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_join_inputs(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(reconfigure(config), indent=2))
 
@@ -412,6 +464,58 @@ def _deepseek_config(config):
     }
 
 
+def _gemma4_config(config):
+    """The hub's names for what transformers writes of layers that attend to all."""
+    text = config.get("text_config", config)
+    own = next(iter(text.pop("per_layer_config").values()))
+    text["global_head_dim"] = own["head_dim"]
+    text["num_global_key_value_heads"] = own.get("num_key_value_heads")
+    return config
+
+
+def _step3p5_name(key):
+    return None if "vi" in key.split(".")[0] else key
+
+
+def _step3p5_config(config):
+    """The language model's part alone, by the hub's keys; lists go on with entries of prediction layers."""
+    text = config["text_config"]
+    text["moe_num_experts"], text["moe_top_k"] = text.pop("n_routed_experts"), text.pop("num_experts_per_tok")
+    text["num_attention_groups"] = text.pop("num_key_value_heads")
+    text["attention_other_setting"] = {
+        "attention_type": "sliding_attention",
+        "num_attention_heads": text.pop("num_sliding_attention_heads"),
+        "num_attention_groups": text["num_attention_groups"],
+        "head_dim": text["head_dim"],
+    }
+    sparse = [str(layer) for layer, kind in enumerate(text.pop("mlp_layer_types")) if kind == "sparse"]
+    text |= {"moe_layers_enum": ",".join(sparse), "use_head_wise_attn_gate": True, "moe_router_activation": "sigmoid"}
+    rope = text.pop("rope_parameters")
+    text["layer_types"] = [*text["layer_types"], "sliding_attention"]
+    text["rope_theta"] = [rope.get(kind, {}).get("rope_theta", 1e4) for kind in text["layer_types"]]
+    text["partial_rotary_factors"] = [rope.get(k, {}).get("partial_rotary_factor", 1.0) for k in text["layer_types"]]
+    text.pop("per_layer_config", None)
+    return text | {"architectures": ["Step3p5ForCausalLM"], "model_type": "step3p5", "dtype": config["dtype"]}
+
+
+BAILING = dict(num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True, use_rmsnorm=True)
+BAILING_NAMES = {"self_attn.o_proj": "attention.dense", "self_attn.q_norm": "attention.query_layernorm"}
+BAILING_NAMES |= {"self_attn.k_norm": "attention.key_layernorm", "embed_tokens": "word_embeddings"}
+BAILING_NAMES |= {"self_attn.": "attention.", "e_score_correction_bias": "expert_bias"}
+
+
+def _bailing_name(key):
+    return re.sub("|".join(map(re.escape, BAILING_NAMES)), lambda match: BAILING_NAMES[match[0]], key)
+
+
+def _join_inputs(tensors):
+    """Queries, keys and values of one layer as one tensor, where modules are called `attention`."""
+    for query in [key for key in tensors if ".attention.q_proj." in key]:
+        parts = [tensors.pop(query.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        tensors[query.replace("q_proj", "query_key_value")] = torch.cat(parts)
+    return tensors
+
+
 # The changes that turn transformers' checkpoint into the hub's: functions of a tensor's name, whose None drops the
 # tensor, and of the config.
 REWRITES = {
@@ -424,12 +528,14 @@ REWRITES = {
     "kimi_k25": (lambda key: key.replace("language_model.model.blocks.", "language_model.model.layers."), dict),
     "kimi_linear": (_name_dense, dict),
     "minimax_m3_vl": (_name_dense, dict),
+    "gemma4": (str, _gemma4_config),
+    "step3p5": (_step3p5_name, _step3p5_config),
     "kimi_vl": (lambda key: f"language_model.{key}", _kimi_vl_config),
-    "bailing_moe": (str, _retype("bailing_moe")),
-    "bailing_moe_v2": (
-        lambda key: key.replace("e_score_correction_bias", "expert_bias"),
-        _retype("bailing_moe_v2", num_experts=16, score_function="sigmoid", moe_router_enable_expert_bias=True),
-    ),
+    "bailing_moe": (_bailing_name, _retype("bailing_moe", use_rmsnorm=True, use_qk_norm=True)),
+    "sarvam_moe": (_bailing_name, _retype("sarvam_moe", **BAILING)),
+    "bailing_hybrid": (_bailing_name, _retype("bailing_hybrid", **BAILING)),
+    "sarvam_mla": (str, _retype("sarvam_mla", num_experts=16, num_shared_experts=1)),
+    "bailing_moe_v2": (_bailing_name, _retype("bailing_moe_v2", **BAILING)),
 }
 
 # What transformers needs beside a config whose model_type it does not know, so that vLLM can read it.

@@ -16,6 +16,7 @@ from lexi_search.layers.ffn import find_precision
 from lexi_search.layers.spec import Attention, GroupedAttention, LatentAttention, Norm, Rope
 from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
 
+GATES = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 SCORE_BYTES = 64 << 20  # of attention scores at a time: some queries of one sequence, or several whole sequences
 
 
@@ -35,7 +36,8 @@ def attend(
     for gate in gates:
         outputs = outputs * jax.nn.sigmoid(gate.reshape(outputs.shape))
     if grouped and weights.gate is not None:
-        outputs = outputs * jax.nn.sigmoid(apply_affine(x, weights.gate))
+        gate = GATES[attention.gate](apply_affine(x, weights.gate).astype(jnp.float32)).astype(outputs.dtype)
+        outputs = outputs * jnp.repeat(gate, outputs.shape[-1] // gate.shape[-1], axis=-1)
     return apply_affine(outputs, weights.o)
 
 
@@ -82,6 +84,8 @@ def _project_grouped(
     queries, keys = (_prepare(part, gain, attention) for part, gain in zip((queries, keys), gains, strict=True))
     if attention.growth is not None:
         queries = queries * _grow(x.shape[1], *attention.growth).astype(x.dtype)[None, :, None, None, None]
+    if attention.unit_values:
+        values = normalise(values, None, norm=attention.norm)
     values = _clip(values, attention.clip) * jnp.asarray(attention.value_scale, x.dtype)
     return queries, keys, values, *gates
 

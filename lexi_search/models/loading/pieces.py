@@ -48,6 +48,8 @@ def list_pieces(tensors: Tensors, experts: ExpertTensors) -> list[tuple[Piece, .
             for names in experts.separate
         ]
     fields = (("gate", "up"), ("down",), ("gate_bias", "up_bias"), ("down_bias",))
+    if experts.apart:
+        fields = (("gate",), ("up",), ("down",))
     recipes = [
         describe_recipe(tensors, name, group, fused=True)._replace(
             transposed=experts.transposed, interleaved=experts.interleaved
@@ -63,8 +65,8 @@ def list_pieces(tensors: Tensors, experts: ExpertTensors) -> list[tuple[Piece, .
 
 def list_parts(tensors: Tensors, layer: LayerTensors) -> set[str]:
     """Stored names of everything that a MoE layer's router and experts are made of."""
-    names = {layer.router, layer.bias, *(layer.experts.fused or ()), *chain.from_iterable(layer.experts.separate)}
-    return {part for name in names - {None} for part in tensors[name].parts.values()}
+    names = {*layer.names, *chain.from_iterable(layer.experts.separate)}
+    return {part for name in names for part in tensors[name].parts.values()}
 
 
 def make_plain(recipe: Recipe) -> Recipe:

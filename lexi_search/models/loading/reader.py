@@ -14,7 +14,9 @@ from lexi_search.checkpoint.dequantise import Parts, Plain
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
-from lexi_search.layers.weights import BlockWeights, ExpertWeights, LayerWeights
+from lexi_search.layers.experts import limit_layer, project_layer, scale_layer
+from lexi_search.layers.weights import BlockWeights, ExpertWeights, LayerWeights, Scales
+from lexi_search.models.finder import Stored
 from lexi_search.models.loading.pieces import (
     Piece,
     Recipe,
@@ -112,9 +114,16 @@ def read_layer(reader: Reader, model: Model, needed: NeededExperts | None, layer
     router = reader.load_plain(tensors.router)
     bias = reader.load_plain(tensors.bias).reshape(-1) if tensors.bias else None  # some store it [1, E]
     experts = Experts(reader, list_pieces(reader.tensors, tensors.experts))
-    first = range(len(experts)) if needed is None else sorted(needed(layer, router, bias))
+    weights = LayerWeights(router, bias, experts)
+    if tensors.scales is not None:
+        weights = scale_layer(weights, Scales(*map(reader.load_plain, tensors.scales)))
+    if tensors.latent is not None:
+        weights = project_layer(weights, *read_tree(reader, tuple(map(Stored, tensors.latent))))
+    if tensors.limit is not None:
+        weights = limit_layer(weights, tensors.limit)
+    first = range(len(experts)) if needed is None else sorted(needed(layer, weights.router, bias))
     experts.load(first, apply=reader.pool.map)
-    return LayerWeights(router, bias, experts)
+    return weights
 
 
 def read_block(reader: Reader, model: Model, decoder: Decoder, layer: int) -> BlockWeights:

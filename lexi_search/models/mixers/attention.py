@@ -1,5 +1,6 @@
 """The attention of one layer, described from its tensors and the config: grouped-query or latent."""
 
+import itertools
 from collections.abc import Sequence
 
 from lexi_search.artifacts.codec import short
@@ -7,16 +8,17 @@ from lexi_search.checkpoint.config import Config, Key
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import GroupedAttention, LatentAttention, Norm, Rope
 from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
-from lexi_search.models.decoder_families import CHUNKED, FULL, SLIDING
-from lexi_search.models.finder import Finder
+from lexi_search.models.families.kinds import CHUNKED, FULL, SLIDING
+from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.mixers.rope import find_temperature, make_rope, read_parameters
 from lexi_search.models.mixers.source import REMEDY, Source, resolve
 
 # Module names below that of attention; the first one present counts.
-QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj",), ("k_proj",), ("v_proj",), ("o_proj", "out_proj")
+QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj",), ("k_proj",), ("v_proj",), ("o_proj", "out_proj", "dense")
 QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
 KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm")
-GATES, SINKS = ("gate_proj",), ("sinks", "attention_sink_bias")
+FUSED_INPUTS = "query_key_value"  # queries, keys and values, one after the other
+GATES, SINKS = ("gate_proj", "g_proj"), ("sinks", "attention_sink_bias")
 LATENT_QUERIES, LOW_RANK_QUERIES = ("q_proj", "q_b_proj"), ("q_a_proj",)
 LOW_RANK_QUERY_NORMS = ("q_a_layernorm",)
 LATENTS, LATENT_NORMS = ("kv_a_proj_with_mqa",), ("kv_a_layernorm",)
@@ -40,34 +42,41 @@ def describe_attention(
 
 def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, GroupedWeights]:
     finder, config, family, hidden = source.finder, source.config, source.family, source.hidden_size
-    heads, kv_heads = family.heads(config, kind)
-    q = finder.need(QUERIES, (None, hidden))
+    heads, kv_heads = family.heads(config, kind, source.layer)
     gated = resolve(config, family.gated)
-    rows = finder.get_shape(q.weight)[0]
-    if rows % (heads * (1 + gated)) or heads % kv_heads:
+    fused = finder.take([FUSED_INPUTS], (None, hidden))
+    q = finder.need(QUERIES, (None, hidden)) if fused is None else None
+    rows, parts = finder.get_shape((q or fused).weight)[0], heads * (1 + gated) + (2 * kv_heads if fused else 0)
+    if rows % parts or heads % kv_heads:
         thing = f"{heads} heads and {kv_heads} of keys"
-        raise InputError(f"{config.place}: {thing} do not fit {q.weight.name} of {rows} rows")
-    rows //= 1 + gated
-    dim = rows // heads
+        raise InputError(f"{config.place}: {thing} do not fit {(q or fused).weight.name} of {rows} rows")
+    dim = rows // parts
+    rows = heads * dim
     value_dim = resolve(config, family.value_dim) or dim
+    values = KEYS if family.keys_are_values and family.keys_are_values(config, kind) else VALUES
+    if fused is None:
+        k, v = finder.need(KEYS, (kv_heads * dim, hidden)), finder.need(values, (kv_heads * value_dim, hidden))
+    else:
+        q, k, v = _split(fused, (rows, kv_heads * dim, kv_heads * dim))
     weights = GroupedWeights(
         q=q,
-        k=finder.need(KEYS, (kv_heads * dim, hidden)),
-        v=finder.need(VALUES, (kv_heads * value_dim, hidden)),
+        k=k,
+        v=v,
         o=finder.need(OUTPUTS, (hidden, heads * value_dim)),
         q_norm=_take_gains(finder, QUERY_NORMS, (dim, rows)),
         k_norm=_take_gains(finder, KEY_NORMS, (dim, kv_heads * dim)),
-        gate=finder.take(GATES, (rows, hidden)),
+        gate=_take_gate(finder, rows, heads, hidden),
         sinks=next((sinks for name in SINKS if (sinks := finder.take_tensor(name, (heads,)))), None),
     )
     windows = config.values.get("sliding_window") or family.chunk
-    rotates = kind != FULL or not family.rotates_windows_only or not windows
+    unrotated = kind == FULL and family.rotates_windows_only and windows
+    rotates = not unrotated or bool(source.dense and family.rotates_dense and family.rotates_dense(config))
     attention = GroupedAttention(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=dim,
         scale=dim**-0.5 if family.scale is None else resolve(config, family.scale),
-        norm=source.norm,
+        norm=family.head_norm(config) if family.head_norm else source.norm,
         rope=_read_rope(source, dim, kind)[0] if rotates else None,
         window=_read_window(config, kind),
         clip=resolve(config, family.clip),
@@ -77,8 +86,24 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
         chunk=family.chunk(config) if kind == CHUNKED else None,
         growth=family.growth(config) if family.growth and not rotates else None,
         value_scale=resolve(config, family.value_scale),
+        unit_values=family.unit_values,
+        gate=family.gate,
     )
     return attention, weights
+
+
+def _split(fused: Affine, extents: Sequence[int]) -> list[Affine]:
+    """Some rows each of a matrix and its bias, one after the other."""
+    ends = list(itertools.accumulate(extents))
+    ranges = [(end - extent, end) for end, extent in zip(ends, extents, strict=True)]
+    return [Affine(*(part and Stored(part.name, rows) for part in fused)) for rows in ranges]
+
+
+def _take_gate(finder: Finder, rows: int, heads: int, hidden: int) -> Affine | None:
+    """The projection to the gates of a head's values, or to one for each head."""
+    gate = finder.take(GATES, (None, hidden))
+    per_head = gate is not None and finder.get_shape(gate.weight)[0] == heads
+    return gate if per_head else finder.take(GATES, (rows, hidden))
 
 
 def _take_gains(finder: Finder, modules: Sequence[str], extents: tuple[int, int]) -> Affine | None:
@@ -123,7 +148,16 @@ def _read_rope(source: Source, dim: int, kind: str, *, latent: bool = False) -> 
     config, family = source.config, source.family
     if not resolve(config, family.rotates):
         return None, 1.0
-    parameters = read_parameters(config, layer_type=kind)
+    if family.layer_rope is not None:
+        config = family.layer_rope(config, kind, source.layer)
+    if isinstance(bases := config.values.get("layer_rope_theta"), list):
+        if len(bases) != source.num_layers:
+            raise InputError(f"{config.place}: layer_rope_theta is of {len(bases)} layers, not of {source.num_layers}")
+        if not bases[source.layer]:
+            return None, 1.0
+        parameters = read_parameters(config, layer_type=kind, theta=bases[source.layer])
+    else:
+        parameters = read_parameters(config, layer_type=kind)
     if kind == SLIDING and config.values.get("swa_rope_theta") is not None:
         parameters = {**parameters, "rope_theta": config.resolve(Key("swa_rope_theta", parameters["rope_theta"]))}
     if latent:  # the rotary embedding has values of its own, and rotates all of them

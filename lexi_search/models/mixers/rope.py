@@ -20,8 +20,10 @@ DEFAULT_THETA = 1e4
 RopeParameters = Mapping[str, Any]  # as `rope_parameters` in a config holds them
 
 
-def read_parameters(config: Config, *, layer_type: str | None = None) -> RopeParameters:
+def read_parameters(config: Config, *, layer_type: str | None = None, theta: Any = None) -> RopeParameters:
     """The config's rotary parameters for layers of `layer_type`: new (`rope_parameters`) and old keys together.
+
+    `theta` is the layer's own base, if it has one.
 
     Raises:
         InputError: an unknown kind of scaling, or a parameter that is not of its type.
@@ -33,7 +35,7 @@ def read_parameters(config: Config, *, layer_type: str | None = None) -> RopePar
     if not isinstance(given, dict):
         raise InputError(f"{config.place}: the rope parameters are {short(given)}, expected an object")
     outer = {key: values[key] for key in _OUTER_KEYS if values.get(key) is not None}
-    parameters = {"rope_theta": DEFAULT_THETA} | outer | given
+    parameters = {"rope_theta": DEFAULT_THETA} | outer | given | ({} if theta is None else {"rope_theta": theta})
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if not isinstance(kind, str) or kind not in _SCALINGS:
         known = ", ".join(_SCALINGS)
@@ -62,7 +64,8 @@ def make_rope(parameters: RopeParameters, dim: int, *, place: str, interleaved: 
         InputError: a parameter that the kind of scaling needs is missing, or out of the range that it works with.
     """
     with _refuse_failure(parameters, place):
-        rotary = int(parameters.get("rotary_dim") or dim * parameters.get("partial_rotary_factor", 1.0))
+        share = 1.0 if parameters["rope_type"] == "proportional" else parameters.get("partial_rotary_factor", 1.0)
+        rotary = int(parameters.get("rotary_dim") or dim * share)
         if not 1 <= rotary <= dim - dim % 2:
             raise ValueError(f"{rotary} of {dim} values of a head")
         exponents = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
@@ -130,6 +133,12 @@ def _scale_linear(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[
     return frequencies / np.float32(parameters["factor"]), 1.0
 
 
+def _scale_proportional(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
+    """Gemma 4: the frequencies of a whole head, of which the last pairs are not rotated at all."""
+    kept = np.arange(len(frequencies)) < int(parameters.get("partial_rotary_factor", 1.0) * 2 * len(frequencies) // 2)
+    return np.where(kept, frequencies, np.float32(0)) / np.float32(parameters.get("factor") or 1.0), 1.0
+
+
 def _scale_llama3(frequencies: np.ndarray, parameters: RopeParameters) -> tuple[np.ndarray, float]:
     """Llama 3.1: low frequencies are divided by the factor, high ones kept, those between interpolated."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
@@ -167,7 +176,9 @@ _SCALINGS: Mapping[str, Callable[[np.ndarray, RopeParameters], tuple[np.ndarray,
         "dynamic": _scale_dynamic,
         "llama3": _scale_llama3,
         "yarn": _scale_yarn,
+        "deepseek_yarn": _scale_yarn,  # vLLM's name where there are two `mscale`
         "longrope": _scale_longrope,
+        "proportional": _scale_proportional,
     }
 )
 # The parameter that holds the longest sequence for which a scaling is computed correctly here.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from lexi_search.checkpoint.config import LARGEST_FLOAT, Config
 from lexi_search.errors import InputError
 from lexi_search.layers.spec import Norm
-from lexi_search.models.decoder_families import Family
+from lexi_search.models.families.decoder import Family
 from lexi_search.models.finder import Finder
 
 REMEDY = "use lexi-search profile --input paper, which takes the MoE layers alone"
@@ -22,6 +22,7 @@ class Source(NamedTuple):
     hidden_size: int
     activation: str  # of the model's MLPs
     layer: int = 0
+    dense: bool = False  # the layer has no experts
     num_layers: int = 0
 
 

@@ -1,5 +1,7 @@
 """The gate exponent's arithmetic, judged by one token at a time in float64, and a whole layer by a loop over tokens."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from tiny import build_reference, make_checkpoint
 
 import lexi_adapter
+from lexi_adapter.errors import AllocationError
 from lexi_adapter.serving.kernels.gates import compensate, pick, rescale
+from lexi_adapter.serving.vllm_gates import compensate_layer
 from lexi_search.artifacts.serialisation import to_document
 
 
@@ -140,3 +144,14 @@ def test_a_whole_layer_is_that_of_the_definition(tmp_path, family):
             found = block(torch.tensor(hidden[None], dtype=torch.float32))[0]
         expected = run_layer(block, hidden, top_k, 0.5, renormalize=family == "qwen3_moe")
         np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_layer_whose_experts_have_factors_of_their_own_takes_no_exponent():
+    class Gemma4Router:
+        def routing_function(self): ...
+
+    Gemma4Router.routing_function.__qualname__ = "Gemma4Router.routing_function"
+    router = type("CustomRoutingRouter", (), {"custom_routing_function": Gemma4Router().routing_function})()
+    layer = SimpleNamespace(router=router, routed_experts=None)
+    with pytest.raises(AllocationError, match="layer 3: no gate exponent can be applied in Gemma4Router.routing_func"):
+        compensate_layer(layer, "layer 3", 2, 4, 0.5)

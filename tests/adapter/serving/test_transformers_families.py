@@ -21,8 +21,7 @@ from lexi_adapter.model.identity import ROUTER_WEIGHTS
 
 # Families whose classes for text alone are tested instead, or whose tiny model transformers itself does not build.
 UNBUILT = {
-    "gemma4": "layers differ in attention, not only in experts",
-    "gemma4_text": "as gemma4",
+    "gemma4": "see gemma4_text",
     "llama4": "see llama4_text",
     "qwen3_5_moe": "see qwen3_5_moe_text",
     "qwen4_exp": "see qwen4_exp_text",
@@ -36,6 +35,7 @@ REFUSED = {
     "jetmoe": (AdapterError, "layer 0 has two routers"),
 }
 NO_EXPONENT = {
+    "gemma4_text": "no gate exponent can be applied in gemma4_text",
     "llama4_text": "Llama4Router does not return the ids and weights of its experts",
     "phimoe": "no gate exponent can be applied in phimoe",
 }

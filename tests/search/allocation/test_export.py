@@ -74,6 +74,18 @@ def test_overlay_sits_where_the_models_own_k_is():
     assert set(nested["language_config"]["per_layer_config"]) == {"1", "2", "3"}
 
 
+def test_layers_that_differ_in_attention_keep_what_the_config_says_of_them():
+    """In Gemma 4, an overlay would take the place of what transformers makes attention of."""
+    allocation = make_allocation(model_type="gemma4_text", top_k_key="top_k_experts")
+    with pytest.raises(InputError, match="per_layer_config of gemma4_text is of its attention and cannot hold the k"):
+        export.make_overlay(allocation)
+    config = {"architectures": ["Gemma4ForCausalLM"], "per_layer_config": {"1": {"head_dim": 64}}}
+    config |= {"model_type": "gemma4_text", "num_hidden_layers": 4, "num_experts": 8, "top_k_experts": 4}
+    export.check_config(allocation.model, config)
+    overrides = export.make_vllm_overrides(allocation, config)
+    assert overrides.keys() == {"architectures", "lexi_allocation"}
+
+
 def test_gate_exponent_is_refused_where_no_config_can_say_it():
     with pytest.raises(InputError, match="a config cannot hold a gate exponent; apply the allocation itself"):
         export.make_overlay(make_allocation(gate_exponent=0.5))

@@ -12,9 +12,9 @@ from transformers import CONFIG_MAPPING
 
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
-from lexi_search.models.config_defaults import SIZES
 from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.decoder_stack import describe_decoder, find_first_token
+from lexi_search.models.families.defaults import SIZES
 from lexi_search.models.model import describe
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
@@ -28,7 +28,16 @@ OTHER_CLASSES = {"kimi_k2": "deepseek_v3", "deepseek_v32": "deepseek_v3"}  # as 
 # A tiny model has others than its class' default.
 TAKEN = {"num_experts_per_tok", "moe_topk", "moe_k", "layer_types", *SIZES}
 # Families whose configuration class is in the checkpoint's own folder alone.
-REMOTE = {"minicpm", "deepseek", "bailing_moe", "bailing_moe_v2"}
+REMOTE = {
+    "minicpm",
+    "deepseek",
+    "bailing_moe",
+    "bailing_moe_v2",
+    "sarvam_moe",
+    "sarvam_mla",
+    "bailing_hybrid",
+    "step3p5",
+}
 # Sizes that the tensors show, so that a default would nearly always be wrong: refused by name.
 SHOWN = {"hidden_size", "num_hidden_layers", "layers_block_type"} | {
     "num_experts",

@@ -10,6 +10,7 @@ import reference
 import tiny
 import torch
 from blocks import compute_reference
+from moe_families import find_families
 from safetensors.torch import load_file, save_file
 
 from lexi_search.checkpoint.reader import open_checkpoint
@@ -18,12 +19,18 @@ from lexi_search.layers.moe import compute_outputs as compute_outputs_of_experts
 from lexi_search.layers.moe import mix
 from lexi_search.layers.routing import route
 from lexi_search.layers.spec import Routing
+from lexi_search.models.families.refused import REFUSED
 from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe, find_dtype
 from lexi_search.models.moe_families import ARCHITECTURES
 
 MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
 MAX_K = {"llama4": 4, "llama4_text": 4}  # where the model's own k is 1
+
+
+def test_every_family_of_transformers_is_known_or_refused_with_its_reason():
+    assert set(find_families()) <= set(ARCHITECTURES) | set(REFUSED)
+    assert not set(ARCHITECTURES) & set(REFUSED)
 
 
 def test_every_registered_family_is_tested():
@@ -72,6 +79,7 @@ def test_description(family):
 def test_every_layer_at_every_k_equals_transformers(family):
     name, folder, model = family
     x = torch.randn(50, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(1))
+    x = x / x.square().mean(dim=-1, keepdim=True).sqrt()  # as a layer's input is where experts have scales
     blocks = tiny.find_moe_blocks(model)
     assert blocks
     for layer, block in blocks.items():
@@ -248,10 +256,21 @@ def test_one_number_for_every_layer_may_be_a_list(tmp_path):
     assert describe(open_checkpoint(tmp_path)) == before
 
 
-def test_a_choice_that_a_family_does_not_know_is_refused(tmp_path):
+def test_experts_in_a_latent_space_equal_transformers(tmp_path):
+    """As those of Nemotron-3 Super."""
+    tiny.make_checkpoint("nemotron_h", tmp_path, moe_latent_size=24)
+    blocks = tiny.find_moe_blocks(tiny.build_reference("nemotron_h", moe_latent_size=24))
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    for layer, block in blocks.items():
+        for k, ours in enumerate(compute_outputs(tmp_path, layer, x), 1):
+            theirs = compute_reference(block, x, k)
+            assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs), (layer, k)
+
+
+def test_a_latent_space_needs_the_maps_to_it(tmp_path):
     tiny.make_checkpoint("nemotron_h", tmp_path)
     rewrite_config(tmp_path, moe_latent_size=32)
-    with pytest.raises(InputError, match="moe_latent_size 32 is not known; known are None"):
+    with pytest.raises(InputError, match="fc1_latent_proj.weight is missing"):
         describe(open_checkpoint(tmp_path))
 
 
@@ -267,7 +286,7 @@ def replace(suffix, change):
     ("config", "tensors", "message"),
     [
         ({"model_type": "gpt9"}, None, "model_type 'gpt9' is not known; known are afmoe, .*qwen3_moe"),
-        ({"model_type": "longcat_flash"}, None, "model_type 'longcat_flash' is not known"),  # experts that are nothing
+        ({"model_type": "longcat_flash"}, None, "longcat_flash are refused: some of its experts do nothing"),
         ({"norm_topk_prob": "yes"}, None, "norm_topk_prob is 'yes', expected a value like False"),
         ({"num_experts_per_tok": [4, 2, 4]}, None, "num_experts_per_tok differs between layers"),
         ({"num_experts_per_tok": [4.0, 4]}, None, r"num_experts_per_tok is 4.0, expected a whole number"),

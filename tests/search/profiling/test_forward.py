@@ -47,6 +47,23 @@ SETTINGS |= {
     "deepseek_v3": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8), first_k_dense_replace=1),
     "kimi_k2": dict(rope_interleave=False, attention_bias=True),
 }
+MISTRAL4 = dict(
+    head_dim=64,
+    rope_parameters=YARN | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5),
+)
+STEP = GROUPED | dict(
+    sliding_window=7,
+    num_hidden_layers=3,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    mlp_layer_types=["dense", "sparse", "sparse"],
+    num_sliding_attention_heads=2,
+    swiglu_limits=[None, 0.5, 0.0],
+    swiglu_limits_shared=[0.4, 0.0, 0.3],
+    rope_parameters={
+        "full_attention": dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.5),
+        "sliding_attention": dict(rope_type="default", rope_theta=100.0),
+    },
+)
 LONG = dict(short_factor=[1.0, 1.5] * 8, long_factor=[2.0] * 16, short_mscale=1.1, long_mscale=1.3)
 SLIDING = dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"])
 SETTINGS |= {
@@ -64,15 +81,28 @@ SETTINGS |= {
         rope_parameters=dict(rope_type="dynamic", alpha=50.0, factor=1.0, rope_theta=1e4),
     ),
     "ernie4_5_moe": GROUPED | dict(use_bias=True, moe_layer_start_index=1, moe_num_shared_experts=2),
-    "mistral4": dict(
-        head_dim=64,
-        rope_parameters=YARN
-        | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0, partial_rotary_factor=0.5),
-    ),
+    "mistral4": MISTRAL4,
+    "mistral3": MISTRAL4,
+    "axk1": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8), first_k_dense_replace=1),
+    "deepseek_ocr2": GROUPED | dict(attention_bias=True),
+    "sarvam_mla": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8)),
     "deepseek_v32": dict(index_topk=LENGTH),
     "glm_moe_dsa": dict(index_topk=LENGTH),
     "glm4_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True, first_k_dense_replace=1),
     "glm4v_moe": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])),
+    "laguna": GROUPED | SLIDING | dict(num_attention_heads_per_layer=[4, 2], gating=True),
+    "cohere2_moe": GROUPED
+    | dict(num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    | dict(mlp_layer_types=["dense", "sparse", "sparse"], sliding_window=7, num_shared_experts=2, logit_scale=0.3)
+    | dict(prefix_dense_intermediate_size=48, tie_word_embeddings=True),
+    "granitemoe_swa": GROUPED
+    | SLIDING
+    | dict(shared_intermediate_size=32, layer_rope_theta=[0, 100.0], residual_multiplier=0.5, attention_multiplier=0.1),
+    "bailing_moe": GROUPED,
+    "bailing_moe_v2": GROUPED | dict(use_qk_norm=True, first_k_dense_replace=1),
+    "sarvam_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True),
+    "step3p5": STEP,
+    "step3p7": STEP,
     "minimax_m2": GROUPED | dict(rotary_dim=16),
     "dots1": GROUPED | SLIDING,
     "mellum": GROUPED
@@ -132,7 +162,12 @@ SETTINGS |= {
     | dict(linear_num_heads=3, linear_head_dim=24, mlp_layer_types=["dense", "sparse", "sparse"]),
 }
 CHUNKS = GROUPED | dict(num_experts_per_tok=2, attention_chunk_size=7, no_rope_layers=[1, 0], floor_scale=9)
+GEMMA4 = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=7, final_logit_softcapping=3.0) | dict(
+    attention_k_eq_v=True, num_global_key_value_heads=1, tie_word_embeddings=True
+)
 SETTINGS |= {
+    "gemma4": GEMMA4,
+    "gemma4_text": GEMMA4 | dict(attention_k_eq_v=False, layer_types=None, num_hidden_layers=3),
     "llama4": CHUNKS,
     "llama4_text": CHUNKS | dict(use_qk_norm=False),
     "mimo_v2_flash": dict(num_attention_heads=8, num_key_value_heads=2, v_head_dim=24, sliding_window=7)
@@ -159,6 +194,9 @@ def build(name, **changes):
         for value in model.parameters():
             if value.ndim == 1:
                 value.add_(torch.randn(value.shape, generator=generator), alpha=0.3)
+        for name, value in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                value.fill_(0.7)
     return model
 
 
@@ -211,6 +249,12 @@ def assert_same(ours, theirs, tolerance=1e-4):
 def test_every_layer_equals_transformers(name, tmp_path):
     model, tokens = build(name), draw_tokens()
     tiny.save_checkpoint(name, model, tmp_path)
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
+def test_experts_in_a_latent_space_equal_transformers(tmp_path):
+    model, tokens = build("nemotron_h", moe_latent_size=24), draw_tokens()
+    tiny.save_checkpoint("nemotron_h", model, tmp_path)
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
 
 
@@ -357,7 +401,7 @@ def rewrite_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["hy_v4", "laguna"])
+@pytest.mark.parametrize("name", ["hy_v4", "axk2"])
 def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
     message = (

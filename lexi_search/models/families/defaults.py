@@ -6,15 +6,9 @@ reads it where the class' default is not what the family's other tables say. Lef
 and the hidden size: the tensors show them, and a config without them is refused by name.
 """
 
-from collections import ChainMap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
-
-from lexi_search.checkpoint.config import Config
-from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.errors import InputError
 
 ROPES = ("rope_parameters", "rope_scaling")  # the new name and the old
 SIZES = (
@@ -23,7 +17,7 @@ SIZES = (
     *("mamba_n_heads", "mamba_num_heads", "mamba_n_groups", "n_groups", "mamba_d_state", "ssm_state_size"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
 )
-TOP_K = ("moe_topk", "moe_k", "num_experts_per_token", "num_experts_per_tok")
+TOP_K = ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "num_experts_per_tok", "moe_top_k")
 
 
 def _list_defaults(*, k: int, heads: int | None = None, kv_heads: int | None = None, **more: Any) -> dict[str, Any]:
@@ -58,6 +52,10 @@ MISTRAL4_ROPE = {
 MELLUM_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+LAGUNA_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
 }
 MIMO_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
@@ -97,6 +95,27 @@ MIXTRAL = _list_defaults(
     k=2, heads=32, kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131072, bos_token_id=1
 )
 
+MISTRAL4 = _list_latent(64, 64, 128) | _list_defaults(
+    k=4,
+    heads=32,
+    rope_parameters=MISTRAL4_ROPE,
+    max_position_embeddings=1048576,
+    bos_token_id=1,
+    n_shared_experts=1,
+)
+STEP = _list_defaults(k=8, heads=64, kv_heads=8, max_position_embeddings=128000)
+GEMMA4 = dict(
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+    sliding_window=512,
+    max_position_embeddings=131072,
+    bos_token_id=2,
+    tie_word_embeddings=True,
+)
 LLAMA4 = _list_defaults(
     k=1,
     heads=40,
@@ -134,7 +153,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "granitemoe": GRANITE,
         "granitemoeshared": GRANITE,
         "granitemoehybrid": GRANITE | dict(mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256),
-        "granitemoe_swa": _list_defaults(k=2),
+        "granitemoe_swa": GRANITE | dict(sliding_window=128),
         "jamba": _list_defaults(k=2, heads=32, kv_heads=8, bos_token_id=1),
         "hunyuan_v1_moe": dict(
             moe_topk=1,
@@ -161,7 +180,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=2048,
             bos_token_id=1,
         ),
-        "cohere2_moe": _list_defaults(k=2),
+        "cohere2_moe": _list_defaults(
+            k=2,
+            heads=64,
+            sliding_window=4096,
+            sliding_window_pattern=4,
+            prefix_dense_sliding_window_pattern=1,
+            max_position_embeddings=8192,
+            bos_token_id=5,
+            tie_word_embeddings=True,
+        ),
         "deepseek_v2": DEEPSEEK_V2,
         "deepseek_vl_v2": DEEPSEEK_V2,
         "deepseek_v3": DEEPSEEK_V3,
@@ -169,6 +197,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "kimi_k2": DEEPSEEK_V3,
         "kimi_k25": DEEPSEEK_V3,
         "kimi_vl": DEEPSEEK_V2 | {"topk_method": "greedy", "norm_topk_prob": False},  # vLLM's class
+        "deepseek_ocr2": dict(num_attention_heads=32, max_position_embeddings=2048, bos_token_id=1, n_shared_experts=2),
+        "axk2": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
+        "axk1": DEEPSEEK_V3 | dict(num_attention_heads=64, max_position_embeddings=32768, bos_token_id=163691),
         "glm4_moe": GLM4,
         "glm4v_moe": GLM4 | {"max_position_embeddings": 65536},
         "glm4_moe_lite": GLM_LATENT | _list_defaults(k=4, heads=20, routed_scaling_factor=1.8),
@@ -215,15 +246,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
         "hy_v4": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.827),
         "glm5_next": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
-        "mistral4": _list_latent(64, 64, 128)
-        | _list_defaults(
-            k=4,
-            heads=32,
-            rope_parameters=MISTRAL4_ROPE,
-            max_position_embeddings=1048576,
-            bos_token_id=1,
-            n_shared_experts=1,
-        ),
+        "mistral4": MISTRAL4,
+        "mistral3": MISTRAL4,
         "nemotron_h": _list_defaults(
             k=2,
             heads=32,
@@ -235,6 +259,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             ssm_state_size=128,
             mamba_hidden_act="silu",
         ),
+        "step3p5": STEP,
+        "step3p7": STEP,
         "minimax_m2": _list_defaults(
             k=8, heads=48, kv_heads=8, rope_theta=5e6, max_position_embeddings=196608, bos_token_id=200034
         ),
@@ -260,7 +286,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=16384,
             num_shared_experts=2,
         ),
-        "laguna": _list_defaults(k=8),
+        "laguna": _list_defaults(
+            k=8, heads=48, kv_heads=8, sliding_window=512, rope_parameters=LAGUNA_ROPE, max_position_embeddings=131072
+        ),
         "lfm2_moe": _list_defaults(
             k=4,
             heads=32,
@@ -281,39 +309,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             sliding_window=128,
             max_position_embeddings=131072,
         ),
+        "gemma4": GEMMA4,
+        "gemma4_text": GEMMA4,
         "llama4": LLAMA4,
         "llama4_text": LLAMA4,
     }
 )
-
-
-def read_config(checkpoint: Checkpoint) -> Config:
-    """The language model's part of the config, with its class' default for every key that is not there.
-
-    A key that is there and null is no default, except of the rotary parameters. A default under one of several names
-    does not count where the config has another of them.
-    """
-    config = checkpoint.text_config
-    model_type = checkpoint.config.get("model_type")
-    defaults = DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
-    missing = {key: value for key, value in defaults.items() if not _is_given(config.values, key)}
-    return config._replace(values=ChainMap(config.values, missing))
-
-
-@contextmanager
-def name_sizes_left_out(checkpoint: Checkpoint) -> Iterator[None]:
-    """Add to a refusal which of the sizes that the tensors must fit are the defaults of the class, not the config's."""
-    try:
-        yield
-    except InputError as error:
-        given, values = checkpoint.text_config.values, read_config(checkpoint).values
-        taken = [f"{key} of {values[key]}" for key in SIZES if key in values and key not in given]
-        if not taken:
-            raise
-        raise InputError(f"{error}; the config leaves out and its class takes {', '.join(taken)}") from error
-
-
-def _is_given(values: Mapping[str, Any], key: str) -> bool:
-    if key in ROPES:
-        return any(values.get(name) for name in ROPES)
-    return any(name in values for name in (TOP_K if key in TOP_K else (key,)))
