@@ -89,16 +89,16 @@ def profile_checkpoint(
     """The profile of the checkpoint `source`, a folder or hub id, which is also written to `output`.
 
     Args:
-        layers: decoder-layer indices, by default all MoE layers; other settings are of `ProfileSettings`.
-        input: `weights`, text sampled from the model, or `paper`, N(0, 1), for exactly so many `iterations`.
+        layers: decoder-layer indices, by default all MoE layers. `input`: `weights`, text sampled from the model, or
+            `paper`, N(0, 1), for exactly so many `iterations`; other settings are of `ProfileSettings`.
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
         compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
             method. By default what loses least of all that input and family allow.
         room: weights that stay in memory between passes, from `find_room`; by default as far as half of it holds them.
-        restart: throw away what a run that was cut short left in `<output>.partial/`.
-        reuse: return the profile in `output` where this very run wrote it; in one process.
-        force: replace a file of another model or kind, too.
+        restart: throw away what a run that was cut short left in `<output>.partial/`; `reuse`: return the profile in
+            `output` where this very run wrote it; in one process.
         group: this process among others, from `distributed.join`; process 0 writes `output`, others return None.
+        force: replace a file of another model or kind, too.
 
     Raises:
         InputError: bad settings, a checkpoint that cannot be read, an `output` that cannot be written, results of

@@ -75,8 +75,11 @@ def _read_free_memory() -> int:
 
 
 def place_layers(sizes: Sequence[int], work: Sequence[int], *, devices: int, room: Room) -> tuple[Place, ...]:
-    """The place of every layer: each device has a run of them, and the largest work of one device is as small as it
-    can be while the least has to leave the devices. `sizes` are in bytes."""
+    """The place of every layer, of `sizes` in bytes: on the fewest devices that hold all, each with a run of layers.
+
+    One that holds all is as fast as several, whose work is short. The largest work of one device is as small as it can
+    be. Where all devices together cannot hold the layers, the least has to leave them.
+    """
     places, host = [], room.host
     for device, layers in enumerate(_cut(sizes, work, devices, room.device)):
         left = room.device
@@ -97,10 +100,10 @@ def place_layers(sizes: Sequence[int], work: Sequence[int], *, devices: int, roo
 
 
 def _cut(sizes: Sequence[int], work: Sequence[int], devices: int, room: int) -> list[range]:
-    """Runs of layers, one a device or fewer, by exact dynamic programming over (bytes beyond room, largest work)."""
-    layers, devices = len(sizes), min(devices, len(sizes))
+    """Runs of layers, one a device, by exact dynamic programming over (bytes beyond room, largest work)."""
+    layers = len(sizes)
     best = {0: (0, 0, ())}  # the end of the runs so far -> what they cost, and their ends
-    for _ in range(devices):
+    for _ in range(min(devices, layers)):
         following: dict[int, tuple[int, int, tuple[int, ...]]] = {}
         for start, (beyond, most, ends) in best.items():
             size = load = 0
@@ -109,7 +112,9 @@ def _cut(sizes: Sequence[int], work: Sequence[int], devices: int, room: int) -> 
                 cost = (beyond + max(size - room, 0), max(most, load), (*ends, end))
                 following[end] = min(cost, following.get(end, cost))
         best = following
-    ends = best[layers][2]
+        beyond, _, ends = best[layers]
+        if beyond == 0:
+            break
     return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
 
 

@@ -46,10 +46,9 @@ def to_host(weights):
 
 
 def list_runs(layers, devices):
-    """Every way to cut layers into at most so many runs, as the ends of the runs."""
-    for count in range(1, devices + 1):
-        for ends in itertools.combinations(range(1, layers), count - 1):
-            yield [range(a, b) for a, b in itertools.pairwise((0, *ends, layers))]
+    """Every way to cut layers into so many runs."""
+    for ends in itertools.combinations(range(1, layers), devices - 1):
+        yield [range(a, b) for a, b in itertools.pairwise((0, *ends, layers))]
 
 
 @given(
@@ -70,7 +69,9 @@ def test_every_layer_has_a_place_and_the_cut_is_the_best(layers, devices, room, 
         return beyond, max(sum(work[n] for n in run) for run in runs)
 
     runs = [[n for n, own in enumerate(owners) if own == device] for device in sorted(set(owners))]
-    assert cost(runs) == min(map(cost, list_runs(len(layers), min(devices, len(layers)))))
+    best = [min(map(cost, list_runs(len(layers), count))) for count in range(1, min(devices, len(layers)) + 1)]
+    assert cost(runs) == next((one for one in best if one[0] == 0), best[-1])
+    assert len(runs) == next((count for count, one in enumerate(best, 1) if one[0] == 0), len(best))
     for run in runs:
         kept = sum(sizes[n] for n in run if places[n].kept == DEVICE)
         assert kept <= room
@@ -142,13 +143,18 @@ TWICE = """
 import sys, numpy as np, jax
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.models.model import describe
+from lexi_search.models.loading.residence import Room
 from lexi_search.profiling.divergence import open_run
 from lexi_search.profiling.forward.losses import measure_losses
 from lexi_search.profiling.forward.sampling import draw_tokens
 from lexi_search.profiling.forward.variants import Variant
 checkpoint = open_checkpoint(sys.argv[1])
-run = open_run(checkpoint, describe(checkpoint), "float32")
-assert len(run.residence.stages) == min(len(jax.local_devices()), 3), run.residence.stages
+devices, model = len(jax.local_devices()), describe(checkpoint)
+whole = open_run(checkpoint, model, "float32").residence
+assert whole.stages == (range(5),)  # one holds all
+room = Room(whole._measure(whole._decoder.ends) + max(whole.sizes) * -(-5 // devices), 0)
+run = open_run(checkpoint, model, "float32", room=room)
+assert len(run.residence.stages) == devices and run.residence.staying.files == 0
 tokens = draw_tokens(run, sequences=8, length=16, seed=0)
 full, layers = run.model.top_k, len(run.model.layers)
 cells = [(own, k) for own in range(layers) for k in (1, 2)]

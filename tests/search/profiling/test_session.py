@@ -9,6 +9,7 @@ import tiny
 
 import lexi_search
 from lexi_search.errors import InputError
+from lexi_search.models.loading.residence import Room
 
 SETTINGS = {"input": "paper", "batch": 2, "length": 32, "relative_error": 0.2}
 OPTIONS = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
@@ -83,12 +84,16 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
     others = profile.model.top_k - 1
     assert work[18:] == (1 + 5 * others,) * 3 + (1, 1 + others, 1 + others)
     size = sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors"))
-    assert 0.9 * 8 * size < recorder.planned.read_bytes <= 8 * size
+    assert 0.9 * size < recorder.planned.read_bytes <= size  # they stay in memory
+    assert recorder.planned.phases == (("text", 6), ("compensation", 1), ("losses", 1))
     assert tuple(profile.layers) == (1,)
     recorder = Recorder()
     profile = lexi_search.profile_checkpoint(
-        checkpoint, "full.json", observer=recorder, **settings | {"compensation": "full"}
+        checkpoint, "full.json", observer=recorder, room=Room(0, 0), **settings | {"compensation": "full"}
     )
+    assert 0.9 * 10 * size < recorder.planned.read_bytes <= 10 * size  # nothing stays
+    assert recorder.planned.staying == (0, 0, recorder.planned.read_bytes // 10)
+    assert recorder.planned.phases == (("text", 6), ("compensation", 2), ("corrections", 1), ("losses", 1))
     assert recorder.planned.work == (
         (1,) * 18  # the text
         + (1,) * 3  # corrections with four exponents
