@@ -232,6 +232,16 @@ def test_an_estimate_is_called_one_everywhere(again, weights):
         assert "not measured" in text if name == "report.html" else "nothing was timed" in text
 
 
+def test_what_to_choose_otherwise_is_another_budget_and_a_rank_too_large_is_said(again, weights):
+    options = ["--budget", "50%", "--force", "--no-judge", "--no-paper", "--rank", 1000]
+    done = run("auto", weights, *options, "-o", "other", *OPTIONS)
+    assert "--rank 1000: corrections of this model have at most 48" in done.stderr
+    (line,) = [
+        line for line in Path("other.lexi/report.md").read_text().splitlines() if "--force" in line and "auto" in line
+    ]
+    assert "--budget 75%" in line
+
+
 def test_cards_are_those_of_the_estimate():
     assert CARDS == tuple(speed_estimate.CARDS)
 
