@@ -188,9 +188,16 @@ def _explain_compensation(outcome: Outcome) -> Iterator[str]:
     if corrections:
         yield (
             f"Corrections are small maps for layers with fewer experts: {len(outcome.result.allocation.corrected)} of "
-            f"them in {corrections.file}, of which the folder that is served has a copy. Speed-ups leave out the "
-            "time that they take."
+            f"them in {corrections.file}, of which the folder that is served has a copy. "
+            f"Speed-ups {_count_time(outcome)}."
         )
+
+
+def _count_time(outcome: Outcome) -> str:
+    """What speed-ups hold of the time that corrections take, in words."""
+    if not outcome.job.cost.estimated:
+        return "leave out the time that they take"
+    return "count their bytes and FLOPs, as an estimate, and not what their kernels take beside that"
 
 
 def _name_choice(outcome: Outcome) -> str:
