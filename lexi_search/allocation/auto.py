@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,10 @@ Listen = Callable[[str], AbstractContextManager[Observer | None]]
 
 
 class Job(NamedTuple):
-    """What is to be done, where: `folder` is for the files beside `output`, and `table` is what `cost` is from."""
+    """What is to be done, where: `folder` is for the files beside `output`, and `table` is what `cost` is from.
+
+    `estimate` makes that table for corrections of a `rank`, or without; it is None for a table that was measured.
+    """
 
     source: str
     output: str
@@ -59,6 +63,7 @@ class Job(NamedTuple):
     target: Target
     table: CostTable
     cost: Cost
+    estimate: Callable[..., CostTable] | None
     listen: Listen
 
     def keep(self, name: str, data: bytes) -> None:
@@ -130,9 +135,11 @@ def prepare_checkpoint(
     """
     checkpoint = open_checkpoint(require_folder(source))
     model = describe(checkpoint)
+    guess = None
     if table is None:
-        size = measure_size(checkpoint, model)
-        table = estimate(size, model.identity, CARDS[card], batch=concurrency, context=context)
+        size, step = measure_size(checkpoint, model), {"batch": concurrency, "context": context}
+        guess = partial(estimate, size, model.identity, CARDS[card], **step)
+        table = guess()
     job = Job(
         source=source,
         output=output,
@@ -142,6 +149,7 @@ def prepare_checkpoint(
         target=target,
         table=table,
         cost=weigh(table, model.identity, mix=mix),
+        estimate=guess,
         listen=listen,
     )
     check_target(target, model.identity, job.cost, table.device)
@@ -151,17 +159,18 @@ def prepare_checkpoint(
 
 
 def _run(job: Job, *, paper: bool, judge: bool, **settings: Any) -> Outcome:
-    if job.cost.estimated:
-        job.keep(ESTIMATE, to_bytes(job.table))
     with job.listen("profile") as observer:
         profile = profile_checkpoint(job.source, job.folder / PROFILE, reuse=True, observer=observer, **settings)
+    plain, job = job.cost, _count_corrections(job, profile)
+    if job.cost.estimated:
+        job.keep(ESTIMATE, to_bytes(job.table))
     by_paper = None
     if paper and profile.settings.input != "paper":
         by_paper = _profile_as_paper(job, profile, restart=settings.get("restart", False))
     result, front = search_target(profile, job.target, job.cost)
     maps = read_profile_maps(job.folder / PROFILE, profile)
     result = result._replace(allocation=_keep_allocation(job, result.allocation, maps))
-    contenders = list_contenders(profile, result.allocation, job.cost, by_paper=by_paper)
+    contenders = list_contenders(profile, result.allocation, job.cost, plain=plain, by_paper=by_paper)
     judged = None
     if judge and profile.settings.input == "weights":
         judged = replace(profile.settings, seed=(profile.settings.seed + 1) % 2**32)  # another text of the same size
@@ -203,6 +212,17 @@ def _claim(job: Job) -> Iterator[None]:
         os.close(lock)
         with suppress(OSError):
             job.folder.rmdir()
+
+
+def _count_corrections(job: Job, profile: Profile) -> Job:
+    """The job with the time of the profile's corrections in an estimate of speed; the target is checked again."""
+    rank = profile.settings.compensation_rank
+    if rank is None or job.estimate is None:
+        return job
+    table = job.estimate(rank=rank)
+    cost = weigh(table, job.model.identity)
+    check_target(job.target, job.model.identity, cost, table.device)
+    return job._replace(table=table, cost=cost)
 
 
 def _profile_as_paper(job: Job, profile: Profile, *, restart: bool) -> Profile:

@@ -49,12 +49,13 @@ def spread_evenly(budget: int, layers: int) -> tuple[int, ...]:
 
 
 def list_contenders(
-    profile: Profile, allocation: Allocation, cost: Cost, *, by_paper: Profile | None = None
+    profile: Profile, allocation: Allocation, cost: Cost, *, plain: Cost, by_paper: Profile | None = None
 ) -> tuple[Contender, ...]:
     """The allocation; a uniform k of its budget, or two spread evenly, as the model does and, with a profile that
     compensates, as that does; the paper's, if its profile is given; full k.
 
-    Losses are by the table of `profile` that a search minimises by default, which the allocation is the best by.
+    Times are by `cost`, which may count corrections, and of what has none by `plain`. Losses are by the table of
+    `profile` that a search minimises by default, which the allocation is the best by.
     """
     layers, full = profile.model.moe_layers, profile.model.top_k
     even = spread_evenly(allocation.budget, len(layers))
@@ -71,7 +72,8 @@ def list_contenders(
     rows[f"the model's own k = {full}"] = (full,) * len(layers)
     chosen = np.array(list(rows.values()))
     known = [not corrected or name in corrected or min(top_k) == full for name, top_k in rows.items()]
-    losses, ms = sum_over_layers(np.asarray(profile.losses(profile.default_loss)), chosen), cost.time(chosen)
+    losses = sum_over_layers(np.asarray(profile.losses(profile.default_loss)), chosen)
+    ms = np.where([name in corrected for name in rows], cost.time(chosen), plain.time(chosen))
     return tuple(
         Contender(
             name, top_k, float(loss) if known else None, float(time), float(cost.base_ms / time), name in corrected

@@ -59,6 +59,7 @@ class ModelSize(NamedTuple):
 
     `other_size` and `other_numbers` are the bytes and numbers of all else that a step reads, LM head included;
     `cache_size` and `cache_flops` are the bytes and FLOPs of attention for one token of context, over all layers.
+    `hidden_size` is what corrections write to.
     """
 
     experts: Mapping[int, Experts]
@@ -66,6 +67,13 @@ class ModelSize(NamedTuple):
     other_numbers: float
     cache_size: float
     cache_flops: float
+    hidden_size: int
+
+
+def measure_correction(rank: int, hidden_size: int, experts: int) -> tuple[int, int]:
+    """The bytes of one layer's correction B A phi + c, and the numbers in its matrices: `artifacts.compensation`."""
+    numbers = rank * (3 * experts + hidden_size)
+    return 2 * numbers + 4 * hidden_size, numbers
 
 
 def count_read(experts: int, top_k: int, tokens: int) -> float:
@@ -73,17 +81,25 @@ def count_read(experts: int, top_k: int, tokens: int) -> float:
     return experts * -math.expm1(tokens * math.log1p(-top_k / experts)) if top_k < experts else float(experts)
 
 
-def estimate(size: ModelSize, identity: ModelIdentity, card: Card, *, batch: int, context: int) -> CostTable:
-    """The times of a decode step of `batch` sequences, each with `context` tokens behind it, as a cost table."""
+def estimate(
+    size: ModelSize, identity: ModelIdentity, card: Card, *, batch: int, context: int, rank: int | None = None
+) -> CostTable:
+    """The times of a decode step of `batch` sequences, each with `context` tokens behind it, as a cost table.
+
+    With a `rank`, every layer below the model's own k has a correction of it: its bytes and FLOPs count.
+    """
 
     def take(read: float, computed: float) -> float:
         return 1e3 * max(read / card.bandwidth, computed / card.flops)
 
     other = take(size.other_size, 2 * batch * size.other_numbers)
     other += take(batch * context * size.cache_size, batch * context * size.cache_flops)
+    read, numbers = (0, 0) if rank is None else measure_correction(rank, size.hidden_size, identity.num_experts)
+    correction = take(read, 2 * batch * numbers)
     layers = {
         layer: tuple(
             take(count_read(experts.count, k, batch) * experts.size, 2 * batch * k * experts.numbers)
+            + (correction if k < identity.top_k else 0.0)
             for k in range(1, identity.top_k + 1)
         )
         for layer, experts in size.experts.items()
@@ -91,6 +107,7 @@ def estimate(size: ModelSize, identity: ModelIdentity, card: Card, *, batch: int
     origin = {"card": card.name, "bytes_per_second": card.bandwidth, "flops_per_second": card.flops}
     origin |= {"source": card.source, "batch": batch, "context": context}
     origin |= {"layer_ms": LAYER_MS, "layer_ms_source": LAYER_MS_SOURCE}
+    origin |= {} if rank is None else {"compensation_rank": rank}
     return CostTable(
         model=ModelShape(**{name: getattr(identity, name) for name in ModelShape.__dataclass_fields__}),
         device=f"estimate for {card.name}, not measured",
@@ -126,6 +143,7 @@ def measure_size(checkpoint: Checkpoint, model: Model) -> ModelSize:
         other_numbers=sum(math.prod(table.shape) for table in tables if len(table.shape) > 1),
         cache_size=cache_size,
         cache_flops=cache_flops,
+        hidden_size=model.hidden_size,
     )
 
 

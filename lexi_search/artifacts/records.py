@@ -3,6 +3,7 @@
 Documents of `lexi-adapter` are read as JSON: this side knows the keys that it shows, and no more.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,8 @@ def read_record(path: str) -> Record:
         raise InputError(f"{path}: its format is {short(kind)}, expected one of {known}")
     try:
         return Record(kind, *_READERS[kind](path, read_json_object(path, finite=False)))
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: a {kind} file that is not whole ({short(error)}); make it again") from error
 
@@ -79,6 +82,8 @@ def _read_folder(path: str) -> Record:
             return read_record(str(folder / name))
     layers = {int(file.name.partition("-")[0]) for file in folder.glob("[0-9]*-*.json")}
     found = sorted(file.name.partition("-")[0] for file in folder.glob("*.found"))
+    if not layers and not found and "lexi_allocation" in _read_config(folder):
+        raise InputError(f"{path}: an exported folder without its {FOLDER_RECORDS[0]}; remove it and export again")
     if not layers and not found:
         raise InputError(f"{path}: no folder that these tools made; name a file, or a folder with {FOLDER_RECORDS[0]}")
     rows = [("finished layers", format_layers(sorted(layers)) or "none"), ("kept for all", ", ".join(found) or "none")]
@@ -152,18 +157,40 @@ def _read_history(path: str, document: Mapping[str, Any]) -> _Table:
 
 
 def _read_export(path: str, document: Mapping[str, Any]) -> _Table:
-    folder = str(Path(path).parent)
-    config = read_json_object(Path(path).parent / "config.json", finite=False)
+    folder = Path(path).parent
+    states = {name: _check_entry(folder / name, made) for name, made in sorted(document["entries"].items())}
+    config = _read_config(folder)
+    if "lexi_allocation" not in config:
+        raise InputError(f"{folder / 'config.json'}: no whole config with an allocation; remove {folder}, export again")
     allocation = config["lexi_allocation"]
     top_k = sorted(((int(layer), k) for layer, k in allocation["top_k"].items()))
     rows = [
         ("k per layer", " ".join(str(k) for _, k in top_k)),
         ("gate exponent", allocation.get("gate_exponent", "none")),
         ("made by", ", ".join(f"{name} {str(value)[:20]}" for name, value in sorted(allocation["made_by"].items()))),
-        *sorted(document["entries"].items()),
+        *states.items(),
     ]
     title = f"{folder}: a model folder with budget {allocation['budget']} for {allocation['model']['model_type']}"
     return title, ("entry", "what it is"), rows
+
+
+def _check_entry(path: Path, made: str) -> str:
+    """What an entry of an exported folder is, which was `made` so; InputError where it is gone, or what it links to."""
+    if not os.path.lexists(path):
+        raise InputError(f"{path} is gone since the export; remove {path.parent} and export again")
+    if not path.exists():
+        target = os.path.join(path.parent, os.readlink(path))
+        raise InputError(f"{path} links to {target}, which is not there; put it back, or export again where it is now")
+    hashed = len(made) == hashlib.sha256().digest_size * 2 and not path.is_symlink() and path.is_file()
+    return "changed since the export" if hashed and hashlib.sha256(path.read_bytes()).hexdigest() != made else made
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, empty where none can be read."""
+    try:
+        return read_json_object(folder / "config.json", finite=False)
+    except InputError:
+        return {}
 
 
 def _read_pruning(path: str, document: Mapping[str, Any]) -> _Table:

@@ -243,6 +243,16 @@ def describe_compensation(profile: Profile) -> str:
     return said if rank is None else f"{said} and corrections of rank {rank}"
 
 
+def explain_rank(profile: Profile, asked: int | None) -> str | None:
+    """The line that says that no correction can have the rank that was `asked` for; None where there is none to say."""
+    rank = profile.settings.compensation_rank
+    if asked is None or rank is None or asked <= rank:
+        return None
+    return (
+        f"--rank {asked}: corrections of this model have at most {rank}, by its experts and hidden size, and have that"
+    )
+
+
 def tabulate_record(record: "Record") -> RenderableType:
     """The rows of a record as they are."""
     table = _table()

@@ -516,6 +516,7 @@ def _join_inputs(tensors):
     return tensors
 
 
+MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where a name here is not the config's
 # The changes that turn transformers' checkpoint into the hub's: functions of a tensor's name, whose None drops the
 # tensor, and of the config.
 REWRITES = {

@@ -105,7 +105,7 @@ def auto(
         outcome = prepare_checkpoint(weights, output, target, table=table, mix=steps, listen=_listen, **options)
     except KeyboardInterrupt:
         raise Interruption("interrupted; what is finished is kept, and the same command goes on from there") from None
-    _report(outcome)
+    _report(outcome, options["rank"])
 
 
 def _count_experts(budget: str, weights: str) -> int:
@@ -125,14 +125,16 @@ def _listen(step: str) -> "Iterator[Observer]":
         yield Reporter(progress, from_text=step != "paper", step=f"{step}: ")
 
 
-def _report(outcome: "Outcome") -> None:
-    """Write both forms of the report; say what was decided, and what to type next."""
+def _report(outcome: "Outcome", rank: int | None) -> None:
+    """Write both forms of the report; say what was decided, and what to type next; `rank` was asked for."""
     from lexi_search.cli.report.facts import gather
     from lexi_search.cli.report.pages import format_html, format_markdown
-    from lexi_search.cli.tables import explain_fallbacks, tabulate_rows
+    from lexi_search.cli.tables import explain_fallbacks, explain_rank, tabulate_rows
 
     for name, text in zip(REPORTS, (format_html(outcome), format_markdown(outcome)), strict=True):
         outcome.job.keep(name, text.encode())
+    if line := explain_rank(outcome.profile, rank):
+        echo(line, err=True)
     facts = gather(outcome)
     print_table(tabulate_rows(facts.columns, facts.rows, title=facts.title))
     if line := explain_fallbacks({str(outcome.result.allocation.budget): outcome.result}):

@@ -71,7 +71,7 @@ def compare(reference: str, profiles: tuple[str, ...], loss: str | None, resampl
             "not what they lose with their own; lexi-search judge measures that",
             err=True,
         )
-    _conclude(comparisons, others, loss, truth)
+    _conclude(comparisons, others, loss, reference, truth)
 
 
 def _list_comparisons(
@@ -95,27 +95,41 @@ def _list_comparisons(
 
 
 def _conclude(
-    comparisons: Mapping[tuple[str, str], "Comparison"], others: Mapping[str, Profile], loss: str, truth: Profile
+    comparisons: Mapping[tuple[str, str], "Comparison"],
+    others: Mapping[str, Profile],
+    loss: str,
+    reference: str,
+    truth: Profile,
 ) -> None:
-    """Say which is best, and warn where the reference is too noisy to tell."""
+    """Say which is best of those that can be told, and warn where the reference is too noisy to tell."""
     unsure = sum(int((~each.distinguishable).sum()) for each in comparisons.values())
     every = sum(each.distinguishable.size for each in comparisons.values())
+    less = loss != "divergence" and "divergence" in truth.loss_kinds
     if unsure:
-        less = loss != "divergence" and "divergence" in truth.loss_kinds
         echo(
             f"by {loss}, {unsure} of {every} results are not distinguishable from the same k in every layer (~); "
             + ("--loss divergence is mostly less noisy" if less else "profiles of more text would tell"),
             err=True,
         )
+    told = {key: each for key, each in comparisons.items() if each.distinguishable.any()}
+    if every and not told:
+        words = ["lexi-search", "compare", reference, *others, "--loss", "divergence"]
+        if not less:
+            samples = 4 * truth.settings.max_samples
+            words = ["lexi-search", "profile", "WEIGHTS", "--samples", str(samples), "-o", "more.json"]
+        conclude("no profile has k that can be told from the same k in every layer, so none is named the best", words)
+        return
     # Of several as good, the loss that a search takes by itself.
     (path, kind), best = min(
-        comparisons.items(), key=lambda item: (item[1].found.sum(), item[0][1] != others[item[0][0]].default_loss)
+        (told or comparisons).items(),
+        key=lambda item: (item[1].found.sum(), item[0][1] != others[item[0][0]].default_loss),
     )
-    middle = len(best.budgets) // 2
     said = "no budget leaves a choice"
-    if len(best.budgets):
-        share, error = best.closed[middle], best.closed_error[middle]
+    if told:
+        clear = best.distinguishable.nonzero()[0]
+        place = min(clear.tolist(), key=lambda each: abs(each - len(best.budgets) // 2))
+        share, error = best.closed[place], best.closed_error[place]
         said = f"the least loss has {path} by {kind}"
         if share == share:
-            said += f": {100 * share:.0f} ±{100 * error:.0f} % of the way to the optimum at B = {best.budgets[middle]}"
+            said += f": {100 * share:.0f} ±{100 * error:.0f} % of the way to the optimum at B = {best.budgets[place]}"
     conclude(said, ["lexi-search", "search", path, "--loss", kind, "--budget", "50%"])

@@ -108,7 +108,7 @@ def judge(
         print_json(list_judgements(variants, judged))
     else:
         print_table(tabulate_judgements(variants, judged))
-        _conclude(judged, by_path)
+        _conclude(variants, judged, by_path)
 
 
 def _check_models(
@@ -142,16 +142,25 @@ def _list_uniform(
     return variants
 
 
-def _conclude(judged: Mapping[str, "Judgement"], by_path: Mapping[str, Allocation]) -> None:
-    """Say which is best, and whether its lead over the next is more than noise."""
-    best, *others = sorted(judged, key=lambda name: judged[name].divergence)
-    said = f"the least divergence has {best}, {judged[best].divergence:.4f} nats per token"
-    if others:
-        lead, error = judged[others[0]].divergence - judged[best].divergence, judged[others[0]].stderr
-        error = (error**2 + judged[best].stderr ** 2) ** 0.5
+def _conclude(
+    variants: Mapping[str, "Variant"], judged: Mapping[str, "Judgement"], by_path: Mapping[str, Allocation]
+) -> None:
+    """Say of each budget of an allocation which of its like is best, and whether its lead is more than noise."""
+    said, chosen = [], []
+    for budget in sorted({allocation.budget for allocation in by_path.values()}):
+        alike = [name for name in judged if sum(variants[name].top_k) == budget]
+        best, *others = sorted(alike, key=lambda name: judged[name].divergence)
+        chosen += [name for name in (best, *others) if name in by_path][:1]
+        divergence = f"{judged[best].divergence:.4f} nats per token"
+        if not others:
+            said.append(f"{best} is the only one with budget {budget}, {divergence}")
+            continue
+        lead = judged[others[0]].divergence - judged[best].divergence
+        error = (judged[others[0]].stderr ** 2 + judged[best].stderr ** 2) ** 0.5
         if lead < 2 * error:
-            said += f"; that is within the noise of {others[0]}: more --samples would tell them apart"
+            than = f"within the noise of {others[0]}: more --samples would tell them apart"
         else:
-            said += f", {format_share(lead / judged[others[0]].divergence)} less than {others[0]}"
-    chosen = best if best in by_path else next(iter(by_path))
-    conclude(said, ["lexi-search", "export", chosen, "--to", "vllm", "--model", "WEIGHTS", "-o", "served"])
+            than = f"{format_share(lead / judged[others[0]].divergence)} less than {others[0]}"
+        said.append(f"with budget {budget} the least divergence has {best}, {divergence}, {than}")
+    words = ["lexi-search", "export", chosen[0], "--to", "vllm", "--model", "WEIGHTS", "-o", "served"]
+    conclude("; ".join(said), words)

@@ -164,13 +164,18 @@ def profile(
         if rest := len(observer.kept.layers):
             echo(f"{rest} more finished layers stay in {observer.kept.folder}", err=True)
     echo(output)
-    _conclude(output, made, by_default=settings["compensation"] is None)
+    _conclude(output, made, by_default=settings["compensation"] is None, rank=settings["rank"])
 
 
-def _conclude(output: str, profile: Profile, *, by_default: bool) -> None:
-    """Say what was measured, and how to go on; `by_default` nobody asked for a compensation or for none."""
-    from lexi_search.cli.tables import describe_profile
+def _conclude(output: str, profile: Profile, *, by_default: bool, rank: int | None) -> None:
+    """Say what was measured, and how to go on; `by_default` nobody asked for a compensation or for none.
 
+    `rank` is the one that was asked for.
+    """
+    from lexi_search.cli.tables import describe_profile, explain_rank
+
+    if line := explain_rank(profile, rank):
+        echo(line, err=True)
     said = describe_profile(profile, profile.default_loss)
     if by_default and profile.settings.input == "weights" and profile.settings.gate_exponent is None:
         said += "; without compensation, as this family's gate weights are not the scores up to one factor a token"

@@ -22,6 +22,7 @@ from lexi_search.allocation.baselines import PAPER as PAPER_NAME
 from lexi_search.allocation.targets import RESAMPLES, find_limit, sum_largest
 from lexi_search.artifacts.serialisation import sha256
 from lexi_search.cli.console import format_share
+from lexi_search.cli.options import parse_budget
 from lexi_search.cli.tables import describe_compensation, explain_fallbacks
 from lexi_search.solvers.uncertainty import NOISY, find_saving
 
@@ -108,11 +109,19 @@ def list_steps(outcome: Outcome) -> tuple[Step, ...]:
         ),
         Step(
             "Choose otherwise",
-            (spell("lexi-search", "auto", job.source, "--budget", "50%", "-o", job.output, "--force"),),
+            (spell("lexi-search", "auto", job.source, "--budget", _find_other(outcome), "-o", job.output, "--force"),),
             f"Another target takes the profile that is in {clean(str(job.folder))}; without --force nothing is "
             "replaced.",
         ),
     )
+
+
+def _find_other(outcome: Outcome) -> str:
+    """A budget other than the allocation's, as a share."""
+    allocation = outcome.result.allocation
+    layers, top_k = len(allocation.top_k), allocation.model.top_k
+    shares = ("50%", "75%", "25%")
+    return next((one for one in shares if parse_budget(one, layers=layers, top_k=top_k) != allocation.budget), "100%")
 
 
 def explain(outcome: Outcome) -> Iterator[str]:
@@ -179,9 +188,16 @@ def _explain_compensation(outcome: Outcome) -> Iterator[str]:
     if corrections:
         yield (
             f"Corrections are small maps for layers with fewer experts: {len(outcome.result.allocation.corrected)} of "
-            f"them in {corrections.file}, of which the folder that is served has a copy. Speed-ups leave out the "
-            "time that they take."
+            f"them in {corrections.file}, of which the folder that is served has a copy. "
+            f"Speed-ups {_count_time(outcome)}."
         )
+
+
+def _count_time(outcome: Outcome) -> str:
+    """What speed-ups hold of the time that corrections take, in words."""
+    if not outcome.job.cost.estimated:
+        return "leave out the time that they take"
+    return "count their bytes and FLOPs, as an estimate, and not what their kernels take beside that"
 
 
 def _name_choice(outcome: Outcome) -> str:

@@ -21,13 +21,16 @@ from synthetic import make_allocation, make_cost_table
 import lexi_search
 from lexi_search.allocation import auto, export, speed_estimate
 from lexi_search.allocation.auto import prepare_checkpoint
-from lexi_search.allocation.baselines import spread_evenly
+from lexi_search.allocation.baselines import list_contenders, spread_evenly
+from lexi_search.allocation.costs import weigh
 from lexi_search.allocation.targets import Target
 from lexi_search.artifacts.files import read_json_object
 from lexi_search.artifacts.serialisation import read_allocation, read_profile, sha256
+from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.cli.commands.auto import CARDS
 from lexi_search.cli.report.facts import state
 from lexi_search.errors import InputError
+from lexi_search.models.model import describe
 
 SETTINGS = {"batch": 2, "length": 16, "samples": 64}
 OPTIONS = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
@@ -232,6 +235,42 @@ def test_an_estimate_is_called_one_everywhere(again, weights):
         assert "not measured" in text if name == "report.html" else "nothing was timed" in text
 
 
+def test_an_estimate_counts_the_corrections_of_what_has_them(finished, weights):
+    place = finished / "served.lexi"
+    rank = read_profile(place / "profile.json").settings.compensation_rank
+    assert read_json_object(place / "estimate.json")["made_by"]["estimate"]["compensation_rank"] == rank
+    text = (place / "report.md").read_text()
+    assert "Speed-ups count their bytes and FLOPs, as an estimate" in text
+    checkpoint = open_checkpoint(str(weights))
+    model = describe(checkpoint)
+    size, card, top_k = (
+        speed_estimate.measure_size(checkpoint, model),
+        speed_estimate.CARDS["h100"],
+        np.array((2, 2, 3)),
+    )
+    tables = [
+        speed_estimate.estimate(size, model.identity, card, batch=16, context=1024, rank=one) for one in (None, rank)
+    ]
+    plain, corrected = (weigh(table, model.identity) for table in tables)
+    assert plain.time(top_k) < corrected.time(top_k) and plain.base_ms == corrected.base_ms
+    profile, allocation = read_profile(place / "profile.json"), read_allocation(place / "allocation.json")
+    even = spread_evenly(7, LAYERS)
+    by_name = {one.name: one for one in list_contenders(profile, allocation, corrected, plain=plain)}
+    assert by_name["k = 2 and 3 spread evenly"].ms == pytest.approx(plain.time(np.array(even)), rel=1e-12)
+    alike = by_name["k = 2 and 3 spread evenly, compensated alike"]
+    assert alike.ms == pytest.approx(corrected.time(np.array(even)), rel=1e-12)
+
+
+def test_what_to_choose_otherwise_is_another_budget_and_a_rank_too_large_is_said(again, weights):
+    options = ["--budget", "50%", "--force", "--no-judge", "--no-paper", "--rank", 1000]
+    done = run("auto", weights, *options, "-o", "other", *OPTIONS)
+    assert "--rank 1000: corrections of this model have at most 48" in done.stderr
+    (line,) = [
+        line for line in Path("other.lexi/report.md").read_text().splitlines() if "--force" in line and "auto" in line
+    ]
+    assert "--budget 75%" in line
+
+
 def test_cards_are_those_of_the_estimate():
     assert CARDS == tuple(speed_estimate.CARDS)
 
@@ -394,7 +433,7 @@ def test_the_models_own_folder_is_no_output(folder, weights):
 
 
 def test_two_runs_to_one_place_are_kept_apart(again, weights):
-    with auto._claim(auto.Job(str(weights), "served", Path("served.lexi"), *[None] * 6)):
+    with auto._claim(auto.Job(str(weights), "served", Path("served.lexi"), *[None] * 7)):
         result = run("auto", weights, "--budget", 7, "-o", "served/", *OPTIONS)
     assert result.exit_code == 2
     assert "another run is writing served.lexi; wait for it to end" in result.stderr

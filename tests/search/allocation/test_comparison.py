@@ -115,6 +115,32 @@ def test_the_command_warns_of_a_noisy_reference(folder):
     assert row["loss"] == "divergence" and all(row["distinguishable"])
 
 
+def test_no_best_is_named_where_none_can_be_told(folder):
+    profile = add_model_losses(make_profile(8, 6))
+    write(folder / "p.json", profile)
+    write(folder / "truth.json", noisy := make_noisy(profile, 50.0, seed=3))
+    done = run("compare", "truth.json", "p.json")
+    rows = json.loads(run("compare", "truth.json", "p.json", "--json").stdout)
+    assert not any(told for row in rows for told in row["distinguishable"])
+    assert "the least loss has" not in done.stderr and "none is named the best" in done.stderr
+    assert "next: lexi-search compare truth.json p.json --loss divergence\n" in done.stderr
+    alone = {k: dataclasses.replace(v, divergence=None, divergence_stderr=None) for k, v in noisy.layers.items()}
+    write(folder / "truth.json", dataclasses.replace(noisy, layers=alone))
+    samples = 4 * noisy.settings.max_samples
+    done = run("compare", "truth.json", "p.json")
+    assert f"next: lexi-search profile WEIGHTS --samples {samples} -o more.json\n" in done.stderr
+
+
+def test_the_best_is_named_by_a_budget_at_which_it_can_be_told(folder):
+    profile = add_model_losses(make_profile(8, 6))
+    write(folder / "truth.json", make_noisy(profile, 0.5, seed=3))
+    write(folder / "p.json", profile)
+    rows = json.loads(run("compare", "truth.json", "p.json", "--json").stdout)
+    pairs = [pair for row in rows for pair in zip(row["budgets"], row["distinguishable"], strict=True)]
+    (line,) = [line for line in run("compare", "truth.json", "p.json").stderr.splitlines() if line.startswith("done: ")]
+    assert int(line.rpartition("B = ")[2]) in {budget for budget, clear in pairs if clear}
+
+
 def test_the_command_says_that_k_alone_are_judged_where_compensation_differs(folder):
     corrected = make_corrected_profile(6, 4, spread=0.5, error=0.1)
     for seed, file in enumerate(("truth.json", "p.json")):

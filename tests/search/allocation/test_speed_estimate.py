@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from corrections import draw_maps
 from safetensors.torch import load_file, save_file
 
 import lexi_search
@@ -28,6 +29,7 @@ OLMOE = ModelSize(
     other_numbers=REST,
     cache_size=16 * 2 * 2048 * 2,
     cache_flops=16 * 4 * 2048,
+    hidden_size=2048,
 )
 
 
@@ -44,7 +46,9 @@ def test_experts_that_are_read_are_those_that_a_simulation_reads(experts, top_k,
 
 
 def test_a_step_is_what_the_arithmetic_says():
-    size = ModelSize({0: Experts(4, 3e6, 1e6)}, other_size=8e6, other_numbers=2e6, cache_size=1e3, cache_flops=4e3)
+    size = ModelSize(
+        {0: Experts(4, 3e6, 1e6)}, other_size=8e6, other_numbers=2e6, cache_size=1e3, cache_flops=4e3, hidden_size=1000
+    )
     card = Card("slow", bandwidth=1e9, flops=1e12, source="made up")
     step = estimate(size, make_identity(1, 4, 2), card, batch=1, context=1000).steps[1]
     # One token reads its k experts of 3 ms each; all else 8 ms, and 1 MB of cache in 1 ms; far fewer FLOPs than bytes.
@@ -54,6 +58,23 @@ def test_a_step_is_what_the_arithmetic_says():
     # 100 tokens: 2 FLOPs a number and token; the cache 4e3 x 100 x 1000 of them.
     assert step.layers == {0: pytest.approx((200.0, 400.0))}
     assert step.other_ms == pytest.approx(400 + 400 + LAYER_MS)
+
+
+def test_corrections_cost_the_bytes_and_flops_that_serving_them_takes():
+    """Judged by the tensors of the file, and by the products that one token needs."""
+    identity = make_identity(1, 4, 2)
+    size = ModelSize({0: Experts(4, 3e6, 1e6)}, 8e6, 2e6, cache_size=1e3, cache_flops=4e3, hidden_size=1000)
+    maps = draw_maps(identity, [(0, 1)], hidden=1000, rank=5)
+    (correction,) = maps.values()
+    stored, products = sum(part.nbytes for part in correction), correction.A.size + correction.B.size
+    for bandwidth, flops, expected in ((1e9, 1e15, 1e3 * stored / 1e9), (1e15, 1e9, 1e3 * 2 * 100 * products / 1e9)):
+        card = Card("slow", bandwidth=bandwidth, flops=flops, source="made up")
+        plain, table = (estimate(size, identity, card, batch=100, context=10, rank=rank) for rank in (None, 5))
+        added = np.subtract(table.steps[100].layers[0], plain.steps[100].layers[0])
+        assert added == pytest.approx([expected, 0.0])  # a layer with the model's own k has no correction
+        assert table.steps[100].other_ms == plain.steps[100].other_ms
+    assert table.made_by["estimate"]["compensation_rank"] == 5
+    assert "compensation_rank" not in plain.made_by["estimate"]
 
 
 def test_it_says_that_it_is_an_estimate_and_where_its_figures_are_from():
@@ -91,7 +112,7 @@ def size_up(layers, dense, hidden, experts, width, top_k, attention, shared, cac
     one = 3 * hidden * width
     rest = layers * attention + (layers - dense) * hidden * (3 * shared + experts) + hidden * (words + 3 * dense * wide)
     routed = {layer: Experts(experts, 2 * one, one) for layer in range(dense, layers)}
-    return ModelSize(routed, 2 * rest, rest, layers * cache * 2, layers * products * 2)
+    return ModelSize(routed, 2 * rest, rest, layers * cache * 2, layers * products * 2, hidden)
 
 
 @pytest.mark.parametrize(

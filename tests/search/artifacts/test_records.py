@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from command_line import refuse, succeed, write
 from synthetic import make_cost_table, make_profile
 
 from lexi_search.artifacts.records import read_record
+from lexi_search.checkpoint.folder import write_record
 from lexi_search.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -74,6 +76,43 @@ def test_a_file_that_is_not_whole_is_refused(folder, document):
         read_record("x")
     (folder / "empty").mkdir()
     assert "no folder that these tools made" in refuse("show", "empty")
+
+
+def test_what_is_damaged_in_an_exported_folder_is_named_with_the_remedy(folder):
+    (folder / "model").mkdir()
+    (folder / "model" / "model.safetensors").touch()
+
+    def export():
+        shutil.rmtree("served", ignore_errors=True)
+        Path("served").mkdir()
+        Path("served/model.safetensors").symlink_to("../model/model.safetensors")
+        Path("served/vocabulary").write_text("a")
+        allocation = {"top_k": {"0": 1}, "made_by": {}, "budget": 1, "model": {"model_type": "olmoe"}}
+        Path("served/config.json").write_text(json.dumps({"lexi_allocation": allocation}))
+        write_record(Path("served"))
+
+    export()
+    assert "link to ../model/model.safetensors" in succeed("show", "served")
+    Path("served/vocabulary").write_text("b")
+    assert re.search("vocabulary +changed since the export", succeed("show", "served"))
+    Path("served/vocabulary").unlink()
+    assert refuse("show", "served") == ("served/vocabulary is gone since the export; remove served and export again")
+    export()
+    Path("model/model.safetensors").rename("elsewhere")
+    assert refuse("show", "served") == (
+        "served/model.safetensors links to served/../model/model.safetensors, which is not there; put it back, or "
+        "export again where it is now"
+    )
+    Path("elsewhere").rename("model/model.safetensors")
+    for damaged in ("{}", "{", "[]"):
+        Path("served/config.json").write_text(damaged)
+        message = "served/config.json: no whole config with an allocation; remove served, export again"
+        assert refuse("show", "served") == message
+    export()
+    Path("served/lexi-export.json").unlink()
+    assert refuse("show", "served") == (
+        "served: an exported folder without its lexi-export.json; remove it and export again"
+    )
 
 
 def test_what_whole_models_lose_is_shown_by_variant(folder):

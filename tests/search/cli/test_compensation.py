@@ -77,6 +77,13 @@ def test_a_profile_holds_every_layer_and_k_and_names_its_file(place):
         assert (A.shape, B.shape, c.shape) == ((RANK, 48), (64, RANK), (64,))
 
 
+def test_a_rank_that_no_correction_can_have_is_said(weights, folder):
+    done = run("profile", weights, *QUICK, "--rank", 1000, "--gate-exponent", EXPONENT)
+    assert done.exit_code == 0 and read_profile()[0].settings.compensation_rank == 48
+    line = "--rank 1000: corrections of this model have at most 48, by its experts and hidden size, and have that"
+    assert list_warnings(done.stderr) == [line]
+
+
 def test_an_allocation_lies_beside_the_corrections_that_it_uses(place):
     _, maps = read_profile()
     search("profile.json", "--budget", 7, "-o", "a.json")

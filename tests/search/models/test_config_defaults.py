@@ -17,7 +17,6 @@ from lexi_search.models.decoder_stack import describe_decoder, find_first_token
 from lexi_search.models.families.defaults import SIZES
 from lexi_search.models.model import describe
 
-MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
 # Configuration classes of vLLM, which it takes before those of transformers.
 VLLM_CLASSES = {"deepseek_vl_v2": "DeepseekVLV2Config", "kimi_vl": "KimiVLConfig"} | {
     "kimi_linear": "KimiLinearConfig",

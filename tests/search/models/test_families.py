@@ -24,7 +24,6 @@ from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe, find_dtype
 from lexi_search.models.moe_families import ARCHITECTURES
 
-MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
 MAX_K = {"llama4": 4, "llama4_text": 4}  # where the model's own k is 1
 
 
@@ -34,7 +33,7 @@ def test_every_family_of_transformers_is_known_or_refused_with_its_reason():
 
 
 def test_every_registered_family_is_tested():
-    assert {MODEL_TYPES.get(family, family) for family in tiny.ALL_FAMILIES} == set(ARCHITECTURES)
+    assert {tiny.MODEL_TYPES.get(family, family) for family in tiny.ALL_FAMILIES} == set(ARCHITECTURES)
 
 
 @pytest.fixture(scope="module", params=tiny.ALL_FAMILIES)
@@ -65,7 +64,7 @@ def test_description(family):
     name, folder, model = family
     described = describe(open_checkpoint(folder), max_k=MAX_K.get(name))
     identity, config = described.identity, model.config.get_text_config()
-    assert identity.model_type == MODEL_TYPES.get(name, name)
+    assert identity.model_type == tiny.MODEL_TYPES.get(name, name)
     assert identity.num_experts == (8 if name in ("mixtral", "minicpm") else 12 if name == "qwen2_moe" else 16)
     assert identity.top_k == {"phimoe": 2, "llama4": 1, "llama4_text": 1}.get(name, 4)
     assert identity.num_hidden_layers == config.num_hidden_layers

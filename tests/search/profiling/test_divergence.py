@@ -493,6 +493,11 @@ def test_whole_allocations_are_judged(folder, olmoe):
         assert row["divergence"] == pytest.approx(expected.mean(), rel=1e-2)
         assert row["stderr"] == pytest.approx(expected.std(ddof=1) / 2, rel=2e-2)
         assert row["budget"] == sum(variants[row["name"]].top_k)
+    more = {layer: whole - (layer == identity.moe_layers[0]) for layer in identity.moe_layers}
+    serialisation.write_allocation("more.json", replace(allocation, top_k=more, budget=sum(more.values())))
+    told = command_line.run("judge", weights, "a.json", "more.json", *options).stderr
+    (said,) = [line for line in told.splitlines() if line.startswith("done: ")]  # the larger budget wins nothing
+    assert f"more.json is the only one with budget {sum(more.values())}, " in said and said.count("budget") == 2
     lines = succeed("judge", weights, "a.json", *options).splitlines()
     assert "a.json" in lines[2 + [row["name"] for row in rows].index("a.json")]
     serialisation.write_allocation("b.json", replace(allocation, model=replace(identity, router_sha256="f" * 64)))

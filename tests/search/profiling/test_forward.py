@@ -28,7 +28,6 @@ from lexi_search.models.loading.reader import read_tensors
 from lexi_search.models.loading.residence import Residence
 from lexi_search.models.model import describe
 
-MODEL_TYPES = {"deepseek_vl2": "deepseek_vl_v2"}  # where tiny's name is not the config's
 LENGTH = 24
 # What makes the tiny models use more of what their family has.
 GROUPED = dict(num_attention_heads=4, num_key_value_heads=2)
@@ -183,7 +182,7 @@ SETTINGS |= {
     | dict(block_size=8, mlp_beta_factor=0.8),
 }
 SETTINGS |= {"jamba": GROUPED | dict(num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1, mamba_dt_rank=6)}
-KNOWN = [name for name in tiny.ALL_FAMILIES if MODEL_TYPES.get(name, name) in FAMILIES]
+KNOWN = [name for name in tiny.ALL_FAMILIES if tiny.MODEL_TYPES.get(name, name) in FAMILIES]
 
 
 def build(name, **changes):
@@ -259,7 +258,7 @@ def test_experts_in_a_latent_space_equal_transformers(tmp_path):
 
 
 def test_every_known_family_is_tested():
-    assert {MODEL_TYPES.get(name, name) for name in KNOWN} == set(FAMILIES)
+    assert {tiny.MODEL_TYPES.get(name, name) for name in KNOWN} == set(FAMILIES)
 
 
 def test_a_layer_with_fewer_experts_equals_transformers(tmp_path):
