@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexi_search.cli.console import echo, format_size
@@ -71,7 +72,7 @@ def describe_process() -> list[str]:
     from jax import local_devices
 
     try:
-        counts = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
         lines = [f"read: {format_size(int(counts['rchar']))}, from disk {format_size(int(counts['read_bytes']))}"]
     except OSError:
         lines = []
@@ -113,8 +114,8 @@ def _describe_staying(plan: "Plan") -> str:
     """Where weights stay between passes, if there are several."""
     if plan.staying is None or sum(passes for _, passes in plan.phases) < 2:
         return ""
-    places = zip(plan.staying, ("the device", "host memory", "the files, and are read in every pass"), strict=True)
-    return "; weights stay " + ", ".join(f"in {where}: {format_size(size)}" for size, where in places if size)
+    places = zip(plan.staying, ("on the device", "in host memory", "in the files, read in every pass"), strict=True)
+    return "; weights stay " + ", ".join(f"{where} ({format_size(size)})" for size, where in places if size)
 
 
 class Reporter:

@@ -282,6 +282,25 @@ def test_a_profile_shows_its_plan_and_plain_lines_of_progress_in_a_pipe(folder, 
         )
 
 
+def test_a_profile_says_where_weights_stay_and_how_long_its_phases_took(folder, checkpoint):
+    small = ["--batch", 2, "--length", 8, "--samples", 32, "--compensation", "none", "--verbose"]
+    said = {}
+    for name, memory in (("all", []), ("none", ["--device-memory", "0GB", "--host-memory", "0GB"])):
+        said[name] = run("profile", checkpoint, *small, *memory, "-o", f"{name}.json").stderr
+    assert Path("all.json").read_bytes() == Path("none.json").read_bytes()
+    plans = {name: text.splitlines()[0] for name, text in said.items()}
+    size = r"[\d.]+ [kM]B"
+    assert re.fullmatch(rf"plan: read ({size}) .*; weights stay on the device \(\1\)", plans["all"])
+    assert re.fullmatch(
+        rf"plan: read {size} .*; weights stay in the files, read in every pass \({size}\)", plans["none"]
+    )
+    for text in said.values():
+        phases = [line.partition(":")[0] for line in text.splitlines() if re.search(r": .*\d s( \(|$)", line)]
+        assert phases == ["opening", "text", "losses", "the rest"]
+        assert re.search(r"^text: 6 passes, [\d.]+ s \([\d.]+(, [\d.]+){5}\)$", text, re.M)
+        assert re.search(r"^read: .*, from disk .*\nhost memory: at most ", text, re.M)
+
+
 def test_iterations_are_the_papers(folder, checkpoint):
     size = ["--input", "paper", "--batch", 2, "--length", 32]
     succeed("profile", checkpoint, *size, "--iterations", 10, "-o", "a")

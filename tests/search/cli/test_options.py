@@ -2,10 +2,11 @@
 
 from fractions import Fraction
 
+import click
 import pytest
 
 from lexi_adapter.model.variants import share_of_budget
-from lexi_search.cli.options import parse_budget
+from lexi_search.cli.options import SIZE, parse_budget
 from lexi_search.errors import InputError
 
 
@@ -39,3 +40,17 @@ def test_budgets_above_the_models_own_are_refused_by_name():
         parse_budget("101%", layers=16, top_k=8)
     with pytest.raises(InputError, match=r"--budgets k=9: an average is at most 8"):
         parse_budget("k=9", layers=16, top_k=8, option="--budgets")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("20GB", 20 * 10**9), ("500MB", 5 * 10**8), ("1.5 TB", 1500 * 10**9), ("0GB", 0), ("64kB", 64_000)],
+)
+def test_a_size_is_a_number_of_bytes_with_a_unit(text, size):
+    assert SIZE.convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["20", "GB", "-1GB", "20GiB", "1e3GB", "nanGB", "20 G"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(click.BadParameter, match="take a number and a unit, such as 20GB"):
+        SIZE.convert(text, None, None)

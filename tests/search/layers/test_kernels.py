@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lexi_search.layers.kernels.blocks import BLOCK_ROWS, StackedExperts, lay_out, stack_experts
-from lexi_search.layers.kernels.grouped import can_group, measure_stacked
+from lexi_search.layers.kernels.grouped import can_group, measure_stacked, stacked_outputs
 from lexi_search.layers.moe import compute_outputs, squared_distances
 from lexi_search.layers.routing import route
 from lexi_search.layers.spec import Activation, Routing
@@ -54,6 +54,9 @@ def test_equals_the_experts_one_by_one(dtype, monkeypatch):
     assert found.shape == (TOKENS, TOP_K) and not found[:, -1].any()
     np.testing.assert_allclose(found, expected, rtol=0.05)
     np.testing.assert_allclose(found.sum(axis=0), expected.sum(axis=0), rtol=3e-3)
+    each = stacked_outputs(x, choice, stack_experts(experts, dtype=dtype), interpret=True)
+    assert each.dtype == outputs.dtype
+    np.testing.assert_allclose(each.astype(jnp.float32), outputs.astype(jnp.float32), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 waits forever")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,9 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
+from lexi_search.layers.kernels.blocks import BLOCK_ROWS, GATED_COLUMNS
+from lexi_search.layers.kernels.grouped import stacked_outputs
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.loading.residence import DEVICE, FILES, HOST, Residence, Room, find_room, place_layers
 from lexi_search.models.model import describe
+from lexi_search.profiling.divergence import open_run
+from lexi_search.profiling.forward.losses import measure_losses
+from lexi_search.profiling.forward.variants import Variant
 
 EVERYTHING = Room(1 << 40, 0)
 
@@ -137,6 +143,47 @@ def test_room_is_what_is_asked_for_or_a_share_of_the_memory():
     assert find_room(device=5, host=7) == Room(5, 7)
     found = find_room()
     assert found.device > 1 << 20 and found.host == 0  # on a CPU the device's memory is the host's
+
+
+def multiply_slowly(x, weights, block_experts, num_blocks, *, gated, interpret):
+    """`hopper.multiply_blocks`, block by block."""
+    blocks = x.reshape(-1, BLOCK_ROWS, x.shape[1]).astype(jnp.float32)
+    product = jnp.einsum("bmk,bnk->bmn", blocks, weights[block_experts].astype(jnp.float32))
+    if gated:
+        gate, up = jnp.moveaxis(product.reshape(*product.shape[:2], -1, 2, GATED_COLUMNS), 3, 0)
+        product = jax.nn.silu(gate) * up
+    return product.reshape(len(x), -1).astype(x.dtype)
+
+
+@pytest.mark.parametrize("room", [EVERYTHING, Room(0, 0)])
+def test_a_pass_with_stacked_experts_computes_what_one_by_one_computes(room, tmp_path, monkeypatch):
+    """The path of Hopper GPUs: stacked where they stay, or else in every pass; its kernels interpreted."""
+    pytest.importorskip("absl", reason="Pallas' GPU side needs it")
+    from lexi_search.layers.kernels import hopper
+    from lexi_search.models.loading import residence as residence_of
+    from lexi_search.profiling.forward import layer as layer_of
+
+    shape = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2}
+    checkpoint = open_checkpoint(tiny.make_checkpoint("olmoe", tmp_path / "olmoe", **shape))
+    model, stacked = describe(checkpoint), []
+    tokens = np.random.default_rng(0).integers(3, 250, (2, 16)).astype(np.int32)
+    variants = [Variant((1, model.top_k)), Variant((2, 1), 0.5)]
+    expected = measure_losses(open_run(checkpoint, model, "float32"), tokens, variants)
+
+    def multiply_stacked(x, choice, experts):
+        stacked.append(len(x))
+        return stacked_outputs(x, choice, experts, interpret=True)
+
+    monkeypatch.setattr(hopper, "multiply_blocks", multiply_slowly)
+    monkeypatch.setattr(layer_of, "stacked_outputs", multiply_stacked)
+    for module in (residence_of, layer_of):
+        monkeypatch.setattr(module, "can_group", lambda experts, device, **traits: traits["dtype"] == "float32")
+    run = open_run(checkpoint, model, "float32", room=room)
+    for _ in range(2):
+        found = measure_losses(run, tokens, variants)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-6)
+    assert len(stacked) == 2 * 4  # the model in both layers; in the second what branched off, with exponent and without
 
 
 TWICE = """
