@@ -1,5 +1,6 @@
 """`lexi-search profile`."""
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -99,7 +100,7 @@ Examples:
     metavar="SIZE",
     show_default=False,
     help="Weights that stay in host memory, where the GPUs have no room. What fits in neither is read again in every "
-    "pass.  [default: half of what is free]",
+    "pass.  [default: half of what is free, 32GB at most]",
 )
 @click.option("--verbose", is_flag=True, help="Say at the end how long each phase took, and what was read.")
 @click.option("--restart", is_flag=True, help="Throw away the layers that a run cut short has finished.")
@@ -141,6 +142,8 @@ def profile(
     if together:
         explain_lost_process()
     prepare_environment()
+    if host_memory is not None:  # it grows by doubling
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(64, 2 * host_memory // 10**9 + 2)))
     from lexi_search.models.loading.residence import find_room
     from lexi_search.profiling.distributed import Group, join
     from lexi_search.profiling.session import profile_checkpoint

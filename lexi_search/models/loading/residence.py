@@ -29,6 +29,7 @@ DEVICE, HOST, FILES = "device", "host", "files"  # where a layer stays between p
 # hidden states, expert outputs, two layers that are on their way, a copy of one layer's experts.
 DEVICE_SHARE, HOST_SHARE = 1 / 2, 1 / 2
 COPIES = 20  # of the text that go through every layer in a profile's other passes
+HOST_MOST = 32 * 10**9  # by default: JAX has 64 GB of such host memory, which grows by doubling
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -58,11 +59,15 @@ class Staying(NamedTuple):
 
 
 def find_room(*, device: int | None = None, host: int | None = None) -> Room:
-    """The bytes that are given, else shares of the memory that there is; on a CPU all of it is the host's."""
+    """The bytes that are given, else shares of the memory that there is; on a CPU all of it is the host's.
+
+    For more than `HOST_MOST` of host memory JAX has to be told, by XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, before it starts.
+    """
     memory = jax.local_devices()[0].memory_stats()
     free = int(HOST_SHARE * _read_free_memory())
     own = int(DEVICE_SHARE * memory["bytes_limit"]) if memory else free
-    return Room(own if device is None else device, (free if memory else 0) if host is None else host)
+    beside = min(free, HOST_MOST) if memory else 0
+    return Room(own if device is None else device, beside if host is None else host)
 
 
 def _read_free_memory() -> int:
