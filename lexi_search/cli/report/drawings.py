@@ -12,6 +12,7 @@ from lexi_search.cli.report.statements import find_unit
 
 _COLOURS = colormaps["viridis"]
 _WIDTH = 760  # of a drawing, in its own units; the page scales it
+_DARK_UP_TO = 0.45  # of the scale's colours, those on which white is read better than black
 _VALUES_UP_TO = 12  # layers with room for a value in every cell
 
 
@@ -33,7 +34,7 @@ def draw_heatmap(outcome: Outcome) -> str:
                 f'fill="{_colour(share)}"><title>layer {layer}, k = {k}: {loss:.3g}</title></rect>'
             )
             if len(layers) <= _VALUES_UP_TO:
-                ink = "#fff" if share < 0.62 else "#111"
+                ink = "#fff" if share < _DARK_UP_TO else "#111"
                 parts.append(
                     f'<text x="{x + width / 2:.2f}" y="{y + height / 2 + 4:g}" class="cell" fill="{ink}">{_short(loss)}'
                     "</text>"

@@ -143,12 +143,13 @@ def _list_tiles(outcome: Outcome) -> tuple[Tile, ...]:
     ours, even = outcome.contenders[0], _find_even(outcome)
     full, layers, sure = outcome.job.model.top_k, len(ours.top_k), outcome.result.share
     average = sum(ours.top_k) / layers
+    least, most = min(ours.top_k), max(ours.top_k)
     error = f" ± {ours.judged.stderr:.1g}" if ours.judged else ""
     return (
         Tile(
             "Experts a token",
             f"{sum(ours.top_k)} of {layers * full}",
-            f"{average:.2f} a layer instead of {full}; {min(ours.top_k)} to {max(ours.top_k)}",
+            f"{average:.2f} a layer instead of {full}; {'the same in all' if least == most else f'{least} to {most}'}",
         ),
         Tile(
             "Speed-up (estimate)" if outcome.job.cost.estimated else "Speed-up",

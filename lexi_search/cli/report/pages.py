@@ -68,7 +68,7 @@ table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-n
 th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; font-size: .8rem; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; }
-.named th:first-child, .named td:first-child { text-align: left; }
+.named th:first-child, .named td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 .named tbody tr:first-child td { font-weight: 650; }
 .step { border-top: 1px solid var(--line); padding: .8rem 0; display: grid; grid-template-columns: 8.5rem minmax(0,
   1fr); gap: .2rem 1rem; }

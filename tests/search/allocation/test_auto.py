@@ -235,6 +235,24 @@ def test_an_estimate_is_called_one_everywhere(again, weights):
         assert "not measured" in text if name == "report.html" else "nothing was timed" in text
 
 
+def find_luminance(colour):
+    """Of a colour in hexadecimal digits, as WCAG defines it."""
+    digits = colour.removeprefix("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    parts = (int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4))
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def test_the_values_of_the_heatmap_can_be_read(finished, monkeypatch):
+    page = (finished / "served.lexi/report.html").read_text()
+    cells = re.findall(r'<rect [^>]*fill="(#\w+)">.*?</rect>\s*<text [^>]*class="cell" fill="(#\w+)"', page)
+    assert len(cells) == LAYERS * TOP_K
+    for ground, ink in cells:
+        dark, light = sorted(map(find_luminance, (ground, ink)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.2, (ground, ink)
+
+
 def test_an_estimate_counts_the_corrections_of_what_has_them(finished, weights):
     place = finished / "served.lexi"
     rank = read_profile(place / "profile.json").settings.compensation_rank
