@@ -47,7 +47,7 @@ def main() -> None:
 
 
 @contextmanager
-def serving(folder: str):
+def serving(folder: str, *options: str):
     """A vLLM server for the folder on a free port of this machine: its address and its log's path."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -55,7 +55,7 @@ def serving(folder: str):
     # `vllm serve` by its module: the command itself does not find its own version in vLLM's build for CPUs.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "lexi"]
-    command += ["--max-model-len", "auto", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
+    command += ["--max-model-len", "auto", "--enforce-eager", "--gpu-memory-utilization", "0.3", *options]
     # vLLM's CPU build (0.32) never asks Linux for the AMX tiles that its attention uses in bfloat16; it is killed.
     command += [] if torch.cuda.is_available() else ["--dtype", "float32"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
