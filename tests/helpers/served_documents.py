@@ -60,6 +60,7 @@ def type_in_engine(line):
     tool, command, *words = shlex.split(line)
     words = [other for word in words for other in INSTEAD.get(word, [word])]
     entry = ENTRY.format(tool.replace("-", "_"), tool)
+    words += ["--workload", "16x64x16"] if command == "bench" and "--workload" not in words else []
     more = [other for word in dict.fromkeys([command, *words]) for other in MORE.get(word, [])]
     done = start(sys.executable, "-c", entry, command, *words, *EAGER, *more, timeout=1800)
     assert done.returncode == 0, f"{line}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
