@@ -439,9 +439,9 @@ def test_auto_needs_the_models_own_text(folder, checkpoint):
 
 
 def test_a_family_whose_attention_is_not_known_is_refused(folder):
-    laguna = tiny.make_checkpoint("laguna", folder / "laguna")
+    unknown = tiny.make_checkpoint("axk2", folder / "axk2")
     assert "; use lexi-search profile --input paper, which takes the MoE layers alone; known are" in refuse(
-        "profile", laguna
+        "profile", unknown
     )
 
 
