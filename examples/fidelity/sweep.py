@@ -20,7 +20,6 @@ from windows import cut_what_fits, read_streams
 
 from lexi_adapter.files import write_atomically
 from lexi_search.checkpoint.reader import open_checkpoint
-from lexi_search.models.loading.reader import read_tensors
 from lexi_search.models.model import describe
 from lexi_search.profiling.compensation import RIDGES, choose_ks, find_rank, fit_layers
 from lexi_search.profiling.divergence import open_run
@@ -61,7 +60,7 @@ def _pick(log_probabilities: jax.Array, ids: jax.Array) -> jax.Array:
 def measure_increase(run: Run, tokens: np.ndarray, variants: Sequence[Variant]) -> list[float]:
     """The increase of the cross-entropy on `tokens` [sequences, length] under each variant, in nats per token."""
     chunks = forward(run, tokens, variants)
-    ends = read_tensors(run.checkpoint, run.decoder.ends._replace(embedding=()))
+    ends = run.find_residence().read_ends(0, first=False)
     found = np.zeros((len(variants) + 1, len(chunks)))
     for index, states in enumerate(chunks):
         size = len(tokens) // len(chunks)

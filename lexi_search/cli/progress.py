@@ -179,9 +179,9 @@ class Reporter:
         """A line for each phase that is over: its passes, and the seconds of each."""
         seconds = [after - before for before, after in pairwise((*self.times, time.monotonic()))]
         lines, at = [f"opening: {seconds[0]:.1f} s"], 1
-        dropped = {"corrections"} if self.kept and self.kept.header.settings.compensation_rank is None else {}
+        dropped = self.kept is not None and self.kept.header.settings.compensation_rank is None
         for name, passes in self.planned.phases if self.planned else ():
-            if name in dropped:
+            if name == "corrections" and dropped:
                 continue
             own, at = seconds[at : at + passes], at + passes
             each = f" ({', '.join(f'{one:.1f}' for one in own)})" if passes > 1 else ""

@@ -5,11 +5,18 @@
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Float
 
 # The share of a device's memory for weights: layers as stored, and a copy of one layer's experts. The rest is for
 # activations.
 MEMORY_SHARE = 3 / 4
+
+
+def find_memory() -> int | None:
+    """Bytes that JAX has on the first of the local devices; None where it does not tell, as on a CPU."""
+    memory = jax.local_devices()[0].memory_stats()
+    return memory["bytes_limit"] if memory else None
 
 
 class Affine(NamedTuple):

@@ -17,6 +17,7 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError, check_memory, explain_overflow
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.spec import Routing
+from lexi_search.layers.weights import find_memory
 from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import Model
 from lexi_search.profiling.divergence import draw_samples, measure_layers, open_run
@@ -124,13 +125,12 @@ def _profile_each(
     if settings.max_samples < settings.batch * settings.length:
         size = f"batch {settings.batch} x length {settings.length}"
         raise InputError(f"at most {settings.max_samples} samples allow no iteration of {size}; raise the cap")
-    memory = jax.local_devices()[0].memory_stats()
     row = model.hidden_size * jnp.dtype(settings.dtype).itemsize
     check_memory(
         f"tokens and expert outputs of batch {settings.batch} x length {settings.length}",
         float(settings.batch) * settings.length * (1 + model.top_k) * row,
         "lower --batch or --length",
-        most=memory["bytes_limit"] if memory else None,
+        most=find_memory(),
     )
     needed = partial(find_needed, model, settings)
     with closing(stream_layers(checkpoint, model, layers, needed=needed)) as streamed:

@@ -1,7 +1,16 @@
-"""Made-up results in the format of `lexi-adapter eval` and `bench`."""
+"""Made-up results in the format of `lexi-adapter eval` and `bench`, and what a made-up task of lm-eval says."""
 
 K = {"mine.json": {"0": 1, "1": 3}, "uniform k = 2": {"0": 2, "1": 2}}
 TASKS = (("perplexity a.txt", "perplexity"), ("perplexity a.txt", "loss"), ("passkey 100", "accuracy"))
+MADE_TASK = {
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "doc_to_choice": "{{choices}}",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
 
 
 def make_quality(names=("base", "mine.json", "uniform k = 2", "pruned", "alone")):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from documents import EXAMPLES
 from engine import start
+from results import MADE_TASK
 
 ENTRY = "import sys; from {}.cli.entry import run; sys.argv[0] = {!r}; run()"
 EAGER = ["--engine", json.dumps({"dtype": "float32", "enforce_eager": True})]
@@ -29,16 +30,7 @@ MORE = {  # by command, and by task of eval
 }
 SHRUNK = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2}
 SHRUNK |= {"shared_expert_intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-TASK = {
-    "task": "lexi_made",
-    "dataset_path": "json",
-    "output_type": "multiple_choice",
-    "test_split": "test",
-    "doc_to_text": "{{question}}",
-    "doc_to_target": "{{answer}}",
-    "doc_to_choice": "{{choices}}",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
+TASK = MADE_TASK | {"task": "lexi_made"}
 
 
 def write_inputs(place):

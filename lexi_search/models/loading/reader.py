@@ -48,9 +48,6 @@ class Reader:
         self._checkpoint = checkpoint
         self._buffers = threading.local()
 
-    def count_bytes(self, part: str) -> int:
-        return self._checkpoint.entries[part].size
-
     def close(self) -> None:
         # Without waiting: this may run in a finaliser, where waiting for a thread may never end.
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -96,13 +93,13 @@ class Reader:
         return array.block_until_ready()
 
 
-def read_tensors(checkpoint: Checkpoint, tensors: Weights) -> Weights:
-    """The same tree with a dequantised array on the default device for every `Stored` reference in it.
+def read_tensors(checkpoint: Checkpoint, tensors: Weights, *, device: jax.Device | None = None) -> Weights:
+    """The same tree with a dequantised array on a device, by default JAX's, for every `Stored` reference in it.
 
     Raises:
         InputError: a shard that cannot be read; NaN or Inf in a tensor, by name.
     """
-    reader = Reader(checkpoint)
+    reader = Reader(checkpoint, device)
     try:
         return read_tree(reader, tensors)
     finally:

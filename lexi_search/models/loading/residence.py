@@ -18,9 +18,9 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.kernels.blocks import stack_experts
 from lexi_search.layers.kernels.grouped import can_group
-from lexi_search.layers.weights import BlockWeights, EndWeights
+from lexi_search.layers.weights import BlockWeights, EndWeights, find_memory
 from lexi_search.models.loading.pieces import list_parts
-from lexi_search.models.loading.reader import Reader, read_block, read_tree
+from lexi_search.models.loading.reader import Reader, read_block, read_tensors
 from lexi_search.models.loading.streaming import can_overlap, stream_ahead
 from lexi_search.models.model import Model
 
@@ -63,9 +63,9 @@ def find_room(*, device: int | None = None, host: int | None = None) -> Room:
 
     For more than `HOST_MOST` of host memory JAX has to be told, by XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, before it starts.
     """
-    memory = jax.local_devices()[0].memory_stats()
+    memory = find_memory()
     free = int(HOST_SHARE * _read_free_memory())
-    own = int(DEVICE_SHARE * memory["bytes_limit"]) if memory else free
+    own = int(DEVICE_SHARE * memory) if memory else free
     beside = min(free, HOST_MOST) if memory else 0
     return Room(own if device is None else device, beside if host is None else host)
 
@@ -186,7 +186,7 @@ class Residence:
         if self.is_kept(layers):
             yield from ((layer, self._layers[layer]) for layer in layers)
             return
-        reader = self._read_with(self.places[layers[0]].device)
+        reader = Reader(self._checkpoint, self.devices[self.places[layers[0]].device])
         try:
             # What stays may arrive as fast as it can be read: there is room for it.
             staying = [layer for layer in layers if self.places[layer].kept == DEVICE]
@@ -199,9 +199,6 @@ class Residence:
     @cached_property
     def _overlap(self) -> bool:
         return can_overlap(self._checkpoint, self._model, self._model.layers)
-
-    def _read_with(self, device: int) -> Reader:
-        return Reader(self._checkpoint, self.devices[device])
 
     def _fetch(self, reader: Reader, layer: int) -> BlockWeights:
         device, kept = self.devices[self.places[layer].device], self.places[layer].kept
@@ -229,11 +226,7 @@ class Residence:
         if (device, first) not in self._ends:
             ends = self._decoder.ends
             wanted = ends._replace(norm=(), head=()) if first else ends._replace(embedding=())
-            reader = self._read_with(device)
-            try:
-                found = read_tree(reader, wanted)
-            finally:
-                reader.close()
+            found = read_tensors(self._checkpoint, wanted, device=self.devices[device])
             if self._measure(ends) > self._room.device:
                 return found
             self._ends[device, first] = found

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-import jax
-
 from lexi_search.checkpoint.reader import Checkpoint
-from lexi_search.layers.weights import MEMORY_SHARE, LayerWeights
+from lexi_search.layers.weights import MEMORY_SHARE, LayerWeights, find_memory
 from lexi_search.models.loading.pieces import list_parts, list_pieces
 from lexi_search.models.loading.reader import NeededExperts, Reader, Weights, read_layer
 from lexi_search.models.model import Model
@@ -69,10 +67,10 @@ def stream_ahead(layers: Sequence[int], read: Callable[[int], Weights], *, ahead
 
 def can_overlap(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> bool:
     """Whether two layers as stored, and one more as 16-bit matrices, take at most `MEMORY_SHARE` of the device."""
-    memory, tensors = jax.local_devices()[0].memory_stats(), checkpoint.tensors
+    memory, tensors = find_memory(), checkpoint.tensors
     sizes = [0]
     for layer in layers if memory else ():
         pieces = [piece for expert in list_pieces(tensors, model.tensors[layer].experts) for piece in expert]
         stored = sum(checkpoint.entries[part].size for part in list_parts(tensors, model.tensors[layer]))
         sizes.append(2 * stored + 2 * sum(math.prod(piece.recipe.shape) for piece in pieces))
-    return memory is None or max(sizes) <= MEMORY_SHARE * memory["bytes_limit"]
+    return memory is None or max(sizes) <= MEMORY_SHARE * memory

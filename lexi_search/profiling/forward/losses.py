@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float64, Int
 from lexi_search.artifacts.compensation import Maps
 from lexi_search.layers.decoder import Decoder, read_logits
 from lexi_search.layers.moe import corrected_distances, squared_distances
-from lexi_search.layers.weights import EndWeights
+from lexi_search.layers.weights import EndWeights, find_memory
 from lexi_search.profiling.forward.layer import MoEOutputs, stack_corrections
 from lexi_search.profiling.forward.passes import forward, spread
 from lexi_search.profiling.forward.variants import MODEL, Hidden, Kept, Run, Variant, divide
@@ -99,8 +99,8 @@ def _measure_divergence(
 
 def split_tokens(count: int, ends: EndWeights) -> Iterator[slice]:
     """Equal slices of `count` tokens, whose logits take at most `LOGIT_BYTES` or `LOGIT_SHARE` of a device's memory."""
-    memory = jax.local_devices()[0].memory_stats()
-    space = max(LOGIT_BYTES, int(LOGIT_SHARE * memory["bytes_limit"])) if memory else LOGIT_BYTES
+    memory = find_memory()
+    space = max(LOGIT_BYTES, int(LOGIT_SHARE * memory)) if memory else LOGIT_BYTES
     size = divide(count, space // (4 * ends.head.weight.shape[0]))
     return (slice(start, start + size) for start in range(0, count, size))
 

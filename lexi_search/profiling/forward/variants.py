@@ -12,6 +12,7 @@ from lexi_search.artifacts.compensation import Maps
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import check_memory
 from lexi_search.layers.decoder import Decoder
+from lexi_search.layers.weights import find_memory
 from lexi_search.models.loading.residence import NO_ROOM, Residence
 from lexi_search.models.model import Model
 
@@ -86,8 +87,8 @@ def plan_pass(
 
 def _limit_tokens(run: Run) -> int:
     """The tokens whose expert outputs are computed at once."""
-    memory = jax.local_devices()[0].memory_stats()
-    space = PASS_SHARE * memory["bytes_limit"] if memory else PASS_BYTES
+    memory = find_memory()
+    space = PASS_SHARE * memory if memory else PASS_BYTES
     return int(space // (run.model.top_k * run.model.hidden_size * jnp.dtype(run.dtype).itemsize))
 
 
@@ -96,8 +97,8 @@ def _choose_storage(run: Run, tokens: int) -> Callable[[Hidden], Any]:
 
     `tokens` counts them over all variants.
     """
-    memory, size = jax.local_devices()[0].memory_stats(), check_room(run, tokens)
-    return (lambda hidden: hidden) if memory is None or size <= HIDDEN_SHARE * memory["bytes_limit"] else np.asarray
+    memory, size = find_memory(), check_room(run, tokens)
+    return (lambda hidden: hidden) if memory is None or size <= HIDDEN_SHARE * memory else np.asarray
 
 
 def check_room(run: Run, tokens: int) -> int:

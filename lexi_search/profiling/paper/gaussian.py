@@ -15,7 +15,7 @@ from lexi_search.layers.kernels.grouped import can_group, has_kernels, measure_s
 from lexi_search.layers.moe import compute_outputs, mixing_changes, squared_distances
 from lexi_search.layers.routing import Choice, route
 from lexi_search.layers.spec import Routing
-from lexi_search.layers.weights import LayerWeights
+from lexi_search.layers.weights import LayerWeights, find_memory
 from lexi_search.models.model import Model
 from lexi_search.profiling.paper.moments import Moments, accumulate, begin, relative_errors
 
@@ -192,8 +192,8 @@ def _count(
 
 def _size_passes(model: Model, settings: ProfileSettings) -> tuple[int, int]:
     """Iterations of the first pass and of a full one; only two sizes, because each is compiled."""
-    memory = jax.local_devices()[0].memory_stats()
-    space = PASS_SHARE * memory["bytes_limit"] if memory else PASS_BYTES
+    memory = find_memory()
+    space = PASS_SHARE * memory if memory else PASS_BYTES
     row = model.hidden_size * jnp.dtype(settings.dtype).itemsize
     full = max(int(space // (model.top_k * row * settings.batch * settings.length)), 1)
     return min(MIN_ITERATIONS, full), full

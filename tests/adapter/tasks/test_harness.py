@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from results import MADE_TASK
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexi_adapter
@@ -18,17 +19,7 @@ from lexi_adapter.tasks.scores import Score, find_interval
 
 MODEL = Path(lexi_adapter.__file__).parent.parent / "examples" / "tiny-olmoe"
 CHOICES = ["self", "None", "zebra"]  # lm-eval puts a space before each
-TASK = {
-    "task": "lexi_returns",
-    "dataset_path": "json",
-    "output_type": "multiple_choice",
-    "test_split": "test",
-    "doc_to_text": "{{question}}",
-    "doc_to_target": "{{answer}}",
-    "doc_to_choice": "{{choices}}",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    "metadata": {"version": 1.0},
-}
+TASK = MADE_TASK | {"task": "lexi_returns", "metadata": {"version": 1.0}}
 
 
 def make_samples(values):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_kernels import multiply_slowly
 
 from lexi_search.layers.kernels.blocks import BLOCK_ROWS, StackedExperts, lay_out, stack_experts
 from lexi_search.layers.kernels.grouped import can_group, measure_stacked, stacked_outputs
@@ -26,17 +27,6 @@ def make_layer(dtype=jnp.bfloat16):
     )
     router = jnp.asarray(draw.normal(size=(EXPERTS, HIDDEN)) / HIDDEN**0.5, dtype)
     return router, experts, jnp.asarray(draw.normal(size=(TOKENS, HIDDEN)), dtype)
-
-
-def multiply_slowly(x, weights, block_experts, num_blocks, *, gated, interpret):
-    """`hopper.multiply_blocks`, block by block; the rows behind the last block hold NaN, as memory may."""
-    blocks = x.reshape(-1, BLOCK_ROWS, x.shape[1]).astype(jnp.float32)
-    product = jnp.einsum("bmk,bnk->bmn", blocks, weights[block_experts].astype(jnp.float32))
-    if gated:
-        gate, up = jnp.moveaxis(product.reshape(*product.shape[:2], -1, 2, 128), 3, 0)
-        product = (jax.nn.silu(gate) * up).reshape(*product.shape[:2], -1)
-    beyond = jnp.arange(block_experts.size) >= num_blocks[0]
-    return jnp.where(beyond[:, None, None], jnp.nan, product).reshape(x.shape[0], -1).astype(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -31,19 +31,6 @@ def opened(folder):
     return checkpoint, describe(checkpoint)
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """The names of the tensors read, in order of their reading."""
-    names, read = [], Checkpoint.read
-
-    def spy(self, name, buffer, **options):
-        names.append(name)
-        return read(self, name, buffer, **options)
-
-    monkeypatch.setattr(Checkpoint, "read", spy)
-    return names
-
-
 def to_host(weights):
     return [None if part is None else np.asarray(part) for expert in weights.experts for part in expert]
 

@@ -6,15 +6,14 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_kernels import multiply_slowly
 
-from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
-from lexi_search.layers.kernels.blocks import BLOCK_ROWS, GATED_COLUMNS
+from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.layers.kernels.grouped import stacked_outputs
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.loading.residence import DEVICE, FILES, HOST, Residence, Room, find_room, place_layers
@@ -32,18 +31,6 @@ def opened(tmp_path_factory):
     checkpoint = open_checkpoint(folder)
     model = describe(checkpoint)
     return checkpoint, model, describe_decoder(checkpoint, model)
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    names, read = [], Checkpoint.read
-
-    def spy(self, name, buffer, **options):
-        names.append(name)
-        return read(self, name, buffer, **options)
-
-    monkeypatch.setattr(Checkpoint, "read", spy)
-    return names
 
 
 def to_host(weights):
@@ -143,16 +130,6 @@ def test_room_is_what_is_asked_for_or_a_share_of_the_memory():
     assert find_room(device=5, host=7) == Room(5, 7)
     found = find_room()
     assert found.device > 1 << 20 and found.host == 0  # on a CPU the device's memory is the host's
-
-
-def multiply_slowly(x, weights, block_experts, num_blocks, *, gated, interpret):
-    """`hopper.multiply_blocks`, block by block."""
-    blocks = x.reshape(-1, BLOCK_ROWS, x.shape[1]).astype(jnp.float32)
-    product = jnp.einsum("bmk,bnk->bmn", blocks, weights[block_experts].astype(jnp.float32))
-    if gated:
-        gate, up = jnp.moveaxis(product.reshape(*product.shape[:2], -1, 2, GATED_COLUMNS), 3, 0)
-        product = jax.nn.silu(gate) * up
-    return product.reshape(len(x), -1).astype(x.dtype)
 
 
 @pytest.mark.parametrize("room", [EVERYTHING, Room(0, 0)])
