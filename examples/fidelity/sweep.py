@@ -80,11 +80,8 @@ def fit(run: Run, text: np.ndarray, setting: Setting) -> Mapping[tuple[int, int]
     model = run.model
     rank = find_rank(model.hidden_size, model.identity.num_experts, setting.rank)
     settings = {"exponents": [setting.exponent], "ks": choose_ks(model.top_k), "rank": rank, "ridges": setting.ridges}
-    return {
-        key: value
-        for _, [maps] in fit_layers(run, text[: setting.sequences], model.layers, **settings)
-        for key, value in maps.items()
-    }
+    [maps] = fit_layers(run, text[: setting.sequences], model.layers, **settings)
+    return maps
 
 
 @click.command()

@@ -94,16 +94,20 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
+    def measure(self, name: str, *, row: int | None = None) -> int:
+        """Bytes of a tensor, or of one index of its first axis."""
+        entry = self.entries[name]
+        return entry.size if row is None else entry.size // entry.shape[0]
+
     def read(self, name: str, buffer: np.ndarray, *, row: int | None = None) -> np.ndarray:
         """Read a tensor into the front of `buffer` (uint8, 1-D, contiguous) and return a view of it as the tensor.
 
         With `row`, only that index of the tensor's first axis is read and returned. Numbers of less than a byte are
         returned as bytes. Threads may read at the same time.
         """
-        entry = self.entries[name]
+        entry, size = self.entries[name], self.measure(name, row=row)
         if row is not None:
-            shape, size = entry.shape[1:], entry.size // entry.shape[0]
-            entry = entry._replace(shape=shape, start=entry.start + row * size, size=size)
+            entry = entry._replace(shape=entry.shape[1:], start=entry.start + row * size, size=size)
         raw = buffer[: entry.size]
         try:
             with open(entry.file, "rb", buffering=0) as file:

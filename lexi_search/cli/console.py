@@ -248,6 +248,8 @@ def prepare_environment() -> None:
     flags = os.environ.get("XLA_FLAGS", "").removeprefix(_COMPILING).strip()
     os.environ["XLA_FLAGS"] = f"{_COMPILING} {flags}".strip()  # the user's come last, and the last of a flag counts
     sys.setswitchinterval(1e-3)  # threads that read files would wait long for one that traces programs
+    # Taking most of a GPU's memory at the start costs seconds; JAX takes it as it needs it, up to the same limit.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Corrections are solved in threads of this program: BLAS's own would get in their way.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not sys.stderr.isatty():

@@ -7,7 +7,7 @@ layers suffer from most (issue 15; `examples/fidelity`).
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,6 +44,29 @@ class Sums(NamedTuple):
     products: Float[Array | np.ndarray, "folds ks features hidden"]
 
 
+class Solving(Mapping):
+    """Corrections, by (decoder layer, k), that are being solved; getting one waits for it.
+
+    So the layers of the next pass can begin with the first, while the last are solved. Getting one raises InputError
+    where the outputs that it is fitted to overflow.
+    """
+
+    def __init__(self, run: Run, solved: Mapping[tuple[int, int], Future[Correction]]):
+        self._run, self._solved = run, solved
+
+    def __getitem__(self, key: tuple[int, int]) -> Correction:
+        correction = self._solved[key].result()
+        if not all(np.isfinite(array.astype(np.float32)).all() for array in correction):
+            raise _explain_overflow(self._run, key[0])
+        return correction
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._solved)
+
+    def __len__(self) -> int:
+        return len(self._solved)
+
+
 def fit_layers(
     run: Run,
     tokens: Int[np.ndarray, "sequences length"],
@@ -54,55 +77,58 @@ def fit_layers(
     rank: int,
     ridges: Sequence[float] = RIDGES,
     report: Callable[[int], None] = lambda layer: None,
-) -> Iterator[tuple[int, list[Maps]]]:
-    """Yield (decoder-layer index, corrections at `ks` for each of the gate `exponents`) of `layers`, in order.
-
-    All after one pass over the model. Raises InputError for hidden states that overflow in `run.dtype`.
-    """
+) -> list[Solving]:
+    """The corrections of `layers` at `ks`, for each of the gate `exponents`; after one pass over the model."""
     sums: dict[int, list[Sums]] = {}
     seen = dict.fromkeys(layers, 0)  # sequences
-    solved: dict[int, list[list[Future]]] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    solved: list[dict[tuple[int, int], Future[Correction]]] = [{} for _ in exponents]
+    pool = ThreadPoolExecutor(os.cpu_count())
 
-        def observe(outputs: MoEOutputs) -> None:
-            layer, (sequences, length, _) = outputs.layer, outputs.hidden.shape
-            if layer not in seen:
-                return
-            folds = np.repeat(np.arange(seen[layer], seen[layer] + sequences) % FOLDS, length).astype(np.int32)
-            found = [
-                _sum(
-                    outputs.outputs,
-                    outputs.choice,
-                    folds,
-                    np.float32(exponent),
-                    np.asarray(ks, np.int32),
-                    routing=run.model.routing,
-                )
-                for exponent in exponents
-            ]
-            sums[layer] = jax.tree.map(jnp.add, sums[layer], found) if layer in sums else found
-            seen[layer] += sequences
-            if seen[layer] == len(tokens):  # solved while the device goes on
-                whole = [pool.submit(_fetch, run, layer, one) for one in sums.pop(layer)]
-                solved[layer] = [
-                    [pool.submit(_solve_fetched, one, at, rank=rank, ridges=ridges) for at in range(len(ks))]
-                    for one in whole
-                ]
+    def observe(outputs: MoEOutputs) -> None:
+        layer, (sequences, length, _) = outputs.layer, outputs.hidden.shape
+        if layer not in seen:
+            return
+        folds = np.repeat(np.arange(seen[layer], seen[layer] + sequences) % FOLDS, length).astype(np.int32)
+        found = [
+            _sum(
+                outputs.outputs,
+                outputs.choice,
+                folds,
+                np.float32(exponent),
+                np.asarray(ks, np.int32),
+                routing=run.model.routing,
+            )
+            for exponent in exponents
+        ]
+        sums[layer] = jax.tree.map(jnp.add, sums[layer], found) if layer in sums else found
+        seen[layer] += sequences
+        if seen[layer] == len(tokens):  # solved while the device goes on
+            whole = [pool.submit(_fetch, run, layer, one) for one in sums.pop(layer)]
+            for own, one in zip(solved, whole, strict=True):
+                own |= {
+                    (layer, k): pool.submit(_solve_fetched, one, at, rank=rank, ridges=ridges)
+                    for at, k in enumerate(ks)
+                }
 
+    try:
         forward(run, tokens, observe=observe, report=report)
-        for layer, futures in sorted(solved.items()):
-            corrections = [[future.result() for future in row] for row in futures]
-            if not all(np.isfinite(array.astype(np.float32)).all() for array in jax.tree.leaves(corrections)):
-                raise explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
-            yield layer, [{(layer, k): one for k, one in zip(ks, row, strict=True)} for row in corrections]
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown(wait=False)  # its threads end when all is solved
+    return [Solving(run, own) for own in solved]
 
 
 def _fetch(run: Run, layer: int, sums: Sums) -> Sums:
     """The sums in host memory; InputError where they are not finite."""
     whole = Sums(*map(np.asarray, sums))
     if not all(np.isfinite(array).all() for array in whole):
-        raise explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
+        raise _explain_overflow(run, layer)
     return whole
+
+
+def _explain_overflow(run: Run, layer: int) -> InputError:
+    return explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
 
 
 def _solve_fetched(sums: Future[Sums], at: int, **settings: Any) -> Correction:
@@ -111,14 +137,11 @@ def _solve_fetched(sums: Future[Sums], at: int, **settings: Any) -> Correction:
 
 def try_exponents(
     run: Run, tokens: Int[np.ndarray, "sequences length"], *, rank: int, report: Callable[[int], None]
-) -> dict[float, Maps]:
+) -> dict[float, Solving]:
     """Corrections of all layers at `choose_ks` for each of `CORRECTED_EXPONENTS`, to choose one of them."""
-    found: dict[float, dict] = {exponent: {} for exponent in CORRECTED_EXPONENTS}
     settings = {"exponents": CORRECTED_EXPONENTS, "ks": choose_ks(run.model.top_k), "rank": rank}
-    for _, row in fit_layers(run, tokens, run.model.layers, **settings, report=report):
-        for exponent, maps in zip(CORRECTED_EXPONENTS, row, strict=True):
-            found[exponent] |= maps
-    return found
+    found = fit_layers(run, tokens, run.model.layers, **settings, report=report)
+    return dict(zip(CORRECTED_EXPONENTS, found, strict=True))
 
 
 def split(tokens: Int[np.ndarray, "sequences length"]) -> tuple[np.ndarray, np.ndarray]:

@@ -119,7 +119,12 @@ def profile_checkpoint(
             kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
             session = session._replace(partials=stack.enter_context(kept))
             session.observer.open(session.partials, session.layers)
-            session.observer.plan(_plan(session))
+            plan = _plan(session)
+            session.observer.plan(plan)
+            if plan.phases:  # read while the first programs are traced
+                residence = session.run.find_residence()
+                stack.callback(residence.close)
+                residence.begin(residence.stages[0])
         return _measure(session, output, force=force)
 
 
@@ -268,7 +273,9 @@ def _fit(
         run = session.run._replace(model=session.model)
         rank, report = session.settings.compensation_rank, session.observer.advance_pass
         settings = {"exponents": [session.settings.gate_exponent], "ks": range(1, run.model.top_k), "rank": rank}
-        for layer, [found] in fit_layers(run, get_text(), missing, **settings, report=report):
+        [solving] = fit_layers(run, get_text(), missing, **settings, report=report)
+        for layer in missing:
+            found = {(layer, k): solving[layer, k] for k in settings["ks"]}
             maps |= found if partials is None else partials.add_maps(layer, found)
     return maps
 

@@ -1,14 +1,15 @@
 """A reader of tensors by their logical names, several at a time, into a device's memory; and of layers, by roles."""
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from lexi_search.checkpoint.dequantise import Parts, Plain
 from lexi_search.checkpoint.reader import Checkpoint
@@ -29,7 +30,9 @@ from lexi_search.models.loading.pieces import (
 )
 from lexi_search.models.model import Model
 
-READERS = 8  # threads that read, each into its own host buffer, as large as the largest tensor it has read
+READERS = 8  # threads that read, each into a host buffer of its own
+BATCH_BYTES = 32 << 20  # of tensors that are read and sent together; a larger one goes alone
+ALIGNMENT = 64  # of tensors in a buffer
 
 Weights = Any  # a tree of arrays, or of `Stored` references in their places
 NeededExperts = Callable[[int, Array, Array | None], Collection[int]]  # layer index, router, bias -> experts
@@ -61,36 +64,74 @@ class Reader:
 
         `apply` is `pool.map` for many; a few are read in this thread, not queued behind the pool's other work.
         """
-        reading = {expert: apply(self._read, group) for expert, group in pieces.items()}
-        parts = {expert: tuple(results) for expert, results in reading.items()}
-        # One transfer for the flags of all experts; it waits for all of them.
-        flags = jax.device_get([all_finite(parts[e], recipes=tuple(p.recipe for p in pieces[e])) for e in pieces])
-        for group, finite in zip(pieces.values(), flags, strict=True):
-            for piece, ok in zip(group, finite, strict=True):
+        batches = list(self._cut(pieces.values()))
+        found = list(apply(self._read, batches))
+        # One transfer for the flags of all batches; it waits for all of them.
+        for batch, finite in zip(batches, jax.device_get([flags for _, flags in found]), strict=True):
+            for piece, ok in zip(batch, finite, strict=True):
                 if not ok:
                     file = self.tensors[piece.name].file
                     raise InputError(f"{file}: tensor {piece.name} holds NaN or Inf; is the file damaged?")
-        return parts
+        parts = chain.from_iterable(parts for parts, _ in found)
+        return {expert: tuple(islice(parts, len(group))) for expert, group in pieces.items()}
 
-    def _read(self, piece: Piece) -> dict[str, Array]:
+    def _cut(self, groups: Iterable[tuple[Piece, ...]]) -> Iterator[tuple[Piece, ...]]:
+        """Whole experts, as many as `BATCH_BYTES` hold; the tensors of a larger one, one by one."""
+        batch, size = (), 0
+        for group in groups:
+            own = sum(self._measure(piece) for piece in group)
+            if batch and size + own > BATCH_BYTES:
+                yield batch
+                batch, size = (), 0
+            if own > BATCH_BYTES:
+                yield from ((piece,) for piece in group)
+            else:
+                batch, size = batch + group, size + own
+        if batch:
+            yield batch
+
+    def _measure(self, piece: Piece) -> int:
+        return sum(_align(self._checkpoint.measure(part, row=row)) for _, part, row in self._list(piece))
+
+    def _list(self, piece: Piece) -> list[tuple[str, str, int | None]]:
+        """The role, stored name and row of each part."""
         stored = self.tensors[piece.name]
-        rows = {role: None if role in stored.shared else piece.row for role in stored.parts}
-        return {role: self._send(self._read_part(part, rows[role])) for role, part in stored.parts.items()}
+        return [(role, part, None if role in stored.shared else piece.row) for role, part in stored.parts.items()]
 
-    def _read_part(self, name: str, row: int | None) -> np.ndarray:
-        size = self._checkpoint.entries[name].size
+    def _read(self, batch: tuple[Piece, ...]) -> tuple[list[Parts], Bool[Array, " pieces"]]:
+        """The parts of each piece, sent together, and whether each is finite."""
+        buffer, start, views = self._find_buffer(sum(map(self._measure, batch))), 0, []
+        for piece in batch:
+            views.append({})
+            for role, part, row in self._list(piece):
+                views[-1][role] = self._checkpoint.read(part, buffer[start:], row=row)
+                start += _align(views[-1][role].nbytes)
+        parts = self._send(views)
+        return parts, all_finite(tuple(parts), recipes=tuple(piece.recipe for piece in batch))
+
+    def _find_buffer(self, size: int) -> np.ndarray:
+        """This thread's, of at least so many bytes."""
         if getattr(self._buffers, "size", -1) < size:
             self._buffers.buffer, self._buffers.size = np.empty(size, np.uint8), size
-        return self._checkpoint.read(name, self._buffers.buffer, row=row)
+        return self._buffers.buffer
 
-    def _send(self, view: np.ndarray) -> Array:
-        """A copy on the device, complete on return: the buffer may be used again."""
-        if view.dtype.name == "float8_e8m0fnu":
-            view = view.view(np.uint8)  # as schemes expect it; not every backend has the type
-        array = jax.device_put(view, self._device)
-        if array.device.platform == "cpu":
-            array = jnp.copy(array)  # this backend may share the buffer
-        return array.block_until_ready()
+    def _send(self, views: list[dict[str, np.ndarray]]) -> list[Parts]:
+        """Copies on the device, complete on return: the buffer may be used again."""
+        views = jax.tree.map(_store, views)
+        if (self._device.platform if self._device else jax.default_backend()) == "cpu":  # it may share the buffer
+            arrays = jax.tree.map(lambda view: jnp.copy(jax.device_put(view, self._device)), views)
+        else:
+            arrays = jax.device_put(views, self._device)
+        return jax.block_until_ready(arrays)
+
+
+def _store(view: np.ndarray) -> np.ndarray:
+    # E8M0 as schemes expect it; not every backend has the type.
+    return view.view(np.uint8) if view.dtype.name == "float8_e8m0fnu" else view
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def read_tensors(checkpoint: Checkpoint, tensors: Weights, *, device: jax.Device | None = None) -> Weights:

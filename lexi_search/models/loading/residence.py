@@ -6,7 +6,7 @@ neither is read again in every pass. Several devices each keep a run of layers, 
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,6 +145,7 @@ class Residence:
         self._room = find_room() if room is None else room
         self._layers: dict[int, BlockWeights] = {}
         self._ends: dict[tuple[int, bool], EndWeights] = {}
+        self._arriving: dict[range, tuple[Reader, Generator]] = {}
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -186,14 +187,32 @@ class Residence:
         if self.is_kept(layers):
             yield from ((layer, self._layers[layer]) for layer in layers)
             return
-        reader = Reader(self._checkpoint, self.devices[self.places[layers[0]].device])
+        self.begin(layers)
+        reader, staying = self._arriving.pop(layers)
+        others = [layer for layer in layers if self.places[layer].kept != DEVICE]
         try:
-            # What stays may arrive as fast as it can be read: there is room for it.
-            staying = [layer for layer in layers if self.places[layer].kept == DEVICE]
-            others = [layer for layer in layers if self.places[layer].kept != DEVICE]
-            yield from stream_ahead(staying, partial(self._fetch, reader), ahead=len(staying))
+            yield from staying
             yield from stream_ahead(others, partial(self._fetch, reader), ahead=int(self._overlap))
         finally:
+            staying.close()
+            reader.close()
+
+    def begin(self, layers: range) -> None:
+        """Start to read those of a stage's layers that stay on its device; `stream` yields them, `close` gives up.
+
+        They may arrive as fast as they can be read: there is room for all.
+        """
+        if layers not in self._arriving:
+            reader = Reader(self._checkpoint, self.devices[self.places[layers[0]].device])
+            staying = [layer for layer in layers if self.places[layer].kept == DEVICE]
+            stream = stream_ahead(staying, partial(self._fetch, reader), ahead=len(staying))
+            self._arriving[layers] = reader, stream
+
+    def close(self) -> None:
+        """End what `begin` started, where no `stream` went on with it."""
+        while self._arriving:
+            _, (reader, stream) = self._arriving.popitem()
+            stream.close()
             reader.close()
 
     @cached_property

@@ -5,7 +5,7 @@ Weights are transferred as they are stored: quantised ones stay packed on the de
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -37,11 +37,20 @@ def stream_layers(
         reader.close()
 
 
-def stream_ahead(layers: Sequence[int], read: Callable[[int], Weights], *, ahead: int) -> Iterator[tuple[int, Weights]]:
-    """Yield (layer, what `read` returns for it) of `layers`, of which up to `ahead` are read before they are asked for.
+def stream_ahead(
+    layers: Sequence[int], read: Callable[[int], Weights], *, ahead: int
+) -> Generator[tuple[int, Weights], None, None]:
+    """A generator of (layer, what `read` returns for it) of `layers`, of which up to `ahead` are read before their turn.
 
-    With 0 the next is begun only when the caller is done with the last; with more than 1, two are read at a time.
+    The first are begun at once; closing the generator ends the reading. With an `ahead` of 0 the next is begun only
+    when the caller is done with the last; with more than 1, two are read at a time.
     """
+    stream = _stream_ahead(layers, read, ahead=ahead)
+    next(stream)
+    return stream
+
+
+def _stream_ahead(layers: Sequence[int], read: Callable[[int], Weights], *, ahead: int) -> Generator:
     waiting, reading = deque(layers), deque[tuple[int, Future]]()
     pool = ThreadPoolExecutor(max_workers=min(max(ahead, 1), 2))
 
@@ -52,6 +61,7 @@ def stream_ahead(layers: Sequence[int], read: Callable[[int], Weights], *, ahead
 
     try:
         begin(max(ahead, 1))
+        yield
         while reading:
             layer, future = reading.popleft()
             weights = future.result()

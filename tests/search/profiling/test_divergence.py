@@ -155,11 +155,9 @@ def test_local_movement_is_that_of_transformers_blocks(opened):
 def fit(run, exponent, rank=4):
     """Corrections of every layer at every k, fitted to some text, and the run with the exponent that they are for."""
     settings = {"exponents": [exponent], "ks": range(1, run.model.top_k), "rank": rank}
-    maps = {}
-    for _, [found] in fit_layers(run, make_tokens(16, seed=2), run.model.layers, **settings):
-        maps |= found
+    [maps] = fit_layers(run, make_tokens(16, seed=2), run.model.layers, **settings)
     model = run.model._replace(routing=run.model.routing._replace(exponent=exponent))
-    return run._replace(model=model), maps
+    return run._replace(model=model), dict(maps)
 
 
 def test_corrected_losses_are_those_of_transformers(opened):
