@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from lexi_search.artifacts.compensation import Correction, Maps
+from lexi_search.artifacts.compensation import Correction
 from lexi_search.errors import InputError, explain_overflow
 from lexi_search.layers.moe import find_features, find_seen, mixing_changes
 from lexi_search.layers.routing import Choice

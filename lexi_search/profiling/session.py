@@ -115,17 +115,25 @@ def profile_checkpoint(
     agree(group, session.header)
     with ExitStack() as stack:
         if group.index == 0:
-            _check_output(output, session, force)
-            kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
-            session = session._replace(partials=stack.enter_context(kept))
-            session.observer.open(session.partials, session.layers)
-            plan = _plan(session)
-            session.observer.plan(plan)
-            if plan.phases:  # read while the first programs are traced
-                residence = session.run.find_residence()
-                stack.callback(residence.close)
-                residence.begin(residence.stages[0])
+            session = _begin(stack, session, output, restart=restart, force=force)
         return _measure(session, output, force=force)
+
+
+def _begin(
+    stack: ExitStack, session: _Session, output: str | os.PathLike[str], *, restart: bool, force: bool
+) -> _Session:
+    """The session with what an earlier run has finished. Says what is planned, and begins to read weights."""
+    _check_output(output, session, force)
+    kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
+    session = session._replace(partials=stack.enter_context(kept))
+    session.observer.open(session.partials, session.layers)
+    plan = _plan(session)
+    session.observer.plan(plan)
+    if plan.phases:  # read while the first programs are traced
+        residence = session.run.find_residence()
+        stack.callback(residence.close)
+        residence.begin(residence.stages[0])
+    return session
 
 
 def _check_output(output: str | os.PathLike[str], session: _Session, force: bool) -> None:

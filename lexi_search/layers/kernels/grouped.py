@@ -35,6 +35,11 @@ def has_kernels(device: jax.Device, dtype: str) -> bool:
     return device.platform == "gpu" and device.compute_capability == "9.0"
 
 
+def import_kernels() -> None:
+    """Import what the kernels are written in, which takes half a second; in a thread, while others wait for files."""
+    import lexi_search.layers.kernels.hopper  # noqa: F401
+
+
 def can_group(
     experts: Experts,
     device: jax.Device,

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.kernels.blocks import stack_experts
-from lexi_search.layers.kernels.grouped import can_group
+from lexi_search.layers.kernels.grouped import can_group, has_kernels, import_kernels
 from lexi_search.layers.weights import BlockWeights, EndWeights, find_memory
 from lexi_search.models.loading.pieces import list_parts
 from lexi_search.models.loading.reader import Reader, read_block, read_tensors
@@ -224,6 +224,8 @@ class Residence:
         if layer in self._layers:
             weights = self._layers[layer]
             return weights if kept == DEVICE else _move(weights, SingleDeviceSharding(device, memory_kind="device"))
+        if self._dtype is not None and has_kernels(device, self._dtype):
+            import_kernels()
         weights = read_block(reader, self._model, self._decoder, layer)
         if kept == DEVICE:
             weights = self._layers[layer] = self._stack(weights, device)

@@ -40,7 +40,7 @@ def stream_layers(
 def stream_ahead(
     layers: Sequence[int], read: Callable[[int], Weights], *, ahead: int
 ) -> Generator[tuple[int, Weights], None, None]:
-    """A generator of (layer, what `read` returns for it) of `layers`, of which up to `ahead` are read before their turn.
+    """A generator of (layer, what `read` returns for it), of which up to `ahead` are read before their turn.
 
     The first are begun at once; closing the generator ends the reading. With an `ahead` of 0 the next is begun only
     when the caller is done with the last; with more than 1, two are read at a time.
