@@ -51,7 +51,7 @@ FOLDERS = {
     "lexi_search/models/mixers": "rope source attention recurrent",
     "lexi_search/layers/kernels": "blocks hopper grouped",
     "lexi_search/profiling/paper": "moments gaussian",
-    "lexi_adapter/serving/kernels": "gates correction triton_gates triton_correction",
+    "lexi_adapter/serving/kernels": "gates correction triton_launch triton_gates triton_correction",
     "lexi_search/cli/report": "statements facts drawings pages",
 }
 MOST_ROOMS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 330, 60

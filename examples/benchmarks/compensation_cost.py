@@ -5,7 +5,7 @@
 Each CONFIG is a folder with a config.json; weights and maps are random. One engine a model is started under an
 allocation with a gate exponent and maps, and its layers are then switched, round by round, between both and what vLLM
 does by itself at the same k. Before that, on a GPU, the kernels are timed alone against those whose place they take, in
-CUDA graphs of 50 calls, and compared with their definition.
+CUDA graphs of 50 calls, with the time for which each launch keeps the host, and compared with their definition.
 """
 
 import json
@@ -17,7 +17,7 @@ from statistics import fmean, median, stdev
 
 import click
 import torch
-from cuda_graphs import time_calls
+from cuda_graphs import time_calls, time_launches
 from safetensors.torch import save_file
 
 from lexi_adapter.allocation import CompensationFile
@@ -34,6 +34,7 @@ from lexi_adapter.speed import throughput
 EXPONENT, RANK = 0.5, 32
 WORKLOADS = ("16x32x64", "16x1024x8", "256x32x64", "256x256x4")  # decode- and prefill-heavy at both batches
 SIZES = (16, 256, 8192)  # tokens for the kernels alone
+TIMES = {"us": time_calls, "host_us": time_launches}
 HIDDEN, EXPERTS, OWN, KEPT = 2048, 128, 8, 4
 
 
@@ -124,19 +125,21 @@ def time_kernels(tokens):
     kernels.add(outputs, sums, B, c, output)
     expected = correct(outputs.float().sum(1), phi, A.T, B.T, c)
     behind = kernels.narrow(logits, base, chosen, A, **rule, ranked=False)
+    calls = {
+        "router": lambda: fused_topk(hidden, logits, KEPT, True),
+        "route": lambda: kernels.route(logits, A, **softmax),
+        "narrow": lambda: kernels.narrow(logits, base, chosen, A, **rule, ranked=False),
+        "sum": lambda: ops.moe_sum(outputs, output),
+        "sum_and_add": lambda: kernels.add(outputs, sums, B, c, output),
+        "copy": lambda: output.copy_(hidden),
+        "copy_and_add": lambda: kernels.add(hidden, sums, B, c, output),
+    }
     return {
         "tokens": tokens,
         "same_experts": float((ids == chosen[:, :KEPT]).float().mean()),
         "relative_error": float((output - expected).abs().max() / expected.abs().max()),
         "relative_error_behind_a_router": float((behind[2] - sums).abs().max() / sums.abs().max()),
-        "router_us": time_calls(lambda: fused_topk(hidden, logits, KEPT, True)),
-        "route_us": time_calls(lambda: kernels.route(logits, A, **softmax)),
-        "narrow_us": time_calls(lambda: kernels.narrow(logits, base, chosen, A, **rule, ranked=False)),
-        "sum_us": time_calls(lambda: ops.moe_sum(outputs, output)),
-        "sum_and_add_us": time_calls(lambda: kernels.add(outputs, sums, B, c, output)),
-        "copy_us": time_calls(lambda: output.copy_(hidden)),
-        "copy_and_add_us": time_calls(lambda: kernels.add(hidden, sums, B, c, output)),
-    }
+    } | {f"{name}_{unit}": find_time(call) for name, call in calls.items() for unit, find_time in TIMES.items()}
 
 
 @click.command(help=__doc__.splitlines()[0])

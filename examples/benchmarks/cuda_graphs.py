@@ -1,5 +1,6 @@
-"""The time of a call on a GPU, without what it takes to launch it: replays of a CUDA graph of many calls."""
+"""The time of a call on a GPU, without what it takes to launch it, and that of the launch alone, on the host."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -25,3 +26,16 @@ def time_calls(call: Callable[[], object]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return 1000 * sorted(times)[REPLAYS // 2] / CALLS
+
+
+def time_launches(call: Callable[[], object]) -> float:
+    """Microseconds that a call keeps the host, the median over groups of calls that the GPU works off later."""
+    times = []
+    for _ in range(REPLAYS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e6 * sorted(times)[REPLAYS // 2] / CALLS

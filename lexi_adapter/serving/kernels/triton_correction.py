@@ -13,6 +13,7 @@ from triton import language as tl
 
 from lexi_adapter.serving.kernels.gates import TINY
 from lexi_adapter.serving.kernels.triton_gates import ROWS, find_factor, find_rank
+from lexi_adapter.serving.kernels.triton_launch import launch
 
 MOST_ROUTED = 256  # experts of a layer whose scores one program of `route` holds
 BLOCK = 128  # experts whose logits a program of `narrow` holds at once
@@ -42,27 +43,24 @@ def route(
     sums = torch.empty((tokens, A.shape[1]), dtype=torch.float32, device=logits.device)
     if tokens:
         block = max(16, triton.next_power_of_2(experts))
-        _route[triton.cdiv(tokens, ROWS),](
-            logits.contiguous(),
-            A,
-            weights if padding is None else padding.view(torch.uint8),
-            weights,
-            ids,
-            sums,
-            tokens,
-            exponent,
-            scale,
-            tiny=TINY,
-            experts=experts,
-            block=block,
-            own_top_k=own_top_k,
-            top_k=top_k,
-            columns=triton.next_power_of_2(top_k),
-            renormalize=renormalize,
-            padded=padding is not None,
-            rank=A.shape[1],
-            precision=_choose_precision(A),
-            rows=ROWS,
+        launch(
+            _route,
+            (triton.cdiv(tokens, ROWS), 1, 1),
+            (logits.contiguous(), A, weights if padding is None else padding.view(torch.uint8), weights, ids, sums),
+            (tokens, exponent, scale),
+            {
+                "tiny": TINY,
+                "experts": experts,
+                "block": block,
+                "own_top_k": own_top_k,
+                "top_k": top_k,
+                "columns": triton.next_power_of_2(top_k),
+                "renormalize": renormalize,
+                "padded": padding is not None,
+                "rank": A.shape[1],
+                "precision": _choose_precision(A),
+                "rows": ROWS,
+            },
             num_warps=4 if block <= 64 else 8,
         )
     return weights, ids, sums
@@ -83,25 +81,23 @@ def narrow(
     narrowed = [values.new_empty((tokens, top_k)) for values in (weights, ids)]
     sums = torch.empty((tokens, A.shape[1]), dtype=torch.float32, device=logits.device)
     if tokens:
-        _narrow[triton.cdiv(tokens, ROWS),](
-            logits.contiguous(),
-            weights.contiguous(),
-            ids.contiguous(),
-            A,
-            *narrowed,
-            sums,
-            tokens,
-            exponent,
-            tiny=TINY,
-            experts=experts,
-            block=min(BLOCK, max(16, triton.next_power_of_2(experts))),
-            own_top_k=own_top_k,
-            top_k=top_k,
-            columns=triton.next_power_of_2(own_top_k),
-            ranked=ranked,
-            rank=A.shape[1],
-            precision=_choose_precision(A),
-            rows=ROWS,
+        launch(
+            _narrow,
+            (triton.cdiv(tokens, ROWS), 1, 1),
+            (logits.contiguous(), weights.contiguous(), ids.contiguous(), A, *narrowed, sums),
+            (tokens, exponent),
+            {
+                "tiny": TINY,
+                "experts": experts,
+                "block": min(BLOCK, max(16, triton.next_power_of_2(experts))),
+                "own_top_k": own_top_k,
+                "top_k": top_k,
+                "columns": triton.next_power_of_2(own_top_k),
+                "ranked": ranked,
+                "rank": A.shape[1],
+                "precision": _choose_precision(A),
+                "rows": ROWS,
+            },
             num_warps=4,
         )
     return narrowed[0], narrowed[1], sums
@@ -115,23 +111,20 @@ def add(source: torch.Tensor, sums: torch.Tensor, B: torch.Tensor, c: torch.Tens
     """
     tokens, width = output.shape
     if tokens:
-        grid = triton.cdiv(tokens, OUTPUT_ROWS), triton.cdiv(width, OUTPUT_COLUMNS)
-        _add[grid](
-            source,
-            sums,
-            B,
-            c,
-            output,
-            tokens,
-            source.stride(0),
-            output.stride(0),
-            experts=source.shape[1] if source.dim() == 3 else 1,
-            width=width,
-            hidden=B.shape[1],
-            rank=B.shape[0],
-            precision=_choose_precision(B),
-            rows=OUTPUT_ROWS,
-            block=OUTPUT_COLUMNS,
+        launch(
+            _add,
+            (triton.cdiv(tokens, OUTPUT_ROWS), triton.cdiv(width, OUTPUT_COLUMNS), 1),
+            (source, sums, B, c, output),
+            (tokens, source.stride(0), output.stride(0)),
+            {
+                "experts": source.shape[1] if source.dim() == 3 else 1,
+                "width": width,
+                "hidden": B.shape[1],
+                "rank": B.shape[0],
+                "precision": _choose_precision(B),
+                "rows": OUTPUT_ROWS,
+                "block": OUTPUT_COLUMNS,
+            },
             num_warps=OUTPUT_WARPS,
         )
 

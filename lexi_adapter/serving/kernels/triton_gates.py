@@ -9,6 +9,7 @@ import triton
 from triton import language as tl
 
 from lexi_adapter.serving.kernels.gates import TINY
+from lexi_adapter.serving.kernels.triton_launch import launch
 
 ROWS = 16  # tokens of one program
 
@@ -29,18 +30,19 @@ def narrow(
     tokens, own_top_k = weights.shape
     narrowed = [values.new_empty((tokens, top_k)) for values in (weights, ids)]
     if tokens:
-        _narrow[triton.cdiv(tokens, ROWS),](
-            weights.contiguous(),
-            ids.contiguous(),
-            *narrowed,
-            tokens,
-            exponent,
-            tiny=TINY,
-            own_top_k=own_top_k,
-            top_k=top_k,
-            columns=triton.next_power_of_2(own_top_k),
-            ranked=ranked,
-            rows=ROWS,
+        launch(
+            _narrow,
+            (triton.cdiv(tokens, ROWS), 1, 1),
+            (weights.contiguous(), ids.contiguous(), *narrowed),
+            (tokens, exponent),
+            {
+                "tiny": TINY,
+                "own_top_k": own_top_k,
+                "top_k": top_k,
+                "columns": triton.next_power_of_2(own_top_k),
+                "ranked": ranked,
+                "rows": ROWS,
+            },
             num_warps=1,
         )
     return narrowed[0], narrowed[1]

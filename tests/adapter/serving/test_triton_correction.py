@@ -1,8 +1,11 @@
 """The kernels of the correction, interpreted, judged by torch's definition."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from lexi_adapter.serving.kernels import triton_launch
 from lexi_adapter.serving.kernels.correction import correct, find_features, project
 from lexi_adapter.serving.kernels.gates import compensate
 
@@ -121,3 +124,34 @@ def test_the_outputs_of_a_tokens_experts_are_summed_on_the_way(interpret, expert
     expected = source.float().sum(1)
     expected[:, :hidden] += (sums @ B.float() + c).nan_to_num()
     torch.testing.assert_close(output, expected.bfloat16())
+
+
+def test_a_kernel_is_dispatched_once_for_what_it_is_compiled_for():
+    launched = []
+
+    def launch_with(place, *arguments, **others):
+        launched.append((place, len(arguments), sorted(others)))
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return partial(launch_with, ("compiled", grid))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **others: launch_with(("kernel", grid), *arguments, **others) or Compiled()
+
+    kernel, values = Kernel(), torch.zeros(64)
+    again = {"tensors": (values,), "numbers": (3, 2), "constants": {"rank": 16}, "num_warps": 4}
+    run = partial(triton_launch.launch, kernel, (1, 1, 1))
+    run(**again)
+    run(**again | {"numbers": (5, 2)})  # the first number is one of tokens
+    assert launched == [(("kernel", (1, 1, 1)), 3, ["num_warps", "rank"]), (("compiled", (1, 1, 1)), 4, [])]
+    for change in (
+        {"tensors": (values.half(),)},
+        {"tensors": (values[1:],)},  # not aligned
+        {"numbers": (3, 4)},
+        {"constants": {"rank": 32}},
+        {"num_warps": 8},
+    ):
+        run(**again | change)
+        assert launched[-1][0][0] == "kernel", change
