@@ -13,7 +13,7 @@ from triton import language as tl
 
 from lexi_adapter.serving.kernels.gates import TINY
 from lexi_adapter.serving.kernels.triton_gates import ROWS, find_factor, find_rank
-from lexi_adapter.serving.kernels.triton_launch import launch
+from lexi_adapter.serving.kernels.triton_launch import count_blocks, launch, round_up
 
 MOST_ROUTED = 256  # experts of a layer whose scores one program of `route` holds
 BLOCK = 128  # experts whose logits a program of `narrow` holds at once
@@ -42,10 +42,10 @@ def route(
     ids = torch.empty((tokens, top_k), dtype=ids_dtype, device=logits.device)
     sums = torch.empty((tokens, A.shape[1]), dtype=torch.float32, device=logits.device)
     if tokens:
-        block = max(16, triton.next_power_of_2(experts))
+        block = max(16, round_up(experts))
         launch(
             _route,
-            (triton.cdiv(tokens, ROWS), 1, 1),
+            (count_blocks(tokens, ROWS), 1, 1),
             (logits.contiguous(), A, weights if padding is None else padding.view(torch.uint8), weights, ids, sums),
             (tokens, exponent, scale),
             {
@@ -54,7 +54,7 @@ def route(
                 "block": block,
                 "own_top_k": own_top_k,
                 "top_k": top_k,
-                "columns": triton.next_power_of_2(top_k),
+                "columns": round_up(top_k),
                 "renormalize": renormalize,
                 "padded": padding is not None,
                 "rank": A.shape[1],
@@ -83,16 +83,16 @@ def narrow(
     if tokens:
         launch(
             _narrow,
-            (triton.cdiv(tokens, ROWS), 1, 1),
+            (count_blocks(tokens, ROWS), 1, 1),
             (logits.contiguous(), weights.contiguous(), ids.contiguous(), A, *narrowed, sums),
             (tokens, exponent),
             {
                 "tiny": TINY,
                 "experts": experts,
-                "block": min(BLOCK, max(16, triton.next_power_of_2(experts))),
+                "block": min(BLOCK, max(16, round_up(experts))),
                 "own_top_k": own_top_k,
                 "top_k": top_k,
-                "columns": triton.next_power_of_2(own_top_k),
+                "columns": round_up(own_top_k),
                 "ranked": ranked,
                 "rank": A.shape[1],
                 "precision": _choose_precision(A),
@@ -113,7 +113,7 @@ def add(source: torch.Tensor, sums: torch.Tensor, B: torch.Tensor, c: torch.Tens
     if tokens:
         launch(
             _add,
-            (triton.cdiv(tokens, OUTPUT_ROWS), triton.cdiv(width, OUTPUT_COLUMNS), 1),
+            (count_blocks(tokens, OUTPUT_ROWS), count_blocks(width, OUTPUT_COLUMNS), 1),
             (source, sums, B, c, output),
             (tokens, source.stride(0), output.stride(0)),
             {

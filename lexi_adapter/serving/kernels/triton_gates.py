@@ -9,7 +9,7 @@ import triton
 from triton import language as tl
 
 from lexi_adapter.serving.kernels.gates import TINY
-from lexi_adapter.serving.kernels.triton_launch import launch
+from lexi_adapter.serving.kernels.triton_launch import count_blocks, launch, round_up
 
 ROWS = 16  # tokens of one program
 
@@ -32,14 +32,14 @@ def narrow(
     if tokens:
         launch(
             _narrow,
-            (triton.cdiv(tokens, ROWS), 1, 1),
+            (count_blocks(tokens, ROWS), 1, 1),
             (weights.contiguous(), ids.contiguous(), *narrowed),
             (tokens, exponent),
             {
                 "tiny": TINY,
                 "own_top_k": own_top_k,
                 "top_k": top_k,
-                "columns": triton.next_power_of_2(own_top_k),
+                "columns": round_up(own_top_k),
                 "ranked": ranked,
                 "rows": ROWS,
             },

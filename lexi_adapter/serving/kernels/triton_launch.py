@@ -1,7 +1,8 @@
 """A launch of a Triton kernel that was launched alike before, without Triton's dispatch.
 
 Dispatch takes the host several times as long as the launch, and where no CUDA graph covers a step, two kernels a layer
-are launched from Python: small steps would wait for that.
+are launched from Python: small steps would wait for that. For the same reason sizes are rounded here: Triton's own functions
+work at compile time, too, and take microseconds.
 """
 
 from collections.abc import Mapping
@@ -35,3 +36,13 @@ def launch(
             _compiled[key] = compiled
     else:
         compiled[grid](*tensors, *numbers, *constants.values())
+
+
+def count_blocks(size: int, block: int) -> int:
+    """How many blocks hold so many items."""
+    return -(-size // block)
+
+
+def round_up(number: int) -> int:
+    """The smallest power of two that is not less than `number`, at least 1."""
+    return 1 << (number - 1).bit_length()
