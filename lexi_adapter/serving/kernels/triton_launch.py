@@ -1,8 +1,8 @@
 """A launch of a Triton kernel that was launched alike before, without Triton's dispatch.
 
 Dispatch takes the host several times as long as the launch, and where no CUDA graph covers a step, two kernels a layer
-are launched from Python: small steps would wait for that. For the same reason sizes are rounded here: Triton's own functions
-work at compile time, too, and take microseconds.
+are launched from Python: small steps would wait for that. For the same reason sizes are rounded here: Triton's own
+functions work at compile time, too, and take microseconds.
 """
 
 from collections.abc import Mapping
