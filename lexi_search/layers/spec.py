@@ -26,7 +26,7 @@ class Routing(NamedTuple):
     experts whose logits are near the largest, within `jitter`.
     """
 
-    scoring: str = "softmax"  # or "sigmoid", or "sparsemixer"
+    scoring: str = "softmax"  # or "sigmoid", "sqrtsoftplus" (the root of a softplus), or "sparsemixer"
     renormalize: bool = False
     scale: float = 1.0
     num_groups: int = 1

@@ -244,6 +244,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=131072,
             bos_token_id=1,
         ),
+        "deepseek_v4": _list_defaults(k=6),
         "hy_v4": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.827),
         "glm5_next": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
         "mistral4": MISTRAL4,

@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-HASHED = "its first layers look experts up by token: not every layer with a router has a k to choose"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "aria_text": "it is the language model of aria: take the whole checkpoint",
-        "deepseek_v4": HASHED,
-        "deepseek_v41": HASHED,
+        "deepseek_v41": "only vLLM has its code, for GPUs, and nothing here could judge a profile of it",
         "diffusion_gemma": "it denoises blocks of tokens, and no forward pass here does that",
         "doge": "its experts are rows of two tables, chosen by pairs of keys",
         "dots3_note": "its code is vLLM's for NVIDIA GPUs alone, and nothing here could judge a profile of it",
