@@ -23,7 +23,7 @@ HEADS = ("model_type", "MoE layers alone", "own text, whole model", "compensatio
 # Run in a real engine by the tests, under mixed allocations; the first ones with corrections, too.
 TESTED = frozenset(
     """olmoe mixtral qwen2_moe qwen3_moe deepseek deepseek_v2 deepseek_vl_v2 minicpm
-    axk1 cohere2_moe exaone_moe gemma4_text granitemoehybrid qwen3_next""".split()
+    axk1 cohere2_moe exaone_moe gemma4_text granitemoehybrid lfm2_moe qwen3_next""".split()
 )
 # Why the tests do not, where it was tried: they have the engine's build for CPUs.
 UNSERVED = {
@@ -32,7 +32,6 @@ UNSERVED = {
     "jamba": "the CPU build has no scan of Mamba",
     "kimi_linear": "the CPU build refuses the blocks of its caches",
     "laguna": "the CPU build's router takes softmax scores alone, where there are no groups",
-    "lfm2_moe": "the CPU build computes another model than transformers, without an allocation, too",
     "llama4": "see llama4_text",
     "llama4_text": "it runs one expert a token, and the engine weighs the inputs of no more",
     "minimax_m3_vl": "its processor needs torchvision, which the tests do without",
