@@ -25,6 +25,14 @@ TESTED = frozenset(
     """olmoe mixtral qwen2_moe qwen3_moe deepseek deepseek_v2 deepseek_vl_v2 minicpm
     axk1 cohere2_moe exaone_moe gemma4_text granitemoehybrid lfm2_moe qwen3_next""".split()
 )
+# Why the default input does not run them.
+PAPER_ONLY = {
+    "bailing_hybrid": "transformers has no class of it that could judge what is computed here",
+    "deepseek_v4": "its layers mix four residual streams, and its attention reads compressed keys",
+    "glm5_next": "its layers mix several residual streams, and its indexer pools keys",
+    "hy_v4": "its layers mix several residual streams",
+    "qwen4_exp": "its layers mix several residual streams, and add embeddings of n-grams",
+}
 # Why the tests do not, where it was tried: they have the engine's build for CPUs.
 UNSERVED = {
     "deepseek_v4": "the CPU build's sparse attention calls kernels of Triton, which has no backend for CPUs",
@@ -66,8 +74,8 @@ HUB_CLASSES = {
 }
 NOTES = """
 - **MoE layers alone** is `lexi-search profile --input paper`; **own text, whole model** is the default. "no" there:
-  what the decoder computes outside its MoE layers is not known, and the default refuses the family and names `--input
-  paper`.
+  what the decoder computes outside its MoE layers is not known, for the reason below, and the default refuses the
+  family and names `--input paper`.
 - **compensation**: "full" is the gate exponent and corrections. "none": the gate weights are not the scores up to one
   factor a token, which is what a gate exponent is defined by; `--compensation full` and `exponent` are refused.
 - **transformers**: `lexi_adapter.apply`, "tested" on the class or on that of its text model. "class": transformers
@@ -77,6 +85,7 @@ NOTES = """
   the engine's own routers, whatever the family, and the start ends with one line where it cannot. "no class": the
   engine does not serve it.
 """
+PAPER_ONLY_HEAD = "## By their MoE layers alone"
 UNSERVED_HEAD = "## Tried in vLLM without a GPU, and not tested"
 REFUSED_HEAD = "## Refused"
 
@@ -123,7 +132,7 @@ def make_lines() -> Iterator[str]:
     rows = (HEADS, ("---",) * len(HEADS), *(describe(ARCHITECTURES[name]) for name in sorted(ARCHITECTURES)))
     yield from (f"| {' | '.join(row)} |" for row in rows)
     yield NOTES.rstrip()
-    for head, reasons in ((UNSERVED_HEAD, UNSERVED), (REFUSED_HEAD, REFUSED)):
+    for head, reasons in ((PAPER_ONLY_HEAD, PAPER_ONLY), (UNSERVED_HEAD, UNSERVED), (REFUSED_HEAD, REFUSED)):
         yield from ("", head, "| model_type | reason |", "| --- | --- |")
         yield from (f"| `{name}` | {reasons[name]} |" for name in sorted(reasons))
 
