@@ -178,6 +178,7 @@ def test_the_table_of_families_is_what_the_registries_and_engines_say(tmp_path):
     families = load("families")
     served = {{"deepseek_vl2": "deepseek_vl_v2"}.get(name, name) for name in tiny.FAMILIES} | engine.MORE.keys()
     assert served == families.TESTED and families.UNSERVED.keys() <= set(families.ARCHITECTURES) - served
+    assert families.PAPER_ONLY.keys() == set(families.ARCHITECTURES) - set(families.FAMILIES)
     assert families.UNTRIED == set(families.ARCHITECTURES) & set(CONFIG_MAPPING) - set(find_families())
     made = tmp_path / "families.md"
     done = subprocess.run([sys.executable, EXAMPLES / "families.py", "-o", made], capture_output=True, text=True)

@@ -18,6 +18,8 @@ TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config.
 # Load formats of vLLM under which it reads a model's safetensors as they are stored. Under others, which anybody may
 # add, it reads other files, or none ("dummy").
 READ_AS_STORED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+# Beside a router: the experts of every token of the vocabulary. Such a layer keeps its own k.
+FIXED_CHOICES = "tid2eid"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LM_HEAD = re.compile(r"(.*\.)?lm_head\.q?weight(_packed)?")
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
@@ -148,12 +150,21 @@ def find_lm_head(folder: Path) -> str | None:
 
 
 def find_routers(model: ModelIdentity, folder: Path) -> dict[int, Tensor]:
-    """Decoder-layer index -> router tensor, below `num_hidden_layers` (prediction layers past it do not count)."""
+    """Decoder-layer index -> router tensor, below `num_hidden_layers` (prediction layers past it do not count).
+
+    Routers that look experts up by token are left out.
+    """
     before, after = map(re.escape, model.router.split("{}"))
     name_of_router = re.compile(f"{before}(0|[1-9][0-9]{{0,8}}){after}")
-    matches = ((name_of_router.fullmatch(name), tensor) for name, tensor in read_tensors(folder).items())
-    routers = {int(match[1]): tensor for match, tensor in matches if match}
+    tensors = read_tensors(folder)
+    matches = filter(None, map(name_of_router.fullmatch, tensors))
+    routers = {int(match[1]): tensors[match[0]] for match in matches if find_choices(match[0]) not in tensors}
     return {layer: tensor for layer, tensor in routers.items() if layer < model.num_hidden_layers}
+
+
+def find_choices(router: str) -> str:
+    """The name of the tensor with the experts of every token, if the layer whose router is called so has one."""
+    return router.removesuffix("weight") + FIXED_CHOICES
 
 
 def find_hidden(model: ModelIdentity, folder: Path) -> int | None:

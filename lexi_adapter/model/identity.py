@@ -11,7 +11,7 @@ from typing import Any
 
 from lexi_adapter.allocation import ModelIdentity
 from lexi_adapter.errors import AdapterError
-from lexi_adapter.model.folder import explain_absence, find_text_configs, read_config, read_tensors
+from lexi_adapter.model.folder import explain_absence, find_choices, find_text_configs, read_config, read_tensors
 from lexi_adapter.model.tensors import Tensor, hash_tensors
 
 # Endings of a router weight's name. The module that has the weight, or one of the two around it, holds the top-k.
@@ -80,12 +80,15 @@ def _read_count(text: Mapping[str, Any], keys: tuple[str, ...], place: str) -> t
 def _find_routers(folder: Path, num_experts: int, num_layers: int) -> tuple[str, dict[int, Tensor]]:
     """The name pattern of the routers, with {} for the layer, and decoder-layer index -> router."""
     by_pattern: dict[str, dict[int, Tensor]] = {}
+    fixed: set[int] = set()
     tensors = read_tensors(folder)
     matches = [match for match in map(LAYER.fullmatch, tensors) if match and not LEFT_OUT.match(match[0])]
     for match in matches:
         tensor = tensors[match[0]]
         is_router = match[0].endswith(ROUTER_WEIGHTS) and tensor.shape[:1] == (num_experts,)
-        if is_router and int(match[2]) < num_layers:
+        if is_router and find_choices(match[0]) in tensors:
+            fixed.add(int(match[2]))
+        elif is_router and int(match[2]) < num_layers:
             by_pattern.setdefault(f"{match[1]}.{{}}.{match[3]}", {})[int(match[2])] = tensor
     if not tensors:
         raise AdapterError(f"{folder}: the safetensors files hold no tensors; save or fetch the weights again")
@@ -101,17 +104,17 @@ def _find_routers(folder: Path, num_experts: int, num_layers: int) -> tuple[str,
     for match in matches:
         if match[1] == stem:
             names.setdefault(int(match[2]), []).append(match[3])
-    _check_dense_layers(folder, names, pattern, num_layers)
+    _check_dense_layers(folder, names, pattern, set(range(min(num_layers, max(names) + 2))) - fixed)
     return pattern, routers
 
 
-def _check_dense_layers(folder: Path, names: Mapping[int, list[str]], pattern: str, num_layers: int) -> None:
-    """Raise AdapterError for a layer without a router that is no dense layer, as a missing shard leaves it.
+def _check_dense_layers(folder: Path, names: Mapping[int, list[str]], pattern: str, layers: set[int]) -> None:
+    """Raise AdapterError for one of `layers` without a router that is no dense layer, as a missing shard leaves it.
 
     `names` are those of each layer's tensors, below `layers.N.`.
     """
     module = pattern.partition(".{}.")[2]
-    for layer in range(min(num_layers, max(names) + 2)):
+    for layer in sorted(layers):
         here, router = names.get(layer, []), pattern.replace("{}", str(layer))
         if module in here or (any(map(MLP.match, here)) and not any(map(EXPERTS.match, here))):
             continue

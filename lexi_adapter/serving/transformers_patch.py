@@ -16,7 +16,7 @@ import torch
 from lexi_adapter.allocation import Allocation, ModelIdentity, check_reducible, read_allocation
 from lexi_adapter.errors import AdapterError, AllocationError
 from lexi_adapter.model.compensation import locate, locate_on_hub, read_corrections
-from lexi_adapter.model.folder import REMEDY, check_layers, check_routers, compare, has_weights
+from lexi_adapter.model.folder import FIXED_CHOICES, REMEDY, check_layers, check_routers, compare, has_weights
 from lexi_adapter.model.identity import ROUTER_WEIGHTS
 from lexi_adapter.serving.transformers_gates import (
     check_compensable,
@@ -30,8 +30,6 @@ from lexi_adapter.serving.transformers_gates import (
 
 TOP_K_NAMES = ("top_k", "num_experts_per_tok")
 TOP_K_OF_CONFIG = "top_k_experts"  # routers of Gemma 4 hold no top-k: they read the config at each call
-# Buffers with a fixed choice of experts for every token of the vocabulary, as wide as the model's own top-k.
-FIXED_CHOICES = ("tid2eid",)
 
 
 def apply(
@@ -118,12 +116,17 @@ def _read(config: Any, name: str) -> Any:
 
 
 def find_routers(model: torch.nn.Module, identity: ModelIdentity) -> dict[int, str]:
-    """Decoder-layer index -> name of the router's weight, whose shape is [num_experts, hidden]."""
+    """Decoder-layer index -> name of the router's weight, whose shape is [num_experts, hidden].
+
+    Routers that look experts up by token are left out: their layers keep their own top-k.
+    """
     routers: dict[int, str] = {}
     for name, weight in model.named_parameters():
         indices = [int(part) for part in name.split(".") if part.isdecimal()]
         is_router = f".{name}".endswith(ROUTER_WEIGHTS) and len(indices) == 1
         if not is_router or weight.ndim != 2 or indices[0] >= identity.num_hidden_layers:
+            continue
+        if hasattr(model.get_submodule(name.rpartition(".")[0]), FIXED_CHOICES):
             continue
         compare(f"number of rows of {name}", weight.shape[0], identity.num_experts, type(model).__name__)
         layer = indices[0]
@@ -143,8 +146,6 @@ def _find_modules_around(model: torch.nn.Module, weight: str) -> list[torch.nn.M
 def _find_holders(modules: list[torch.nn.Module], weight: str) -> list[tuple[torch.nn.Module, str]]:
     """The attributes (module, name) that hold a layer's top-k: the router's first, then those of the block around."""
     router = weight.rpartition(".")[0]
-    if any(hasattr(module, name) for module in modules for name in FIXED_CHOICES):
-        raise AdapterError(f"{router} looks its experts up for every token: no other top-k can be applied")
     holders = [(module, name) for module in modules for name in TOP_K_NAMES if type(vars(module).get(name)) is int]
     holders = holders or [(module, TOP_K_OF_CONFIG) for module in modules[1:2] if _reads_config(module)]
     if not holders:

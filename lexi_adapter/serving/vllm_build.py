@@ -25,10 +25,12 @@ from lexi_adapter.serving.vllm_names import (
     CUSTOM_ROUTING,
     FACTORY_MODULE,
     FACTORY_NAMES,
+    FIXED_CHOICES,
     HOLDERS,
     OTHER_LOADERS,
     OWN_BLOCKS,
     ROUTING_AT_TOP_K,
+    TABLE,
 )
 
 logger = logging.getLogger("vllm.lexi_adapter")  # a child of vLLM's logger, so that it prints as vLLM's do
@@ -99,7 +101,8 @@ def _allocating(build_layer: Callable) -> Callable:
             return build_layer(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         layer = _find_layer(bound.arguments.get("prefix", ""))
-        if layer >= build.allocation.model.num_hidden_layers:  # a prediction layer past the decoder
+        own = layer not in build.allocation.top_k and bound.arguments.get(FIXED_CHOICES) is not None
+        if own or layer >= build.allocation.model.num_hidden_layers:  # a prediction layer past the decoder
             return build_layer(*args, **kwargs)
         bound.arguments["top_k"] = _choose_top_k(build, layer, bound.arguments)
         layer_made = build_layer(*bound.args, **bound.kwargs)
@@ -305,7 +308,12 @@ def _find_moe_layers(model: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
 
 
 def find_holders(module: Any) -> tuple[str, ...]:
-    """The attributes, by dotted name, in which a vLLM module holds its top-k; none if it is no MoE layer."""
+    """The attributes, by dotted name, in which a vLLM module holds its top-k; none if it is no MoE layer.
+
+    Nor if it looks its experts up by token.
+    """
+    if getattr(getattr(module, "router", None), TABLE, None) is not None:
+        return ()
     return next((HOLDERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in HOLDERS), ())
 
 

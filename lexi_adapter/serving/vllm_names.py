@@ -58,8 +58,11 @@ HOLDERS: Mapping[str, tuple[str, ...]] = {
     "MiniCPMMoE": ("top_k",),
 }
 
+# The experts of every token of the vocabulary, as an argument of the factory and as an attribute of the router made.
+# Such a layer keeps its own k.
+FIXED_CHOICES, TABLE = "hash_indices_table", "_hash_indices_table"
 # Arguments of the factory that replace its routing, by one for which the factory's top-k need not count ...
-CUSTOM_ROUTING = ("custom_routing_function", "router", "hash_indices_table")
+CUSTOM_ROUTING = ("custom_routing_function", "router", FIXED_CHOICES)
 # ... except these functions, by qualified name: they choose as many experts as the factory's top-k says.
 ROUTING_AT_TOP_K = frozenset({"token_choice_with_bias", "Gemma4Router.routing_function"})  # Cohere2-MoE, Gemma 4
 

@@ -59,7 +59,7 @@ class Fp4:
 
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> Float[Array, "rows columns"]:
         rows, columns = shape[::-1] if self.transposed else shape
-        codes = parts["weight"].reshape(rows, columns // 2)
+        codes = jax.lax.bitcast_convert_type(parts["weight"], jnp.uint8).reshape(rows, columns // 2)
         nibbles = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(rows, columns)
         scale = _read_scale(parts["scale"])
         if "global_scale" in parts:

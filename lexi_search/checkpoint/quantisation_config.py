@@ -61,6 +61,9 @@ def read_quantisation(config: Mapping[str, Any], folder: Path) -> Quantisation |
         return None
     method = _read_method(settings)
     settings = settings._replace(place=f"{settings.place} ({method})")
+    if method == "fp8" and config.get("model_type") == "deepseek_v4":  # as vLLM tells them apart
+        method = "deepseek-v4-fp8"
+        settings = settings._replace(values={**settings.values, "expert_dtype": config.get("expert_dtype")})
     if "quantization" in settings.values:  # ModelOpt's older form
         settings = settings.read_object("quantization")
     if method == "modelopt" and settings.values.get("quant_algo") == MIXED and not settings.values.get(LAYERS):

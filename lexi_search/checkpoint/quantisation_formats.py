@@ -144,6 +144,7 @@ def _require(shapes: Shapes, role: str, shape: tuple[int, ...]) -> None:
         raise ShapeMismatch
 
 
+BESIDE = ("scale", "weight_scale_inv", "weight_scale")  # of scales beside `weight`
 _FP8_OR_INT8 = (*FP8, "int8")
 _ZERO = Part(("_zero_point",), ("int8",), required=False)
 _GPTQ = Format(
@@ -164,6 +165,16 @@ FORMATS: Mapping[str, Format] = {
             "zero": _ZERO,
         },
         describe=_describe_scaled,
+    ),
+    "scaled-beside": Format(
+        base="weight",
+        parts={"weight": Part(("weight",), FP8), "scale": Part(BESIDE, (*FLOATS, *BYTES))},
+        describe=_describe_scaled,
+    ),
+    "mxfp4-beside": Format(
+        base="weight",
+        parts={"weight": Part(("weight",), ("int8", "uint8")), "scale": Part(BESIDE, BYTES)},
+        describe=_describe_fp4,
     ),
     "packed": Format(
         parts={

@@ -76,6 +76,13 @@ def _read_fp8(settings: Settings) -> list[Storage]:
     return [Storage("scaled", block=settings.read_block("weight_block_size"))]
 
 
+def _read_deepseek_v4(settings: Settings) -> list[Storage]:
+    """DeepSeek-V4's FP8, with experts in MXFP4 unless `expert_dtype` says otherwise."""
+    blocks = Storage("scaled-beside", block=settings.read_block("weight_block_size"))
+    experts = Storage("mxfp4-beside", 4, 32, targets=("experts",))
+    return [blocks] if settings.read_choice("expert_dtype", (None, "fp4", "fp8")) == "fp8" else [experts, blocks]
+
+
 def _read_gptq(settings: Settings) -> list[Storage]:
     """GPTQ: `gptq` files hold each zero point minus one, `gptq_v2` files the zero point itself."""
     format = settings.read_choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
@@ -197,6 +204,7 @@ METHODS: Mapping[str, Callable[[Settings], list[Storage] | dict[str, Storage]]] 
     "auto-round": _read_auto_round,
     "awq": _read_awq,
     "compressed-tensors": _read_compressed_tensors,
+    "deepseek-v4-fp8": _read_deepseek_v4,
     "fbgemm_fp8": _read_fp8,
     "fp8": _read_fp8,
     "gptq": _read_gptq,

@@ -21,7 +21,7 @@ from lexi_search.layers.mixers.attention import apply_affine, normalise
 from lexi_search.layers.mixers.attention import attend as attend_causally
 from lexi_search.layers.mixers.recurrent import recur
 from lexi_search.layers.spec import Attention, Block, Mixer, Norm, Residual
-from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, MixerWeights
+from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, GatedNorm, MixerWeights
 
 
 class Decoder(NamedTuple):
@@ -146,8 +146,15 @@ def _read_logits(
     return logits if cap == math.inf else jnp.tanh(logits / cap) * jnp.float32(cap)
 
 
-def _normalise(x: Float[Array, "*rows hidden"], weights: Affine | None, block: Block) -> Float[Array, "*rows hidden"]:
-    return x if weights is None else normalise(x, weights, norm=block.norm)
+def _normalise(
+    x: Float[Array, "*rows hidden"], weights: Affine | GatedNorm | None, block: Block
+) -> Float[Array, "*rows hidden"]:
+    if not isinstance(weights, GatedNorm):
+        return x if weights is None else normalise(x, weights, norm=block.norm)
+    normed = normalise(x, weights.gains, norm=block.norm)
+    first, second = weights.gate
+    gate = apply_affine(jax.nn.silu(apply_affine(normed, first)), second).astype(jnp.float32)
+    return (normed * jax.nn.sigmoid(gate)).astype(normed.dtype)
 
 
 def _add(hidden: Float[Array, "*rows hidden"], output: Float[Array, "*rows hidden"], residual: Residual) -> Array:

@@ -12,6 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from lexi_search.layers.spec import Routing
 
+SCORES = {
+    "softmax": jax.nn.softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "sqrtsoftplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+}
+
 
 class Choice(NamedTuple):
     """Each token's K chosen experts in order of selection, their unnormalised scores, and all experts' logits."""
@@ -39,7 +45,7 @@ def route(
         logits = logits + bias.astype(jnp.float32).reshape(1, -1)
     if routing.scoring == "sparsemixer":
         return _route_sparsemixer(logits, routing.jitter, top_k)
-    scores = jax.nn.softmax(logits, axis=-1) if routing.scoring == "softmax" else jax.nn.sigmoid(logits)
+    scores = SCORES[routing.scoring](logits)
     keys = scores + bias.astype(jnp.float32).reshape(1, -1) if routing.bias == "selection" else scores
     if routing.num_groups > 1:
         keys = _keep_best_groups(keys, routing)

@@ -26,7 +26,7 @@ class Routing(NamedTuple):
     experts whose logits are near the largest, within `jitter`.
     """
 
-    scoring: str = "softmax"  # or "sigmoid", or "sparsemixer"
+    scoring: str = "softmax"  # or "sigmoid", "sqrtsoftplus" (the root of a softplus), or "sparsemixer"
     renormalize: bool = False
     scale: float = 1.0
     num_groups: int = 1
@@ -116,7 +116,8 @@ class LatentAttention(NamedTuple):
     """DeepSeek's multi-head latent attention, with low-rank keys and values (arXiv 2405.04434, section 2.1).
 
     A head's queries and keys have `nope_dim` values without and `rope_dim` with rotary embedding; all heads share the
-    latter of a key.
+    latter of a key. If `gated`, queries are projected from their low-rank input both normalised and as it is, and a
+    head's gate comes after its query: the sigmoid scales the head's output.
     """
 
     num_heads: int
@@ -126,6 +127,7 @@ class LatentAttention(NamedTuple):
     norm: Norm
     rope: Rope | None
     window: int | None = None
+    gated: bool = False
 
 
 Attention = GroupedAttention | LatentAttention

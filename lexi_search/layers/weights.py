@@ -26,6 +26,13 @@ class Affine(NamedTuple):
     bias: Any = None
 
 
+class GatedNorm(NamedTuple):
+    """The gains of a norm whose output y is multiplied by sigmoid(gate[1] @ silu(gate[0] @ y))."""
+
+    gains: Affine
+    gate: tuple[Affine, Affine]
+
+
 class ExpertWeights(NamedTuple):
     """One expert or dense MLP, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
 
@@ -95,7 +102,10 @@ class GroupedWeights(NamedTuple):
 
 
 class LatentWeights(NamedTuple):
-    """Those of `LatentAttention`: queries from x or q_norm(q_a x), keys and values from kv_norm of a part of kv_a x."""
+    """Those of `LatentAttention`: queries from x or q_norm(q_a x), keys and values from kv_norm of a part of kv_a x.
+
+    If attention is gated, q projects [q_norm(q_a x), q_a x] to each head's query and gate.
+    """
 
     q: Affine
     kv_a: Affine
@@ -192,6 +202,8 @@ MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
 
 class Norms(NamedTuple):
     """The norms before and after the token mixer, and before and after the MLP or MoE; None where a family has none.
+
+    Each is an `Affine` or a `GatedNorm`.
 
     Where a dense MLP stands beside the routed experts, with norms of its own, `dense_input` is the gain of its input
     (the layer's is normalised without one), `dense_output` and `routed_output` are norms before the sum of the two.

@@ -149,6 +149,7 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="sarvam_mla", interleaved_latent=True),
     DEEPSEEK_V32,
     DEEPSEEK_V32._replace(model_type="glm_moe_dsa"),
+    DEEPSEEK_V32._replace(model_type="axk2"),
     PLAIN._replace(model_type="glm4_moe"),
     PLAIN._replace(model_type="glm4v_moe"),
     PLAIN._replace(model_type="solar_open"),

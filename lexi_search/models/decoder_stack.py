@@ -10,7 +10,15 @@ from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.spec import Block, Mixer, Norm, Recurrence, Residual
-from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, ExpertWeights, MixerWeights, Norms
+from lexi_search.layers.weights import (
+    Affine,
+    BlockWeights,
+    EndWeights,
+    ExpertWeights,
+    GatedNorm,
+    MixerWeights,
+    Norms,
+)
 from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.families.config import name_sizes_left_out, read_config
 from lexi_search.models.families.decoder import Family
@@ -138,13 +146,22 @@ def _find_block(source: Source, mixer: MixerWeights | None, *, moe: bool) -> Blo
         norms = norms._replace(attention_input=None, attention_output=None)
     if not has_ffn:
         norms = norms._replace(ffn_input=None, ffn_output=None)
-    norms = Norms(*(name and finder.need([name], (hidden,)) for name in norms))
+    norms = Norms(*(name and _need_norm(finder, name, hidden) for name in norms))
     ffn = _find_ffn(source, SHARED if moe and not norms.dense_input else DENSE) if has_ffn else None
     if ffn is None and not moe and has_ffn:
         finder.need([DENSE[0] + SPLIT[0][0]], (None, hidden))
     gate = finder.take(SHARED_GATES, (1, hidden)) if moe else None
     scale = family.layer_scale and finder.need_tensor(family.layer_scale, (1,))
     return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate, scale=scale)
+
+
+def _need_norm(finder: Finder, name: str, hidden: int) -> Affine | GatedNorm:
+    """The gains of a norm, with the two matrices of its gate where it has one (A.X-K2)."""
+    first = finder.take([f"{name}.W_down"], (None, hidden))
+    if first is None:
+        return finder.need([name], (hidden,))
+    second = finder.need([f"{name}.W_up"], (hidden, *finder.get_shape(first.weight)[:1]))
+    return GatedNorm(finder.need([f"{name}.norm"], (hidden,)), (first, second))
 
 
 def _find_ffn(source: Source, stems: Sequence[str]) -> ExpertWeights | None:

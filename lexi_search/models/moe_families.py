@@ -51,6 +51,17 @@ DEEPSEEK_V3 = DEEPSEEK_V2._replace(model_type="deepseek_v3", routing=SIGMOID, ch
 CLAMPED = DEEPSEEK_V3._replace(
     model_type="hy_v4", activation=Activation(Key("hidden_act", "silu"), limit=Key("swiglu_limit", 10.0))
 )
+DEEPSEEK_V4 = CLAMPED._replace(
+    model_type="deepseek_v4",
+    routers=("ffn.gate", "mlp.gate"),
+    routing=SIGMOID._replace(
+        scoring="sqrtsoftplus", scale=Key("routed_scaling_factor", 1.5), num_groups=1, topk_groups=1
+    ),
+    choices={
+        "topk_method": {"noaux_tc": {}},
+        "scoring_func": {"sqrtsoftplus": {}, "sigmoid": {"scoring": "sigmoid"}, "softmax": {"scoring": "softmax"}},
+    },
+)
 MISTRAL4 = DEEPSEEK_V3._replace(
     model_type="mistral4", routing=SIGMOID._replace(scoring="softmax", bias=None), choices=PLAIN
 )
@@ -216,6 +227,7 @@ _FAMILIES = (
     DEEPSEEK_V3._replace(model_type="mimo_v2_flash"),
     CLAMPED,
     CLAMPED._replace(model_type="glm5_next"),
+    DEEPSEEK_V4,
     MISTRAL4,
     MISTRAL4._replace(model_type="mistral3"),  # around it: Mistral Small 4
     DEEPSEEK_V3._replace(

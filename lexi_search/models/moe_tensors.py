@@ -30,9 +30,12 @@ BIASES = (
     "experts.e_score_correction_bias",
     "expert_bias",
     "gate.expert_bias",
+    "gate.bias",
     "router.bias",
     "router_bias",
 )
+# Beside a router: the experts of every token of the vocabulary. Such a layer keeps its own k: it has none to choose.
+FIXED_CHOICES = "tid2eid"
 LATENT = ("fc1_latent_proj", "fc2_latent_proj")  # into the space that the experts work in, and back
 # Prefixes of parts with decoder layers of their own: multi-token prediction, speech.
 LEFT_OUT = re.compile(r"(.*\.)?(mtp|talker)\.")
@@ -87,7 +90,7 @@ class LayerTensors(NamedTuple):
 
 
 def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) -> tuple[str, tuple[int, ...]]:
-    """The name pattern of the routers, and the indices of the layers that have one."""
+    """The name pattern of the routers, and the indices of the layers whose router chooses among all experts."""
     modules = "|".join(re.escape(module) for module in architecture.routers)
     router_name = re.compile(rf"(|.*\.)layers\.(\d{{1,9}})\.({modules})\.weight")
     layers_of: dict[str, set[int]] = {}  # by name pattern
@@ -107,11 +110,19 @@ def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) 
     if num_layers > 1 + max(stored):
         thing = f"num_hidden_layers is {num_layers}, but the files hold tensors of {1 + max(stored)} layers"
         raise InputError(f"{tensors.folder}: {thing}; {explain_absence(tensors)}")
+    fixed = {layer for layer in layers if find_choices(pattern.format(layer)) in tensors}
+    if layers == fixed:
+        raise InputError(f"{tensors.folder}: every layer looks its experts up by token: none has a k to choose")
     for layer in range(num_layers):
         thing = None if layer in layers else _find_fault(stored.get(layer, ()), pattern.format(layer))
         if thing:
             raise InputError(f"{tensors.folder}: layer {layer} has {thing}; {explain_absence(tensors)}")
-    return pattern, tuple(sorted(layers))
+    return pattern, tuple(sorted(layers - fixed))
+
+
+def find_choices(router: str) -> str:
+    """The name of the tensor with the experts of every token, if the layer whose router is called so has one."""
+    return router.removesuffix("weight") + FIXED_CHOICES
 
 
 def _list_names(tensors: Tensors, pattern: str) -> dict[int, list[str]]:

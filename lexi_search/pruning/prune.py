@@ -29,7 +29,7 @@ from lexi_search.checkpoint.writer import Output, write_shards
 from lexi_search.errors import InputError
 from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import Model, describe, find_dtype
-from lexi_search.models.moe_tensors import BIASES, LayerTensors, find_block
+from lexi_search.models.moe_tensors import BIASES, FIXED_CHOICES, LayerTensors, find_block
 from lexi_search.profiling.divergence import open_run
 from lexi_search.profiling.forward.passes import forward
 from lexi_search.profiling.forward.sampling import draw_tokens
@@ -155,6 +155,8 @@ def _open_source(weights: str, experts: Fraction, width: Fraction) -> _Source:
         raise InputError(f"{weights}: the config has values per layer; prune the model's original folder")
     model = _describe(checkpoint)
     tensors = checkpoint.tensors
+    if fixed := next((name for name in tensors if name.endswith(f".{FIXED_CHOICES}")), None):
+        raise InputError(f"{weights}: {fixed} names the experts of every token; such a model cannot be pruned")
     before, blocks = find_sizes(tensors, checkpoint, model), find_blocks(tensors, checkpoint, model)
     experts_of = {
         name: ExpertBlock(

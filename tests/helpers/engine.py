@@ -26,13 +26,13 @@ HIDDEN = 64  # of every tiny model
 WORKER = Path(__file__).with_name("engine_worker.py")
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9, 10], [100, 90, 80, 70, 60, 50], [200, 3, 201, 5, 202, 7, 203]]
 
-# The only width of latent attention that vLLM's CPU build has kernels for. Its own rotary embedding of DeepSeek-V2 is
-# wrong, torch's is right; and the kernels that it prefers on processors with AMX do not take float32.
+# The CPU build's own rotary embedding is wrong for DeepSeek-V2's, and where queries come as [tokens, heads, head_dim],
+# which it takes for one head. Torch's is right.
+ROTATION = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
+# The only width of latent attention that vLLM's CPU build has kernels for. Those that it prefers on processors with AMX
+# do not take float32.
 LATENT_ATTENTION = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
-LATENT_OPTIONS = {
-    "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
-    "attention_backend": "CPU_MLA",
-}
+LATENT_OPTIONS = ROTATION | {"attention_backend": "CPU_MLA"}
 TYPES = ["linear_attention", "full_attention", "linear_attention"]
 # Families beside the ones of `tiny.FAMILIES`, tried under one mixed allocation each, with what the engine's CPU build
 # needs: heads of its kernels' sizes, and sixteen bits for gated delta nets.
@@ -44,11 +44,13 @@ MORE = {
     "granitemoehybrid": dict(
         num_hidden_layers=3, layer_types=TYPES, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=24
     ),
+    "lfm2_moe": dict(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], tie_word_embeddings=True),
     "qwen3_next": dict(num_hidden_layers=3, layer_types=TYPES, linear_key_head_dim=128, linear_value_head_dim=128),
 }
 CHANGES = MORE | {"deepseek_v2": LATENT_ATTENTION, "deepseek_vl2": LATENT_ATTENTION}
 OPTIONS = {
     "axk1": LATENT_OPTIONS,
+    "lfm2_moe": ROTATION,
     "qwen3_next": {"dtype": "bfloat16"},
     "deepseek_v2": LATENT_OPTIONS,
     "deepseek_vl2": LATENT_OPTIONS | {"limit_mm_per_prompt": {"image": 0}, "skip_tokenizer_init": False},

@@ -41,6 +41,15 @@ SETTINGS = {
     "cohere2_moe": {"num_shared_experts": 1},  # whose mean with the routed ones it takes
     "axk1": {"head_dim": 8},
     "deepseek_v3": {"head_dim": 8},
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "num_hash_layers": 1,
+        "sliding_window": 8,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+    },
     "longcat_flash": {
         "num_layers": 2,
         "head_dim": 8,

@@ -142,6 +142,19 @@ def mxfp4_packed(rng, name, out, into) -> Matrix:
     return Matrix({name + "_packed": weight, name + "_scale": torch.tensor(exponent)}, values)
 
 
+def mxfp4_beside(rng, name, out, into) -> Matrix:
+    """DeepSeek-V4's: the same, as signed bytes, and E8M0 numbers beside them."""
+    stored, values = mxfp4_packed(rng, name, out, into)
+    weight, scale = stored[name + "_packed"].view(torch.int8), stored[name + "_scale"].view(torch.float8_e8m0fnu)
+    return Matrix({name: weight, name.removesuffix("weight") + "scale": scale}, values)
+
+
+def fp8_beside(rng, name, out, into, *, block) -> Matrix:
+    """The same model's FP8: scales are beside the weight."""
+    stored, values = scaled_fp8(rng, name, out, into, block=block, ending="_scale")
+    return Matrix({name: stored[name], name.removesuffix("weight") + "scale": stored[name + "_scale"]}, values)
+
+
 def gpt_oss(rng, name, out, into) -> Matrix:
     """gpt-oss' MXFP4, of one expert; transformers' tensor is the transpose of these values."""
     stored, values = mxfp4_packed(rng, name, out, into)
@@ -198,6 +211,14 @@ CASES = {
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [24, 40]},
         scaled_fp8,
         dict(block=(24, 40), ending="_scale_inv"),
+    ),
+    "deepseek-v4 fp8": Case(
+        {"quant_method": "deepseek_v4_fp8", "expert_dtype": "fp8", "weight_block_size": [24, 40]},
+        fp8_beside,
+        dict(block=(24, 40)),
+    ),
+    "deepseek-v4 fp4": Case(
+        {"quant_method": "deepseek_v4_fp8", "weight_block_size": [24, 40], "scale_fmt": "ue8m0"}, mxfp4_beside
     ),
     "fp8 tensor": Case({"quant_method": "fp8"}, scaled_fp8, WHOLE | dict(ending="_scale", shape=())),
     "fbgemm fp8": Case({"quant_method": "fbgemm_fp8"}, scaled_fp8, ROW | dict(ending="_scale")),

@@ -27,12 +27,19 @@ def softmax(x):
     return powers / powers.sum()
 
 
+SCORES = {
+    "softmax": softmax,
+    "sigmoid": lambda logits: 1 / (1 + np.exp(-logits)),
+    "sqrtsoftplus": lambda logits: np.sqrt(np.log1p(np.exp(logits))),
+}
+
+
 def choose(x, router, bias, routing, top_k):
     """One token: (expert indices, best first; scores of all experts)."""
     logits = router @ x + (bias if routing.bias == "logits" else 0)
     if routing.scoring == "sparsemixer":
         return choose_in_turn(logits, routing.jitter, top_k)
-    scores = softmax(logits) if routing.scoring == "softmax" else 1 / (1 + np.exp(-logits))
+    scores = SCORES[routing.scoring](logits)
     keys = scores + bias if routing.bias == "selection" else scores
     if routing.num_groups > 1:
         groups = keys.reshape(routing.num_groups, -1)

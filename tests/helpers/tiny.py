@@ -164,6 +164,22 @@ GEMMA4 = PLAIN | dict(
     global_head_dim=64,
     layer_types=["sliding_attention", "full_attention"],
 )
+DEEPSEEK_V4 = PLAIN | dict(
+    num_hidden_layers=3,
+    num_key_value_heads=1,
+    q_lora_rank=32,
+    qk_rope_head_dim=16,
+    moe_intermediate_size=32,
+    n_routed_experts=16,
+    num_hash_layers=1,
+    swiglu_limit=0.5,
+    sliding_window=16,
+    o_groups=2,
+    o_lora_rank=16,
+    index_n_heads=2,
+    index_head_dim=16,
+    index_topk=8,
+)
 LLAMA4 = LOCAL | dict(num_experts_per_tok=1, intermediate_size_mlp=64, moe_layers=[1], interleave_moe_layer_step=2)
 LLAMA4_VISION = VISION | dict(
     vision_output_dim=64, pixel_shuffle_ratio=0.5, projector_input_dim=64, projector_output_dim=64
@@ -220,6 +236,7 @@ ALL_FAMILIES = FAMILIES | {
     ),
     "solar_open": ("SolarOpen", GLM),
     "mimo_v2_flash": ("MiMoV2Flash", GLM),
+    "deepseek_v4": ("DeepseekV4", DEEPSEEK_V4),
     "hy_v4": ("HYV4", GLM | dict(swiglu_limit=0.5)),
     "glm5_next": (
         "Glm5Next ForConditionalGeneration",
@@ -322,6 +339,9 @@ def build_reference(family: str, *, seed: int = 0, **changes):
         for key, value in (*model.named_parameters(), *model.named_buffers()):
             if key.endswith(BIASES):
                 value.uniform_(0.0, 0.3, generator=generator)
+            if key.endswith("tid2eid"):
+                shares = torch.rand(len(value), config.n_routed_experts, generator=generator)
+                value.copy_(shares.argsort()[:, : value.shape[1]])
     return model
 
 
@@ -340,12 +360,13 @@ def save_checkpoint(family: str, model, folder: Path, *, shard_size: str = "5GB"
 
 
 def find_moe_blocks(model) -> dict[int, torch.nn.Module]:
-    """Decoder-layer index -> MoE block (the module that holds a router and experts)."""
+    """Decoder-layer index -> MoE block (the module that holds a router and experts) with a k to choose."""
     named = ((re.fullmatch(r"(.*\.)?layers\.(\d+)(\.\w+)?", name), module) for name, module in model.named_modules())
     return {
         int(match[2]): module if match[3] else ScaledBlock(module)
         for match, module in named
         if match and hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router"))
+        if not getattr(module, "is_hash", False)
     }
 
 
@@ -442,6 +463,24 @@ def _name_dense(key):
     return re.sub(r"block_sparse_moe\.(?=(gate|up|gate_up|down)_proj)", "mlp.", key)
 
 
+DEEPSEEK_V4_NAMES = {"model.embed_tokens": "embed", "model.hc_head.hc_": "hc_head_", "attn.norm": "attn.kv_norm"}
+DEEPSEEK_V4_NAMES |= {"model.": ""}
+
+
+def _deepseek_v4_name(key):
+    """transformers 5.19 does not undo all of what it makes of the hub's names."""
+    return re.sub("|".join(map(re.escape, DEEPSEEK_V4_NAMES)), lambda match: DEEPSEEK_V4_NAMES[match[0]], key)
+
+
+def _deepseek_v4_config(config):
+    rates = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+    ratios = [rates[kind] for kind in config.pop("layer_types")]
+    hashed = config.pop("mlp_layer_types").count("hash_moe")
+    for key in ("compress_rates", "rope_parameters", "partial_rotary_factor"):
+        del config[key]
+    return config | {"compress_ratios": ratios, "num_hash_layers": hashed, "topk_method": "noaux_tc"}
+
+
 def _deepseek_name(key):
     """None for what only the whole of DeepSeek-OCR-2 has; its language model is written with the names on the hub."""
     return key if re.match(r"lm_head\.|model\.(embed_tokens|layers|norm)\.", key) else None
@@ -524,6 +563,7 @@ REWRITES = {
     "deepseek_vl2": (lambda key: f"language.{key}", _vl2_config),
     "minicpm": (lambda key: key.replace(".block_sparse_moe.", ".mlp."), _minicpm_config),
     "qwen3_omni_moe": (lambda key: f"thinker.{key}", _omni_config),
+    "deepseek_v4": (_deepseek_v4_name, _deepseek_v4_config),
     "kimi_k2": (str, _retype("kimi_k2", topk_method="noaux_tc", scoring_func="sigmoid")),
     # transformers 5.19 writes the vision tower's word for layers into the language model's names.
     "kimi_k25": (lambda key: key.replace("language_model.model.blocks.", "language_model.model.layers."), dict),

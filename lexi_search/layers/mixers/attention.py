@@ -127,10 +127,17 @@ def _normalise_heads(
 def _project_latent(
     x: Float[Array, "sequences length hidden"], weights: LatentWeights, attention: LatentAttention
 ) -> tuple[Float[Array, "sequences length heads 1 head"], ...]:
-    """Queries, keys and values [.., heads, 1, .]: each head has its own keys, but for the rotated part."""
+    """Queries, keys and values [.., heads, 1, .]: each head has its own keys, but for the rotated part.
+
+    If attention is gated, also the gates, of the values' shape.
+    """
     heads, nope_dim = (*x.shape[:2], attention.num_heads, 1, -1), attention.nope_dim
-    latent = x if weights.q_a is None else normalise(apply_affine(x, weights.q_a), weights.q_norm, norm=attention.norm)
+    low = x if weights.q_a is None else apply_affine(x, weights.q_a)
+    latent = low if weights.q_a is None else normalise(low, weights.q_norm, norm=attention.norm)
+    if attention.gated:
+        latent = jnp.concatenate([latent, low], axis=-1)
     queries = apply_affine(latent, weights.q).reshape(heads)
+    queries, gate = jnp.split(queries, [nope_dim + attention.rope_dim], axis=-1)
     rotate = partial(_rotate, rope=attention.rope) if attention.rope is not None else lambda part: part
     queries = jnp.concatenate([queries[..., :nope_dim], rotate(queries[..., nope_dim:])], axis=-1)
     projected = apply_affine(x, weights.kv_a)
@@ -138,7 +145,8 @@ def _project_latent(
     keys_values = apply_affine(normalise(latent, weights.kv_norm, norm=attention.norm), weights.kv).reshape(heads)
     shared = rotate(shared[:, :, None, None, :])
     keys = [keys_values[..., :nope_dim], jnp.broadcast_to(shared, (*keys_values.shape[:-1], attention.rope_dim))]
-    return queries, jnp.concatenate(keys, axis=-1), keys_values[..., nope_dim:]
+    gates = (gate,) if attention.gated else ()
+    return queries, jnp.concatenate(keys, axis=-1), keys_values[..., nope_dim:], *gates
 
 
 def _rotate(

@@ -198,7 +198,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "kimi_k25": DEEPSEEK_V3,
         "kimi_vl": DEEPSEEK_V2 | {"topk_method": "greedy", "norm_topk_prob": False},  # vLLM's class
         "deepseek_ocr2": dict(num_attention_heads=32, max_position_embeddings=2048, bos_token_id=1, n_shared_experts=2),
-        "axk2": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
+        "axk2": _list_latent(64, 32, 64)
+        | _list_defaults(
+            k=8,
+            heads=32,
+            max_position_embeddings=131072,
+            bos_token_id=163691,
+            n_shared_experts=1,
+            routed_scaling_factor=2.5,
+        ),
         "axk1": DEEPSEEK_V3 | dict(num_attention_heads=64, max_position_embeddings=32768, bos_token_id=163691),
         "glm4_moe": GLM4,
         "glm4v_moe": GLM4 | {"max_position_embeddings": 65536},
@@ -244,6 +252,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=131072,
             bos_token_id=1,
         ),
+        "deepseek_v4": _list_defaults(k=6),
         "hy_v4": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.827),
         "glm5_next": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
         "mistral4": MISTRAL4,

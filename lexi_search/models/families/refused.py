@@ -3,16 +3,14 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-HASHED = "its first layers look experts up by token: not every layer with a router has a k to choose"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "aria_text": "it is the language model of aria: take the whole checkpoint",
-        "deepseek_v4": HASHED,
-        "deepseek_v41": HASHED,
+        "deepseek_v41": "only vLLM has its code, for GPUs, and nothing here could judge a profile of it",
         "diffusion_gemma": "it denoises blocks of tokens, and no forward pass here does that",
         "doge": "its experts are rows of two tables, chosen by pairs of keys",
         "dots3_note": "its code is vLLM's for NVIDIA GPUs alone, and nothing here could judge a profile of it",
-        "ernie4_5_vl_moe": "text and images have routers and experts of their own, of two widths in one list",
+        "ernie4_5_vl_moe": "each layer has two routers, of text and of images, and experts of two widths in one list",
         "inkling_mm_model": "its router has rows for shared experts among those of routed ones",
         "inkling_text": "its router has rows for shared experts among those of routed ones",
         "jetmoe": "its attention chooses experts, too: a layer has two routers",

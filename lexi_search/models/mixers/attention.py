@@ -121,8 +121,10 @@ def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, Latent
     width = finder.get_shape(q_a.weight)[0] if q_a else hidden
     kv_norm = finder.need(LATENT_NORMS, (None,))
     [rank] = finder.get_shape(kv_norm.weight)
+    dim = nope_dim + rope_dim
+    gated = q_a is not None and finder.get_shape(finder.need(LATENT_QUERIES, (None, None)).weight)[1] == 2 * width
     weights = LatentWeights(
-        q=finder.need(LATENT_QUERIES, (heads * (nope_dim + rope_dim), width)),
+        q=finder.need(LATENT_QUERIES, (heads * (dim + gated * value_dim), width * (1 + gated))),
         kv_a=finder.need(LATENTS, (rank + rope_dim, hidden)),
         kv_norm=kv_norm,
         kv=finder.need(LATENT_KEYS_VALUES, (heads * (nope_dim + value_dim), rank)),
@@ -135,10 +137,11 @@ def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, Latent
         num_heads=heads,
         nope_dim=nope_dim,
         rope_dim=rope_dim,
-        scale=(nope_dim + rope_dim) ** -0.5 * temperature,
+        scale=dim**-0.5 * temperature,
         norm=Norm(LATENT_EPS),
         rope=rope,
         window=_read_window(config, kind),
+        gated=gated,
     )
     return attention, weights
 

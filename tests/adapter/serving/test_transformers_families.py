@@ -28,7 +28,6 @@ UNBUILT = {
     "zaya": "knows top-k 1 only",
 }
 REFUSED = {
-    "deepseek_v4": (AdapterError, "looks its experts up for every token: no other top-k can be applied"),
     "doge": (AllocationError, "none for layers"),
     # The shared expert is among the rows.
     "inkling_text": (AllocationError, "number of rows of .* is 9, the allocation was made for 8"),
@@ -60,7 +59,12 @@ def run(model):
 def allocate(model, model_type, top_k, gate_exponent=None):
     """An allocation of `top_k` for every layer that has a router, or for all if none is found."""
     text = model.config.get_text_config()
-    routers = [name.split(".") for name, _ in model.named_parameters() if f".{name}".endswith(ROUTER_WEIGHTS)]
+    buffers = dict(model.named_buffers())
+    routers = [
+        name.split(".")
+        for name, _ in model.named_parameters()
+        if f".{name}".endswith(ROUTER_WEIGHTS) and name.replace("weight", "tid2eid") not in buffers
+    ]
     layers = sorted({int(part) for name in routers for part in name if part.isdecimal()}) or [0]
     key = find_top_k_key(find_text_class(model_type))
     key = getattr(text, "attribute_map", {}).get(key, key)

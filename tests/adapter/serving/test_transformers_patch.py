@@ -75,6 +75,19 @@ def test_runs_what_the_allocation_says(checkpoints, family):
     torch.testing.assert_close(run(lexi_adapter.apply(model, again)), base, rtol=0, atol=0)
 
 
+def test_layers_that_look_experts_up_by_token_keep_their_top_k(tmp_path):
+    folder = make_checkpoint("deepseek_v4", tmp_path / "whole")
+    allocation = allocate(folder, top_k=(1, 3))
+    assert allocation.top_k == {1: 1, 2: 3}
+    model = load(export(allocation, folder, tmp_path / "exported"))
+    base = run(model)
+    torch.testing.assert_close(base, run(build_reference("deepseek_v4")), rtol=0, atol=1e-6)
+    mixed = run(lexi_adapter.apply(model, model.config.lexi_allocation))
+    torch.testing.assert_close(mixed, run(build_by_hand("deepseek_v4", allocation.top_k)), rtol=0, atol=1e-6)
+    assert (mixed - base).abs().max() > 0.1
+    assert model.model.layers[0].mlp.gate.top_k == 4
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(INNER)))
 def test_exported_folder_loads_as_ever_and_needs_apply(checkpoints, tmp_path, family):
     """transformers stores `per_layer_config` but builds every layer from the global k."""

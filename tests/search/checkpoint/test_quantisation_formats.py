@@ -178,6 +178,19 @@ def test_profile_is_that_of_the_dequantised_checkpoint(case, tmp_path):
     assert profile(quantised) == profile(plain) and profile(plain)[2].dtype == dtype
 
 
+@pytest.mark.parametrize("experts", ["fp4", "fp8"])
+def test_profile_of_deepseek_v4_as_on_the_hub(experts, tmp_path):
+    """Its config says fp8 alone, which is FP4 for experts unless `expert_dtype` says otherwise."""
+    tiny.make_checkpoint("deepseek_v4", tmp_path)
+    quantised, plain = quantise(tmp_path, f"deepseek-v4 {experts}", dtype="bfloat16")
+    config = json.loads((quantised.folder / "config.json").read_text())
+    config["quantization_config"] |= {"quant_method": "fp8"}
+    if experts == "fp8":
+        config["expert_dtype"] = config["quantization_config"].pop("expert_dtype")
+    (quantised.folder / "config.json").write_text(json.dumps(config))
+    assert profile(open_checkpoint(quantised.folder)) == profile(plain)
+
+
 @pytest.mark.parametrize(("family", "format"), [("gpt_oss", "gpt-oss"), ("qwen3_moe", "fp8 blocks")])
 def test_profile_of_fused_experts(family, format, tmp_path):
     """One tensor for all experts: gpt-oss' [experts, in, out], with biases, and FP8 blocks of [experts, out, in]."""

@@ -45,6 +45,7 @@ ROUTINGS = [
     Routing(renormalize=True, epsilon=0.0, norm_min=0.3, bias="selection"),
     Routing(scoring="sigmoid", renormalize=True, epsilon=0.1),
     Routing(scoring="sigmoid", scales_input=True),
+    Routing(scoring="sqrtsoftplus", renormalize=True, scale=1.5, bias="selection"),
     Routing(scoring="sparsemixer", jitter=0.01),
     Routing(scoring="sparsemixer", jitter=0.2),
 ]

@@ -128,6 +128,13 @@ def test_an_unknown_layer_is_refused(folder):
         run(folder, layers=(7,))
 
 
+def test_a_layer_that_looks_its_experts_up_by_token_is_refused(tmp_path):
+    tiny.make_checkpoint("deepseek_v4", tmp_path)
+    with pytest.raises(InputError, match="layer 0 looks its experts up by token, and keeps its k; others are 1, 2"):
+        run(tmp_path, layers=(0,))
+    assert sorted(run(tmp_path, layers=(1, 2))) == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.gate.weight", "model.layers.1.mlp.experts.5.down_proj.weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_are_refused_by_name(name, value, folder, tmp_path):
