@@ -51,14 +51,11 @@ class Solving(Mapping):
     where the outputs that it is fitted to overflow.
     """
 
-    def __init__(self, run: Run, solved: Mapping[tuple[int, int], Future[Correction]]):
-        self._run, self._solved = run, solved
+    def __init__(self, solved: Mapping[tuple[int, int], Future[Correction]]):
+        self._solved = solved
 
     def __getitem__(self, key: tuple[int, int]) -> Correction:
-        correction = self._solved[key].result()
-        if not all(np.isfinite(array.astype(np.float32)).all() for array in correction):
-            raise _explain_overflow(self._run, key[0])
-        return correction
+        return self._solved[key].result()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._solved)
@@ -106,7 +103,7 @@ def fit_layers(
             whole = [pool.submit(_fetch, run, layer, one) for one in sums.pop(layer)]
             for own, one in zip(solved, whole, strict=True):
                 own |= {
-                    (layer, k): pool.submit(_solve_fetched, one, at, rank=rank, ridges=ridges)
+                    (layer, k): pool.submit(_solve_fetched, run, layer, one, at, rank=rank, ridges=ridges)
                     for at, k in enumerate(ks)
                 }
 
@@ -116,7 +113,7 @@ def fit_layers(
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown(wait=False)  # its threads end when all is solved
-    return [Solving(run, own) for own in solved]
+    return list(map(Solving, solved))
 
 
 def _fetch(run: Run, layer: int, sums: Sums) -> Sums:
@@ -131,8 +128,11 @@ def _explain_overflow(run: Run, layer: int) -> InputError:
     return explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
 
 
-def _solve_fetched(sums: Future[Sums], at: int, **settings: Any) -> Correction:
-    return solve(sums.result(), at, **settings)
+def _solve_fetched(run: Run, layer: int, sums: Future[Sums], at: int, **settings: Any) -> Correction:
+    correction = solve(sums.result(), at, **settings)
+    if not all(np.isfinite(array.astype(np.float32)).all() for array in correction):
+        raise _explain_overflow(run, layer)
+    return correction
 
 
 def try_exponents(
