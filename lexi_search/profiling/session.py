@@ -146,29 +146,6 @@ def _begin(
     return session
 
 
-def _begin(
-    stack: ExitStack, session: _Session, output: str | os.PathLike[str], *, restart: bool, force: bool
-) -> _Session:
-    """The session with what an earlier run has finished. Says what is planned, and begins to read weights."""
-    check_output(output, session.header, session.checkpoint.folder, force=force)
-    kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
-    session = session._replace(partials=stack.enter_context(kept))
-    session.observer.open(session.partials, session.layers)
-    plan = _plan(session)
-    session.observer.plan(plan)
-    if plan.phases:  # read while the first programs are traced
-        residence = session.run.find_residence()
-        stack.callback(residence.close)
-        residence.begin(residence.stages[0])
-    return session
-
-
-def _check_place(output: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str] | None], force: bool) -> None:
-    """Raise InputError where nothing can be written, whatever it will be."""
-    check_writable(output, apart_from=inputs, nature=None if force else describe_nature(Profile))
-    refuse_inputs(find_partials(output), inputs)
-
-
 def _find_finished(output: str | os.PathLike[str], session: _Session) -> Profile | None:
     """The profile in `output`, all of whose layers the session's run has measured; None where nothing is there.
 
