@@ -47,7 +47,7 @@ FOLDERS = {
     "lexi_search/layers/mixers": "attention scans recurrent",
     "lexi_search/models/families": "defaults config refused moe kinds decoder",
     "lexi_search/models/loading": "pieces reader streaming residence",
-    "lexi_search/profiling/forward": "variants layer passes losses sampling",
+    "lexi_search/profiling/forward": "variants layer passes losses sampling text",
     "lexi_search/models/mixers": "rope source attention recurrent",
     "lexi_search/layers/kernels": "blocks hopper grouped",
     "lexi_search/profiling/paper": "moments gaussian",
@@ -58,7 +58,18 @@ MOST_ROOMS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 330, 60
 STANDARD = set(sys.stdlib_module_names) | {"lexi_search"}
 MAY_IMPORT = {
     "lexi_search": STANDARD
-    | {"click", "huggingface_hub", "jax", "jaxtyping", "matplotlib", "ml_dtypes", "numpy", "rich", "safetensors"},
+    | {
+        "click",
+        "huggingface_hub",
+        "jax",
+        "jaxtyping",
+        "matplotlib",
+        "ml_dtypes",
+        "numpy",
+        "rich",
+        "safetensors",
+        "tokenizers",
+    },
     "lexi_adapter": set(sys.stdlib_module_names)
     | {
         "click",

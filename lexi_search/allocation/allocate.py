@@ -239,6 +239,8 @@ def describe_origin(profile: Profile, constraints: Constraints | None, *, loss: 
     origin = {"lexi_search": __version__, "profile_sha256": sha256(profile), "loss": loss, "method": method}
     if profile.settings.compensation_rank is not None:
         origin["compensation_rank"] = profile.settings.compensation_rank
+    if "text_sha256" in profile.made_by:
+        origin["text_sha256"] = profile.made_by["text_sha256"]
     return {**origin, **bounds, **allowed, **groups}
 
 

@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Int32
+
 from lexi_search.allocation import export
 from lexi_search.allocation.allocate import AllocationResult
 from lexi_search.allocation.baselines import (
@@ -35,10 +38,13 @@ from lexi_search.artifacts.files import check_writable_folder, json_bytes, lock_
 from lexi_search.artifacts.profile import Profile, ProfileSettings
 from lexi_search.artifacts.serialisation import read_artifact, read_profile_maps, to_bytes
 from lexi_search.checkpoint.folder import check_place, require_folder
-from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
+from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import Model, describe
-from lexi_search.profiling.divergence import measure_variants, open_run
+from lexi_search.profiling.divergence import count_sequences, measure_variants, open_run
+from lexi_search.profiling.forward.text import read_text
+from lexi_search.profiling.profile import BATCH, LENGTH, read_settings
 from lexi_search.profiling.session import Observer, profile_checkpoint
 
 PROFILE, PAPER, ESTIMATE = "profile.json", "profile-paper.json", "estimate.json"
@@ -47,12 +53,14 @@ PAPER_ITERATIONS = 10  # N_iter of the paper's Algorithm 1
 LOCK = "lock"
 
 Listen = Callable[[str], AbstractContextManager[Observer | None]]
+Tokens = Int32[np.ndarray, "sequences length"]
 
 
 class Job(NamedTuple):
     """What is to be done, where: `folder` is for the files beside `output`, and `table` is what `cost` is from.
 
     `estimate` makes that table for corrections of a `rank`, or without; it is None for a table that was measured.
+    `text` is the user's file, None where the model writes one.
     """
 
     source: str
@@ -65,13 +73,14 @@ class Job(NamedTuple):
     cost: Cost
     estimate: Callable[..., CostTable] | None
     listen: Listen
+    text: str | None = None
 
     def keep(self, name: str, data: bytes) -> None:
         """Write a file of the folder; InputError where other content is there, unless it may be replaced."""
         path = self.folder / name
         if not path.is_file() or path.read_bytes() != data:
             self.refuse_other(path)
-            write_atomically(path, data, apart_from=[self.source])
+            write_atomically(path, data, apart_from=[self.source, self.text])
 
     def refuse_other(self, path: Path) -> None:
         """Raise InputError if something is at `path` and may not be replaced."""
@@ -124,7 +133,8 @@ def prepare_checkpoint(
         table: measured costs, weighted by `mix`; without, an estimate for a step of `concurrency` sequences with
             `context` tokens each on `card`, one of `speed_estimate.CARDS`.
         paper: profile by the paper's method as well, for comparison.
-        judge: measure the whole model under the allocation and its like, on text that it writes.
+        judge: measure the whole model under the allocation and its like, on text that it writes, or with a `text` on as
+            much of what follows that the profile has read.
         force: replace what an earlier run left for another target, and its export.
         listen: the context manager, with an observer or None, of each step "profile", "paper" and "judge".
         settings: those of `profile_checkpoint`.
@@ -151,14 +161,35 @@ def prepare_checkpoint(
         cost=weigh(table, model.identity, mix=mix),
         estimate=guess,
         listen=listen,
+        text=settings.get("text"),
     )
     check_target(target, model.identity, job.cost, table.device)
     _check_files(job)
+    held_out = _read_held_out(checkpoint, model, **settings) if judge and job.text is not None else None
     with _claim(job):
-        return _run(job, paper=paper, judge=judge, **settings)
+        return _run(job, paper=paper, judge=judge, held_out=held_out, **settings)
 
 
-def _run(job: Job, *, paper: bool, judge: bool, **settings: Any) -> Outcome:
+def _read_held_out(
+    checkpoint: Checkpoint,
+    model: Model,
+    *,
+    text: str,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    samples: int | None = None,
+    **_: Any,
+) -> Tokens:
+    """What allocations are judged on: as much of a user's text as the profile takes, from what follows that."""
+    asked = {"batch": batch, "length": length, "seed": 0, "relative_error": None}
+    settings = read_settings("text", None, samples, text=text, **asked)
+    sequences = count_sequences(ProfileSettings(dtype="float32", **settings))
+    size = {"sequences": 2 * sequences, "length": length}
+    remedy = "lower --samples, or take --no-judge, which needs half as much"
+    return read_text(checkpoint, describe_decoder(checkpoint, model), text, **size, remedy=remedy).tokens[sequences:]
+
+
+def _run(job: Job, *, paper: bool, judge: bool, held_out: Tokens | None, **settings: Any) -> Outcome:
     with job.listen("profile") as observer:
         profile = profile_checkpoint(job.source, job.folder / PROFILE, reuse=True, observer=observer, **settings)
     plain, job = job.cost, _count_corrections(job, profile)
@@ -172,9 +203,10 @@ def _run(job: Job, *, paper: bool, judge: bool, **settings: Any) -> Outcome:
     result = result._replace(allocation=_keep_allocation(job, result.allocation, maps))
     contenders = list_contenders(profile, result.allocation, job.cost, plain=plain, by_paper=by_paper)
     judged = None
-    if judge and profile.settings.input == "weights":
-        judged = replace(profile.settings, seed=(profile.settings.seed + 1) % 2**32)  # another text of the same size
-        contenders = _judge(job, profile, contenders, judged, maps)
+    if judge and profile.settings.input != "paper":  # on another text of the same size
+        own = profile.settings.input == "weights"
+        judged = replace(profile.settings, seed=(profile.settings.seed + 1) % 2**32) if own else profile.settings
+        contenders = _judge(job, profile, contenders, judged, maps, held_out)
     return Outcome(job, profile, result, front, contenders, judged, _export(job, result.allocation))
 
 
@@ -244,9 +276,14 @@ def _profile_as_paper(job: Job, profile: Profile, *, restart: bool) -> Profile:
 
 
 def _judge(
-    job: Job, profile: Profile, contenders: tuple[Contender, ...], settings: ProfileSettings, maps: Maps | None
+    job: Job,
+    profile: Profile,
+    contenders: tuple[Contender, ...],
+    settings: ProfileSettings,
+    maps: Maps | None,
+    held_out: Tokens | None,
 ) -> tuple[Contender, ...]:
-    """The contenders judged on a text by `settings`, now or by an earlier run."""
+    """The contenders judged on `held_out` text or one that is sampled by `settings`, now or by an earlier run."""
     tried = list_variants(contenders, settings.gate_exponent, maps)
     header = describe_judging(profile, settings, tried)
     path = job.folder / JUDGED
@@ -256,7 +293,7 @@ def _judge(
         with job.listen("judge") as observer:
             report = observer.advance_pass if observer else lambda layer: None
             run = open_run(open_checkpoint(job.source), job.model, settings.dtype)
-            divergence = measure_variants(run, settings, tried, report=report)
+            divergence = measure_variants(run, settings, tried, tokens=held_out, report=report)
     judged = judge_contenders(contenders, divergence)
     means = [{"name": one.name, **one.judged._asdict()} for one in judged]
     job.keep(JUDGED, json_bytes(header | {"divergence": divergence.tolist(), "judged": means}))

@@ -73,12 +73,12 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file of at most `MOST_BYTES`. OSError for any other; its `strerror` is the reason."""
+def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file of at most `most`. OSError for any other; its `strerror` is the reason."""
     with open_regular(path) as file:
-        data = file.read(MOST_BYTES + 1) if os.fstat(file.fileno()).st_size <= MOST_BYTES else None
-    if data is None or len(data) > MOST_BYTES:
-        raise OSError(0, f"larger than {MOST_BYTES >> 20} MiB")
+        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if data is None or len(data) > most:
+        raise OSError(0, f"larger than {most >> 20} MiB")
     return data
 
 

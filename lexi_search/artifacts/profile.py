@@ -173,6 +173,16 @@ class Profile:
         return tuple(kind for kind, name in LOSS_KINDS.items() if all(getattr(loss, name) for loss in layers))
 
     @property
+    def text(self) -> str:
+        """The text that it was measured on, if somebody gave one, in words; else empty."""
+        if self.settings.input != "text":
+            return ""
+        name = self.made_by.get("text_sha256", self.made_by.get("tokens_sha256", ""))
+        return (
+            f"on {min(loss.samples for loss in self.layers.values())} tokens of a given text, SHA-256 {str(name)[:12]}"
+        )
+
+    @property
     def default_loss(self) -> str:
         """The kind that a search minimises by default: the divergence of the whole model if that was measured, else
         the paper's norm."""

@@ -56,6 +56,7 @@ PACKED_BITS = {DTYPES["F4"]: 4, DTYPES["F6_E2M3"]: 6, DTYPES["F6_E3M2"]: 6}
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ADAPTER = "adapter_"  # the beginning of the name of a file of LoRA weights
 LFS = b"version "  # the beginning of a file that Git LFS has yet to fetch
 NUMBERED = re.compile(r"(.+)-\d+-of-(\d{1,6})\.safetensors")
@@ -129,7 +130,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         InputError: no such folder or id, no or unreadable config, no shards, a damaged or truncated shard.
     """
-    folder = find_folder(source, ["config.json", SIDE_FILE, INDEX, "*.safetensors"])
+    folder = find_folder(source, ["config.json", SIDE_FILE, INDEX, "*.safetensors", TOKENIZER, TOKENIZER_CONFIG])
     config = read_json_object(folder / "config.json", finite=False)
     return Checkpoint(folder, config, _read_entries(folder))
 

@@ -142,7 +142,11 @@ class Reporter:
 
     def plan(self, plan: "Plan") -> None:
         count = len(plan.work) // plan.decoder_layers
-        passes = f" in {count} passes over {plan.decoder_layers} decoder layers" if count else ""
+        passes = (
+            f" in {count} {'passes' if count > 1 else 'pass'} over {plan.decoder_layers} decoder layers"
+            if count
+            else ""
+        )
         self.work, self.planned = plan.work, plan
         self.times.append(time.monotonic())
         memory, layers = format_size(plan.memory_bytes), format_size(plan.weights_bytes)

@@ -232,7 +232,7 @@ def describe_profile(profile: Profile, loss: str) -> str:
     errors = sorted(error / value for value, error in pairs if value)
     known = f", known to {format_share(errors[len(errors) // 2])} in the median (standard error)" if errors else ""
     count = f"{len(profile.layers)} of {len(profile.model.moe_layers)} MoE layers"
-    known += f"; {made_up}" if (made_up := describe_compensation(profile)) else ""
+    known += "".join(f"; {said}" for said in (profile.text, describe_compensation(profile)) if said)
     return f"{profile.model.model_type}: {loss} loss of {count} at k from 1 to {profile.max_k}{known}"
 
 

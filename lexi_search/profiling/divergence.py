@@ -1,8 +1,9 @@
-"""Stage 1 on the model's own text: the KL divergence of the whole model with one layer at a smaller k.
+"""Stage 1 on a text: the KL divergence of the whole model with one layer at a smaller k.
 
 The paper's input, N(0, 1), is unlike the hidden states that a layer sees, and the change of one layer's output says
-little of what later layers make of it. Here the model runs on text that it sampled itself (`sampling`), with every
-layer at every k in turn (`forward`). That takes no data, but every computation of the model has to be known.
+little of what later layers make of it. Here the model runs on text that it sampled itself (`sampling`), or on a
+user's (`text`), with every layer at every k in turn (`forward`). The first takes no data, but for both every
+computation of the model has to be known.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,17 +76,28 @@ def measure_layers(
 
 
 def judge_variants(
-    run: Run, settings: ProfileSettings, variants: Sequence[Variant], *, report: Report = lambda layer: None
+    run: Run,
+    settings: ProfileSettings,
+    variants: Sequence[Variant],
+    *,
+    tokens: Int[np.ndarray, "sequences length"] | None = None,
+    report: Report = lambda layer: None,
 ) -> list[Judgement]:
-    """The divergence of each variant from the unreduced model, on text sampled as `settings` say."""
-    return average(measure_variants(run, settings, variants, report=report))
+    """The divergence of each variant from the unreduced model, on `tokens`, or on text sampled as `settings` say."""
+    return average(measure_variants(run, settings, variants, tokens=tokens, report=report))
 
 
 def measure_variants(
-    run: Run, settings: ProfileSettings, variants: Sequence[Variant], *, report: Report = lambda layer: None
+    run: Run,
+    settings: ProfileSettings,
+    variants: Sequence[Variant],
+    *,
+    tokens: Int[np.ndarray, "sequences length"] | None = None,
+    report: Report = lambda layer: None,
 ) -> Float64[np.ndarray, "variants sequences"]:
     """What `judge_variants` averages: the divergence on each sequence, to compare variants on the same text."""
-    tokens = draw_samples(run, settings, report=report)
+    if tokens is None:
+        tokens = draw_samples(run, settings, report=report)
     return measure_losses(run, tokens, variants, report=report).divergence
 
 
@@ -98,20 +110,32 @@ def average(divergence: Float64[np.ndarray, "variants sequences"]) -> list[Judge
 def draw_samples(
     run: Run, settings: ProfileSettings, *, layers: int = 0, report: Report = lambda layer: None
 ) -> Int[np.ndarray, "sequences length"]:
-    """Text sampled from the model: whole iterations of `batch` sequences, as many as `max_samples` tokens hold.
+    """Text sampled from the model: as many sequences as `count_sequences` says.
 
     Raises InputError for fewer than two sequences, or too many to measure so many `layers` on.
     """
-    iterations = settings.max_samples // (settings.batch * settings.length)
-    if iterations * settings.batch < 2:
+    sequences = count_sequences(settings)
+    check_text_room(run, sequences * settings.length, layers=layers)
+    return draw_tokens(run, sequences=sequences, length=settings.length, seed=settings.seed, report=report)
+
+
+def count_sequences(settings: ProfileSettings) -> int:
+    """The sequences of a text: whole iterations of `batch`, as many as `max_samples` tokens hold.
+
+    Raises InputError for fewer than two.
+    """
+    sequences = settings.max_samples // (settings.batch * settings.length) * settings.batch
+    if sequences < 2:
         size = f"batch {settings.batch} x length {settings.length}"
         raise InputError(
             f"{settings.max_samples} samples are fewer than two sequences in iterations of {size}; raise --samples"
         )
-    check_room(run, iterations * settings.batch * settings.length * (1 + layers * (run.model.top_k - 1)))
-    return draw_tokens(
-        run, sequences=iterations * settings.batch, length=settings.length, seed=settings.seed, report=report
-    )
+    return sequences
+
+
+def check_text_room(run: Run, tokens: int, *, layers: int) -> None:
+    """Raise InputError where memory does not hold the states of so many tokens with each of `layers` at each k."""
+    check_room(run, tokens * (1 + layers * (run.model.top_k - 1)))
 
 
 class Compensation(NamedTuple):

@@ -1,5 +1,6 @@
 """Stage 1 (LExI section 3.1, Algorithm 1): the loss of each layer at each k, streamed from a checkpoint."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from lexi_search.artifacts.codec import require_gate_exponent
+from lexi_search.artifacts.codec import require, require_gate_exponent
 from lexi_search.artifacts.compensation import Maps
 from lexi_search.artifacts.profile import LayerLoss, ProfileSettings
 from lexi_search.checkpoint.reader import Checkpoint
@@ -27,8 +28,9 @@ from lexi_search.profiling.paper.gaussian import find_needed, measure_layer
 from lexi_search.profiling.paper.moments import summarise
 
 AUTO = "auto"
-RELATIVE_ERROR = {"weights": 0.0, "paper": 0.01}  # by input
-SAMPLES = {"weights": 2**12, "paper": 2**20}
+BATCH, LENGTH = 4, 512
+RELATIVE_ERROR = {"weights": 0.0, "text": 0.0, "paper": 0.01}  # by input
+SAMPLES = {"weights": 2**12, "text": 2**12, "paper": 2**20}
 COMPENSATIONS = ("full", "exponent", "none")
 
 
@@ -87,7 +89,7 @@ def decide_compensation(compensation: str | None, exponent: float | str | None, 
         raise InputError("--gate-exponent is a part of compensation; take --compensation exponent, or leave it out")
     if input == "paper":
         if compensation in ("full", "exponent"):
-            raise InputError(f"--compensation {compensation} is found on the model's own text; leave --input paper out")
+            raise InputError(f"--compensation {compensation} is found on a text; leave --input paper out")
         return "none" if exponent is None else "exponent"
     proportional = not (routing.scales_input or routing.scales_output) and routing.scoring != "sparsemixer"
     if compensation in ("full", "exponent") and not proportional:
@@ -145,10 +147,27 @@ def _profile_each(
 
 
 def read_settings(
-    input: str, iterations: int | None, samples: int | None, *, batch: int, length: int, seed: int, **paper: Any
+    input: str,
+    iterations: int | None,
+    samples: int | None,
+    *,
+    text: str | os.PathLike[str] | None = None,
+    batch: int,
+    length: int,
+    seed: int,
+    **paper: Any,
 ) -> dict[str, Any]:
-    """Keywords for `ProfileSettings`, of which `paper` are for that input alone; InputError where they do not fit."""
+    """Keywords for `ProfileSettings`, of which `paper` are for that input alone; InputError where they do not fit.
+
+    With the file `text` the input is text, and not without.
+    """
+    require(input != "text" or text is not None, "input text needs a file; name it by --text")
+    if text is not None:
+        both = "--text goes through the whole model, and --input paper does not; leave one of them out"
+        require(input != "paper", both)
+        input = "text"
     _check_settings(input, iterations=iterations, **paper)
+    require(input != "text" or seed == 0, "--seed is of random input, which --text has none of; leave it out")
     end = _find_end(input, paper["relative_error"], samples, iterations, batch * length)
     return {"input": input, "seed": seed, "batch": batch, "length": length} | paper | end
 
@@ -180,7 +199,7 @@ def _find_end(
 def read_exponent(value: float | str | None, input: str) -> float | str | None:
     """The gate exponent that is asked for: a number, `AUTO` or None; InputError for anything else."""
     if value == AUTO and input == "paper":
-        raise InputError("--gate-exponent auto is found on the model's own text; leave --input paper out")
+        raise InputError("--gate-exponent auto is found on a text; leave --input paper out")
     if value in (None, AUTO):
         return value
     try:

@@ -10,16 +10,23 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lexi_search.artifacts.compensation import Maps, format_maps, parse_maps
-from lexi_search.artifacts.files import json_bytes, lock_file, read_bytes, write_atomically
+from lexi_search.artifacts.compensation import Maps, check_maps_place, format_maps, name_beside, parse_maps
+from lexi_search.artifacts.files import (
+    check_writable,
+    json_bytes,
+    lock_file,
+    read_bytes,
+    refuse_inputs,
+    write_atomically,
+)
 from lexi_search.artifacts.profile import Header, LayerLoss, Profile, find_difference, read_header
-from lexi_search.artifacts.serialisation import read_profile, to_bytes
+from lexi_search.artifacts.serialisation import describe_nature, read_profile, to_bytes
 from lexi_search.errors import InputError
 
 LOCK = "lock"
@@ -127,6 +134,21 @@ class Partials:
 def find_partials(output: str | os.PathLike[str]) -> Path:
     """The folder for the finished layers of the profile that is to be written to `output`."""
     return Path(f"{os.path.realpath(output)}.partial")
+
+
+def check_place(
+    output: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str] | None], *, force: bool
+) -> None:
+    """Raise InputError where nothing can be written, whatever it will be."""
+    check_writable(output, apart_from=inputs, nature=None if force else describe_nature(Profile))
+    refuse_inputs(find_partials(output), inputs)
+
+
+def check_output(output: str | os.PathLike[str], header: Header, folder: Path, *, force: bool) -> None:
+    """Raise InputError where the files of a run on the checkpoint in `folder` may not replace what is there."""
+    check_writable(output, nature=None if force else describe_nature(Profile, header.model))
+    if header.settings.compensation_rank is not None:
+        check_maps_place(name_beside(output), header.model, owners=[output], apart_from=[folder], force=force)
 
 
 @contextmanager

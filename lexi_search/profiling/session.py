@@ -15,22 +15,31 @@ import numpy as np
 from jaxtyping import Int32
 
 from lexi_search import __version__
-from lexi_search.artifacts.compensation import Maps, check_maps_place, name_beside, read_maps, write_maps
-from lexi_search.artifacts.files import check_writable, refuse_inputs
+from lexi_search.artifacts.compensation import Maps, name_beside, read_maps, write_maps
 from lexi_search.artifacts.profile import Header, Profile, ProfileSettings, find_difference, find_missing, read_header
-from lexi_search.artifacts.serialisation import describe_nature, read_profile, write_profile
+from lexi_search.artifacts.serialisation import read_profile, write_profile
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
 from lexi_search.models.loading.residence import Room
 from lexi_search.models.model import Model, describe, find_dtype
 from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
-from lexi_search.profiling.divergence import EXPONENTS, draw_samples, find_compensation, open_run
+from lexi_search.profiling.divergence import (
+    EXPONENTS,
+    check_text_room,
+    count_sequences,
+    draw_samples,
+    find_compensation,
+    open_run,
+)
 from lexi_search.profiling.forward.sampling import PASSES
+from lexi_search.profiling.forward.text import Text, read_text
 from lexi_search.profiling.forward.variants import Run
 from lexi_search.profiling.observer import Observer, Plan, Silent
 from lexi_search.profiling.profile import (
     AUTO,
+    BATCH,
+    LENGTH,
     check_layers,
     choose_dtype,
     decide_compensation,
@@ -38,7 +47,7 @@ from lexi_search.profiling.profile import (
     read_exponent,
     read_settings,
 )
-from lexi_search.profiling.resume import COMPENSATION, FOUND, Partials, find_partials, keep_partials
+from lexi_search.profiling.resume import COMPENSATION, FOUND, Partials, check_output, check_place, keep_partials
 
 
 class _Session(NamedTuple):
@@ -49,6 +58,7 @@ class _Session(NamedTuple):
     model: Model
     settings: ProfileSettings
     run: Run | None  # None on the paper's input
+    text: Text | None  # the user's
     layers: Sequence[int]
     observer: Observer
     made_by: Mapping[str, Any]
@@ -67,8 +77,9 @@ def profile_checkpoint(
     *,
     layers: Collection[int] | None = None,
     input: str = "weights",
-    batch: int = 4,
-    length: int = 512,
+    text: str | os.PathLike[str] | None = None,
+    batch: int = BATCH,
+    length: int = LENGTH,
     relative_error: float | None = None,
     samples: int | None = None,
     iterations: int | None = None,
@@ -89,8 +100,8 @@ def profile_checkpoint(
     """The profile of the checkpoint `source`, a folder or hub id, which is also written to `output`.
 
     Args:
-        layers: decoder-layer indices, by default all MoE layers. `input`: `weights`, text sampled from the model, or
-            `paper`, N(0, 1), for exactly so many `iterations`; other settings are of `ProfileSettings`.
+        layers: decoder-layer indices, by default all MoE layers. `input`: `weights`, sampled text, or `paper`, N(0, 1),
+            for so many `iterations`; `text`: a UTF-8 file, to take its beginning. Others are of `ProfileSettings`.
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
         compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
             method. By default what loses least of all that input and family allow.
@@ -105,11 +116,10 @@ def profile_checkpoint(
             another run in `<output>.partial/` or, with `reuse`, in `output`, a process that has stopped.
     """
     paper = {"relative_error": relative_error, "control_variate": control_variate, "max_k": max_k}
-    settings = read_settings(input, iterations, samples, batch=batch, length=length, seed=seed, **paper)
+    settings = read_settings(input, iterations, samples, text=text, batch=batch, length=length, seed=seed, **paper)
     if group.index == 0:
-        check_writable(output, apart_from=[source], nature=None if force else describe_nature(Profile))
-        refuse_inputs(find_partials(output), [source])
-    session = _open(source, layers, dtype, room, group, observer, compensation, gate_exponent, rank, **settings)
+        check_place(output, [source, text], force=force)
+    session = _open(source, text, layers, dtype, room, group, observer, compensation, gate_exponent, rank, **settings)
     if reuse and (finished := _find_finished(output, session)):
         return finished
     agree(group, session.header)
@@ -123,7 +133,7 @@ def _begin(
     stack: ExitStack, session: _Session, output: str | os.PathLike[str], *, restart: bool, force: bool
 ) -> _Session:
     """The session with what an earlier run has finished. Says what is planned, and begins to read weights."""
-    _check_output(output, session, force)
+    check_output(output, session.header, session.checkpoint.folder, force=force)
     kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
     session = session._replace(partials=stack.enter_context(kept))
     session.observer.open(session.partials, session.layers)
@@ -134,14 +144,6 @@ def _begin(
         stack.callback(residence.close)
         residence.begin(residence.stages[0])
     return session
-
-
-def _check_output(output: str | os.PathLike[str], session: _Session, force: bool) -> None:
-    """Raise InputError where what will be written may not replace what is there."""
-    check_writable(output, nature=None if force else describe_nature(Profile, session.model.identity))
-    if session.settings.compensation_rank is not None:
-        place, apart_from = name_beside(output), [session.checkpoint.folder]
-        check_maps_place(place, session.model.identity, owners=[output], apart_from=apart_from, force=force)
 
 
 def _find_finished(output: str | os.PathLike[str], session: _Session) -> Profile | None:
@@ -165,6 +167,7 @@ def _find_finished(output: str | os.PathLike[str], session: _Session) -> Profile
 
 def _open(
     source: str | os.PathLike[str],
+    file: str | os.PathLike[str] | None,
     layers: Collection[int] | None,
     dtype: str,
     room: Room | None,
@@ -189,9 +192,15 @@ def _open(
     complete = ProfileSettings(dtype=chosen_dtype, gate_exponent=model.routing.exponent, **settings)
     run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype, room=room)
     made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
+    text = None
+    if complete.input == "text":
+        sequences = count_sequences(complete)
+        check_text_room(run, sequences * complete.length, layers=-(-len(chosen) // group.size))
+        text = read_text(checkpoint, run.decoder, file, sequences=sequences, length=complete.length)
+        made_by |= {"text_sha256": text.file_sha256, "tokens_sha256": text.tokens_sha256}
     find_exponent = compensation != "none" and exponent in (None, AUTO)
     finds = find_exponent, find_exponent and asked is None and rank is None
-    return _Session(group, checkpoint, model, complete, run, chosen, observer or Silent(), made_by, *finds)
+    return _Session(group, checkpoint, model, complete, run, text, chosen, observer or Silent(), made_by, *finds)
 
 
 def _plan(session: _Session) -> Plan:
@@ -212,7 +221,8 @@ def _plan(session: _Session) -> Plan:
     unfitted = corrects and not partials.maps.keys() >= set(session.layers)
     # A variant has states of its own from the layer on in which it differs.
     own = tuple(1 + others * sum(layer <= at for layer in missing) for at in range(layers))
-    passes = [("text", (1,) * layers)] * (PASSES if (missing or chooses) and "text" not in partials.findings else 0)
+    writes = session.text is None and (missing or chooses) and "text" not in partials.findings
+    passes = [("text", (1,) * layers)] * (PASSES if writes else 0)
     passes += [("compensation", (1,) * layers)] * (chooses and corrects)
     passes += [("compensation", (1 + tried * len(choose_ks(model.top_k)) // halves,) * layers)] * chooses
     passes += [("corrections", (1,) * layers)] * unfitted
@@ -289,7 +299,9 @@ def _fit(
 
 
 def _get_text(session: _Session) -> Int32[np.ndarray, "sequences length"]:
-    """The text that all layers are measured on: from an earlier run, from process 0, or sampled now."""
+    """The text that all layers are measured on: the user's, or from an earlier run, from process 0, or sampled now."""
+    if session.text is not None:
+        return session.text.tokens
     count = -(-len(session.layers) // session.group.size)
     report = session.observer.advance_pass
 

@@ -45,6 +45,7 @@ Examples:
 @click.option("--concurrency", type=click.IntRange(1), default=16, help="For the estimate: sequences in a decode step.")
 @click.option("--context", type=click.IntRange(1), default=1024, help="For the estimate: tokens behind each sequence.")
 @click.option("--input", type=click.Choice(("weights", "paper")), default="weights", help="As for `profile`.")
+@click.option("--text", metavar="FILE", help="As for `profile`; --judge takes as much again of what follows there.")
 @click.option("--batch", default=4, help="As for `profile`: sequences per iteration.")
 @click.option("--length", default=512, help="As for `profile`: tokens per sequence.")
 @click.option("--samples", type=int, help="As for `profile`: tokens of text.  [default: 4096; paper: 1048576]")

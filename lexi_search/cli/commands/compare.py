@@ -62,7 +62,8 @@ def compare(reference: str, profiles: tuple[str, ...], loss: str | None, resampl
         print_json(_list_comparisons(comparisons, others))
         return
     made_up = tables.describe_compensation(truth)
-    title = f"by {loss} of {reference}, measured {f'with {made_up}' if made_up else 'without compensation'}"
+    how = ", ".join(filter(None, (truth.text, f"with {made_up}" if made_up else "without compensation")))
+    title = f"by {loss} of {reference}, measured {how}"
     print_table(tables.tabulate_comparisons(comparisons, others, title=title))
     different = [path for path, other in others.items() if tables.describe_compensation(other) != made_up]
     if different:
@@ -82,6 +83,8 @@ def _list_comparisons(
         {
             "profile": path,
             "loss": kind,
+            "input": profiles[path].settings.input,
+            "text_sha256": profiles[path].made_by.get("text_sha256"),
             "gate_exponent": profiles[path].settings.gate_exponent,
             "compensation_rank": profiles[path].settings.compensation_rank,
             "spearman": None if math.isnan(comparison.correlation) else comparison.correlation,
@@ -116,7 +119,8 @@ def _conclude(
         words = ["lexi-search", "compare", reference, *others, "--loss", "divergence"]
         if not less:
             samples = 4 * truth.settings.max_samples
-            words = ["lexi-search", "profile", "WEIGHTS", "--samples", str(samples), "-o", "more.json"]
+            text = ["--text", "FILE"] if truth.settings.input == "text" else []
+            words = ["lexi-search", "profile", "WEIGHTS", *text, "--samples", str(samples), "-o", "more.json"]
         conclude("no profile has k that can be told from the same k in every layer, so none is named the best", words)
         return
     # Of several as good, the loss that a search takes by itself.

@@ -23,25 +23,34 @@ from lexi_search.cli.progress import make_progress
 from lexi_search.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int32
+
     from lexi_search.profiling.divergence import Judgement
-    from lexi_search.profiling.forward.variants import Variant
+    from lexi_search.profiling.forward.variants import Run, Variant
 
 
 EXAMPLES = """\b
 Examples:
   lexi-search judge weights/ allocation.json
   lexi-search judge weights/ allocation.json front-allocation.json --seed 2
+  lexi-search judge weights/ allocation.json --text mine.txt
 """
 
 
 @click.command(epilog=EXAMPLES)
 @click.argument("weights")
 @click.argument("allocations", nargs=-1, required=True)
+@click.option(
+    "--text",
+    metavar="FILE",
+    help="Judge on a text of yours instead: the beginning of this UTF-8 file; not of the one that the profile took.",
+)
 @click.option("--batch", default=4, type=click.IntRange(1), help="Sequences per iteration.")
 @click.option("--length", default=512, type=click.IntRange(1), help="Tokens per sequence.")
 @click.option("--samples", default=2**12, help="Tokens in all.")
 @click.option(
-    "--seed", default=1, type=click.IntRange(0, 2**32 - 1), help="Seed of the text; that of a profile is 0 by default."
+    "--seed", default=1, type=click.IntRange(0, 2**32 - 1), help="Seed of the model's text; that of a profile is 0."
 )
 @click.option(
     "--profile",
@@ -52,6 +61,7 @@ Examples:
 def judge(
     weights: str,
     allocations: tuple[str, ...],
+    text: str | None,
     batch: int,
     length: int,
     samples: int,
@@ -60,10 +70,12 @@ def judge(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Measure how far ALLOCATIONS move the predictions of WEIGHTS, on text that the model generates itself.
+    """Measure how far ALLOCATIONS move the predictions of WEIGHTS, on text that the model generates itself, or on
+    one of yours.
 
     Losses of single layers add up to less than layers lose together, and the text is not that of the profile: this
-    shows, without any data, whether an allocation is better than the same k in every layer, which is listed beside it.
+    shows whether an allocation is better than the same k in every layer, which is listed beside it, and without --text
+    takes no data.
     """
     by_path = {path: read_allocation(path) for path in allocations}
     measured = None if profile is None else read_profile(profile)
@@ -73,14 +85,13 @@ def judge(
     from lexi_search.models.model import describe, find_dtype
     from lexi_search.profiling.divergence import judge_variants, open_run
     from lexi_search.profiling.forward.sampling import PASSES
-    from lexi_search.profiling.forward.variants import Variant
     from lexi_search.profiling.profile import choose_dtype
 
     checkpoint = open_checkpoint(weights)
     model = describe(checkpoint)
     _check_models(model.identity, weights, by_path, profile, measured)
     settings = ProfileSettings(
-        input="weights",
+        input="weights" if text is None else "text",
         seed=seed,
         batch=batch,
         length=length,
@@ -88,21 +99,16 @@ def judge(
         relative_error=0.0,
         max_samples=samples,
     )
-    variants = {
-        path: Variant(
-            tuple(allocation.top_k[layer] for layer in model.layers),
-            allocation.gate_exponent,
-            read_allocation_maps(path, allocation),
-        )
-        for path, allocation in by_path.items()
-    }
+    variants = {path: _read_variant(path, allocation) for path, allocation in by_path.items()}
     own = None if measured is None else read_profile_maps(profile, measured)
     variants |= _list_uniform(by_path, model.top_k, measured, own)
+    run = open_run(checkpoint, model, settings.dtype)
+    tokens = None if text is None else _read_tokens(run, settings, text, by_path)
     with make_progress() as progress:
-        run = open_run(checkpoint, model, settings.dtype)
-        passes = PASSES + 1  # to sample the text, and to measure on it
+        passes = (PASSES if tokens is None else 0) + 1  # to sample the text, and to measure on it
         task = progress.add_task("decoder layers, in passes", total=passes * len(run.decoder.blocks))
-        judgements = judge_variants(run, settings, list(variants.values()), report=lambda layer: progress.advance(task))
+        told = {"tokens": tokens, "report": lambda layer: progress.advance(task)}
+        judgements = judge_variants(run, settings, list(variants.values()), **told)
     judged = dict(zip(variants, judgements, strict=True))
     if as_json:
         print_json(list_judgements(variants, judged))
@@ -124,6 +130,29 @@ def _check_models(
         raise InputError(f"{profile} is no profile of {weights} with compensation; leave --profile out")
     if measured is not None and find_missing(measured):
         raise InputError(f"{profile} lacks layers, the first is {find_missing(measured)[0]}; merge its parts first")
+
+
+def _read_variant(path: str, allocation: Allocation) -> "Variant":
+    """What an allocation makes of the model, with the corrections that its file names."""
+    from lexi_search.profiling.forward.variants import Variant
+
+    top_k = tuple(allocation.top_k[layer] for layer in allocation.model.moe_layers)
+    return Variant(top_k, allocation.gate_exponent, read_allocation_maps(path, allocation))
+
+
+def _read_tokens(
+    run: "Run", settings: ProfileSettings, file: str, by_path: Mapping[str, Allocation]
+) -> "Int32[np.ndarray, 'sequences length']":
+    """The tokens of a text. InputError where an allocation was found on it, which it would favour."""
+    from lexi_search.profiling.divergence import count_sequences
+    from lexi_search.profiling.forward.text import read_text
+
+    size = {"sequences": count_sequences(settings), "length": settings.length}
+    text = read_text(run.checkpoint, run.decoder, file, **size)
+    for path, allocation in by_path.items():
+        if allocation.made_by.get("text_sha256") == text.file_sha256:
+            raise InputError(f"{path} was found on {file} itself; judge on another text, such as one that follows it")
+    return text.tokens
 
 
 def _list_uniform(

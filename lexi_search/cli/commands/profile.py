@@ -22,6 +22,7 @@ EXAMPLES = """\b
 Examples:
   lexi-search profile weights/
   lexi-search profile weights/ --seed 1 -o other.json
+  lexi-search profile weights/ --text mine.txt -o on-mine.json
   lexi-search profile weights/ --input paper --iterations 10 -o paper.json
 """
 
@@ -35,6 +36,12 @@ Examples:
     type=click.Choice(INPUTS),
     default="weights",
     help="weights: text sampled from the model, through the whole model. paper: X ~ N(0, 1) to each layer by itself.",
+)
+@click.option(
+    "--text",
+    metavar="FILE",
+    help="Measure on a text of yours instead of one that it samples: the beginning of this UTF-8 file, in tokens "
+    "of WEIGHTS' tokenizer.json.",
 )
 @click.option("--batch", default=4, help="Sequences per iteration, the paper's B of Algorithm 1.")
 @click.option("--length", default=512, help="Tokens per sequence, the paper's L.")
@@ -54,7 +61,8 @@ Examples:
     "--samples",
     type=int,
     show_default=False,
-    help="Tokens of text; with --input paper the most that a layer takes.  [default: 4096; paper: 1048576]",
+    help="Tokens of text, sampled or given; with --input paper the most that a layer takes.  [default: 4096; paper: "
+    "1048576]",
 )
 @click.option(
     "--control-variate",
@@ -78,7 +86,7 @@ Examples:
     type=click.Choice(("full", "exponent", "none")),
     show_default=False,
     help="Make up for dropped experts. full: a gate exponent, and corrections by what the router says of a token, "
-    "fitted to the sampled text. exponent: that alone. none: the paper's method.  [default: full where the family "
+    "fitted to the text. exponent: that alone. none: the paper's method.  [default: full where the family "
     "allows it; with --input paper none]",
 )
 @click.option(
@@ -125,8 +133,9 @@ def profile(
     """Measure how much the model in WEIGHTS loses with each layer at each k.
 
     WEIGHTS is a folder with config.json and safetensors shards, or a hub id. The model samples a text and is then run
-    on it, with every layer at every k in turn: ten passes. Weights that memory has room for are read once; for the
-    rest, two layers at most are in memory. Several GPUs of one process keep a part of the layers each.
+    on it, with every layer at every k in turn: ten passes. With --text there are four, and the result depends on data.
+    Weights that memory has room for are read once; for the rest, two layers at most are in memory. Several GPUs of one
+    process keep a part of the layers each.
     Hidden states take tokens x (1 + MoE layers x (k - 1)) x hidden size numbers, in host memory where the GPU has none
     to spare. Without attention and embeddings, or for families that are not known here, use --input paper.
 

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from lexi_search.allocation.allocate import AllocationResult
 
 EVOLUTION = ("population", "generations", "mutation_rate", "restarts")  # options of this method alone
-# Remedies for a noisy profile, by its input; profiles of other inputs come from `lexi-adapter sensitivity`.
-_REMEDIES = {"paper": "a smaller --relative-error", "weights": "more text (--samples)"}
 _Target = tuple[float | None, float | None]  # milliseconds or a speed-up, the other is None
 
 
@@ -155,7 +153,7 @@ def search(
     if history:
         write_atomically(history, _format_history(measured, named), apart_from=[*inputs, *files], force=force)
     _print_results(named, files, destination, timed=bool(targets), as_json=as_json)
-    _conclude(profile, named, files, history, quiet=as_json, source=measured.settings.input)
+    _conclude(profile, named, files, history, quiet=as_json, remedy=_find_remedy(measured))
 
 
 def _write_results(
@@ -262,7 +260,14 @@ def _format_history(profile: Profile, named: Mapping[str, "AllocationResult"]) -
     return json_bytes(origin | {"budgets": histories})
 
 
-def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None:
+def _find_remedy(profile: Profile) -> str:
+    """What makes a profile less noisy, by the command that it is from."""
+    if "lexi_search" not in profile.made_by:
+        return "more text (--sequences)"  # of `lexi-adapter sensitivity`
+    return "a smaller --relative-error" if profile.settings.input == "paper" else "more text (--samples)"
+
+
+def _warn_of_noise(named: Mapping[str, "AllocationResult"], remedy: str) -> None:
     """Print one line on stderr if a more precise profile would likely lead to a better allocation.
 
     Not for a search that stopped short of the optimum: there, the search is the larger loss.
@@ -276,7 +281,6 @@ def _warn_of_noise(named: Mapping[str, "AllocationResult"], source: str) -> None
     }
     if noisy:
         worst = max(noisy, key=noisy.get)
-        remedy = _REMEDIES.get(source, "more text (--sequences)")
         echo(
             f"the profile is too noisy for budget {', '.join(noisy)}: another sample of it would have led to losses "
             f"{format_share(find_saving(noisy[worst]))} smaller (budget {worst}); profile again with {remedy}",
@@ -291,15 +295,15 @@ def _conclude(
     history: str | None,
     *,
     quiet: bool,
-    source: str,
+    remedy: str,
 ) -> None:
-    """Say where nothing is better than even k, or the profile, of the input `source`, is noisy; unless `quiet` what was
+    """Say where nothing is better than even k, or the profile is noisy, which has a `remedy`; unless `quiet` what was
     found and how to go on."""
     from lexi_search.cli.tables import describe_result, explain_fallbacks
 
     if line := explain_fallbacks(named):
         echo(line, err=True)
-    _warn_of_noise(named, source)
+    _warn_of_noise(named, remedy)
     if quiet:
         return
 

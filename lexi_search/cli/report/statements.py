@@ -69,13 +69,20 @@ def state_certainty(outcome: Outcome) -> Iterator[str]:
     if outcome.settings is None:
         yield "The whole model was not measured under the allocation: summed losses of single layers are all there is."
     else:
-        tokens = outcome.settings.max_samples
-        yield (
-            f"The whole model was measured on {tokens} tokens that it wrote by seed {outcome.settings.seed}; the "
-            f"profile's text is by seed {settings.seed}. ± is one standard error over sequences, and differences are "
-            "on the same sequences."
+        tokens, text = outcome.settings.max_samples, outcome.job.text
+        where = (
+            f"that it wrote by seed {outcome.settings.seed}; the profile's text is by seed {settings.seed}."
+            if text is None
+            else f"of {clean(text)}, which follow those of the profile."
         )
-    yield "A text that the model writes itself is not your task: measure that before you trust the allocation."
+        yield (
+            f"The whole model was measured on {tokens} tokens {where} ± is one standard error over sequences, and "
+            "differences are on the same sequences."
+        )
+    if outcome.job.text is None:
+        yield "A text that the model writes itself is not your task: measure that before you trust the allocation."
+    else:
+        yield "The profile took data, the beginning of that text: the allocation suits it and what is like it."
 
 
 def list_steps(outcome: Outcome) -> tuple[Step, ...]:
@@ -85,6 +92,7 @@ def list_steps(outcome: Outcome) -> tuple[Step, ...]:
         return clean(shlex.join(words))
 
     check = spell("lexi-adapter", "check", allocation, "--model", job.source)
+    text = () if job.text is None else ("--text", job.text)
     measures = ("eval", "--task", "perplexity", "--text", "YOUR.txt"), ("bench",)
     return (
         Step("Serve", (clean(outcome.command),), "Where vLLM runs, this package must be installed: it is a plugin."),
@@ -109,7 +117,19 @@ def list_steps(outcome: Outcome) -> tuple[Step, ...]:
         ),
         Step(
             "Choose otherwise",
-            (spell("lexi-search", "auto", job.source, "--budget", _find_other(outcome), "-o", job.output, "--force"),),
+            (
+                spell(
+                    "lexi-search",
+                    "auto",
+                    job.source,
+                    *text,
+                    "--budget",
+                    _find_other(outcome),
+                    "-o",
+                    job.output,
+                    "--force",
+                ),
+            ),
             f"Another target takes the profile that is in {clean(str(job.folder))}; without --force nothing is "
             "replaced.",
         ),
@@ -127,6 +147,7 @@ def _find_other(outcome: Outcome) -> str:
 def explain(outcome: Outcome) -> Iterator[str]:
     """What the words of the report mean."""
     kind, full = outcome.profile.default_loss, outcome.job.model.top_k
+    writes = "the model writes" if outcome.job.text is None else "you gave"
     if kind == "divergence":
         loss = outcome.contenders[0].judged
         scale = (
@@ -136,7 +157,7 @@ def explain(outcome: Outcome) -> Iterator[str]:
         )
         yield (
             "Loss: how far the predictions of the next token move from those of the model with its own k, as the "
-            f"Kullback-Leibler divergence in nats per token, on text that the model writes.{scale}"
+            f"Kullback-Leibler divergence in nats per token, on text that {writes}.{scale}"
         )
     else:
         yield f"Loss: the {kind} loss of the profile, how far layers' outputs move; it says nothing in nats."

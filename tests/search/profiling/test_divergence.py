@@ -433,7 +433,7 @@ def test_bad_options_are_refused(folder, checkpoint, options, message):
 
 
 def test_auto_needs_the_models_own_text(folder, checkpoint):
-    message = "auto is found on the model's own text; leave --input paper out"
+    message = "auto is found on a text; leave --input paper out"
     assert message in refuse("profile", checkpoint, "--input", "paper", "--gate-exponent", "auto")
 
 
