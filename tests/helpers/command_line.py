@@ -27,7 +27,8 @@ def shrink_runs(patch):
         for option in command.params:
             if option.name in SMALL and isinstance(option.default, int):
                 patch.setattr(option, "default", SMALL[option.name])
-    patch.setitem(SAMPLES, "weights", SMALL["samples"])
+    for input in ("weights", "text"):
+        patch.setitem(SAMPLES, input, SMALL["samples"])
 
 
 def list_warnings(stderr):

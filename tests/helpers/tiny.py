@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 COMMON = dict(
     vocab_size=256,
@@ -588,3 +589,18 @@ class {1}(PretrainedConfig):
     model_type = "{0}"
     keys_to_ignore_at_inference = ["past_key_values"]
 """
+
+
+def write_tokenizer(folder, text, *, size=256, bos=True):
+    """A byte-level BPE of so many tokens, `<s>` and `</s>` among them, which puts the first before a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    learned = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([text], learned)
+    if bos:
+        special = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    tokenizer.enable_truncation(8)  # as some checkpoints have it: it is not for this
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -341,7 +341,7 @@ def test_names_that_no_file_of_corrections_can_have_are_refused_before_anything_
         (["--compensation", "none", "--rank", "4"], "--rank is of corrections, which --compensation none has none of"),
         (["--compensation", "exponent", "--rank", "4"], "which --compensation exponent has none of"),
         (["--compensation", "full", "--input", "paper"], "is found on a text; leave --input paper out"),
-        (["--compensation", "exponent", "--input", "paper"], "is found on the model's own text"),
+        (["--compensation", "exponent", "--input", "paper"], "is found on a text"),
         (["--rank", "4", "--input", "paper"], "which --compensation none has none of"),
     ],
 )

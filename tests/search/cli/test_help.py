@@ -39,11 +39,13 @@ def run_example(line):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """Two folders, for the overview's examples make files of the same names as the commands'. Both hold weights, and
-    what `EVERYWHERE` writes, also where `auto` looks for it."""
+    """Two folders, for the overview's examples make files of the same names as the commands'. Both hold weights, a
+    text, and what `EVERYWHERE` writes, also where `auto` looks for it."""
     place = tmp_path_factory.mktemp("examples")
     start = place / "start"
     tiny.make_checkpoint("olmoe", start / "weights", num_hidden_layers=8, num_experts=8, num_experts_per_tok=6)
+    (start / "mine.txt").write_text(main.help * 9)
+    tiny.write_tokenizer(start / "weights", main.help)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(start)
         patch.setenv("JAX_COMPILATION_CACHE_DIR", "")

@@ -108,7 +108,7 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"input": "text"}, "input 'text' is not known; known are weights, paper"),
+        ({"input": "text"}, "input text needs a file; name it by --text"),
         ({"control_variate": 4}, "--control-variate is for --input paper"),
         ({"input": "paper", "gate_exponent": "auto"}, "leave --input paper out"),
         ({"gate_exponent": "half"}, "--gate-exponent 'half' is neither a number nor auto"),

@@ -13,7 +13,7 @@ import tiny
 import torch
 from command_line import refuse, run, succeed, write
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lexi_adapter
@@ -32,21 +32,6 @@ FAST = ("--batch", 2, "--length", 16, "--samples", 64)
 PLAIN = ("--compensation", "none")
 
 
-def write_tokenizer(folder, *, size=256, bos=True):
-    """A byte-level BPE of so many tokens, `<s>` and `</s>` among them, which puts the first before a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    learned = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator([TEXT.read_text()], learned)
-    if bos:
-        special = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
-    tokenizer.enable_truncation(8)  # as some checkpoints have it: it is not for this
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Sharper routers and heads than fresh weights have, or every divergence would be next to nothing."""
@@ -55,7 +40,7 @@ def checkpoint(tmp_path_factory):
     factors = {name: 6 if name.endswith(("gate.weight", "lm_head.weight")) else 2 for name in weights}
     scaled = {name: array * factors[name] if array.ndim > 1 else array for name, array in weights.items()}
     save_file(scaled, folder / "model.safetensors", {"format": "pt"})
-    write_tokenizer(folder)
+    tiny.write_tokenizer(folder, TEXT.read_text())
     return folder
 
 
@@ -121,7 +106,7 @@ def test_losses_are_those_of_brute_force_on_the_same_tokens(folder, checkpoint):
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("adds", [None, True, False])
 def test_tokens_are_those_of_transformers(copy, bos, adds):
-    write_tokenizer(copy, bos=bos)
+    tiny.write_tokenizer(copy, TEXT.read_text(), bos=bos)
     config = json.loads((copy / "tokenizer_config.json").read_text())
     if adds is not None:
         (copy / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": adds}))
@@ -262,7 +247,7 @@ def test_options_that_have_no_part_in_a_text_are_refused(folder, checkpoint):
 
 
 def test_tokenizers_that_do_not_fit_are_refused(folder, copy):
-    write_tokenizer(copy, size=300)  # the model has 256
+    tiny.write_tokenizer(copy, TEXT.read_text(), size=300)  # the model has 256
     said = refuse_text(copy, TEXT)
     assert re.fullmatch(r".*: the text has token 2\d\d, and the model has 256, from 0; use the model's own .*", said)
     (copy / "tokenizer.json").write_text('{"version": "1.0"}')
@@ -270,11 +255,11 @@ def test_tokenizers_that_do_not_fit_are_refused(folder, copy):
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.model").write_bytes(b"of sentencepiece")
     assert refuse_text(copy, TEXT).startswith(f"{copy} has no tokenizer.json, which --text needs; save one there (tr")
-    write_tokenizer(copy)
+    tiny.write_tokenizer(copy, TEXT.read_text())
     (copy / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<other>"}')
     assert refuse_text(copy, TEXT) == (
         f"{copy / 'tokenizer_config.json'}: bos_token '<other>' is not in tokenizer.json; make the two fit"
     )
     with pytest.raises(InputError, match="--length 1 leaves no room behind the 1 tokens of the tokenizer's own"):
-        write_tokenizer(copy)
+        tiny.write_tokenizer(copy, TEXT.read_text())
         read(copy, length=1)
