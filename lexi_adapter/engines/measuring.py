@@ -27,15 +27,18 @@ def _sample(workload: Workload, **others: Any) -> Any:
 
 
 def time_run(llm: Any, workload: Workload, seed: int) -> float:
-    """Seconds from submitting the workload's random prompts to the last token of the last answer.
+    """Seconds from when the engine has all of the workload's random prompts to the last token of the last answer.
 
-    Tokens are sampled at temperature 1: greedy answers of random weights would all be the same token, and equal tokens
-    go to equal experts.
+    The scheduler waits for the prompts: if it began with the first, the number of steps would depend on how fast the
+    others arrive. Tokens are sampled at temperature 1: greedy answers of random weights would all be the same token,
+    and equal tokens go to equal experts.
     """
     prompts = [{"prompt_token_ids": ids} for ids in _draw(llm, workload, seed)]
-    sampling = _sample(workload, temperature=1.0)
+    llm.sleep(level=0)  # the scheduler alone
+    llm.enqueue(prompts, _sample(workload, temperature=1.0), use_tqdm=False)
     start = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    llm.wake_up(tags=["scheduling"])
+    outputs = llm.wait_for_completion(use_tqdm=False)
     seconds = time.perf_counter() - start
     lengths = {len(output.outputs[0].token_ids) for output in outputs}
     if lengths != {workload.output_length} or len(outputs) != workload.batch:

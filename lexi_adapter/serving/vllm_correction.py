@@ -6,8 +6,7 @@ that weighs the experts, and the rest is added where the outputs of a token's ex
 sum, or where they are copied out of the workspace, in the place of that copy; elsewhere, in one more kernel.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,10 +33,16 @@ class Routed(NamedTuple):
 class Pending:
     """What is to be added to the output of the experts that are being computed; `done` when it has been."""
 
+    add: Callable[..., None]
     sums: Any
     B: Any
     c: Any
     done: bool = False
+
+    def write(self, source: Any, output: Any) -> None:
+        """Write the sum of `source` and what is to be added into `output`."""
+        self.add(source, self.sums, self.B, self.c, output)
+        self.done = True
 
 
 # Of the call under way in this thread: each microbatch that vLLM overlaps with others runs in a thread of its own.
@@ -138,11 +143,12 @@ def _make_fused_choice(layer: Any, top_k: int, own_top_k: int, exponent: float) 
     # Newer versions leave out rows of padding where they route, older ones later.
     find_padding = getattr(fused_topk_router, "_get_padding_mask", lambda tokens: None)
     rule = {"renormalize": layer.router.renormalize, "scale": getattr(layer.router, "routed_scaling_factor", 1.0)}
+    held = layer._buffers
 
     def choosing(hidden_states: Any, logits: Any, indices_type: Any, **_: Any) -> tuple[Any, Any, Any]:
         return route(
             logits,
-            layer.lexi_A,
+            held["lexi_A"],
             top_k=top_k,
             own_top_k=own_top_k,
             exponent=exponent,
@@ -180,22 +186,28 @@ def _pass_choices(router: Any) -> None:
 
 def _correct_runner(layer: Any, name: str, choose: Callable[..., tuple[Any, Any, Any]], source: str) -> None:
     compute, adds, add = getattr(layer, COMPUTE), _find_share(layer), _find_sum()
+    # Where no CUDA graph covers a step, the host's time counts: attributes of a torch module take a microsecond each.
+    modules, held = layer._modules, layer._buffers
 
     def correcting(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        indices_type = layer.routed_experts.quant_method.topk_indices_dtype
+        experts = modules["routed_experts"]
+        indices_type = experts.quant_method.topk_indices_dtype
         weights, ids, sums = choose(hidden_states, router_logits, indices_type, input_ids=kwargs.get("input_ids"))
         routed = Routed(weights, ids)  # by all workers, as they have to choose alike, equal logits included
         if not adds():
             return compute(hidden_states, routed, *args, **kwargs)
         if add is None:
             shared, output = compute(hidden_states, routed, *args, **kwargs)
-            return shared, _add(_require_sum(output, name), sums, layer.lexi_B, layer.lexi_c)
-        pending = Pending(sums, layer.lexi_B, layer.lexi_c)
-        with _awaiting(pending if _finishes_locally(layer) else None):
+            return shared, _add(_require_sum(output, name), sums, held["lexi_B"], held["lexi_c"])
+        pending = Pending(add, sums, held["lexi_B"], held["lexi_c"])
+        token = _pending.set(pending if _finishes_locally(experts) else None)
+        try:
             shared, output = compute(hidden_states, routed, *args, **kwargs)
+        finally:
+            _pending.reset(token)
         if not pending.done:
             flat = _require_sum(output, name).view(-1, output.shape[-1])
-            add(flat, sums, layer.lexi_B, layer.lexi_c, flat)
+            pending.write(flat, flat)
         return shared, output
 
     correcting.corrects = source
@@ -253,19 +265,10 @@ def _require_sum(output: Any, name: str) -> Any:
     return output
 
 
-def _finishes_locally(layer: Any) -> bool:
+def _finishes_locally(experts: Any) -> bool:
     """Whether the kernel's output has the tokens that it was given, in their order, and is copied at the end."""
-    kernel = layer.routed_experts.quant_method.moe_kernel
+    kernel = experts.quant_method.moe_kernel
     return kernel is not None and type(kernel.prepare_finalize).__name__ == LOCAL_FINALIZE
-
-
-@contextmanager
-def _awaiting(pending: Pending | None) -> Iterator[None]:
-    token = _pending.set(pending)
-    try:
-        yield
-    finally:
-        _pending.reset(token)
 
 
 def adding(apply: Callable) -> Callable:
@@ -275,10 +278,7 @@ def adding(apply: Callable) -> Callable:
         pending = _pending.get()
         if pending is None or pending.done or output is None or fused_expert_output.shape != output.shape:
             return apply(self, output, fused_expert_output, *args, **kwargs)
-        from lexi_adapter.serving.kernels.triton_correction import add
-
-        add(fused_expert_output, pending.sums, pending.B, pending.c, output)
-        pending.done = True
+        pending.write(fused_expert_output, output)
         return output
 
     return copying
@@ -294,10 +294,7 @@ def summing(moe_sum: Callable) -> Callable:
         whole = input.dim() == 3 and input.is_contiguous() and len(input) == len(output)
         if pending is None or expert_map is not None or not whole or len(output) != len(pending.sums):
             return moe_sum(self, input, output, *others)
-        from lexi_adapter.serving.kernels.triton_correction import add
-
-        add(input, pending.sums, pending.B, pending.c, output)
-        pending.done = True
+        pending.write(input, output)
 
     return summing_up
 

@@ -18,6 +18,7 @@ from lexi_adapter.engines.measuring import (
     read_expert_counts,
     read_prompts,
     switch_layers,
+    time_run,
     watch_experts,
 )
 from lexi_adapter.engines.options import make_options
@@ -113,6 +114,16 @@ def test_tokens_are_counted_where_transformers_sends_them(engine):
     engine.call(read_prompts, PROMPTS)
     found = [sum(count) for count in zip(*engine.call(read_expert_counts)[0], strict=True)]
     assert found == count_in_transformers((1, 5))[0]
+    engine.call(watch_experts, {})
+
+
+def test_a_timed_run_takes_all_prompts_at_once(engine):
+    engine.call(switch_layers, {0: 4, 1: 4, 2: 4})
+    workload = Workload(2, 12, 3)
+    for seed in range(3):
+        engine.call(watch_experts, {})
+        assert engine.call(time_run, workload, seed) > 0
+        assert [sum(step) // 4 for step in engine.call(read_expert_counts)[0]] == [24, 2, 2]
     engine.call(watch_experts, {})
 
 
