@@ -1,8 +1,8 @@
 """The forward pass of a decoder without its experts: embedding, token mixers, residual stream, logits.
 
 A layer is `attend`, then the experts on the input that it returns, which the caller computes (`moe` has every k from
-one pass), then `finish`. Hidden states keep their element type. Several variants of a model go through as more
-sequences.
+one pass), then `finish`. Hidden states keep their element type; those of a model of several residual streams have an
+axis for them. Several variants of a model go through as more sequences.
 """
 
 import math
@@ -20,8 +20,11 @@ from lexi_search.layers.ffn import apply_ffn, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, normalise
 from lexi_search.layers.mixers.attention import attend as attend_causally
 from lexi_search.layers.mixers.recurrent import recur
-from lexi_search.layers.spec import Attention, Block, Mixer, Norm, Residual
-from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, GatedNorm, MixerWeights
+from lexi_search.layers.mixers.streams import Shares, find_shares, read, write
+from lexi_search.layers.spec import Attention, Block, Mixer, Norm, Residual, Streams
+from lexi_search.layers.weights import Affine, BlockWeights, Connection, EndWeights, GatedNorm, MixerWeights
+
+Hidden = Float[Array, "sequences length *streams hidden"]
 
 
 class Decoder(NamedTuple):
@@ -36,10 +39,19 @@ class Decoder(NamedTuple):
     logit_cap: float = math.inf  # logits are cap * tanh(logits / cap)
     max_length: int | None = None  # of sequences, in tokens; a model computes longer ones in another way
 
+    @property
+    def streams(self) -> Streams | None:
+        """The residual streams; None for a plain one."""
+        return self.blocks[0].streams
+
+    @property
+    def num_streams(self) -> int:
+        return self.streams.count if self.streams else 1
+
 
 def embed(
     decoder: Decoder, ends: EndWeights, tokens: Int[Array | np.ndarray, "sequences length"], *, dtype: str
-) -> Float[Array, "sequences length hidden"]:
+) -> Hidden:
     """The hidden states before the first layer, in `dtype`.
 
     Raises:
@@ -50,12 +62,13 @@ def embed(
         raise InputError(
             f"sequences of {length} tokens are longer than {decoder.max_length}, up to which this is exact"
         )
-    return ends.embedding[tokens].astype(dtype) * jnp.asarray(decoder.embedding_scale, dtype)
+    hidden = ends.embedding[tokens].astype(dtype) * jnp.asarray(decoder.embedding_scale, dtype)
+    if decoder.streams is None:
+        return hidden
+    return jnp.broadcast_to(hidden[:, :, None], (*tokens.shape, decoder.num_streams, hidden.shape[-1]))
 
 
-def attend(
-    block: Block, weights: BlockWeights, hidden: Float[Array, "sequences length hidden"]
-) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
+def attend(block: Block, weights: BlockWeights, hidden: Hidden) -> tuple[Hidden, Float[Array, "tokens hidden"]]:
     """The hidden states after the token mixer, and the normalised input of the layer's MLP or MoE for every token."""
     return _attend(weights._replace(moe=None), hidden, block=block)
 
@@ -63,10 +76,10 @@ def attend(
 def finish(
     block: Block,
     weights: BlockWeights,
-    hidden: Float[Array, "sequences length hidden"],
+    hidden: Hidden,
     x: Float[Array, "tokens hidden"],
     routed: Float[Array, "tokens hidden"] | None,
-) -> Float[Array, "sequences length hidden"]:
+) -> Hidden:
     """The hidden states after the layer, from the results of `attend` and the output of the routed experts, if any.
 
     The dense MLP or the shared experts, which every token passes, are computed here.
@@ -75,28 +88,42 @@ def finish(
 
 
 def read_logits(
-    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "*rows hidden"]
+    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "*rows_and_streams hidden"]
 ) -> Float[Array, "*rows vocabulary"]:
     """The logits of the next token, float32, from the hidden states after the last layer."""
-    traits = {"norm": decoder.norm, "scale": decoder.logit_scale, "cap": decoder.logit_cap}
-    return _read_logits(ends._replace(embedding=None), hidden, **traits)
+    traits = {"scale": decoder.logit_scale, "cap": decoder.logit_cap, "streams": decoder.streams}
+    return _read_logits(ends._replace(embedding=None), hidden, norm=decoder.norm, **traits)
 
 
 @partial(jax.jit, static_argnames="block")
-def _attend(
-    weights: BlockWeights, hidden: Float[Array, "sequences length hidden"], *, block: Block
-) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
+def _attend(weights: BlockWeights, hidden: Hidden, *, block: Block) -> tuple[Hidden, Float[Array, "tokens hidden"]]:
+    of_mixer, of_ffn = weights.connections or (None, None)
     if block.mixer is not None:
-        normed = _normalise(hidden, weights.norms.attention_input, block)
+        own, shares = _open(hidden, of_mixer, block)
+        normed = _normalise(own, weights.norms.attention_input, block)
         output = _mix(normed, weights.mixer, block.mixer)
         output = _normalise(output, weights.norms.attention_output, block)
-        hidden = _add(normed if block.mixer_residual.normed else hidden, output, block.mixer_residual)
-    x = _normalise(hidden, weights.norms.ffn_input, block)
+        if shares is not None:
+            hidden = write(hidden, output, shares)
+        else:
+            hidden = _add(normed if block.mixer_residual.normed else hidden, output, block.mixer_residual)
+    own, _ = _open(hidden, of_ffn, block)
+    x = _normalise(own, weights.norms.ffn_input, block)
     if weights.norms.dense_input is not None:
-        x = normalise(hidden, None, norm=block.norm)
+        x = normalise(own, None, norm=block.norm)
     if block.parallel:
         x = normed
     return x if block.ffn_residual.normed else hidden, x.reshape(-1, x.shape[-1])
+
+
+def _open(
+    hidden: Hidden, connection: Connection | None, block: Block
+) -> tuple[Float[Array, "sequences length hidden"], Shares | None]:
+    """What a part of a layer reads, and its shares of several residual streams, if there are."""
+    if connection is None:
+        return hidden, None
+    shares = find_shares(hidden, connection, streams=block.streams)
+    return read(hidden, shares), shares
 
 
 def _mix(
@@ -111,12 +138,12 @@ def _mix(
 @partial(jax.jit, static_argnames="block")
 def _finish(
     weights: BlockWeights,
-    hidden: Float[Array, "sequences length hidden"],
+    hidden: Hidden,
     x: Float[Array, "tokens hidden"],
     routed: Float[Array, "tokens hidden"] | None,
     *,
     block: Block,
-) -> Float[Array, "sequences length hidden"]:
+) -> Hidden:
     output = jnp.zeros(x.shape, jnp.float32) if routed is None else routed.astype(jnp.float32)
     output = _normalise(output, weights.norms.routed_output, block)
     if weights.ffn is not None:
@@ -127,14 +154,28 @@ def _finish(
             common = common * jax.nn.sigmoid(apply_affine(x, weights.ffn_gate))
         output = output + common.astype(jnp.float32) * jnp.float32(block.ffn_scale)
     output = _normalise(output.astype(hidden.dtype), weights.norms.ffn_output, block)
-    hidden = _add(hidden, output.reshape(hidden.shape), block.ffn_residual)
+    output = output.reshape(*hidden.shape[:2], -1)
+    if weights.connections is not None:
+        return write(hidden, output, find_shares(hidden, weights.connections[1], streams=block.streams))
+    hidden = _add(hidden, output, block.ffn_residual)
     return hidden if weights.scale is None else hidden * weights.scale.astype(hidden.dtype).reshape(1, 1, 1)
 
 
-@partial(jax.jit, static_argnames=("norm", "scale", "cap"))
+@partial(jax.jit, static_argnames=("norm", "scale", "cap", "streams"))
 def _read_logits(
-    ends: EndWeights, hidden: Float[Array, "*rows hidden"], *, norm: Norm, scale: float, cap: float
+    ends: EndWeights,
+    hidden: Float[Array, "*rows_and_streams hidden"],
+    *,
+    norm: Norm,
+    scale: float,
+    cap: float,
+    streams: Streams | None,
 ) -> Float[Array, "*rows vocabulary"]:
+    if streams is not None:
+        if ends.connection is None:
+            hidden = hidden.astype(jnp.float32).mean(axis=-2).astype(hidden.dtype)
+        else:
+            hidden = read(hidden, find_shares(hidden, ends.connection, streams=streams))
     normed = normalise(hidden, ends.norm, norm=norm)
     head = ends.head.weight.astype(normed.dtype)
     logits = jnp.einsum(

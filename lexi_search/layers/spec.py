@@ -128,6 +128,7 @@ class LatentAttention(NamedTuple):
     rope: Rope | None
     window: int | None = None
     gated: bool = False
+    gate: str = "sigmoid"  # the function of a `gate` among the weights
 
 
 Attention = GroupedAttention | LatentAttention
@@ -209,8 +210,27 @@ class Residual(NamedTuple):
     normed: bool = False
 
 
+class Streams(NamedTuple):
+    """Several residual streams (hyper-connections), which a part of a layer reads a mixture of and writes to all of.
+
+    The streams of a token, normalised together by `norm`, are mapped to logits. A part reads the sigmoid of its logit,
+    plus `eps`, of each stream; its output is added `gain` times the sigmoid of another. With `iterations`, the streams
+    are mixed before that, by a matrix that these make doubly stochastic (arXiv 2512.24880); without, `eps` is added to
+    what is written, too.
+    """
+
+    count: int
+    norm: Norm
+    eps: float
+    gain: float = 2.0
+    iterations: int | None = None
+
+
 class Block(NamedTuple):
-    """One decoder layer without its routed experts; equal for most layers of a model."""
+    """One decoder layer without its routed experts; equal for most layers of a model.
+
+    `streams` is None where there is one residual stream, which parts of a layer read as it is.
+    """
 
     mixer: Mixer | None  # None where a family's layers are either a token mixer, or an MLP or MoE
     norm: Norm
@@ -219,3 +239,4 @@ class Block(NamedTuple):
     ffn_scale: float = 1.0  # of the dense MLP's or the shared experts' output
     mixer_residual: Residual = Residual()
     ffn_residual: Residual = Residual()
+    streams: Streams | None = None

@@ -33,6 +33,18 @@ class GatedNorm(NamedTuple):
     gate: tuple[Affine, Affine]
 
 
+class Connection(NamedTuple):
+    """What maps the residual streams of a token to the logits of a part's shares of them: `scale` * (matrix) + `base`.
+
+    The matrix is [rows, streams * hidden]; rows are of what is read, of what is written, and of how streams are mixed,
+    [streams * streams], as far as there are any. `scale` has a factor for each kind.
+    """
+
+    weight: Any
+    base: Any
+    scale: Any
+
+
 class ExpertWeights(NamedTuple):
     """One expert or dense MLP, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
 
@@ -104,7 +116,8 @@ class GroupedWeights(NamedTuple):
 class LatentWeights(NamedTuple):
     """Those of `LatentAttention`: queries from x or q_norm(q_a x), keys and values from kv_norm of a part of kv_a x.
 
-    If attention is gated, q projects [q_norm(q_a x), q_a x] to each head's query and gate.
+    If attention is gated, q projects [q_norm(q_a x), q_a x] to each head's query and gate. `gate` and `sinks` are as in
+    `GroupedWeights`.
     """
 
     q: Affine
@@ -114,6 +127,8 @@ class LatentWeights(NamedTuple):
     o: Affine
     q_a: Affine | None = None
     q_norm: Affine | None = None
+    gate: Affine | None = None
+    sinks: Any = None
 
 
 class DeltaWeights(NamedTuple):
@@ -223,7 +238,8 @@ class BlockWeights(NamedTuple):
 
     `ffn` is the dense MLP, or the shared experts of a MoE layer, whose output `ffn_gate` [1, hidden] scales if there
     is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer. `scale` [1] multiplies the
-    hidden states after the layer, if there is one.
+    hidden states after the layer, if there is one. Where there are several residual streams, `connections` are those of
+    the token mixer and of the MLP or MoE.
     """
 
     mixer: MixerWeights | None
@@ -232,14 +248,17 @@ class BlockWeights(NamedTuple):
     ffn_gate: Affine | None
     moe: Any = None
     scale: Any = None
+    connections: tuple[Connection, Connection] | None = None
 
 
 class EndWeights(NamedTuple):
     """Embedding [vocabulary, hidden], final norm and LM head [vocabulary, hidden].
 
-    The LM head is the embedding where both are one tensor.
+    The LM head is the embedding where both are one tensor. `connection` is to several residual streams; without one,
+    their mean is taken.
     """
 
     embedding: Any
     norm: Affine
     head: Affine
+    connection: Connection | None = None

@@ -11,6 +11,7 @@ from lexi_search.models.families.decoder import (
     POST_NORMS,
     SANDWICH_NORMS,
     Family,
+    HyperConnections,
     choose_head_norm,
     choose_layer_rope,
     count_heads_by_kind,
@@ -111,6 +112,18 @@ GEMMA4 = Family(
     logit_cap=Key("final_logit_softcapping", math.inf),
     layer_scale="layer_scalar",
 )
+HY_V4 = DEEPSEEK_V32._replace(
+    model_type="hy_v4",
+    eps=Key("rms_norm_eps", 1e-5),
+    interleaved_latent=False,
+    mlp_limit=False,
+    streams=HyperConnections(
+        mixer="hc_pre.hc_attn_layer.hc_",
+        ffn="hc_pre.hc_mlp_layer.hc_",
+        last="hc_pre.hc_head.hc_head_",
+        gain=Key("hc_magnitude", 2.0),
+    ),
+)
 QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
 
 
@@ -150,6 +163,7 @@ _FAMILIES = (
     DEEPSEEK_V32,
     DEEPSEEK_V32._replace(model_type="glm_moe_dsa"),
     DEEPSEEK_V32._replace(model_type="axk2"),
+    HY_V4,
     PLAIN._replace(model_type="glm4_moe"),
     PLAIN._replace(model_type="glm4v_moe"),
     PLAIN._replace(model_type="solar_open"),

@@ -9,7 +9,7 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
-from lexi_search.layers.spec import Block, Mixer, Norm, Recurrence, Residual
+from lexi_search.layers.spec import Activation, Block, Mixer, Norm, Recurrence, Residual
 from lexi_search.layers.weights import (
     Affine,
     BlockWeights,
@@ -25,6 +25,7 @@ from lexi_search.models.families.decoder import Family
 from lexi_search.models.finder import Finder, Stored
 from lexi_search.models.mixers.recurrent import describe_mixer
 from lexi_search.models.mixers.source import REMEDY, Source, resolve
+from lexi_search.models.mixers.streams import describe_streams, find_connections, find_last_connection
 from lexi_search.models.model import Model, read_limit
 
 
@@ -47,7 +48,7 @@ SHARED = (
     *("block_sparse_moe.shared_experts.", "mixer.shared_experts.", "feed_forward.shared_expert.", "share_expert."),
 )
 SHARED_GATES = ("mlp.shared_expert_gate",)
-SPLIT = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
+SPLIT = (("gate_proj", "w1", "linear_gate"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
 JOINED = ("input_linear", "output_linear")  # gate and up as one tensor
 # Tensors that a layer's output does not depend on: buffers that follow from the config, scales of activations and
 # caches.
@@ -88,6 +89,7 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         hidden_size=model.hidden_size,
         activation=model.activation.name,
         num_layers=identity.num_hidden_layers,
+        streams=describe_streams(config, family, norm),
     )
     blocks, tensors = [], []
     for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
@@ -97,9 +99,8 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
             mixer, weights = describe_mixer(source, kind) if _has_mixer(source, moe=moe) else (None, None)
         scale = resolve(config, family.shared_scale) if moe else 1.0
         residuals = _list_residuals(config, family, mixer)
-        limit = read_limit(config, family.limits, layer)
-        activation = model.activation._replace(limit=limit, limits_output=True) if limit else model.activation
-        blocks.append(Block(mixer, norm, activation, family.parallel, scale, *residuals))
+        activation = _find_activation(model, config, family, layer)
+        blocks.append(Block(mixer, norm, activation, family.parallel, scale, *residuals, whole.streams))
         tensors.append(_find_block(source, weights, moe=moe))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
     ropes = [getattr(block.mixer, "rope", None) for block in blocks]
@@ -123,6 +124,14 @@ def _list_residuals(config: Config, family: Family, mixer: Mixer | None) -> Iter
     names = "linear_attn" if isinstance(mixer, Recurrence) else "full_attn", "mlp"
     factors = ((config.resolve(Key(f"{name}_{part}_factor", 1.0)) for part in ("beta", "alpha")) for name in names)
     return (Residual(scale, skip, normed=True) for scale, skip in factors)
+
+
+def _find_activation(model: Model, config: Config, family: Family, layer: int) -> Activation:
+    """That of the dense MLP or the shared experts."""
+    limit = read_limit(config, family.limits, layer)
+    if limit:
+        return model.activation._replace(limit=limit, limits_output=True)
+    return model.activation if family.mlp_limit else model.activation._replace(limit=None)
 
 
 def _list_kinds(config: Config, family: Family, num_layers: int) -> Sequence[str]:
@@ -152,7 +161,8 @@ def _find_block(source: Source, mixer: MixerWeights | None, *, moe: bool) -> Blo
         finder.need([DENSE[0] + SPLIT[0][0]], (None, hidden))
     gate = finder.take(SHARED_GATES, (1, hidden)) if moe else None
     scale = family.layer_scale and finder.need_tensor(family.layer_scale, (1,))
-    return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate, scale=scale)
+    connections = find_connections(source)
+    return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate, scale=scale, connections=connections)
 
 
 def _need_norm(finder: Finder, name: str, hidden: int) -> Affine | GatedNorm:
@@ -218,7 +228,8 @@ def _find_ends(source: Source, checkpoint: Checkpoint, stem: str) -> EndWeights:
     head = finder.take(heads, shape)
     if head is None and False in tied and True not in tied:
         head = finder.need(heads, shape)
-    return EndWeights(embedding.weight, norm, head or embedding)
+    connection = find_last_connection(source._replace(finder=finder.at(stem)))
+    return EndWeights(embedding.weight, norm, head or embedding, connection)
 
 
 def _list_parents(stem: str) -> Iterator[str]:

@@ -26,8 +26,7 @@ def attend(
     """The attention layer's output for every position, each seeing itself and those before it, in `x`'s type."""
     project = _project_latent if isinstance(attention, LatentAttention) else _project_grouped
     queries, keys, values, *gates = project(x, weights, attention)
-    grouped = isinstance(weights, GroupedWeights)
-    sinks = None if not grouped or weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
+    sinks = None if weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
     chunk = attention.chunk if isinstance(attention, GroupedAttention) else None
     mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, reach=_Reach(attention.window, chunk))
     at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
@@ -35,7 +34,7 @@ def attend(
     outputs = outputs.reshape(*x.shape[:2], -1)
     for gate in gates:
         outputs = outputs * jax.nn.sigmoid(gate.reshape(outputs.shape))
-    if grouped and weights.gate is not None:
+    if weights.gate is not None:
         gate = GATES[attention.gate](apply_affine(x, weights.gate).astype(jnp.float32)).astype(outputs.dtype)
         outputs = outputs * jnp.repeat(gate, outputs.shape[-1] // gate.shape[-1], axis=-1)
     return apply_affine(outputs, weights.o)
@@ -45,7 +44,7 @@ def apply_affine(x: Float[Array, "*rows inner"], weights: Affine) -> Float[Array
     """x @ weight.T + bias in `x`'s type."""
     matrix = weights.weight.astype(x.dtype)
     product = jnp.einsum("...i,oi->...o", x, matrix, precision=find_precision(x))
-    return product if weights.bias is None else product + _align(weights.bias.astype(x.dtype), product)
+    return product if weights.bias is None else product + align(weights.bias.astype(x.dtype), product)
 
 
 def normalise(x: Float[Array, "*rows width"], weights: Affine | None, *, norm: Norm) -> Float[Array, "*rows width"]:
@@ -56,13 +55,13 @@ def normalise(x: Float[Array, "*rows width"], weights: Affine | None, *, norm: N
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + norm.eps)
     if weights is None:
         return wide.astype(x.dtype)
-    wide = wide * _align(weights.weight.astype(jnp.float32) + jnp.float32(norm.offset), x)
+    wide = wide * align(weights.weight.astype(jnp.float32) + jnp.float32(norm.offset), x)
     if weights.bias is not None:
-        wide = wide + _align(weights.bias.astype(jnp.float32), x)
+        wide = wide + align(weights.bias.astype(jnp.float32), x)
     return wide.astype(x.dtype)
 
 
-def _align(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Float[Array, "*ones width"]:
+def align(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Float[Array, "*ones width"]:
     """`vector` with leading axes of 1, for broadcasting over the rows of `x`."""
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 

@@ -96,6 +96,18 @@ def keys_are_values(config: Config, kind: str) -> bool:
     return kind == FULL and config.resolve(Key("attention_k_eq_v", False))
 
 
+class HyperConnections(NamedTuple):
+    """The residual streams of a family. Names are of tensors, but for their ends: `fn`, `base` and `scale`."""
+
+    mixer: str  # below `layers.N.`
+    ffn: str  # likewise, of the MLP or MoE
+    last: str | None = None  # beside `layers`; None: the mean of the streams is what the final norm reads
+    count: str = "hc_mult"  # config key
+    eps: Any = Key("hc_eps", 1e-6)
+    gain: Any = 2.0
+    iterations: Any = None  # where streams are mixed
+
+
 class Family(NamedTuple):
     """One family. Any number may be a `Key` of the config or a function of the config instead of a value."""
 
@@ -141,6 +153,8 @@ class Family(NamedTuple):
     logit_cap: Any = math.inf
     moe_norm: str | None = None  # the norm below `layers.N.` of what a MoE and its shared experts return
     limits: str | None = None  # config key of a list of the limits of each layer's dense MLP or shared experts
+    mlp_limit: bool = True  # the limit of experts holds for dense MLPs and shared experts, too
+    streams: HyperConnections | None = None  # where there are several
     layer_scale: str | None = None  # the tensor below `layers.N.` that multiplies the hidden states after the layer
 
 

@@ -246,7 +246,7 @@ class Residence:
         """The embedding if `first`, else final norm and LM head, on a device by its number; the others are empty."""
         if (device, first) not in self._ends:
             ends = self._decoder.ends
-            wanted = ends._replace(norm=(), head=()) if first else ends._replace(embedding=())
+            wanted = ends._replace(norm=(), head=(), connection=()) if first else ends._replace(embedding=())
             found = read_tensors(self._checkpoint, wanted, device=self.devices[device])
             if self._measure(ends) > self._room.device:
                 return found

@@ -18,7 +18,7 @@ QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj",), ("k_proj",), ("v_proj",), ("o_proj
 QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
 KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm")
 FUSED_INPUTS = "query_key_value"  # queries, keys and values, one after the other
-GATES, SINKS = ("gate_proj", "g_proj"), ("sinks", "attention_sink_bias")
+GATES, SINKS = ("gate_proj", "g_proj", "linear_gate"), ("sinks", "attention_sink_bias", "learnable_sink_param")
 LATENT_QUERIES, LOW_RANK_QUERIES = ("q_proj", "q_b_proj"), ("q_a_proj",)
 LOW_RANK_QUERY_NORMS = ("q_a_layernorm",)
 LATENTS, LATENT_NORMS = ("kv_a_proj_with_mqa",), ("kv_a_layernorm",)
@@ -66,7 +66,7 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
         q_norm=_take_gains(finder, QUERY_NORMS, (dim, rows)),
         k_norm=_take_gains(finder, KEY_NORMS, (dim, kv_heads * dim)),
         gate=_take_gate(finder, rows, heads, hidden),
-        sinks=next((sinks for name in SINKS if (sinks := finder.take_tensor(name, (heads,)))), None),
+        sinks=_take_sinks(finder, heads),
     )
     windows = config.values.get("sliding_window") or family.chunk
     unrotated = kind == FULL and family.rotates_windows_only and windows
@@ -106,6 +106,10 @@ def _take_gate(finder: Finder, rows: int, heads: int, hidden: int) -> Affine | N
     return gate if per_head else finder.take(GATES, (rows, hidden))
 
 
+def _take_sinks(finder: Finder, heads: int) -> Stored | None:
+    return next((sinks for name in SINKS if (sinks := finder.take_tensor(name, (heads,)))), None)
+
+
 def _take_gains(finder: Finder, modules: Sequence[str], extents: tuple[int, int]) -> Affine | None:
     """The gains of a norm of queries or keys: of one head, the same for all, or of all heads together."""
     gains = finder.take(modules, (None,))
@@ -131,6 +135,8 @@ def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, Latent
         o=finder.need(OUTPUTS, (hidden, heads * value_dim)),
         q_a=q_a,
         q_norm=finder.need(LOW_RANK_QUERY_NORMS, (width,)) if q_a else None,
+        gate=_take_gate(finder, heads * value_dim, heads, hidden),
+        sinks=_take_sinks(finder, heads),
     )
     rope, temperature = _read_rope(source, rope_dim, kind, latent=True)
     attention = LatentAttention(

@@ -46,7 +46,8 @@ def draw_tokens(
         chunks = forward(run, tokens, report=report)
         ends = residence.read_ends(0, first=False)
         drawn = np.empty(tokens.size, np.int32)
-        hidden = np.concatenate([np.asarray(states[MODEL]) for states in chunks]).reshape(tokens.size, -1)
+        hidden = np.concatenate([np.asarray(states[MODEL]) for states in chunks])
+        hidden = hidden.reshape(tokens.size, *hidden.shape[2:])
         for some in split_tokens(tokens.size, ends):
             logits = read_log_probabilities(run.decoder, ends, jnp.asarray(hidden[some]))
             drawn[some] = _sample(logits[:, :vocabulary], key, np.arange(some.start, some.stop, dtype=np.int32))

@@ -87,6 +87,8 @@ SETTINGS |= {
     "sarvam_mla": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8)),
     "axk2": dict(index_topk=LENGTH, mlp_layer_types=["dense", "sparse"], attention_bias=True)
     | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8)),
+    "hy_v4": dict(index_topk=LENGTH, indexer_types=["full", "shared"], hc_mult=3, hc_magnitude=1.5, hc_eps=0.01)
+    | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8)),
     "deepseek_v32": dict(index_topk=LENGTH),
     "glm_moe_dsa": dict(index_topk=LENGTH),
     "glm4_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True, first_k_dense_replace=1),
@@ -402,7 +404,7 @@ def rewrite_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["hy_v4", "deepseek_v4"])
+@pytest.mark.parametrize("name", ["glm5_next", "deepseek_v4"])
 def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
     message = (
