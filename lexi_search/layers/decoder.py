@@ -19,9 +19,10 @@ from lexi_search.errors import InputError
 from lexi_search.layers.ffn import apply_ffn, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, normalise
 from lexi_search.layers.mixers.attention import attend as attend_causally
+from lexi_search.layers.mixers.compressed import attend_compressed
 from lexi_search.layers.mixers.recurrent import recur
 from lexi_search.layers.mixers.streams import Shares, find_shares, read, write
-from lexi_search.layers.spec import Attention, Block, Mixer, Norm, Residual, Streams
+from lexi_search.layers.spec import Attention, Block, CompressedAttention, Mixer, Norm, Residual, Streams
 from lexi_search.layers.weights import Affine, BlockWeights, Connection, EndWeights, GatedNorm, MixerWeights
 
 Hidden = Float[Array, "sequences length *streams hidden"]
@@ -132,6 +133,8 @@ def _mix(
     """The token mixer's output for every position."""
     if isinstance(mixer, Attention):
         return attend_causally(x, weights, attention=mixer)
+    if isinstance(mixer, CompressedAttention):
+        return attend_compressed(x, weights, attention=mixer)
     return recur(x, weights, mixer=mixer)
 
 

@@ -134,6 +134,25 @@ class LatentAttention(NamedTuple):
 Attention = GroupedAttention | LatentAttention
 
 
+class CompressedAttention(NamedTuple):
+    """DeepSeek-V4's attention: keys of one head, which are values too, for the queries of all heads.
+
+    A query sees the last `window` positions, itself included, and with a `rate` an entry for each window of so many
+    positions that is complete. The last values of a head are rotated, by `rope`, those of an entry by the position that
+    its window begins with, and those of an output back by its own. Outputs of `num_groups` groups of heads are
+    projected apart at first. All this holds for sequences of at most `max_length` tokens.
+    """
+
+    num_heads: int
+    num_groups: int
+    scale: float
+    norm: Norm
+    rope: Rope
+    window: int
+    rate: int | None = None
+    max_length: int | None = None
+
+
 class GatedDeltaNet(NamedTuple):
     """A layer of gated delta nets (arXiv 2412.06464): `num_heads` of values in `num_groups` of queries and keys.
 
@@ -196,7 +215,7 @@ class ShortConvolution(NamedTuple):
 
 
 Recurrence = GatedDeltaNet | Mamba2 | Mamba | LightningAttention | ShortConvolution
-Mixer = Attention | Recurrence
+Mixer = Attention | CompressedAttention | Recurrence
 
 
 class Residual(NamedTuple):

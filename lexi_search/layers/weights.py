@@ -6,7 +6,7 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # The share of a device's memory for weights: layers as stored, and a copy of one layer's experts. The rest is for
 # activations.
@@ -87,6 +87,8 @@ class Scales(NamedTuple):
 class LayerWeights(NamedTuple):
     """One MoE layer: the router, the bias of its selection or logits (or None), and the experts.
 
+    `choices` has the experts of every token of the vocabulary, where the layer looks them up.
+
     Where weights are quantised, each access `experts[e]` dequantises again; do not keep many. A layer with `Scales` has
     them multiplied into these weights.
     """
@@ -94,6 +96,7 @@ class LayerWeights(NamedTuple):
     router: Float[Array, "experts hidden"]
     bias: Float[Array, " experts"] | None
     experts: Experts
+    choices: Int[Array, "vocabulary K"] | None = None
 
 
 class GroupedWeights(NamedTuple):
@@ -129,6 +132,33 @@ class LatentWeights(NamedTuple):
     q_norm: Affine | None = None
     gate: Affine | None = None
     sinks: Any = None
+
+
+class CompressorWeights(NamedTuple):
+    """What makes an entry of a window of positions: projections to values and to the logits of their shares, [head] or,
+    where windows overlap, [2 * head] rows; a bias of the logits for each position of a window, and a norm."""
+
+    values: Affine
+    gates: Affine
+    bias: Any
+    norm: Affine
+
+
+class CompressedWeights(NamedTuple):
+    """Those of `CompressedAttention`: queries from q_norm(q_a x), keys from kv_norm(kv x), outputs by o_a and then o.
+
+    The projection o_a is [groups * rank, heads * head_dim / groups]. `sinks` are as in `GroupedWeights`.
+    """
+
+    q_a: Affine
+    q_norm: Affine
+    q: Affine
+    kv: Affine
+    kv_norm: Affine
+    o_a: Affine
+    o: Affine
+    sinks: Any
+    compressor: CompressorWeights | None
 
 
 class DeltaWeights(NamedTuple):
@@ -212,7 +242,7 @@ class ConvolutionWeights(NamedTuple):
 RecurrenceWeights = (
     DeltaWeights | ChannelDeltaWeights | Mamba2Weights | MambaWeights | LightningWeights | ConvolutionWeights
 )
-MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
+MixerWeights = GroupedWeights | LatentWeights | CompressedWeights | RecurrenceWeights
 
 
 class Norms(NamedTuple):

@@ -124,6 +124,14 @@ HY_V4 = DEEPSEEK_V32._replace(
         gain=Key("hc_magnitude", 2.0),
     ),
 )
+DEEPSEEK_V4 = Family(
+    "deepseek_v4",
+    norms=Norms(attention_input="attn_norm", ffn_input="ffn_norm"),
+    embedding="embed",
+    head="head",
+    left_out=("attn.indexer.",),
+    streams=HyperConnections(mixer="hc_attn_", ffn="hc_ffn_", last="hc_head_", iterations=Key("hc_sinkhorn_iters", 20)),
+)
 QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
 
 
@@ -164,6 +172,7 @@ _FAMILIES = (
     DEEPSEEK_V32._replace(model_type="glm_moe_dsa"),
     DEEPSEEK_V32._replace(model_type="axk2"),
     HY_V4,
+    DEEPSEEK_V4,
     PLAIN._replace(model_type="glm4_moe"),
     PLAIN._replace(model_type="glm4v_moe"),
     PLAIN._replace(model_type="solar_open"),

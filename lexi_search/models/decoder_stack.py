@@ -36,16 +36,18 @@ def find_first_token(checkpoint: Checkpoint, model: Model, vocabulary: int) -> i
     return token if type(token) is int and 0 <= token < vocabulary else None
 
 
-def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
-    """The number of tokens that both the embedding and the LM head have, since one of them may be padded."""
-    stored, ends = checkpoint.tensors, decoder.ends
-    return min(stored[tensor.name].shape[0] for tensor in (ends.embedding, ends.head.weight))
+def count_tokens(checkpoint: Checkpoint, model: Model, decoder: Decoder) -> int:
+    """The number of tokens that the embedding, the LM head and tables of experts have, since some may be padded."""
+    ends, choices = decoder.ends, (tensors.choices for tensors in model.tensors.values())
+    names = (ends.embedding.name, ends.head.weight.name, *filter(None, choices))
+    return min(checkpoint.tensors[name].shape[0] for name in names)
 
 
 DENSE = ("mlp.", "feed_forward.", "mixer.")
 SHARED = (
     *("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_mlp.", "shared_mlp."),
     *("block_sparse_moe.shared_experts.", "mixer.shared_experts.", "feed_forward.shared_expert.", "share_expert."),
+    "ffn.shared_experts.",
 )
 SHARED_GATES = ("mlp.shared_expert_gate",)
 SPLIT = (("gate_proj", "w1", "linear_gate"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
@@ -103,8 +105,8 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         blocks.append(Block(mixer, norm, activation, family.parallel, scale, *residuals, whole.streams))
         tensors.append(_find_block(source, weights, moe=moe))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
-    ropes = [getattr(block.mixer, "rope", None) for block in blocks]
-    limits = {rope.max_length for rope in ropes if rope} | {resolve(config, family.max_length)}
+    parts = (part for block in blocks for part in (block.mixer, getattr(block.mixer, "rope", None)))
+    limits = {getattr(part, "max_length", None) for part in parts} | {resolve(config, family.max_length)}
     return Decoder(
         blocks=tuple(blocks),
         tensors=tuple(tensors),
@@ -222,7 +224,7 @@ def _find_ends(source: Source, checkpoint: Checkpoint, stem: str) -> EndWeights:
     finder, config, family, hidden_size = source.finder, source.config, source.family, source.hidden_size
     embedding = finder.need([stem + family.embedding], (None, hidden_size))
     shape, norm = finder.get_shape(embedding.weight), finder.need([stem + family.final_norm], (hidden_size,))
-    heads = [f"{parent}lm_head" for parent in _list_parents(stem)]
+    heads = [f"{parent}{family.head}" for parent in _list_parents(stem)]
     # Of the language model's config, and of the whole config around it, which may differ.
     tied = [values.get("tie_word_embeddings", False) for values in (config.values, checkpoint.config)]
     head = finder.take(heads, shape)

@@ -6,7 +6,6 @@ Norms, rotary embedding, softmax and sums of products are float32 whatever the t
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,8 @@ def attend(
     queries, keys, values, *gates = project(x, weights, attention)
     sinks = None if weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
     chunk = attention.chunk if isinstance(attention, GroupedAttention) else None
-    mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, reach=_Reach(attention.window, chunk))
+    find_visible = partial(_find_visible, window=attention.window, chunk=chunk)
+    mix = partial(attend_sequence, sinks=sinks, scale=attention.scale, find_visible=find_visible)
     at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
     outputs = map_rows(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
     outputs = outputs.reshape(*x.shape[:2], -1)
@@ -168,49 +168,49 @@ def _rotate(
     return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
-class _Reach(NamedTuple):
+def _find_visible(
+    queries: Int[Array, "queries 1"], keys: Int[Array, "1 keys"], *, window: int | None, chunk: int | None
+) -> Bool[Array, "queries keys"]:
     """Which positions a query sees: the last `window`, those of its own `chunk`, or all up to itself."""
-
-    window: int | None
-    chunk: int | None
-
-    def find(self, queries: Int[Array, "queries 1"], keys: Int[Array, "1 keys"]) -> Bool[Array, "queries keys"]:
-        visible = keys <= queries
-        if self.window is not None:
-            visible &= queries - keys < self.window
-        if self.chunk is not None:
-            visible &= queries // self.chunk == keys // self.chunk
-        return visible
+    visible = keys <= queries
+    if window is not None:
+        visible &= queries - keys < window
+    if chunk is not None:
+        visible &= queries // chunk == keys // chunk
+    return visible
 
 
-def _attend_sequence(
+def attend_sequence(
     queries: Float[Array, "length kv_heads group head"],
-    keys: Float[Array, "length kv_heads 1 head"],
-    values: Float[Array, "length kv_heads 1 value"],
+    keys: Float[Array, "keys kv_heads 1 head"],
+    values: Float[Array, "keys kv_heads 1 value"],
     *,
     sinks: Float[Array, "kv_heads group"] | None,
     scale: float,
-    reach: _Reach,
+    find_visible: Callable[[Array, Array], Array],
 ) -> Float[Array, "length kv_heads group value"]:
-    """Attention of one sequence, over chunks of queries, so that scores take at most `SCORE_BYTES`."""
+    """Attention of one sequence, over chunks of queries, so that scores take at most `SCORE_BYTES`.
+
+    `find_visible` says of positions of queries, [queries, 1], and numbers of keys, [1, keys], which see which.
+    """
     length, heads = len(queries), queries.shape[1] * queries.shape[2]
-    size = min(max(SCORE_BYTES // (4 * heads * length), 1), length)
+    size = min(max(SCORE_BYTES // (4 * heads * len(keys)), 1), length)
     count = -(-length // size)
     padded = jnp.pad(queries, ((0, count * size - length), (0, 0), (0, 0), (0, 0)))
     precision = find_precision(queries)
-    positions = jnp.arange(length)
+    positions = jnp.arange(len(keys))
 
     def attend_chunk(start_and_chunk: tuple[Array, Array]) -> Array:
         start, chunk = start_and_chunk
         products = jnp.einsum(
             "nkgd,mkd->kgnm", chunk, keys[:, :, 0], precision=precision, preferred_element_type=jnp.float32
         )
-        visible = reach.find((start + jnp.arange(size))[:, None], positions[None, :])
+        visible = find_visible((start + jnp.arange(size))[:, None], positions[None, :])
         scores = jnp.where(visible[None, None], products * scale, jnp.finfo(jnp.float32).min)
         if sinks is not None:
             sink_scores = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:3], 1))
             scores = jnp.concatenate([scores, sink_scores], axis=-1)
-        shares = jax.nn.softmax(scores, axis=-1)[..., :length]
+        shares = jax.nn.softmax(scores, axis=-1)[..., : len(keys)]
         return jnp.einsum("kgnm,mkd->nkgd", shares.astype(values.dtype), values[:, :, 0], precision=precision)
 
     starts = jnp.arange(count) * size

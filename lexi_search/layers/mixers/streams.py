@@ -38,7 +38,7 @@ def find_shares(hidden: Float[Array, "*tokens streams hidden"], weights: Connect
     logits = logits * align(scale, logits) + align(base, logits)
     read = jax.nn.sigmoid(logits[..., :count]) + jnp.float32(streams.eps)
     written = jnp.float32(streams.gain) * jax.nn.sigmoid(logits[..., count : 2 * count])
-    if streams.iterations is None:
+    if len(sizes) < 3:
         return Shares(read, written + jnp.float32(streams.eps), None)
     kept = jax.nn.softmax(logits[..., 2 * count :].reshape(*logits.shape[:-1], count, count), axis=-1)
     return Shares(read, written, _balance(kept + jnp.float32(streams.eps), streams))

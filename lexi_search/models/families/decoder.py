@@ -116,6 +116,7 @@ class Family(NamedTuple):
     attention: str = "self_attn."  # likewise
     embedding: str = "embed_tokens"  # modules beside `layers`
     final_norm: str = "norm"
+    head: str = "lm_head"
     eps: Any = Key("rms_norm_eps", 1e-6)
     centred: Any = False  # norms that subtract the mean
     offset: Any = 0.0  # of the gains of norms, which are stored without it

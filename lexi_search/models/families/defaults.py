@@ -22,7 +22,7 @@ from lexi_search.models.families.default_parts import (
 
 ROPES = ("rope_parameters", "rope_scaling")  # the new name and the old
 SIZES = (
-    *("num_attention_heads", "num_key_value_heads"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("mamba_n_heads", "mamba_num_heads", "mamba_n_groups", "n_groups", "mamba_d_state", "ssm_state_size"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
@@ -221,7 +221,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=131072,
             bos_token_id=1,
         ),
-        "deepseek_v4": list_defaults(k=6),
+        "deepseek_v4": list_defaults(k=6, hc_mult=4, head_dim=512, max_position_embeddings=1048576, bos_token_id=0),
         "hy_v4": list_latent(192, 64, 256)
         | list_defaults(
             k=8,

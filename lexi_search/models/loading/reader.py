@@ -59,6 +59,14 @@ class Reader:
         recipe = describe_recipe(self.tensors, name, ("router",))
         return self.load({0: (Piece(name, None, recipe),)})[0][0]["weight"]
 
+    def load_choices(self, name: str, num_experts: int) -> Array:
+        """The experts of every token, [vocabulary, K]; InputError for one that is not there."""
+        choices = self._checkpoint[name]
+        if choices.min() < 0 or choices.max() >= num_experts:
+            thing = f"experts from {choices.min()} to {choices.max()}, and there are {num_experts}"
+            raise InputError(f"{self.tensors[name].file}: tensor {name} names {thing}; is the file damaged?")
+        return jax.device_put(choices.astype(np.int32), self._device)
+
     def load(self, pieces: Mapping[int, tuple[Piece, ...]], *, apply: Callable = map) -> dict[int, tuple[Parts, ...]]:
         """The parts of every expert's tensors on the device; InputError names a tensor whose values are not finite.
 
@@ -152,7 +160,8 @@ def read_layer(reader: Reader, model: Model, needed: NeededExperts | None, layer
     router = reader.load_plain(tensors.router)
     bias = reader.load_plain(tensors.bias).reshape(-1) if tensors.bias else None  # some store it [1, E]
     experts = Experts(reader, list_pieces(reader.tensors, tensors.experts))
-    weights = LayerWeights(router, bias, experts)
+    choices = reader.load_choices(tensors.choices, len(experts)) if tensors.choices else None
+    weights = LayerWeights(router, bias, experts, choices)
     if tensors.scales is not None:
         weights = scale_layer(weights, Scales(*map(reader.load_plain, tensors.scales)))
     if tensors.latent is not None:

@@ -270,7 +270,6 @@ def _move(weights: BlockWeights, target: Any) -> BlockWeights:
     moe = weights.moe
     if moe is not None:
         experts = moe.experts.put(target)
-        moe = moe._replace(
-            router=jax.device_put(moe.router, target), bias=jax.device_put(moe.bias, target), experts=experts
-        )
+        router, bias, choices = jax.device_put((moe.router, moe.bias, moe.choices), target)
+        moe = moe._replace(router=router, bias=bias, experts=experts, choices=choices)
     return jax.device_put(weights._replace(moe=None), target)._replace(moe=moe)

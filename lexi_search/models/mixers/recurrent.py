@@ -17,6 +17,7 @@ from lexi_search.layers.weights import (
     MixerWeights,
 )
 from lexi_search.models.mixers.attention import describe_attention
+from lexi_search.models.mixers.compressed import describe_compressed
 from lexi_search.models.mixers.source import Source
 
 LIGHTNING_EPS = 1e-6  # of its norm, whatever the config says for others
@@ -166,7 +167,7 @@ def _describe_convolution(source: Source) -> tuple[ShortConvolution, Convolution
     return ShortConvolution(hidden), weights
 
 
-# A module that a layer has -> the description of its kind of recurrence.
+# A module that a layer has -> the description of its kind of recurrence, or of an attention of its own.
 _RECURRENT: Mapping[str, Callable[[Source], tuple[Mixer, MixerWeights]]] = MappingProxyType(
     {
         "linear_attn.in_proj_qkvz": _describe_delta,
@@ -177,5 +178,6 @@ _RECURRENT: Mapping[str, Callable[[Source], tuple[Mixer, MixerWeights]]] = Mappi
         "mamba.in_proj": partial(_describe_mamba2, stem="mamba."),
         "mixer.in_proj": partial(_describe_mamba2, stem="mixer."),
         "conv.in_proj": _describe_convolution,
+        "attn.wkv": describe_compressed,
     }
 )

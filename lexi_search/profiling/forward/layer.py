@@ -13,7 +13,7 @@ from lexi_search.layers.decoder import attend, finish
 from lexi_search.layers.kernels.blocks import StackedExperts, stack_experts
 from lexi_search.layers.kernels.grouped import can_group, stacked_outputs
 from lexi_search.layers.moe import Correction, compute_outputs, correct, mix
-from lexi_search.layers.routing import Choice, route
+from lexi_search.layers.routing import Choice, look_up, route
 from lexi_search.layers.weights import BlockWeights
 from lexi_search.profiling.forward.variants import MODEL, Hidden, Kept, Plan, Run, Variant, group
 
@@ -49,16 +49,22 @@ def prepare(run: Run, weights: BlockWeights) -> BlockWeights:
 
 
 def advance(
-    run: Run, plan: Plan, variants: Sequence[Variant], layer: int, weights: BlockWeights, states: dict[int, Any]
+    run: Run,
+    plan: Plan,
+    variants: Sequence[Variant],
+    layer: int,
+    weights: BlockWeights,
+    tokens: Int32[np.ndarray, "chunk length"],
+    states: dict[int, Any],
 ) -> MoEOutputs | None:
-    """The model's own outputs in a layer, if it is a MoE layer; takes `states` through it.
+    """The model's own outputs in a layer, if it is a MoE layer that has a k to choose; takes `states` through it.
 
     States are replaced one by one, so that never two copies of all are in memory. Variants that branch off in this
     layer share the model's input and expert outputs, and mix them with a k of their own.
     """
-    full, is_moe = run.model.top_k, weights.moe is not None
+    full, is_moe = run.model.top_k, layer in run.model.layers
     place = run.model.layers.index(layer) if is_moe else None
-    step = partial(_step, run, layer, weights)
+    step = partial(_step, run, layer, weights, tokens)
     reduced = [number for number in states if number != MODEL]
     branching = [number for number, branch in enumerate(plan.branches) if is_moe and branch == place]
     model = Variant((full,) * len(run.model.layers))
@@ -71,7 +77,7 @@ def advance(
         [moved], _ = step(joined, [_mix_alike([variants[n] for n in padded], layer, place, full, size=size)])
         states |= zip(some, map(plan.keep, jnp.split(moved, plan.together)), strict=False)
     states |= zip([MODEL, *branching], map(plan.keep, hidden), strict=True)
-    return outputs
+    return outputs if is_moe else None
 
 
 def _mix_each(some: Sequence[Variant], layer: int, place: int | None, full: int) -> list[Mixing]:
@@ -110,15 +116,24 @@ def stack_corrections(layer: int, top_k: Sequence[int], maps: Sequence[Maps | No
 
 
 def _step(
-    run: Run, layer: int, weights: BlockWeights, hidden: Kept, mixings: Sequence[Mixing]
+    run: Run,
+    layer: int,
+    weights: BlockWeights,
+    tokens: Int32[np.ndarray, "sequences length"],
+    hidden: Kept,
+    mixings: Sequence[Mixing],
 ) -> tuple[list[Hidden], MoEOutputs | None]:
-    """Hidden states after a layer, for each of `mixings`."""
+    """Hidden states after a layer, for each of `mixings`; those of several variants have the same tokens."""
     block, model, moe = run.decoder.blocks[layer], run.model, weights.moe
     hidden, x = attend(block, weights, jnp.asarray(hidden))
     if moe is None:
         return [finish(block, weights, hidden, x, None)] * len(mixings), None
     plain = model.routing._replace(exponent=None)
-    choice = route(x, moe.router, moe.bias, routing=plain, top_k=model.top_k)
+    if moe.choices is None:
+        choice = route(x, moe.router, moe.bias, routing=plain, top_k=model.top_k)
+    else:
+        own = np.tile(tokens, (len(hidden) // len(tokens), 1)).reshape(-1)
+        choice = look_up(x, moe.router, moe.choices, own, routing=plain)
     if isinstance(moe.experts, StackedExperts):
         outputs = stacked_outputs(x, choice, moe.experts)
     else:

@@ -36,7 +36,7 @@ def draw_tokens(
     kind of device, however many sequences it holds at once.
     """
     key = jax.random.key(seed, impl="threefry2x32")
-    vocabulary = count_tokens(run.checkpoint, run.decoder)
+    vocabulary = count_tokens(run.checkpoint, run.model, run.decoder)
     tokens = np.array(jax.random.randint(key, (sequences, length), 0, vocabulary, jnp.int32))
     first = find_first_token(run.checkpoint, run.model, vocabulary)
     if first is not None:

@@ -43,7 +43,7 @@ from lexi_search.profiling.forward.sampling import draw_tokens
 from lexi_search.profiling.forward.variants import Run, Variant, check_room
 from lexi_search.profiling.profile import profile_layers
 
-FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v2", "hy_v4")  # the last two begin with a dense layer
+FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v2", "hy_v4", "deepseek_v4")  # from the third on a first layer without k
 QUICK = ("--batch", 2, "--length", 16, "--samples", 64)
 LENGTH = 12
 
