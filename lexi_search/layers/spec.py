@@ -158,7 +158,8 @@ class GatedDeltaNet(NamedTuple):
 
     Queries, keys and values pass a short convolution and `activation`. Each head's output is normalised, and scaled by
     the function called `gate` of a projection of the input. Where each of the three has its own convolution, as in Kimi
-    Delta Attention (arXiv 2510.26692), a decay is of one channel of a key.
+    Delta Attention (arXiv 2510.26692), a decay is of one channel of a key. With a `decay_bound` its logarithm is that
+    times a sigmoid, else minus a softplus.
     """
 
     num_groups: int
@@ -168,6 +169,7 @@ class GatedDeltaNet(NamedTuple):
     activation: str
     norm: Norm
     gate: str = "silu"
+    decay_bound: float | None = None
 
 
 class Mamba2(NamedTuple):

@@ -180,7 +180,7 @@ class ChannelDeltaWeights(NamedTuple):
     """Those of `GatedDeltaNet` where each channel of a key has its decay.
 
     `inputs` project to queries, keys and values, each with its convolution in `convs`. `decay` and `gate` are products
-    of two matrices each. `decay_rate` is [1, 1, heads, 1], `decay_bias` [heads * key].
+    of two matrices each. `decay_rate` is [heads], perhaps with axes of 1 around, `decay_bias` [heads * key].
     """
 
     inputs: tuple[Affine, Affine, Affine]

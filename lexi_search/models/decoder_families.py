@@ -20,8 +20,10 @@ from lexi_search.models.families.decoder import (
     count_heads_of_windows,
     depth_scale,
     find_chunk,
+    find_decay_bound,
     find_growth,
     find_offset,
+    find_pooled_reach,
     find_sparse_reach,
     has_rotary_embedding,
     is_layer_norm,
@@ -132,6 +134,16 @@ DEEPSEEK_V4 = Family(
     left_out=("attn.indexer.",),
     streams=HyperConnections(mixer="hc_attn_", ffn="hc_ffn_", last="hc_head_", iterations=Key("hc_sinkhorn_iters", 20)),
 )
+GLM5_NEXT = Family(
+    "glm5_next",
+    eps=Key("rms_norm_eps", 1e-5),
+    latent_eps=Key("rms_norm_eps", 1e-5),
+    rotates=False,
+    decay_bound=find_decay_bound,
+    left_out=("self_attn.indexer.",),
+    max_length=find_pooled_reach,
+    streams=HyperConnections(mixer="hc_attn_", ffn="hc_ffn_", iterations=Key("hc_sinkhorn_iters", 20)),
+)
 QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
 
 
@@ -173,6 +185,7 @@ _FAMILIES = (
     DEEPSEEK_V32._replace(model_type="axk2"),
     HY_V4,
     DEEPSEEK_V4,
+    GLM5_NEXT,
     PLAIN._replace(model_type="glm4_moe"),
     PLAIN._replace(model_type="glm4v_moe"),
     PLAIN._replace(model_type="solar_open"),

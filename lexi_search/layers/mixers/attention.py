@@ -140,7 +140,7 @@ def _project_latent(
     rotate = partial(_rotate, rope=attention.rope) if attention.rope is not None else lambda part: part
     queries = jnp.concatenate([queries[..., :nope_dim], rotate(queries[..., nope_dim:])], axis=-1)
     projected = apply_affine(x, weights.kv_a)
-    latent, shared = projected[..., : -attention.rope_dim], projected[..., -attention.rope_dim :]
+    latent, shared = jnp.split(projected, [projected.shape[-1] - attention.rope_dim], axis=-1)
     keys_values = apply_affine(normalise(latent, weights.kv_norm, norm=attention.norm), weights.kv).reshape(heads)
     shared = rotate(shared[:, :, None, None, :])
     keys = [keys_values[..., :nope_dim], jnp.broadcast_to(shared, (*keys_values.shape[:-1], attention.rope_dim))]

@@ -124,6 +124,7 @@ class Family(NamedTuple):
     norm_last: bool = False  # queries and keys are normalised after the rotary embedding
     interleaved: Any = False  # the rotary embedding rotates pairs of neighbours
     interleaved_latent: Any = True  # the same in latent attention
+    latent_eps: Any = 1e-6  # of the norms of latents
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: Any = math.inf  # of queries, keys and values
     unit: Any = False  # queries and keys are normalised without gains where they are rotated
@@ -141,6 +142,7 @@ class Family(NamedTuple):
     rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding ...
     rotates_dense: Callable[[Config], bool] | None = None  # ... but in layers without experts
     layer_rope: Callable[[Config, str, int], Config] | None = None  # the config as a layer's rotary embedding reads it
+    decay_bound: Callable[[Config], float | None] | None = None  # of linear attention's logarithms of decays
     parallel: bool = False  # the MLP or MoE has the input of attention for its own
     shared_scale: Any = 1.0  # of the output of shared experts
     alternates: bool = False  # a layer is a token mixer, or else an MLP or MoE
@@ -226,3 +228,25 @@ def find_growth(config: Config) -> tuple[float, float] | None:
 def find_chunk(config: Config) -> int | None:
     named = config.values.get("attention_chunk_size") is not None
     return config.read_count("attention_chunk_size") if named else None
+
+
+def find_pooled_reach(config: Config) -> int:
+    """The tokens up to which GLM-5-Next's choice of pools of keys leaves none out."""
+    pool = config.read_count("index_kpool")
+    if pool > 1:
+        config.read_choice("index_kpool_always_select_tail", {True: None})
+    return config.read_count("index_topk") // pool * pool + pool - 1
+
+
+def find_decay_bound(config: Config) -> float | None:
+    """GLM-5-Next's, of the config or of a section of it, as its class reads them."""
+    given = config.values.get("linear_attn_config")
+    given = given if isinstance(given, dict) else {}
+    key = "linear_lower_bound"
+    bound = given.get("gate_lower_bound", config.values.get(key))
+    if bound is None:
+        return -5.0 if given and given.get("safe_gate", True) else None
+    bound = config._replace(values={key: bound}).resolve(Key(key, -5.0))
+    if bound > 0:
+        raise InputError(f"{config.place}: {key} is {bound}, expected at most 0")
+    return bound

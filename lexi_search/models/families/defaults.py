@@ -232,7 +232,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             n_shared_experts=1,
             routed_scaling_factor=2.827,
         ),
-        "glm5_next": list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
+        "glm5_next": list_latent(256, 0, 256)
+        | list_defaults(k=8, heads=64, n_shared_experts=1, routed_scaling_factor=2.5, linear_lower_bound=-5.0)
+        | dict(hc_mult=4, index_topk=2048, index_kpool=16, max_position_embeddings=1048576),
         "mistral4": MISTRAL4,
         "mistral3": MISTRAL4,
         "nemotron_h": list_defaults(

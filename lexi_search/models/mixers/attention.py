@@ -23,7 +23,6 @@ LATENT_QUERIES, LOW_RANK_QUERIES = ("q_proj", "q_b_proj"), ("q_a_proj",)
 LOW_RANK_QUERY_NORMS = ("q_a_layernorm",)
 LATENTS, LATENT_NORMS = ("kv_a_proj_with_mqa",), ("kv_a_layernorm",)
 LATENT_KEYS_VALUES = ("kv_b_proj",)
-LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says for others
 
 
 def describe_attention(
@@ -120,7 +119,9 @@ def _take_gains(finder: Finder, modules: Sequence[str], extents: tuple[int, int]
 def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, LatentWeights]:
     finder, config, hidden = source.finder, source.config, source.hidden_size
     heads = config.read_count("num_attention_heads")
-    nope_dim, rope_dim, value_dim = map(config.read_count, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    nope_dim, value_dim = map(config.read_count, ("qk_nope_head_dim", "v_head_dim"))
+    unrotated = config.values.get("qk_rope_head_dim") == 0 and not resolve(config, source.family.rotates)
+    rope_dim = 0 if unrotated else config.read_count("qk_rope_head_dim")
     q_a = finder.take(LOW_RANK_QUERIES, (None, hidden))
     width = finder.get_shape(q_a.weight)[0] if q_a else hidden
     kv_norm = finder.need(LATENT_NORMS, (None,))
@@ -144,7 +145,7 @@ def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, Latent
         nope_dim=nope_dim,
         rope_dim=rope_dim,
         scale=dim**-0.5 * temperature,
-        norm=Norm(LATENT_EPS),
+        norm=Norm(resolve(config, source.family.latent_eps)),
         rope=rope,
         window=_read_window(config, kind),
         gated=gated,

@@ -11,6 +11,7 @@ import tiny
 import torch
 from quantised import CASES
 from safetensors.torch import load_file, save_file
+from transformers import Glm5NextTextConfig
 
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
@@ -99,6 +100,19 @@ SETTINGS |= {
         rope_parameters={key: value for key, value in YARN.items() if key != "rope_theta"},
         hc_eps=0.01,
         hc_sinkhorn_iters=3,
+    ),
+    "glm5_next": dict(
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        linear_num_heads=3,
+        linear_head_dim=24,
+        linear_lower_bound=-3.0,
+        attention_bias=True,
+        index_topk=LENGTH - 4,
+        index_kpool=5,
+        hc_mult=3,
+        hc_eps=0.01,
     ),
     "deepseek_v32": dict(index_topk=LENGTH),
     "glm_moe_dsa": dict(index_topk=LENGTH),
@@ -299,10 +313,10 @@ def test_sixteen_bits_are_near_float32(name, tolerance, tmp_path):
     assert_same((states, logits), run_reference(model, tokens), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "jamba"])
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "jamba", "glm5_next"])
 def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
     """Of a length that the chunks of the recurrence do not divide."""
-    model = build(name, max_position_embeddings=256)
+    model = build(name, max_position_embeddings=256, **({"index_topk": 80} if name == "glm5_next" else {}))
     tokens = np.random.default_rng(0).integers(3, 256, (2, CHUNK + 7))
     tiny.save_checkpoint(name, model, tmp_path)
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
@@ -419,8 +433,30 @@ def describe_folder(folder):
     return describe_decoder(checkpoint, describe(checkpoint))
 
 
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({}, -3.0),
+        ({"linear_lower_bound": None}, None),
+        ({"linear_lower_bound": None, "linear_attn_config": {"head_dim": 24}}, -5.0),
+        ({"linear_lower_bound": None, "linear_attn_config": {"safe_gate": False}}, None),
+        ({"linear_attn_config": {"gate_lower_bound": -2}}, -2.0),
+    ],
+)
+def test_the_bound_of_decays_is_that_of_the_class(changes, bound, tmp_path):
+    tiny.save_checkpoint("glm5_next", build("glm5_next"), tmp_path)
+    rewrite_config(tmp_path, text_config=changes)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert (
+        describe_folder(tmp_path).blocks[0].mixer.decay_bound == bound == Glm5NextTextConfig(**text).linear_lower_bound
+    )
+
+
 def rewrite_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
+    config = json.loads((folder / "config.json").read_text())
+    if "text_config" in changes:
+        changes = changes | {"text_config": config["text_config"] | changes["text_config"]}
+    config |= changes
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -491,6 +527,8 @@ def test_refuses(config, tensors, message, tmp_path):
         ("llama4_text", {"attention_chunk_size": 0}, {}, "attention_chunk_size is 0, expected"),
         ("llama4_text", {"floor_scale": 0}, {}, "floor_scale is 0.0, expected a number above 0"),
         ("llama4_text", {"no_rope_layers": 4}, {}, "no_rope_layers is 4, expected a list"),
+        ("glm5_next", {"text_config": {"index_kpool_always_select_tail": False}}, {}, "select_tail False is not known"),
+        ("glm5_next", {"text_config": {"linear_lower_bound": 1}}, {}, "linear_lower_bound is 1.0, expected at most 0"),
         ("deepseek_v4", {"head_dim": 16}, {}, r"attn.wkv.weight has shape \[32, 64\], expected \[16, 64\]"),
         ("deepseek_v4", {"hc_mult": 3}, {}, r"hc_attn_fn has shape \[24, 256\], expected \[15, 192\]"),
         ("deepseek_v4", {}, {"hc_head_scale": None}, "tensor hc_head_scale is missing"),
@@ -518,6 +556,7 @@ def refuse(name, config, tensors, message, tmp_path):
         ("deepseek_v32", {"index_topk": LENGTH - 1}, LENGTH - 1),
         ("minimax_m3_vl", {"index_block_size": 7, "index_topk_blocks": 3}, 21),
         ("hy_v4", {"index_topk": LENGTH - 1}, LENGTH - 1),
+        ("glm5_next", {"index_topk": 16, "index_kpool": 4}, 19),
         ("deepseek_v4", {"index_topk": LENGTH // 3 - 1}, LENGTH - 1),
     ],
 )
