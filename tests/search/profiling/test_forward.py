@@ -440,7 +440,7 @@ def describe_folder(folder):
         ({"linear_lower_bound": None}, None),
         ({"linear_lower_bound": None, "linear_attn_config": {"head_dim": 24}}, -5.0),
         ({"linear_lower_bound": None, "linear_attn_config": {"safe_gate": False}}, None),
-        ({"linear_attn_config": {"gate_lower_bound": -2}}, -2.0),
+        ({"linear_attn_config": {"gate_lower_bound": -2.0}}, -2.0),
     ],
 )
 def test_the_bound_of_decays_is_that_of_the_class(changes, bound, tmp_path):
