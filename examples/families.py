@@ -28,7 +28,6 @@ TESTED = frozenset(
 # Why the default input does not run them.
 PAPER_ONLY = {
     "bailing_hybrid": "transformers has no class of it that could judge what is computed here",
-    "qwen4_exp": "its layers mix several residual streams, and add embeddings of n-grams",
 }
 # Why the tests do not, where it was tried: they have the engine's build for CPUs.
 UNSERVED = {

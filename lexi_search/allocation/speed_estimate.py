@@ -159,7 +159,7 @@ def _is_read(name: str, stem: str, model: Model, *, tied: bool) -> bool:
     first, _, rest = name.removeprefix(stem).partition(".")
     if first == "layers":
         layer = rest.partition(".")[0]
-        return layer.isdecimal() and int(layer) < model.identity.num_hidden_layers
+        return layer.isdecimal() and int(layer) < model.identity.num_hidden_layers and ".ngram_embedding." not in rest
     return tied if "embed" in first or first == "wte" else first == "norm" or _is_head(name)
 
 

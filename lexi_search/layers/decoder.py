@@ -6,8 +6,9 @@ axis for them. Several variants of a model go through as more sequences.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -20,10 +21,20 @@ from lexi_search.layers.ffn import apply_ffn, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, normalise
 from lexi_search.layers.mixers.attention import attend as attend_causally
 from lexi_search.layers.mixers.compressed import attend_compressed
+from lexi_search.layers.mixers.ngrams import add_ngrams
 from lexi_search.layers.mixers.recurrent import recur
-from lexi_search.layers.mixers.streams import Shares, find_shares, read, write
-from lexi_search.layers.spec import Attention, Block, CompressedAttention, Mixer, Norm, Residual, Streams
-from lexi_search.layers.weights import Affine, BlockWeights, Connection, EndWeights, GatedNorm, MixerWeights
+from lexi_search.layers.mixers.streams import Shares, read, write
+from lexi_search.layers.spec import Attention, Block, CompressedAttention, Mixer, NGrams, Norm, Residual, Streams
+from lexi_search.layers.weights import (
+    Affine,
+    BlockWeights,
+    Connection,
+    EndWeights,
+    GatedConnection,
+    GatedNorm,
+    MixerWeights,
+    NGramWeights,
+)
 
 Hidden = Float[Array, "sequences length *streams hidden"]
 
@@ -39,6 +50,7 @@ class Decoder(NamedTuple):
     logit_scale: float
     logit_cap: float = math.inf  # logits are cap * tanh(logits / cap)
     max_length: int | None = None  # of sequences, in tokens; a model computes longer ones in another way
+    tables: Mapping[int, Sequence[str]] = MappingProxyType({})  # layer -> parts of its table of n-grams, by their names
 
     @property
     def streams(self) -> Streams | None:
@@ -69,9 +81,19 @@ def embed(
     return jnp.broadcast_to(hidden[:, :, None], (*tokens.shape, decoder.num_streams, hidden.shape[-1]))
 
 
-def attend(block: Block, weights: BlockWeights, hidden: Hidden) -> tuple[Hidden, Float[Array, "tokens hidden"]]:
-    """The hidden states after the token mixer, and the normalised input of the layer's MLP or MoE for every token."""
-    return _attend(weights._replace(moe=None), hidden, block=block)
+def attend(
+    block: Block,
+    weights: BlockWeights,
+    hidden: Hidden,
+    ngrams: Float[Array, "sequences length width"] | None = None,
+) -> tuple[Hidden, Float[Array, "tokens hidden"]]:
+    """The hidden states after the token mixer, and the normalised input of the layer's MLP or MoE for every token.
+
+    `ngrams` are the embeddings of those that end at each position, where the layer adds them.
+    """
+    if ngrams is not None:
+        hidden = _add_ngrams(weights.ngrams, hidden, ngrams, norm=block.norm, ngrams=block.ngrams)
+    return _attend(weights._replace(moe=None, ngrams=None), hidden, block=block)
 
 
 def finish(
@@ -85,7 +107,7 @@ def finish(
 
     The dense MLP or the shared experts, which every token passes, are computed here.
     """
-    return _finish(weights._replace(moe=None), hidden, x, routed, block=block)
+    return _finish(weights._replace(moe=None, ngrams=None), hidden, x, routed, block=block)
 
 
 def read_logits(
@@ -94,6 +116,18 @@ def read_logits(
     """The logits of the next token, float32, from the hidden states after the last layer."""
     traits = {"scale": decoder.logit_scale, "cap": decoder.logit_cap, "streams": decoder.streams}
     return _read_logits(ends._replace(embedding=None), hidden, norm=decoder.norm, **traits)
+
+
+@partial(jax.jit, static_argnames=("norm", "ngrams"))
+def _add_ngrams(
+    weights: NGramWeights,
+    hidden: Hidden,
+    embeddings: Float[Array, "sequences length width"],
+    *,
+    norm: Norm,
+    ngrams: NGrams,
+) -> Hidden:
+    return add_ngrams(hidden, embeddings, weights, norm=norm, ngrams=ngrams)
 
 
 @partial(jax.jit, static_argnames="block")
@@ -118,13 +152,10 @@ def _attend(weights: BlockWeights, hidden: Hidden, *, block: Block) -> tuple[Hid
 
 
 def _open(
-    hidden: Hidden, connection: Connection | None, block: Block
+    hidden: Hidden, connection: Connection | GatedConnection | None, block: Block
 ) -> tuple[Float[Array, "sequences length hidden"], Shares | None]:
     """What a part of a layer reads, and its shares of several residual streams, if there are."""
-    if connection is None:
-        return hidden, None
-    shares = find_shares(hidden, connection, streams=block.streams)
-    return read(hidden, shares), shares
+    return (hidden, None) if connection is None else read(hidden, connection, streams=block.streams)
 
 
 def _mix(
@@ -159,7 +190,8 @@ def _finish(
     output = _normalise(output.astype(hidden.dtype), weights.norms.ffn_output, block)
     output = output.reshape(*hidden.shape[:2], -1)
     if weights.connections is not None:
-        return write(hidden, output, find_shares(hidden, weights.connections[1], streams=block.streams))
+        _, shares = _open(hidden, weights.connections[1], block)
+        return write(hidden, output, shares)
     hidden = _add(hidden, output, block.ffn_residual)
     return hidden if weights.scale is None else hidden * weights.scale.astype(hidden.dtype).reshape(1, 1, 1)
 
@@ -178,8 +210,8 @@ def _read_logits(
         if ends.connection is None:
             hidden = hidden.astype(jnp.float32).mean(axis=-2).astype(hidden.dtype)
         else:
-            hidden = read(hidden, find_shares(hidden, ends.connection, streams=streams))
-    normed = normalise(hidden, ends.norm, norm=norm)
+            hidden, _ = read(hidden, ends.connection, streams=streams)
+    normed = hidden if ends.norm is None else normalise(hidden, ends.norm, norm=norm)
     head = ends.head.weight.astype(normed.dtype)
     logits = jnp.einsum(
         "...h,vh->...v", normed, head, precision=find_precision(normed), preferred_element_type=jnp.float32

@@ -247,10 +247,24 @@ class Streams(NamedTuple):
     iterations: int | None = None
 
 
+class NGrams(NamedTuple):
+    """Hashes of n-grams, n = 2 up to the number of `multipliers`, as many for each n.
+
+    An n-gram's tokens times their multipliers are joined by exclusive or. Each hash is that modulo one of `sizes`, and
+    its rows in the table begin at one of `offsets`. Texts end with the token `end`.
+    """
+
+    multipliers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    end: int
+
+
 class Block(NamedTuple):
     """One decoder layer without its routed experts; equal for most layers of a model.
 
-    `streams` is None where there is one residual stream, which parts of a layer read as it is.
+    `streams` is None where there is one residual stream, which parts of a layer read as it is. `ngrams` are those whose
+    embeddings are added to the streams first, if there are any.
     """
 
     mixer: Mixer | None  # None where a family's layers are either a token mixer, or an MLP or MoE
@@ -261,3 +275,4 @@ class Block(NamedTuple):
     mixer_residual: Residual = Residual()
     ffn_residual: Residual = Residual()
     streams: Streams | None = None
+    ngrams: NGrams | None = None

@@ -45,6 +45,33 @@ class Connection(NamedTuple):
     scale: Any
 
 
+class GatedConnection(NamedTuple):
+    """What a part reads of several residual streams, channel by channel (Qwen4-Exp), and the logits of what it writes.
+
+    It reads the mean of the streams, each normalised with gains of its own, times sigmoid(up silu(down streams / n)).
+    Logits are `written` [streams, streams * hidden] of them, likewise divided; there is none at the model's end.
+    """
+
+    norm: Affine
+    down: Affine
+    up: Affine
+    written: Affine | None
+
+
+class NGramWeights(NamedTuple):
+    """What an embedding of n-grams is mapped by: to keys for all residual streams, and to a value.
+
+    Norms are of each stream, of the keys, the streams, and the gated values before their convolution.
+    """
+
+    key: Affine
+    value: Affine
+    key_norm: Affine
+    query_norm: Affine
+    conv_norm: Affine
+    conv: Affine
+
+
 class ExpertWeights(NamedTuple):
     """One expert or dense MLP, in the checkpoint's own element type: y = down @ (act(gate @ x) * (up @ x)).
 
@@ -269,7 +296,7 @@ class BlockWeights(NamedTuple):
     `ffn` is the dense MLP, or the shared experts of a MoE layer, whose output `ffn_gate` [1, hidden] scales if there
     is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer. `scale` [1] multiplies the
     hidden states after the layer, if there is one. Where there are several residual streams, `connections` are those of
-    the token mixer and of the MLP or MoE.
+    the token mixer and of the MLP or MoE; `ngrams` adds to them first, if there is one.
     """
 
     mixer: MixerWeights | None
@@ -278,17 +305,18 @@ class BlockWeights(NamedTuple):
     ffn_gate: Affine | None
     moe: Any = None
     scale: Any = None
-    connections: tuple[Connection, Connection] | None = None
+    connections: tuple[Connection, Connection] | tuple[GatedConnection, GatedConnection] | None = None
+    ngrams: NGramWeights | None = None
 
 
 class EndWeights(NamedTuple):
     """Embedding [vocabulary, hidden], final norm and LM head [vocabulary, hidden].
 
     The LM head is the embedding where both are one tensor. `connection` is to several residual streams; without one,
-    their mean is taken.
+    their mean is taken. There may be no norm after it.
     """
 
     embedding: Any
-    norm: Affine
+    norm: Affine | None
     head: Affine
-    connection: Connection | None = None
+    connection: Connection | GatedConnection | None = None

@@ -19,6 +19,7 @@ from lexi_search.models.families.decoder import (
     count_heads_of_all,
     count_heads_of_windows,
     depth_scale,
+    find_block_reach,
     find_chunk,
     find_decay_bound,
     find_growth,
@@ -147,6 +148,25 @@ GLM5_NEXT = Family(
 QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
 
 
+QWEN4_EXP = QWEN3_NEXT._replace(
+    model_type="qwen4_exp",
+    norms=Norms(),
+    final_norm=None,
+    gated=True,
+    # Of the table, as vLLM leaves them out.
+    left_out=("self_attn.indexer.", "ple.ple_embedding.hashstats_", "ple.ple_embedding.token_lookup"),
+    max_length=find_block_reach,
+    streams=HyperConnections(
+        mixer="attn_hyper_connection.",
+        ffn="mlp_hyper_connection.",
+        last="hyper_connection_mixer.",
+        count="hc_count",
+        eps=0.0,
+        gated=True,
+    ),
+)
+
+
 _FAMILIES = (
     Family("olmoe", clip=Key("clip_qkv", math.inf)),
     Family("flex_olmo", norms=POST_NORMS),
@@ -227,6 +247,7 @@ _FAMILIES = (
     QWEN3_NEXT,
     QWEN3_NEXT._replace(model_type="qwen3_5_moe"),
     QWEN3_NEXT._replace(model_type="qwen3_5_moe_text"),
+    QWEN4_EXP,
     PLAIN._replace(
         model_type="lfm2_moe",
         norms=Norms(attention_input="operator_norm", ffn_input="ffn_norm"),

@@ -23,6 +23,7 @@ from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.families.config import name_sizes_left_out, read_config
 from lexi_search.models.families.decoder import Family
 from lexi_search.models.finder import Finder, Stored
+from lexi_search.models.mixers.ngrams import describe_ngrams
 from lexi_search.models.mixers.recurrent import describe_mixer
 from lexi_search.models.mixers.source import REMEDY, Source, resolve
 from lexi_search.models.mixers.streams import describe_streams, find_connections, find_last_connection
@@ -93,17 +94,17 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         num_layers=identity.num_hidden_layers,
         streams=describe_streams(config, family, norm),
     )
-    blocks, tensors = [], []
+    blocks, tensors, tables = [], [], {}
     for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
         moe = layer in model.tensors
         source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."), layer=layer, dense=not moe)
         with name_sizes_left_out(checkpoint):
             mixer, weights = describe_mixer(source, kind) if _has_mixer(source, moe=moe) else (None, None)
-        scale = resolve(config, family.shared_scale) if moe else 1.0
-        residuals = _list_residuals(config, family, mixer)
-        activation = _find_activation(model, config, family, layer)
-        blocks.append(Block(mixer, norm, activation, family.parallel, scale, *residuals, whole.streams))
-        tensors.append(_find_block(source, weights, moe=moe))
+        ngrams = describe_ngrams(source, checkpoint)
+        if ngrams is not None:
+            tables[layer] = ngrams.table
+        blocks.append(_describe_block(source, model, mixer)._replace(ngrams=ngrams and ngrams.hashes))
+        tensors.append(_find_block(source, weights, moe=moe)._replace(ngrams=ngrams and ngrams.weights))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
     parts = (part for block in blocks for part in (block.mixer, getattr(block.mixer, "rope", None)))
     limits = {getattr(part, "max_length", None) for part in parts} | {resolve(config, family.max_length)}
@@ -116,7 +117,16 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         logit_scale=resolve(config, family.logit_scale),
         logit_cap=resolve(config, family.logit_cap),
         max_length=min((limit for limit in limits if limit), default=None),
+        tables=tables,
     )
+
+
+def _describe_block(source: Source, model: Model, mixer: Mixer | None) -> Block:
+    config, family = source.config, source.family
+    scale = 1.0 if source.dense else resolve(config, family.shared_scale)
+    activation = _find_activation(model, config, family, source.layer)
+    residuals = _list_residuals(config, family, mixer)
+    return Block(mixer, source.norm, activation, family.parallel, scale, *residuals, source.streams)
 
 
 def _list_residuals(config: Config, family: Family, mixer: Mixer | None) -> Iterator[Residual]:
@@ -223,7 +233,8 @@ def _find_ends(source: Source, checkpoint: Checkpoint, stem: str) -> EndWeights:
     """
     finder, config, family, hidden_size = source.finder, source.config, source.family, source.hidden_size
     embedding = finder.need([stem + family.embedding], (None, hidden_size))
-    shape, norm = finder.get_shape(embedding.weight), finder.need([stem + family.final_norm], (hidden_size,))
+    shape = finder.get_shape(embedding.weight)
+    norm = None if family.final_norm is None else finder.need([stem + family.final_norm], (hidden_size,))
     heads = [f"{parent}{family.head}" for parent in _list_parents(stem)]
     # Of the language model's config, and of the whole config around it, which may differ.
     tied = [values.get("tie_word_embeddings", False) for values in (config.values, checkpoint.config)]

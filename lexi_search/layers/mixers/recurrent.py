@@ -161,13 +161,17 @@ def _find_dtype(x: Array) -> DTypeLike:
 
 
 def convolve(
-    x: Float[Array, "sequences length channels"], weights: Affine
+    x: Float[Array, "sequences length channels"], weights: Affine, *, dilation: int = 1
 ) -> Float[Array, "sequences length channels"]:
-    """The causal convolution of each channel with its own kernel; weights are [channels, 1, width]."""
+    """The causal convolution of each channel with its own kernel, of positions `dilation` apart.
+
+    Weights are [channels, 1, width].
+    """
     kernel = weights.weight.astype(jnp.float32)[:, 0]
     width, length = kernel.shape[1], x.shape[1]
-    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (width - 1, 0), (0, 0)))
-    result = sum(padded[:, i : i + length] * kernel[:, i][None, None] for i in range(width))
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (dilation * (width - 1), 0), (0, 0)))
+    starts = [dilation * i for i in range(width)]
+    result = sum(padded[:, starts[i] : starts[i] + length] * kernel[:, i][None, None] for i in range(width))
     return result if weights.bias is None else result + weights.bias.astype(jnp.float32)[None, None]
 
 

@@ -11,24 +11,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lexi_search.layers.mixers.attention import align, apply_affine, normalise
-from lexi_search.layers.spec import Streams
-from lexi_search.layers.weights import Affine, Connection
+from lexi_search.layers.spec import Norm, Streams
+from lexi_search.layers.weights import Affine, Connection, GatedConnection
 
 
 class Shares(NamedTuple):
-    """How much of each stream a part reads; how much of its output each gets; how much each other keeps of a stream.
+    """How much of a part's output each stream gets, and how much each other keeps of a stream, [from, to].
 
-    `kept` is [from, to]; None where each stream keeps all of itself, and nothing of others. `written` is empty at the
-    end of the model.
+    `kept` is None where each stream keeps all of itself, and nothing of others. `written` is empty at the model's end.
     """
 
-    read: Float[Array, "*tokens streams"]
     written: Float[Array, "*tokens streams"]
     kept: Float[Array, "*tokens streams streams"] | None
 
 
-def find_shares(hidden: Float[Array, "*tokens streams hidden"], weights: Connection, *, streams: Streams) -> Shares:
-    """The shares of a part of a layer, or at the end of the model."""
+def read(
+    hidden: Float[Array, "*tokens streams hidden"], weights: Connection | GatedConnection, *, streams: Streams
+) -> tuple[Float[Array, "*tokens hidden"], Shares]:
+    """What a part of a layer, or the model's end, reads, in the streams' type, and the shares of what it writes."""
+    if isinstance(weights, GatedConnection):
+        return _read_gated(hidden, weights, streams)
     count = streams.count
     flat = normalise(hidden.reshape(*hidden.shape[:-2], -1).astype(jnp.float32), None, norm=streams.norm)
     logits = apply_affine(flat, Affine(weights.weight.astype(jnp.float32)))
@@ -36,12 +38,35 @@ def find_shares(hidden: Float[Array, "*tokens streams hidden"], weights: Connect
     sizes = (count, count, count * count)[: len(scale)]
     scale = jnp.concatenate([jnp.broadcast_to(scale[i : i + 1], (size,)) for i, size in enumerate(sizes)])
     logits = logits * align(scale, logits) + align(base, logits)
-    read = jax.nn.sigmoid(logits[..., :count]) + jnp.float32(streams.eps)
+    shares = jax.nn.sigmoid(logits[..., :count]) + jnp.float32(streams.eps)
+    x = (hidden.astype(jnp.float32) * shares[..., None]).sum(axis=-2).astype(hidden.dtype)
     written = jnp.float32(streams.gain) * jax.nn.sigmoid(logits[..., count : 2 * count])
     if len(sizes) < 3:
-        return Shares(read, written + jnp.float32(streams.eps), None)
+        return x, Shares(written + jnp.float32(streams.eps), None)
     kept = jax.nn.softmax(logits[..., 2 * count :].reshape(*logits.shape[:-1], count, count), axis=-1)
-    return Shares(read, written, _balance(kept + jnp.float32(streams.eps), streams))
+    return x, Shares(written, _balance(kept + jnp.float32(streams.eps), streams))
+
+
+def _read_gated(
+    hidden: Float[Array, "*tokens streams hidden"], weights: GatedConnection, streams: Streams
+) -> tuple[Float[Array, "*tokens hidden"], Shares]:
+    normed = normalise_each(hidden, weights.norm, norm=streams.norm)
+    flat, count = normed.reshape(*hidden.shape[:-2], -1), jnp.asarray(streams.count, hidden.dtype)
+    gates = apply_affine(jax.nn.silu(apply_affine(flat, weights.down) / count), weights.up).reshape(hidden.shape)
+    x = (normed.astype(jnp.float32) * jax.nn.sigmoid(gates.astype(jnp.float32))).mean(axis=-2).astype(hidden.dtype)
+    if weights.written is None:
+        return x, Shares(jnp.zeros((*hidden.shape[:-2], 0), jnp.float32), None)
+    logits = (apply_affine(flat, weights.written) / count).astype(jnp.float32)
+    return x, Shares(jnp.float32(streams.gain) * jax.nn.sigmoid(logits), None)
+
+
+def normalise_each(
+    hidden: Float[Array, "*tokens streams hidden"], weights: Affine, *, norm: Norm
+) -> Float[Array, "*tokens streams hidden"]:
+    """The norm of each stream, with gains of its own, in the streams' type."""
+    wide = normalise(hidden.astype(jnp.float32), None, norm=norm)
+    gains = weights.weight.astype(jnp.float32) + jnp.float32(norm.offset)
+    return (wide * gains.reshape((1,) * (hidden.ndim - 2) + hidden.shape[-2:])).astype(hidden.dtype)
 
 
 def _balance(
@@ -53,11 +78,6 @@ def _balance(
         return values / (values.sum(axis=axis, keepdims=True) + jnp.float32(streams.eps))
 
     return jax.lax.fori_loop(1, streams.iterations, lambda _, values: scale(scale(values, -1), -2), scale(shares, -2))
-
-
-def read(hidden: Float[Array, "*tokens streams hidden"], shares: Shares) -> Float[Array, "*tokens hidden"]:
-    """What a part of a layer reads, in the streams' type."""
-    return (hidden.astype(jnp.float32) * shares.read[..., None]).sum(axis=-2).astype(hidden.dtype)
 
 
 def write(

@@ -97,7 +97,10 @@ def keys_are_values(config: Config, kind: str) -> bool:
 
 
 class HyperConnections(NamedTuple):
-    """The residual streams of a family. Names are of tensors, but for their ends: `fn`, `base` and `scale`."""
+    """The residual streams of a family. Names are of tensors, but for their ends: `fn`, `base` and `scale`.
+
+    If `gated`, they are of modules, with the tensors of a `GatedConnection`.
+    """
 
     mixer: str  # below `layers.N.`
     ffn: str  # likewise, of the MLP or MoE
@@ -106,6 +109,7 @@ class HyperConnections(NamedTuple):
     eps: Any = Key("hc_eps", 1e-6)
     gain: Any = 2.0
     iterations: Any = None  # where streams are mixed
+    gated: bool = False
 
 
 class Family(NamedTuple):
@@ -115,7 +119,7 @@ class Family(NamedTuple):
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
     attention: str = "self_attn."  # likewise
     embedding: str = "embed_tokens"  # modules beside `layers`
-    final_norm: str = "norm"
+    final_norm: str | None = "norm"
     head: str = "lm_head"
     eps: Any = Key("rms_norm_eps", 1e-6)
     centred: Any = False  # norms that subtract the mean
@@ -228,6 +232,14 @@ def find_growth(config: Config) -> tuple[float, float] | None:
 def find_chunk(config: Config) -> int | None:
     named = config.values.get("attention_chunk_size") is not None
     return config.read_count("attention_chunk_size") if named else None
+
+
+def find_block_reach(config: Config) -> int | None:
+    """The tokens up to which Qwen4-Exp's choice of blocks of keys leaves none out."""
+    if config.values.get("indexer_budget") is None:  # of a model whose layers are all linear
+        return None
+    block = config.read_count("indexer_compress_ratio")
+    return config.read_count("indexer_budget") // block * block + block - 1
 
 
 def find_pooled_reach(config: Config) -> int:

@@ -109,7 +109,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen2_moe": list_defaults(k=4, heads=16, kv_heads=16, sliding_window=4096, max_position_embeddings=32768),
         "qwen3_moe": list_defaults(k=8, heads=32, kv_heads=4, sliding_window=4096, max_position_embeddings=32768),
         "qwen3_next": QWEN3_NEXT,
-        "qwen4_exp": list_defaults(k=10),
+        "qwen4_exp": list_defaults(k=10, heads=16, kv_heads=2, hc_count=4, max_position_embeddings=32768) | LINEAR,
         "qwen3_5_moe": QWEN3_NEXT | {"num_experts_per_tok": 8},
         "qwen3_5_moe_text": QWEN3_NEXT | {"num_experts_per_tok": 8},
         "qwen3_vl_moe": list_defaults(

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int, Shaped
 
 from lexi_search.checkpoint.dequantise import Parts, Plain
-from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.checkpoint.reader import Checkpoint, read_rows
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.experts import limit_layer, project_layer, scale_layer
+from lexi_search.layers.mixers.ngrams import find_rows
 from lexi_search.layers.weights import BlockWeights, ExpertWeights, LayerWeights, Scales
 from lexi_search.models.finder import Stored
 from lexi_search.models.loading.pieces import (
@@ -171,6 +172,29 @@ def read_layer(reader: Reader, model: Model, needed: NeededExperts | None, layer
     first = range(len(experts)) if needed is None else sorted(needed(layer, weights.router, bias))
     experts.load(first, apply=reader.pool.map)
     return weights
+
+
+def read_ngrams(
+    checkpoint: Checkpoint, decoder: Decoder, layer: int, tokens: Int[np.ndarray, "sequences length"]
+) -> Shaped[np.ndarray, "sequences length width"] | None:
+    """The embeddings of the n-grams that end at each position, of a layer that adds them; None for another.
+
+    Tables may be larger than memory: only the rows of these n-grams are read.
+    """
+    if layer not in decoder.tables:
+        return None
+    names = decoder.tables[layer]
+    ends = np.cumsum([checkpoint.entries[name].shape[0] for name in names])
+    wanted, places = np.unique(find_rows(tokens, decoder.blocks[layer].ngrams), return_inverse=True)
+    parts = np.searchsorted(ends, wanted, side="right")
+    starts = np.concatenate([[0], ends])
+    rows = [
+        read_rows(checkpoint, names[part], (wanted[parts == part] - starts[part]).tolist()) for part in np.unique(parts)
+    ]
+    found = np.concatenate(rows)
+    if not np.isfinite(found.astype(np.float32)).all():
+        raise InputError(f"{checkpoint.entries[names[0]].file}: the table {names[0]} holds NaN or Inf; is it damaged?")
+    return found[places.reshape(-1)].reshape(*tokens.shape, -1)
 
 
 def read_block(reader: Reader, model: Model, decoder: Decoder, layer: int) -> BlockWeights:

@@ -33,6 +33,8 @@ def resolve(config: Config, value: Any) -> Any:
         return config.resolve(value)
     try:
         found = value(config)
+        if found is None:
+            return None
     except ArithmeticError:
         found = math.inf
     if not abs(found) <= LARGEST_FLOAT:

@@ -25,11 +25,12 @@ from lexi_search.layers.spec import GroupedAttention, Norm
 from lexi_search.layers.weights import Affine, GroupedWeights
 from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.decoder_stack import count_tokens, describe_decoder
-from lexi_search.models.loading.reader import read_tensors
+from lexi_search.models.loading.reader import read_ngrams, read_tensors
 from lexi_search.models.loading.residence import Residence
 from lexi_search.models.model import describe
 
 LENGTH = 24
+END = 217  # a token of `draw_tokens`
 # What makes the tiny models use more of what their family has.
 GROUPED = dict(num_attention_heads=4, num_key_value_heads=2)
 SETTINGS = {
@@ -168,6 +169,11 @@ SETTINGS |= {
     "qwen3_next": DELTA | dict(mlp_only_layers=[1]),
     "qwen3_5_moe": DELTA | dict(attention_bias=True),
     "qwen3_5_moe_text": DELTA,
+    "qwen4_exp": DELTA
+    | dict(layer_types=["linear_attention", "indexed_attention", "linear_attention"], hc_count=3, hc_lowrank=8)
+    | dict(ple_layer_ids=[1, 3], ple_embed_dim=32, heads_per_ngram=2, ple_conv_kernel_size=3, split_ngram_parts=3)
+    | dict(ngram_vocab_size_base=50, make_ngram_vocab_size_divisible_by=3, eos_token_id=END, output_gate_type="sigmoid")
+    | dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=32, indexer_budget=20, indexer_compress_ratio=5),
 }
 HYBRID = GROUPED | dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
 SETTINGS |= {
@@ -251,7 +257,8 @@ def run(folder, tokens, *, top_k=None, dtype="float32"):
     hidden, states = embed(decoder, ends, jnp.asarray(tokens), dtype=dtype), []
     for layer, weights in Residence(checkpoint, model, decoder).stream(range(len(decoder.blocks))):
         block, routed = decoder.blocks[layer], None
-        hidden, x = attend(block, weights, hidden)
+        ngrams = read_ngrams(checkpoint, decoder, layer, tokens)
+        hidden, x = attend(block, weights, hidden, None if ngrams is None else jnp.asarray(ngrams))
         if weights.moe:
             traits = {"routing": model.routing}
             if weights.moe.choices is None:
@@ -273,6 +280,7 @@ def draw_tokens():
 def assert_same(ours, theirs, tolerance=1e-4):
     (states, logits), (expected, expected_logits) = ours, theirs
     for a, b in zip([*states, logits], [*expected, expected_logits], strict=True):
+        b = b.reshape(*b.shape[:2], *a.shape[2:])  # residual streams may lie side by side
         assert a.shape == b.shape and np.linalg.norm(a - b) < tolerance * np.linalg.norm(b)
 
 
@@ -281,6 +289,40 @@ def test_every_layer_equals_transformers(name, tmp_path):
     model, tokens = build(name), draw_tokens()
     tiny.save_checkpoint(name, model, tmp_path)
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
+def test_ngrams_of_short_texts_equal_transformers(tmp_path):
+    """Of one token and more, one after the other, also at both ends."""
+    model = build("qwen4_exp")
+    tokens = np.random.default_rng(1).choice([END, 3, 4, 5], (4, LENGTH))
+    tokens[0, [0, 1, -1]] = tokens[1, -3:] = END
+    tiny.save_checkpoint("qwen4_exp", model, tmp_path)
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
+TABLE = "model.language_model.layers.2.ple.ple_embedding."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ngram_embedding.shard_2.weight": None}, "2 parts of .*ngram_embedding have .* rows, and its hashes need"),
+        ({"ngram_embedding.shard_0.weight": None}, "ngram_embedding.shard_0.weight is missing"),
+        ({"ngram_embedding.shard_1.weight": torch.full((104, 8), torch.nan)}, "shard_0.weight holds NaN or Inf"),
+        ({"layer_multipliers": None}, "layer_multipliers is missing; use lexi-search profile --input paper"),
+        ({"layer_multipliers": torch.ones(3)}, r"layer_multipliers is float32 of shape \[3\], expected a short list"),
+        ({"ngram_heads_vocab_sizes": torch.ones(3, dtype=torch.int64)}, "3 multipliers and 3 hashes of n-grams do not"),
+        ({"ngram_heads_offsets": torch.ones(3, dtype=torch.int64)}, "sizes and offsets of n-grams do not fit"),
+        ({"ngram_heads_vocab_sizes": torch.zeros(4, dtype=torch.int64)}, "sizes and offsets of n-grams do not fit"),
+    ],
+)
+def test_refuses_tables_of_ngrams(changes, message, tmp_path):
+    tiny.save_checkpoint("qwen4_exp", build("qwen4_exp"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {TABLE + name: value for name, value in changes.items()}
+    save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message) as caught:
+        run(tmp_path, draw_tokens())
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_experts_in_a_latent_space_equal_transformers(tmp_path):
@@ -528,6 +570,13 @@ def test_refuses(config, tensors, message, tmp_path):
         ("llama4_text", {"floor_scale": 0}, {}, "floor_scale is 0.0, expected a number above 0"),
         ("llama4_text", {"no_rope_layers": 4}, {}, "no_rope_layers is 4, expected a list"),
         ("glm5_next", {"text_config": {"index_kpool_always_select_tail": False}}, {}, "select_tail False is not known"),
+        ("qwen4_exp", {"text_config": {"eos_token_id": None}}, {}, "eos_token_id is None, expected a token"),
+        (
+            "qwen4_exp",
+            {"text_config": {"hc_count": 2}},
+            {},
+            r"ple.key_proj.weight has shape \[192, 32\], expected",
+        ),
         ("glm5_next", {"text_config": {"linear_lower_bound": 1}}, {}, "linear_lower_bound is 1.0, expected at most 0"),
         ("deepseek_v4", {"head_dim": 16}, {}, r"attn.wkv.weight has shape \[32, 64\], expected \[16, 64\]"),
         ("deepseek_v4", {"hc_mult": 3}, {}, r"hc_attn_fn has shape \[24, 256\], expected \[15, 192\]"),
@@ -557,6 +606,7 @@ def refuse(name, config, tensors, message, tmp_path):
         ("minimax_m3_vl", {"index_block_size": 7, "index_topk_blocks": 3}, 21),
         ("hy_v4", {"index_topk": LENGTH - 1}, LENGTH - 1),
         ("glm5_next", {"index_topk": 16, "index_kpool": 4}, 19),
+        ("qwen4_exp", {"indexer_budget": 18, "indexer_compress_ratio": 3}, 20),
         ("deepseek_v4", {"index_topk": LENGTH // 3 - 1}, LENGTH - 1),
     ],
 )
