@@ -28,10 +28,6 @@ TESTED = frozenset(
 # Why the default input does not run them.
 PAPER_ONLY = {
     "bailing_hybrid": "transformers has no class of it that could judge what is computed here",
-    "deepseek_v4": "its layers mix four residual streams, and its attention reads compressed keys",
-    "glm5_next": "its layers mix several residual streams, and its indexer pools keys",
-    "hy_v4": "its layers mix several residual streams",
-    "qwen4_exp": "its layers mix several residual streams, and add embeddings of n-grams",
 }
 # Why the tests do not, where it was tried: they have the engine's build for CPUs.
 UNSERVED = {

@@ -44,11 +44,11 @@ HOUSE = {
 }
 # Modules of a room that is a folder, in the same order; the commands of a package do not import one another.
 FOLDERS = {
-    "lexi_search/layers/mixers": "attention scans recurrent",
-    "lexi_search/models/families": "defaults config refused moe kinds decoder",
+    "lexi_search/layers/mixers": "attention compressed streams scans recurrent ngrams",
+    "lexi_search/models/families": "default_parts defaults config refused moe kinds decoder",
     "lexi_search/models/loading": "pieces reader streaming residence",
     "lexi_search/profiling/forward": "variants layer passes losses sampling text",
-    "lexi_search/models/mixers": "rope source attention recurrent",
+    "lexi_search/models/mixers": "rope source streams ngrams attention compressed recurrent",
     "lexi_search/layers/kernels": "blocks hopper grouped",
     "lexi_search/profiling/paper": "moments gaussian",
     "lexi_adapter/serving/kernels": "gates correction triton_launch triton_gates triton_correction",

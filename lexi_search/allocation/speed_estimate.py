@@ -125,7 +125,8 @@ def measure_size(checkpoint: Checkpoint, model: Model) -> ModelSize:
     stored, entries = checkpoint.tensors, checkpoint.entries
     stem = model.identity.router.partition("layers.{}")[0]
     experts, routed = {}, set[str]()
-    for layer, tensors in model.tensors.items():
+    for layer in model.layers:
+        tensors = model.tensors[layer]
         names = tensors.experts.fused or tuple(name for each in tensors.experts.separate for name in each)
         parts = {part for name in names for part in stored[name].parts.values()}
         numbers = sum(math.prod(stored[name].shape) for name in names)
@@ -158,7 +159,7 @@ def _is_read(name: str, stem: str, model: Model, *, tied: bool) -> bool:
     first, _, rest = name.removeprefix(stem).partition(".")
     if first == "layers":
         layer = rest.partition(".")[0]
-        return layer.isdecimal() and int(layer) < model.identity.num_hidden_layers
+        return layer.isdecimal() and int(layer) < model.identity.num_hidden_layers and ".ngram_embedding." not in rest
     return tied if "embed" in first or first == "wte" else first == "norm" or _is_head(name)
 
 

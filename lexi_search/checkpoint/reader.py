@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,6 +122,20 @@ class Checkpoint(Mapping[str, np.ndarray]):
         except OSError as error:
             raise InputError(f"{entry.file}: cannot be read ({error.strerror})") from error
         return raw if entry.dtype in PACKED_BITS else raw.view(entry.dtype).reshape(entry.shape)
+
+
+def read_rows(checkpoint: Checkpoint, name: str, rows: Sequence[int]) -> np.ndarray:
+    """Those indices of a stored tensor's first axis, which alone are read."""
+    entry, size = checkpoint.entries[name], checkpoint.measure(name, row=0)
+    raw = np.empty((len(rows), size), np.uint8)
+    try:
+        with open(entry.file, "rb", buffering=0) as file:
+            for own, row in zip(raw, rows, strict=True):
+                if os.preadv(file.fileno(), [own], entry.start + row * size) < size:
+                    raise InputError(f"{entry.file}: the file ends inside tensor {name}; download it again")
+    except OSError as error:
+        raise InputError(f"{entry.file}: cannot be read ({error.strerror})") from error
+    return raw.view(entry.dtype).reshape(len(rows), *entry.shape[1:])
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:

@@ -1,13 +1,14 @@
 """The forward pass of a decoder without its experts: embedding, token mixers, residual stream, logits.
 
 A layer is `attend`, then the experts on the input that it returns, which the caller computes (`moe` has every k from
-one pass), then `finish`. Hidden states keep their element type. Several variants of a model go through as more
-sequences.
+one pass), then `finish`. Hidden states keep their element type; those of a model of several residual streams have an
+axis for them. Several variants of a model go through as more sequences.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -19,9 +20,23 @@ from lexi_search.errors import InputError
 from lexi_search.layers.ffn import apply_ffn, find_precision
 from lexi_search.layers.mixers.attention import apply_affine, normalise
 from lexi_search.layers.mixers.attention import attend as attend_causally
+from lexi_search.layers.mixers.compressed import attend_compressed
+from lexi_search.layers.mixers.ngrams import add_ngrams
 from lexi_search.layers.mixers.recurrent import recur
-from lexi_search.layers.spec import Attention, Block, Mixer, Norm, Residual
-from lexi_search.layers.weights import Affine, BlockWeights, EndWeights, GatedNorm, MixerWeights
+from lexi_search.layers.mixers.streams import Shares, read, write
+from lexi_search.layers.spec import Attention, Block, CompressedAttention, Mixer, NGrams, Norm, Residual, Streams
+from lexi_search.layers.weights import (
+    Affine,
+    BlockWeights,
+    Connection,
+    EndWeights,
+    GatedConnection,
+    GatedNorm,
+    MixerWeights,
+    NGramWeights,
+)
+
+Hidden = Float[Array, "sequences length *streams hidden"]
 
 
 class Decoder(NamedTuple):
@@ -35,11 +50,21 @@ class Decoder(NamedTuple):
     logit_scale: float
     logit_cap: float = math.inf  # logits are cap * tanh(logits / cap)
     max_length: int | None = None  # of sequences, in tokens; a model computes longer ones in another way
+    tables: Mapping[int, Sequence[str]] = MappingProxyType({})  # layer -> parts of its table of n-grams, by their names
+
+    @property
+    def streams(self) -> Streams | None:
+        """The residual streams; None for a plain one."""
+        return self.blocks[0].streams
+
+    @property
+    def num_streams(self) -> int:
+        return self.streams.count if self.streams else 1
 
 
 def embed(
     decoder: Decoder, ends: EndWeights, tokens: Int[Array | np.ndarray, "sequences length"], *, dtype: str
-) -> Float[Array, "sequences length hidden"]:
+) -> Hidden:
     """The hidden states before the first layer, in `dtype`.
 
     Raises:
@@ -50,53 +75,87 @@ def embed(
         raise InputError(
             f"sequences of {length} tokens are longer than {decoder.max_length}, up to which this is exact"
         )
-    return ends.embedding[tokens].astype(dtype) * jnp.asarray(decoder.embedding_scale, dtype)
+    hidden = ends.embedding[tokens].astype(dtype) * jnp.asarray(decoder.embedding_scale, dtype)
+    if decoder.streams is None:
+        return hidden
+    return jnp.broadcast_to(hidden[:, :, None], (*tokens.shape, decoder.num_streams, hidden.shape[-1]))
 
 
 def attend(
-    block: Block, weights: BlockWeights, hidden: Float[Array, "sequences length hidden"]
-) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
-    """The hidden states after the token mixer, and the normalised input of the layer's MLP or MoE for every token."""
-    return _attend(weights._replace(moe=None), hidden, block=block)
+    block: Block,
+    weights: BlockWeights,
+    hidden: Hidden,
+    ngrams: Float[Array, "sequences length width"] | None = None,
+) -> tuple[Hidden, Float[Array, "tokens hidden"]]:
+    """The hidden states after the token mixer, and the normalised input of the layer's MLP or MoE for every token.
+
+    `ngrams` are the embeddings of those that end at each position, where the layer adds them.
+    """
+    if ngrams is not None:
+        hidden = _add_ngrams(weights.ngrams, hidden, ngrams, norm=block.norm, ngrams=block.ngrams)
+    return _attend(weights._replace(moe=None, ngrams=None), hidden, block=block)
 
 
 def finish(
     block: Block,
     weights: BlockWeights,
-    hidden: Float[Array, "sequences length hidden"],
+    hidden: Hidden,
     x: Float[Array, "tokens hidden"],
     routed: Float[Array, "tokens hidden"] | None,
-) -> Float[Array, "sequences length hidden"]:
+) -> Hidden:
     """The hidden states after the layer, from the results of `attend` and the output of the routed experts, if any.
 
     The dense MLP or the shared experts, which every token passes, are computed here.
     """
-    return _finish(weights._replace(moe=None), hidden, x, routed, block=block)
+    return _finish(weights._replace(moe=None, ngrams=None), hidden, x, routed, block=block)
 
 
 def read_logits(
-    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "*rows hidden"]
+    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "*rows_and_streams hidden"]
 ) -> Float[Array, "*rows vocabulary"]:
     """The logits of the next token, float32, from the hidden states after the last layer."""
-    traits = {"norm": decoder.norm, "scale": decoder.logit_scale, "cap": decoder.logit_cap}
-    return _read_logits(ends._replace(embedding=None), hidden, **traits)
+    traits = {"scale": decoder.logit_scale, "cap": decoder.logit_cap, "streams": decoder.streams}
+    return _read_logits(ends._replace(embedding=None), hidden, norm=decoder.norm, **traits)
+
+
+@partial(jax.jit, static_argnames=("norm", "ngrams"))
+def _add_ngrams(
+    weights: NGramWeights,
+    hidden: Hidden,
+    embeddings: Float[Array, "sequences length width"],
+    *,
+    norm: Norm,
+    ngrams: NGrams,
+) -> Hidden:
+    return add_ngrams(hidden, embeddings, weights, norm=norm, ngrams=ngrams)
 
 
 @partial(jax.jit, static_argnames="block")
-def _attend(
-    weights: BlockWeights, hidden: Float[Array, "sequences length hidden"], *, block: Block
-) -> tuple[Float[Array, "sequences length hidden"], Float[Array, "tokens hidden"]]:
+def _attend(weights: BlockWeights, hidden: Hidden, *, block: Block) -> tuple[Hidden, Float[Array, "tokens hidden"]]:
+    of_mixer, of_ffn = weights.connections or (None, None)
     if block.mixer is not None:
-        normed = _normalise(hidden, weights.norms.attention_input, block)
+        own, shares = _open(hidden, of_mixer, block)
+        normed = _normalise(own, weights.norms.attention_input, block)
         output = _mix(normed, weights.mixer, block.mixer)
         output = _normalise(output, weights.norms.attention_output, block)
-        hidden = _add(normed if block.mixer_residual.normed else hidden, output, block.mixer_residual)
-    x = _normalise(hidden, weights.norms.ffn_input, block)
+        if shares is not None:
+            hidden = write(hidden, output, shares)
+        else:
+            hidden = _add(normed if block.mixer_residual.normed else hidden, output, block.mixer_residual)
+    own, _ = _open(hidden, of_ffn, block)
+    x = _normalise(own, weights.norms.ffn_input, block)
     if weights.norms.dense_input is not None:
-        x = normalise(hidden, None, norm=block.norm)
+        x = normalise(own, None, norm=block.norm)
     if block.parallel:
         x = normed
     return x if block.ffn_residual.normed else hidden, x.reshape(-1, x.shape[-1])
+
+
+def _open(
+    hidden: Hidden, connection: Connection | GatedConnection | None, block: Block
+) -> tuple[Float[Array, "sequences length hidden"], Shares | None]:
+    """What a part of a layer reads, and its shares of several residual streams, if there are."""
+    return (hidden, None) if connection is None else read(hidden, connection, streams=block.streams)
 
 
 def _mix(
@@ -105,18 +164,20 @@ def _mix(
     """The token mixer's output for every position."""
     if isinstance(mixer, Attention):
         return attend_causally(x, weights, attention=mixer)
+    if isinstance(mixer, CompressedAttention):
+        return attend_compressed(x, weights, attention=mixer)
     return recur(x, weights, mixer=mixer)
 
 
 @partial(jax.jit, static_argnames="block")
 def _finish(
     weights: BlockWeights,
-    hidden: Float[Array, "sequences length hidden"],
+    hidden: Hidden,
     x: Float[Array, "tokens hidden"],
     routed: Float[Array, "tokens hidden"] | None,
     *,
     block: Block,
-) -> Float[Array, "sequences length hidden"]:
+) -> Hidden:
     output = jnp.zeros(x.shape, jnp.float32) if routed is None else routed.astype(jnp.float32)
     output = _normalise(output, weights.norms.routed_output, block)
     if weights.ffn is not None:
@@ -127,15 +188,30 @@ def _finish(
             common = common * jax.nn.sigmoid(apply_affine(x, weights.ffn_gate))
         output = output + common.astype(jnp.float32) * jnp.float32(block.ffn_scale)
     output = _normalise(output.astype(hidden.dtype), weights.norms.ffn_output, block)
-    hidden = _add(hidden, output.reshape(hidden.shape), block.ffn_residual)
+    output = output.reshape(*hidden.shape[:2], -1)
+    if weights.connections is not None:
+        _, shares = _open(hidden, weights.connections[1], block)
+        return write(hidden, output, shares)
+    hidden = _add(hidden, output, block.ffn_residual)
     return hidden if weights.scale is None else hidden * weights.scale.astype(hidden.dtype).reshape(1, 1, 1)
 
 
-@partial(jax.jit, static_argnames=("norm", "scale", "cap"))
+@partial(jax.jit, static_argnames=("norm", "scale", "cap", "streams"))
 def _read_logits(
-    ends: EndWeights, hidden: Float[Array, "*rows hidden"], *, norm: Norm, scale: float, cap: float
+    ends: EndWeights,
+    hidden: Float[Array, "*rows_and_streams hidden"],
+    *,
+    norm: Norm,
+    scale: float,
+    cap: float,
+    streams: Streams | None,
 ) -> Float[Array, "*rows vocabulary"]:
-    normed = normalise(hidden, ends.norm, norm=norm)
+    if streams is not None:
+        if ends.connection is None:
+            hidden = hidden.astype(jnp.float32).mean(axis=-2).astype(hidden.dtype)
+        else:
+            hidden, _ = read(hidden, ends.connection, streams=streams)
+    normed = hidden if ends.norm is None else normalise(hidden, ends.norm, norm=norm)
     head = ends.head.weight.astype(normed.dtype)
     logits = jnp.einsum(
         "...h,vh->...v", normed, head, precision=find_precision(normed), preferred_element_type=jnp.float32

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lexi_search.layers.spec import Routing
@@ -51,6 +52,21 @@ def route(
         keys = _keep_best_groups(keys, routing)
     _, experts = jax.lax.top_k(keys, top_k)
     return Choice(experts, jnp.take_along_axis(scores, experts, axis=-1), logits)
+
+
+@partial(jax.jit, static_argnames="routing")
+def look_up(
+    x: Float[Array, "tokens hidden"],
+    router: Float[Array, "experts hidden"],
+    choices: Int[Array, "vocabulary K"],
+    tokens: Int[Array | np.ndarray, " tokens"],
+    *,
+    routing: Routing,
+) -> Choice:
+    """The experts of every token by `choices`, with the scores that the router gives them; in no order."""
+    logits = _multiply_exactly(x, router)
+    experts = choices[tokens]
+    return Choice(experts, jnp.take_along_axis(SCORES[routing.scoring](logits), experts, axis=-1), logits)
 
 
 def _multiply_exactly(

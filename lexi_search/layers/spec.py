@@ -128,9 +128,29 @@ class LatentAttention(NamedTuple):
     rope: Rope | None
     window: int | None = None
     gated: bool = False
+    gate: str = "sigmoid"  # the function of a `gate` among the weights
 
 
 Attention = GroupedAttention | LatentAttention
+
+
+class CompressedAttention(NamedTuple):
+    """DeepSeek-V4's attention: keys of one head, which are values too, for the queries of all heads.
+
+    A query sees the last `window` positions, itself included, and with a `rate` an entry for each window of so many
+    positions that is complete. The last values of a head are rotated, by `rope`, those of an entry by the position that
+    its window begins with, and those of an output back by its own. Outputs of `num_groups` groups of heads are
+    projected apart at first. All this holds for sequences of at most `max_length` tokens.
+    """
+
+    num_heads: int
+    num_groups: int
+    scale: float
+    norm: Norm
+    rope: Rope
+    window: int
+    rate: int | None = None
+    max_length: int | None = None
 
 
 class GatedDeltaNet(NamedTuple):
@@ -138,7 +158,8 @@ class GatedDeltaNet(NamedTuple):
 
     Queries, keys and values pass a short convolution and `activation`. Each head's output is normalised, and scaled by
     the function called `gate` of a projection of the input. Where each of the three has its own convolution, as in Kimi
-    Delta Attention (arXiv 2510.26692), a decay is of one channel of a key.
+    Delta Attention (arXiv 2510.26692), a decay is of one channel of a key. With a `decay_bound` its logarithm is that
+    times a sigmoid, else minus a softplus.
     """
 
     num_groups: int
@@ -148,6 +169,7 @@ class GatedDeltaNet(NamedTuple):
     activation: str
     norm: Norm
     gate: str = "silu"
+    decay_bound: float | None = None
 
 
 class Mamba2(NamedTuple):
@@ -195,7 +217,7 @@ class ShortConvolution(NamedTuple):
 
 
 Recurrence = GatedDeltaNet | Mamba2 | Mamba | LightningAttention | ShortConvolution
-Mixer = Attention | Recurrence
+Mixer = Attention | CompressedAttention | Recurrence
 
 
 class Residual(NamedTuple):
@@ -209,8 +231,41 @@ class Residual(NamedTuple):
     normed: bool = False
 
 
+class Streams(NamedTuple):
+    """Several residual streams (hyper-connections), which a part of a layer reads a mixture of and writes to all of.
+
+    The streams of a token, normalised together by `norm`, are mapped to logits. A part reads the sigmoid of its logit,
+    plus `eps`, of each stream; its output is added `gain` times the sigmoid of another. With `iterations`, the streams
+    are mixed before that, by a matrix that these make doubly stochastic (arXiv 2512.24880); without, `eps` is added to
+    what is written, too.
+    """
+
+    count: int
+    norm: Norm
+    eps: float
+    gain: float = 2.0
+    iterations: int | None = None
+
+
+class NGrams(NamedTuple):
+    """Hashes of n-grams, n = 2 up to the number of `multipliers`, as many for each n.
+
+    An n-gram's tokens times their multipliers are joined by exclusive or. Each hash is that modulo one of `sizes`, and
+    its rows in the table begin at one of `offsets`. Texts end with the token `end`.
+    """
+
+    multipliers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    end: int
+
+
 class Block(NamedTuple):
-    """One decoder layer without its routed experts; equal for most layers of a model."""
+    """One decoder layer without its routed experts; equal for most layers of a model.
+
+    `streams` is None where there is one residual stream, which parts of a layer read as it is. `ngrams` are those whose
+    embeddings are added to the streams first, if there are any.
+    """
 
     mixer: Mixer | None  # None where a family's layers are either a token mixer, or an MLP or MoE
     norm: Norm
@@ -219,3 +274,5 @@ class Block(NamedTuple):
     ffn_scale: float = 1.0  # of the dense MLP's or the shared experts' output
     mixer_residual: Residual = Residual()
     ffn_residual: Residual = Residual()
+    streams: Streams | None = None
+    ngrams: NGrams | None = None

@@ -6,7 +6,7 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # The share of a device's memory for weights: layers as stored, and a copy of one layer's experts. The rest is for
 # activations.
@@ -31,6 +31,45 @@ class GatedNorm(NamedTuple):
 
     gains: Affine
     gate: tuple[Affine, Affine]
+
+
+class Connection(NamedTuple):
+    """What maps the residual streams of a token to the logits of a part's shares of them: `scale` * (matrix) + `base`.
+
+    The matrix is [rows, streams * hidden]; rows are of what is read, of what is written, and of how streams are mixed,
+    [streams * streams], as far as there are any. `scale` has a factor for each kind.
+    """
+
+    weight: Any
+    base: Any
+    scale: Any
+
+
+class GatedConnection(NamedTuple):
+    """What a part reads of several residual streams, channel by channel (Qwen4-Exp), and the logits of what it writes.
+
+    It reads the mean of the streams, each normalised with gains of its own, times sigmoid(up silu(down streams / n)).
+    Logits are `written` [streams, streams * hidden] of them, likewise divided; there is none at the model's end.
+    """
+
+    norm: Affine
+    down: Affine
+    up: Affine
+    written: Affine | None
+
+
+class NGramWeights(NamedTuple):
+    """What an embedding of n-grams is mapped by: to keys for all residual streams, and to a value.
+
+    Norms are of each stream, of the keys, the streams, and the gated values before their convolution.
+    """
+
+    key: Affine
+    value: Affine
+    key_norm: Affine
+    query_norm: Affine
+    conv_norm: Affine
+    conv: Affine
 
 
 class ExpertWeights(NamedTuple):
@@ -75,6 +114,8 @@ class Scales(NamedTuple):
 class LayerWeights(NamedTuple):
     """One MoE layer: the router, the bias of its selection or logits (or None), and the experts.
 
+    `choices` has the experts of every token of the vocabulary, where the layer looks them up.
+
     Where weights are quantised, each access `experts[e]` dequantises again; do not keep many. A layer with `Scales` has
     them multiplied into these weights.
     """
@@ -82,6 +123,7 @@ class LayerWeights(NamedTuple):
     router: Float[Array, "experts hidden"]
     bias: Float[Array, " experts"] | None
     experts: Experts
+    choices: Int[Array, "vocabulary K"] | None = None
 
 
 class GroupedWeights(NamedTuple):
@@ -104,7 +146,8 @@ class GroupedWeights(NamedTuple):
 class LatentWeights(NamedTuple):
     """Those of `LatentAttention`: queries from x or q_norm(q_a x), keys and values from kv_norm of a part of kv_a x.
 
-    If attention is gated, q projects [q_norm(q_a x), q_a x] to each head's query and gate.
+    If attention is gated, q projects [q_norm(q_a x), q_a x] to each head's query and gate. `gate` and `sinks` are as in
+    `GroupedWeights`.
     """
 
     q: Affine
@@ -114,6 +157,35 @@ class LatentWeights(NamedTuple):
     o: Affine
     q_a: Affine | None = None
     q_norm: Affine | None = None
+    gate: Affine | None = None
+    sinks: Any = None
+
+
+class CompressorWeights(NamedTuple):
+    """What makes an entry of a window of positions: projections to values and to the logits of their shares, [head] or,
+    where windows overlap, [2 * head] rows; a bias of the logits for each position of a window, and a norm."""
+
+    values: Affine
+    gates: Affine
+    bias: Any
+    norm: Affine
+
+
+class CompressedWeights(NamedTuple):
+    """Those of `CompressedAttention`: queries from q_norm(q_a x), keys from kv_norm(kv x), outputs by o_a and then o.
+
+    The projection o_a is [groups * rank, heads * head_dim / groups]. `sinks` are as in `GroupedWeights`.
+    """
+
+    q_a: Affine
+    q_norm: Affine
+    q: Affine
+    kv: Affine
+    kv_norm: Affine
+    o_a: Affine
+    o: Affine
+    sinks: Any
+    compressor: CompressorWeights | None
 
 
 class DeltaWeights(NamedTuple):
@@ -135,7 +207,7 @@ class ChannelDeltaWeights(NamedTuple):
     """Those of `GatedDeltaNet` where each channel of a key has its decay.
 
     `inputs` project to queries, keys and values, each with its convolution in `convs`. `decay` and `gate` are products
-    of two matrices each. `decay_rate` is [1, 1, heads, 1], `decay_bias` [heads * key].
+    of two matrices each. `decay_rate` is [heads], perhaps with axes of 1 around, `decay_bias` [heads * key].
     """
 
     inputs: tuple[Affine, Affine, Affine]
@@ -197,7 +269,7 @@ class ConvolutionWeights(NamedTuple):
 RecurrenceWeights = (
     DeltaWeights | ChannelDeltaWeights | Mamba2Weights | MambaWeights | LightningWeights | ConvolutionWeights
 )
-MixerWeights = GroupedWeights | LatentWeights | RecurrenceWeights
+MixerWeights = GroupedWeights | LatentWeights | CompressedWeights | RecurrenceWeights
 
 
 class Norms(NamedTuple):
@@ -223,7 +295,8 @@ class BlockWeights(NamedTuple):
 
     `ffn` is the dense MLP, or the shared experts of a MoE layer, whose output `ffn_gate` [1, hidden] scales if there
     is one. `moe` is the `LayerWeights` of a MoE layer, on the device; None in a dense layer. `scale` [1] multiplies the
-    hidden states after the layer, if there is one.
+    hidden states after the layer, if there is one. Where there are several residual streams, `connections` are those of
+    the token mixer and of the MLP or MoE; `ngrams` adds to them first, if there is one.
     """
 
     mixer: MixerWeights | None
@@ -232,14 +305,18 @@ class BlockWeights(NamedTuple):
     ffn_gate: Affine | None
     moe: Any = None
     scale: Any = None
+    connections: tuple[Connection, Connection] | tuple[GatedConnection, GatedConnection] | None = None
+    ngrams: NGramWeights | None = None
 
 
 class EndWeights(NamedTuple):
     """Embedding [vocabulary, hidden], final norm and LM head [vocabulary, hidden].
 
-    The LM head is the embedding where both are one tensor.
+    The LM head is the embedding where both are one tensor. `connection` is to several residual streams; without one,
+    their mean is taken. There may be no norm after it.
     """
 
     embedding: Any
-    norm: Affine
+    norm: Affine | None
     head: Affine
+    connection: Connection | GatedConnection | None = None

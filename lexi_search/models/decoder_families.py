@@ -11,6 +11,7 @@ from lexi_search.models.families.decoder import (
     POST_NORMS,
     SANDWICH_NORMS,
     Family,
+    HyperConnections,
     choose_head_norm,
     choose_layer_rope,
     count_heads_by_kind,
@@ -18,9 +19,12 @@ from lexi_search.models.families.decoder import (
     count_heads_of_all,
     count_heads_of_windows,
     depth_scale,
+    find_block_reach,
     find_chunk,
+    find_decay_bound,
     find_growth,
     find_offset,
+    find_pooled_reach,
     find_sparse_reach,
     has_rotary_embedding,
     is_layer_norm,
@@ -111,7 +115,56 @@ GEMMA4 = Family(
     logit_cap=Key("final_logit_softcapping", math.inf),
     layer_scale="layer_scalar",
 )
+HY_V4 = DEEPSEEK_V32._replace(
+    model_type="hy_v4",
+    eps=Key("rms_norm_eps", 1e-5),
+    interleaved_latent=False,
+    mlp_limit=False,
+    streams=HyperConnections(
+        mixer="hc_pre.hc_attn_layer.hc_",
+        ffn="hc_pre.hc_mlp_layer.hc_",
+        last="hc_pre.hc_head.hc_head_",
+        gain=Key("hc_magnitude", 2.0),
+    ),
+)
+DEEPSEEK_V4 = Family(
+    "deepseek_v4",
+    norms=Norms(attention_input="attn_norm", ffn_input="ffn_norm"),
+    embedding="embed",
+    head="head",
+    left_out=("attn.indexer.",),
+    streams=HyperConnections(mixer="hc_attn_", ffn="hc_ffn_", last="hc_head_", iterations=Key("hc_sinkhorn_iters", 20)),
+)
+GLM5_NEXT = Family(
+    "glm5_next",
+    eps=Key("rms_norm_eps", 1e-5),
+    latent_eps=Key("rms_norm_eps", 1e-5),
+    rotates=False,
+    decay_bound=find_decay_bound,
+    left_out=("self_attn.indexer.",),
+    max_length=find_pooled_reach,
+    streams=HyperConnections(mixer="hc_attn_", ffn="hc_ffn_", iterations=Key("hc_sinkhorn_iters", 20)),
+)
 QWEN3_NEXT = Family("qwen3_next", offset=1.0, gated=Key("attn_output_gate", True))
+
+
+QWEN4_EXP = QWEN3_NEXT._replace(
+    model_type="qwen4_exp",
+    norms=Norms(),
+    final_norm=None,
+    gated=True,
+    # Of the table, as vLLM leaves them out.
+    left_out=("self_attn.indexer.", "ple.ple_embedding.hashstats_", "ple.ple_embedding.token_lookup"),
+    max_length=find_block_reach,
+    streams=HyperConnections(
+        mixer="attn_hyper_connection.",
+        ffn="mlp_hyper_connection.",
+        last="hyper_connection_mixer.",
+        count="hc_count",
+        eps=0.0,
+        gated=True,
+    ),
+)
 
 
 _FAMILIES = (
@@ -150,6 +203,9 @@ _FAMILIES = (
     DEEPSEEK_V32,
     DEEPSEEK_V32._replace(model_type="glm_moe_dsa"),
     DEEPSEEK_V32._replace(model_type="axk2"),
+    HY_V4,
+    DEEPSEEK_V4,
+    GLM5_NEXT,
     PLAIN._replace(model_type="glm4_moe"),
     PLAIN._replace(model_type="glm4v_moe"),
     PLAIN._replace(model_type="solar_open"),
@@ -191,6 +247,7 @@ _FAMILIES = (
     QWEN3_NEXT,
     QWEN3_NEXT._replace(model_type="qwen3_5_moe"),
     QWEN3_NEXT._replace(model_type="qwen3_5_moe_text"),
+    QWEN4_EXP,
     PLAIN._replace(
         model_type="lfm2_moe",
         norms=Norms(attention_input="operator_norm", ffn_input="ffn_norm"),

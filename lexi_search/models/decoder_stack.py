@@ -9,7 +9,7 @@ from lexi_search.checkpoint.reader import Checkpoint
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.ffn import ACTIVATIONS
-from lexi_search.layers.spec import Block, Mixer, Norm, Recurrence, Residual
+from lexi_search.layers.spec import Activation, Block, Mixer, Norm, Recurrence, Residual
 from lexi_search.layers.weights import (
     Affine,
     BlockWeights,
@@ -23,8 +23,10 @@ from lexi_search.models.decoder_families import FAMILIES
 from lexi_search.models.families.config import name_sizes_left_out, read_config
 from lexi_search.models.families.decoder import Family
 from lexi_search.models.finder import Finder, Stored
+from lexi_search.models.mixers.ngrams import describe_ngrams
 from lexi_search.models.mixers.recurrent import describe_mixer
 from lexi_search.models.mixers.source import REMEDY, Source, resolve
+from lexi_search.models.mixers.streams import describe_streams, find_connections, find_last_connection
 from lexi_search.models.model import Model, read_limit
 
 
@@ -35,19 +37,21 @@ def find_first_token(checkpoint: Checkpoint, model: Model, vocabulary: int) -> i
     return token if type(token) is int and 0 <= token < vocabulary else None
 
 
-def count_tokens(checkpoint: Checkpoint, decoder: Decoder) -> int:
-    """The number of tokens that both the embedding and the LM head have, since one of them may be padded."""
-    stored, ends = checkpoint.tensors, decoder.ends
-    return min(stored[tensor.name].shape[0] for tensor in (ends.embedding, ends.head.weight))
+def count_tokens(checkpoint: Checkpoint, model: Model, decoder: Decoder) -> int:
+    """The number of tokens that the embedding, the LM head and tables of experts have, since some may be padded."""
+    ends, choices = decoder.ends, (tensors.choices for tensors in model.tensors.values())
+    names = (ends.embedding.name, ends.head.weight.name, *filter(None, choices))
+    return min(checkpoint.tensors[name].shape[0] for name in names)
 
 
 DENSE = ("mlp.", "feed_forward.", "mixer.")
 SHARED = (
     *("mlp.shared_expert.", "mlp.shared_experts.", "mlp.shared_mlp.", "shared_mlp."),
     *("block_sparse_moe.shared_experts.", "mixer.shared_experts.", "feed_forward.shared_expert.", "share_expert."),
+    "ffn.shared_experts.",
 )
 SHARED_GATES = ("mlp.shared_expert_gate",)
-SPLIT = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
+SPLIT = (("gate_proj", "w1", "linear_gate"), ("up_proj", "w3"), ("down_proj", "w2"))  # modules of an MLP
 JOINED = ("input_linear", "output_linear")  # gate and up as one tensor
 # Tensors that a layer's output does not depend on: buffers that follow from the config, scales of activations and
 # caches.
@@ -88,22 +92,22 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         hidden_size=model.hidden_size,
         activation=model.activation.name,
         num_layers=identity.num_hidden_layers,
+        streams=describe_streams(config, family, norm),
     )
-    blocks, tensors = [], []
+    blocks, tensors, tables = [], [], {}
     for layer, kind in enumerate(_list_kinds(config, family, identity.num_hidden_layers)):
         moe = layer in model.tensors
         source = whole._replace(finder=finder.at(f"{stem}layers.{layer}."), layer=layer, dense=not moe)
         with name_sizes_left_out(checkpoint):
             mixer, weights = describe_mixer(source, kind) if _has_mixer(source, moe=moe) else (None, None)
-        scale = resolve(config, family.shared_scale) if moe else 1.0
-        residuals = _list_residuals(config, family, mixer)
-        limit = read_limit(config, family.limits, layer)
-        activation = model.activation._replace(limit=limit, limits_output=True) if limit else model.activation
-        blocks.append(Block(mixer, norm, activation, family.parallel, scale, *residuals))
-        tensors.append(_find_block(source, weights, moe=moe))
+        ngrams = describe_ngrams(source, checkpoint)
+        if ngrams is not None:
+            tables[layer] = ngrams.table
+        blocks.append(_describe_block(source, model, mixer)._replace(ngrams=ngrams and ngrams.hashes))
+        tensors.append(_find_block(source, weights, moe=moe)._replace(ngrams=ngrams and ngrams.weights))
     _refuse_unused(checkpoint, model, finder, stem, family.left_out)
-    ropes = [getattr(block.mixer, "rope", None) for block in blocks]
-    limits = {rope.max_length for rope in ropes if rope} | {resolve(config, family.max_length)}
+    parts = (part for block in blocks for part in (block.mixer, getattr(block.mixer, "rope", None)))
+    limits = {getattr(part, "max_length", None) for part in parts} | {resolve(config, family.max_length)}
     return Decoder(
         blocks=tuple(blocks),
         tensors=tuple(tensors),
@@ -113,7 +117,16 @@ def describe_decoder(checkpoint: Checkpoint, model: Model) -> Decoder:
         logit_scale=resolve(config, family.logit_scale),
         logit_cap=resolve(config, family.logit_cap),
         max_length=min((limit for limit in limits if limit), default=None),
+        tables=tables,
     )
+
+
+def _describe_block(source: Source, model: Model, mixer: Mixer | None) -> Block:
+    config, family = source.config, source.family
+    scale = 1.0 if source.dense else resolve(config, family.shared_scale)
+    activation = _find_activation(model, config, family, source.layer)
+    residuals = _list_residuals(config, family, mixer)
+    return Block(mixer, source.norm, activation, family.parallel, scale, *residuals, source.streams)
 
 
 def _list_residuals(config: Config, family: Family, mixer: Mixer | None) -> Iterator[Residual]:
@@ -123,6 +136,14 @@ def _list_residuals(config: Config, family: Family, mixer: Mixer | None) -> Iter
     names = "linear_attn" if isinstance(mixer, Recurrence) else "full_attn", "mlp"
     factors = ((config.resolve(Key(f"{name}_{part}_factor", 1.0)) for part in ("beta", "alpha")) for name in names)
     return (Residual(scale, skip, normed=True) for scale, skip in factors)
+
+
+def _find_activation(model: Model, config: Config, family: Family, layer: int) -> Activation:
+    """That of the dense MLP or the shared experts."""
+    limit = read_limit(config, family.limits, layer)
+    if limit:
+        return model.activation._replace(limit=limit, limits_output=True)
+    return model.activation if family.mlp_limit else model.activation._replace(limit=None)
 
 
 def _list_kinds(config: Config, family: Family, num_layers: int) -> Sequence[str]:
@@ -152,7 +173,8 @@ def _find_block(source: Source, mixer: MixerWeights | None, *, moe: bool) -> Blo
         finder.need([DENSE[0] + SPLIT[0][0]], (None, hidden))
     gate = finder.take(SHARED_GATES, (1, hidden)) if moe else None
     scale = family.layer_scale and finder.need_tensor(family.layer_scale, (1,))
-    return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate, scale=scale)
+    connections = find_connections(source)
+    return BlockWeights(mixer=mixer, norms=norms, ffn=ffn, ffn_gate=gate, scale=scale, connections=connections)
 
 
 def _need_norm(finder: Finder, name: str, hidden: int) -> Affine | GatedNorm:
@@ -211,14 +233,16 @@ def _find_ends(source: Source, checkpoint: Checkpoint, stem: str) -> EndWeights:
     """
     finder, config, family, hidden_size = source.finder, source.config, source.family, source.hidden_size
     embedding = finder.need([stem + family.embedding], (None, hidden_size))
-    shape, norm = finder.get_shape(embedding.weight), finder.need([stem + family.final_norm], (hidden_size,))
-    heads = [f"{parent}lm_head" for parent in _list_parents(stem)]
+    shape = finder.get_shape(embedding.weight)
+    norm = None if family.final_norm is None else finder.need([stem + family.final_norm], (hidden_size,))
+    heads = [f"{parent}{family.head}" for parent in _list_parents(stem)]
     # Of the language model's config, and of the whole config around it, which may differ.
     tied = [values.get("tie_word_embeddings", False) for values in (config.values, checkpoint.config)]
     head = finder.take(heads, shape)
     if head is None and False in tied and True not in tied:
         head = finder.need(heads, shape)
-    return EndWeights(embedding.weight, norm, head or embedding)
+    connection = find_last_connection(source._replace(finder=finder.at(stem)))
+    return EndWeights(embedding.weight, norm, head or embedding, connection)
 
 
 def _list_parents(stem: str) -> Iterator[str]:

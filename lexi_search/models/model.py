@@ -25,7 +25,7 @@ class Model(NamedTuple):
     hidden_size: int
     activation: Activation
     routing: Routing
-    tensors: Mapping[int, LayerTensors]  # decoder-layer index -> tensors, ascending
+    tensors: Mapping[int, LayerTensors]  # decoder-layer index -> tensors, ascending; also of layers without a k
     max_k: int | None = None  # the largest k to measure, where that is not the model's own
 
     @property
@@ -35,7 +35,7 @@ class Model(NamedTuple):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Decoder-layer indices of the MoE layers, ascending."""
+        """Decoder-layer indices of the MoE layers that have a k to choose, ascending."""
         return self.identity.moe_layers
 
 
@@ -71,7 +71,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
         raise InputError(f"{config.place}: max_k {max_k} is not between {max(top_k, 2)} and {num_experts}, the experts")
     routing = _read_routing(config, architecture, num_experts, max_k or top_k)._replace(exponent=gate_exponent)
     stored = checkpoint.tensors
-    pattern, layers = find_routers(stored, architecture, num_layers)
+    pattern, layers, fixed = find_routers(stored, architecture, num_layers)
     tensors = {
         layer: locate_tensors(
             stored,
@@ -82,6 +82,7 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
             interleaved=architecture.interleaved,
             scales=architecture.scales,
             latent_size=read_latent_size(config, architecture),
+            fixed_k=top_k if layer in fixed else None,
         )._replace(limit=read_limit(config, architecture.limits, layer))
         for layer in layers
     }
@@ -90,10 +91,10 @@ def describe(checkpoint: Checkpoint, *, max_k: int | None = None, gate_exponent:
         num_hidden_layers=num_layers,
         num_experts=num_experts,
         top_k=top_k,
-        moe_layers=layers,
+        moe_layers=tuple(layer for layer in layers if layer not in fixed),
         router=pattern,
         top_k_key=".".join(filter(None, (config.path, top_k_key))),
-        router_sha256=hash_routers(checkpoint, pattern, layers),
+        router_sha256=hash_routers(checkpoint, pattern, tuple(layer for layer in layers if layer not in fixed)),
     )
     activation = Activation(*map(config.resolve, architecture.activation))
     return Model(identity, hidden_size, activation, routing, tensors, max_k)

@@ -72,7 +72,8 @@ class LayerTensors(NamedTuple):
     """Names of one MoE layer's tensors: router [E, H], bias of the selection or of the logits (or None), experts.
 
     `scales` are those of the layer's `Scales`, if it has them; `limit` is that of its experts, a number; `latent` are
-    the maps into the space of its experts, and back.
+    the maps into the space of its experts, and back. `choices` has the experts of every token of the vocabulary, where
+    the layer looks them up; such a layer has no k to choose.
     """
 
     router: str
@@ -81,16 +82,22 @@ class LayerTensors(NamedTuple):
     scales: Scales | None = None
     limit: float | None = None
     latent: tuple[str, str] | None = None
+    choices: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all tensors but those of separate experts."""
-        single = (self.router, *([self.bias] if self.bias else ()))
+        single = (self.router, *filter(None, (self.bias, self.choices)))
         return (*single, *(self.experts.fused or ()), *(self.scales or ()), *(self.latent or ()))
 
 
-def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) -> tuple[str, tuple[int, ...]]:
-    """The name pattern of the routers, and the indices of the layers whose router chooses among all experts."""
+def find_routers(
+    tensors: Tensors, architecture: Architecture, num_layers: int
+) -> tuple[str, tuple[int, ...], frozenset[int]]:
+    """The name pattern of the routers, the layers that have one, ascending, and those of them that choose no experts.
+
+    The latter look the experts of a token up.
+    """
     modules = "|".join(re.escape(module) for module in architecture.routers)
     router_name = re.compile(rf"(|.*\.)layers\.(\d{{1,9}})\.({modules})\.weight")
     layers_of: dict[str, set[int]] = {}  # by name pattern
@@ -117,7 +124,7 @@ def find_routers(tensors: Tensors, architecture: Architecture, num_layers: int) 
         thing = None if layer in layers else _find_fault(stored.get(layer, ()), pattern.format(layer))
         if thing:
             raise InputError(f"{tensors.folder}: layer {layer} has {thing}; {explain_absence(tensors)}")
-    return pattern, tuple(sorted(layers - fixed))
+    return pattern, tuple(sorted(layers)), frozenset(fixed)
 
 
 def find_choices(router: str) -> str:
@@ -151,13 +158,18 @@ def locate_tensors(
     interleaved: bool = False,
     scales: Scales | None = None,
     latent_size: int | None = None,
+    fixed_k: int | None = None,
 ) -> LayerTensors:
-    """The checked tensors of the layer whose router is called `router`; InputError names a tensor that does not fit."""
+    """The checked tensors of the layer whose router is called `router`; InputError names a tensor that does not fit.
+
+    With `fixed_k` it looks up so many experts of a token.
+    """
     require_shape(tensors, router, (num_experts, hidden_size))
     if tensors[router].scheme != Plain():
         raise InputError(f"{tensors[router].file}: router {router} is quantised; only plain routers are supported")
     block = find_block(router, in_layer=scales is not None)
-    bias = _find_bias(tensors, block, num_experts) if has_bias else None
+    bias = _find_bias(tensors, block, num_experts) if has_bias and fixed_k is None else None
+    choices = None if fixed_k is None else _check_choices(tensors, find_choices(router), fixed_k)
     latent = None if latent_size is None else _find_latent(tensors, block, latent_size, hidden_size)
     width = latent_size or hidden_size  # of the experts' inputs and outputs
     fused = next((names for names in FUSED if any(block + name in tensors for name in names)), None)
@@ -172,7 +184,15 @@ def locate_tensors(
         scales = Scales(*(block + name for name in scales))
         for name, extent in zip(scales, (hidden_size, hidden_size, num_experts), strict=True):
             require_shape(tensors, name, (extent,))
-    return LayerTensors(router, bias, experts, scales, latent=latent)
+    return LayerTensors(router, bias, experts, scales, latent=latent, choices=choices)
+
+
+def _check_choices(tensors: Tensors, name: str, k: int) -> str:
+    entry = tensors[name]
+    if entry.dtype.kind not in "iu" or len(entry.shape) != 2 or entry.shape[1] != k or not entry.shape[0]:
+        thing = f"{entry.dtype.name} of shape {list(entry.shape)}"
+        raise InputError(f"{entry.file}: tensor {name} is {thing}, expected whole numbers of shape [any, {k}]")
+    return name
 
 
 def find_block(router: str, *, in_layer: bool) -> str:

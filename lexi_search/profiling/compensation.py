@@ -82,7 +82,7 @@ def fit_layers(
     pool = ThreadPoolExecutor(os.cpu_count())
 
     def observe(outputs: MoEOutputs) -> None:
-        layer, (sequences, length, _) = outputs.layer, outputs.hidden.shape
+        layer, (sequences, length) = outputs.layer, outputs.hidden.shape[:2]
         if layer not in seen:
             return
         folds = np.repeat(np.arange(seen[layer], seen[layer] + sequences) % FOLDS, length).astype(np.int32)

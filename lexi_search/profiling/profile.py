@@ -21,7 +21,6 @@ from lexi_search.layers.spec import Routing
 from lexi_search.layers.weights import find_memory
 from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import Model
-from lexi_search.models.moe_tensors import find_choices
 from lexi_search.profiling.divergence import draw_samples, measure_layers, open_run
 from lexi_search.profiling.forward.variants import Run
 from lexi_search.profiling.paper.gaussian import find_needed, measure_layer
@@ -102,10 +101,10 @@ def decide_compensation(compensation: str | None, exponent: float | str | None, 
 
 def check_layers(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> None:
     """Raise InputError for a layer that is no MoE layer, or has no k to choose."""
-    if extra := [layer for layer in layers if layer not in model.tensors]:
+    if extra := [layer for layer in layers if layer not in model.layers]:
         known = ", ".join(map(str, model.layers))
-        fixed = find_choices(model.identity.router.format(extra[0])) in checkpoint.tensors
-        thing = "looks its experts up by token, and keeps its k; others are" if fixed else "is no MoE layer; those are"
+        fixed = "looks its experts up by token, and keeps its k; others are"
+        thing = fixed if extra[0] in model.tensors else "is no MoE layer; those are"
         raise InputError(f"{checkpoint.folder}: layer {extra[0]} {thing} {known}")
 
 

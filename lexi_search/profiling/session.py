@@ -229,7 +229,7 @@ def _plan(session: _Session) -> Plan:
     passes += [("losses", own)] * bool(missing)
     phases = tuple(Counter(name for name, _ in passes).items())
     whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
-    states = whole * (1 + len(missing) * (model.top_k - 1)) * row
+    states = whole * (1 + len(missing) * (model.top_k - 1)) * row * session.run.decoder.num_streams
     staying = session.run.find_residence().staying
     read = bool(passes) * (sum(staying) + max(len(passes) - 1, 0) * staying.files)
     return Plan(sum((one for _, one in passes), ()), phases, layers, read, states + largest, largest, staying)

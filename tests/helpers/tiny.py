@@ -477,8 +477,13 @@ def _deepseek_v4_config(config):
     rates = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
     ratios = [rates[kind] for kind in config.pop("layer_types")]
     hashed = config.pop("mlp_layer_types").count("hash_moe")
-    for key in ("compress_rates", "rope_parameters", "partial_rotary_factor"):
+    for key in ("compress_rates", "partial_rotary_factor"):
         del config[key]
+    scaling = config.pop("rope_parameters")["compress"]
+    if (kind := scaling.pop("rope_type")) != "default":
+        for key in ("rope_theta", "partial_rotary_factor", "attention_factor"):
+            del scaling[key]
+        config["rope_scaling"] = scaling | {"type": kind}
     return config | {"compress_ratios": ratios, "num_hash_layers": hashed, "topk_method": "noaux_tc"}
 
 

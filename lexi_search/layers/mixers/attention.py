@@ -6,7 +6,6 @@ Norms, rotary embedding, softmax and sums of products are float32 whatever the t
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +25,16 @@ def attend(
     """The attention layer's output for every position, each seeing itself and those before it, in `x`'s type."""
     project = _project_latent if isinstance(attention, LatentAttention) else _project_grouped
     queries, keys, values, *gates = project(x, weights, attention)
-    grouped = isinstance(weights, GroupedWeights)
-    sinks = None if not grouped or weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
+    sinks = None if weights.sinks is None else weights.sinks.reshape(queries.shape[2:4])
     chunk = attention.chunk if isinstance(attention, GroupedAttention) else None
-    mix = partial(_attend_sequence, sinks=sinks, scale=attention.scale, reach=_Reach(attention.window, chunk))
+    find_visible = partial(_find_visible, window=attention.window, chunk=chunk)
+    mix = partial(attend_sequence, sinks=sinks, scale=attention.scale, find_visible=find_visible)
     at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
     outputs = map_rows(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
     outputs = outputs.reshape(*x.shape[:2], -1)
     for gate in gates:
         outputs = outputs * jax.nn.sigmoid(gate.reshape(outputs.shape))
-    if grouped and weights.gate is not None:
+    if weights.gate is not None:
         gate = GATES[attention.gate](apply_affine(x, weights.gate).astype(jnp.float32)).astype(outputs.dtype)
         outputs = outputs * jnp.repeat(gate, outputs.shape[-1] // gate.shape[-1], axis=-1)
     return apply_affine(outputs, weights.o)
@@ -45,7 +44,7 @@ def apply_affine(x: Float[Array, "*rows inner"], weights: Affine) -> Float[Array
     """x @ weight.T + bias in `x`'s type."""
     matrix = weights.weight.astype(x.dtype)
     product = jnp.einsum("...i,oi->...o", x, matrix, precision=find_precision(x))
-    return product if weights.bias is None else product + _align(weights.bias.astype(x.dtype), product)
+    return product if weights.bias is None else product + align(weights.bias.astype(x.dtype), product)
 
 
 def normalise(x: Float[Array, "*rows width"], weights: Affine | None, *, norm: Norm) -> Float[Array, "*rows width"]:
@@ -56,13 +55,13 @@ def normalise(x: Float[Array, "*rows width"], weights: Affine | None, *, norm: N
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + norm.eps)
     if weights is None:
         return wide.astype(x.dtype)
-    wide = wide * _align(weights.weight.astype(jnp.float32) + jnp.float32(norm.offset), x)
+    wide = wide * align(weights.weight.astype(jnp.float32) + jnp.float32(norm.offset), x)
     if weights.bias is not None:
-        wide = wide + _align(weights.bias.astype(jnp.float32), x)
+        wide = wide + align(weights.bias.astype(jnp.float32), x)
     return wide.astype(x.dtype)
 
 
-def _align(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Float[Array, "*ones width"]:
+def align(vector: Float[Array, " width"], x: Float[Array, "*rows width"]) -> Float[Array, "*ones width"]:
     """`vector` with leading axes of 1, for broadcasting over the rows of `x`."""
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -141,7 +140,7 @@ def _project_latent(
     rotate = partial(_rotate, rope=attention.rope) if attention.rope is not None else lambda part: part
     queries = jnp.concatenate([queries[..., :nope_dim], rotate(queries[..., nope_dim:])], axis=-1)
     projected = apply_affine(x, weights.kv_a)
-    latent, shared = projected[..., : -attention.rope_dim], projected[..., -attention.rope_dim :]
+    latent, shared = jnp.split(projected, [projected.shape[-1] - attention.rope_dim], axis=-1)
     keys_values = apply_affine(normalise(latent, weights.kv_norm, norm=attention.norm), weights.kv).reshape(heads)
     shared = rotate(shared[:, :, None, None, :])
     keys = [keys_values[..., :nope_dim], jnp.broadcast_to(shared, (*keys_values.shape[:-1], attention.rope_dim))]
@@ -169,49 +168,49 @@ def _rotate(
     return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
-class _Reach(NamedTuple):
+def _find_visible(
+    queries: Int[Array, "queries 1"], keys: Int[Array, "1 keys"], *, window: int | None, chunk: int | None
+) -> Bool[Array, "queries keys"]:
     """Which positions a query sees: the last `window`, those of its own `chunk`, or all up to itself."""
-
-    window: int | None
-    chunk: int | None
-
-    def find(self, queries: Int[Array, "queries 1"], keys: Int[Array, "1 keys"]) -> Bool[Array, "queries keys"]:
-        visible = keys <= queries
-        if self.window is not None:
-            visible &= queries - keys < self.window
-        if self.chunk is not None:
-            visible &= queries // self.chunk == keys // self.chunk
-        return visible
+    visible = keys <= queries
+    if window is not None:
+        visible &= queries - keys < window
+    if chunk is not None:
+        visible &= queries // chunk == keys // chunk
+    return visible
 
 
-def _attend_sequence(
+def attend_sequence(
     queries: Float[Array, "length kv_heads group head"],
-    keys: Float[Array, "length kv_heads 1 head"],
-    values: Float[Array, "length kv_heads 1 value"],
+    keys: Float[Array, "keys kv_heads 1 head"],
+    values: Float[Array, "keys kv_heads 1 value"],
     *,
     sinks: Float[Array, "kv_heads group"] | None,
     scale: float,
-    reach: _Reach,
+    find_visible: Callable[[Array, Array], Array],
 ) -> Float[Array, "length kv_heads group value"]:
-    """Attention of one sequence, over chunks of queries, so that scores take at most `SCORE_BYTES`."""
+    """Attention of one sequence, over chunks of queries, so that scores take at most `SCORE_BYTES`.
+
+    `find_visible` says of positions of queries, [queries, 1], and numbers of keys, [1, keys], which see which.
+    """
     length, heads = len(queries), queries.shape[1] * queries.shape[2]
-    size = min(max(SCORE_BYTES // (4 * heads * length), 1), length)
+    size = min(max(SCORE_BYTES // (4 * heads * len(keys)), 1), length)
     count = -(-length // size)
     padded = jnp.pad(queries, ((0, count * size - length), (0, 0), (0, 0), (0, 0)))
     precision = find_precision(queries)
-    positions = jnp.arange(length)
+    positions = jnp.arange(len(keys))
 
     def attend_chunk(start_and_chunk: tuple[Array, Array]) -> Array:
         start, chunk = start_and_chunk
         products = jnp.einsum(
             "nkgd,mkd->kgnm", chunk, keys[:, :, 0], precision=precision, preferred_element_type=jnp.float32
         )
-        visible = reach.find((start + jnp.arange(size))[:, None], positions[None, :])
+        visible = find_visible((start + jnp.arange(size))[:, None], positions[None, :])
         scores = jnp.where(visible[None, None], products * scale, jnp.finfo(jnp.float32).min)
         if sinks is not None:
             sink_scores = jnp.broadcast_to(sinks.astype(jnp.float32)[:, :, None, None], (*scores.shape[:3], 1))
             scores = jnp.concatenate([scores, sink_scores], axis=-1)
-        shares = jax.nn.softmax(scores, axis=-1)[..., :length]
+        shares = jax.nn.softmax(scores, axis=-1)[..., : len(keys)]
         return jnp.einsum("kgnm,mkd->nkgd", shares.astype(values.dtype), values[:, :, 0], precision=precision)
 
     starts = jnp.arange(count) * size

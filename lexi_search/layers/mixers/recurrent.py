@@ -147,7 +147,11 @@ def _project_channel_delta(
     convolved = (convolve(part, conv) for part, conv in zip(projected, weights.convs, strict=True))
     steps, gates = (apply_affine(apply_affine(x, first), last) for first, last in (weights.decay, weights.gate))
     steps = steps.astype(jnp.float32) + weights.decay_bias.astype(jnp.float32)[None, None]
-    decays = -jnp.exp(weights.decay_rate.astype(jnp.float32)) * jax.nn.softplus(_cut_heads(steps, mixer.num_heads))
+    steps, rate = _cut_heads(steps, mixer.num_heads), weights.decay_rate.astype(jnp.float32).reshape(1, 1, -1, 1)
+    if mixer.decay_bound is None:
+        decays = -jnp.exp(rate) * jax.nn.softplus(steps)
+    else:
+        decays = jnp.float32(mixer.decay_bound) * jax.nn.sigmoid(jnp.exp(rate) * steps)
     return *map(ACTIVATIONS[mixer.activation], convolved), decays, apply_affine(x, weights.rates), gates
 
 
@@ -157,13 +161,17 @@ def _find_dtype(x: Array) -> DTypeLike:
 
 
 def convolve(
-    x: Float[Array, "sequences length channels"], weights: Affine
+    x: Float[Array, "sequences length channels"], weights: Affine, *, dilation: int = 1
 ) -> Float[Array, "sequences length channels"]:
-    """The causal convolution of each channel with its own kernel; weights are [channels, 1, width]."""
+    """The causal convolution of each channel with its own kernel, of positions `dilation` apart.
+
+    Weights are [channels, 1, width].
+    """
     kernel = weights.weight.astype(jnp.float32)[:, 0]
     width, length = kernel.shape[1], x.shape[1]
-    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (width - 1, 0), (0, 0)))
-    result = sum(padded[:, i : i + length] * kernel[:, i][None, None] for i in range(width))
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (dilation * (width - 1), 0), (0, 0)))
+    starts = [dilation * i for i in range(width)]
+    result = sum(padded[:, starts[i] : starts[i] + length] * kernel[:, i][None, None] for i in range(width))
     return result if weights.bias is None else result + weights.bias.astype(jnp.float32)[None, None]
 
 

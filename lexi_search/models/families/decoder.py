@@ -96,6 +96,22 @@ def keys_are_values(config: Config, kind: str) -> bool:
     return kind == FULL and config.resolve(Key("attention_k_eq_v", False))
 
 
+class HyperConnections(NamedTuple):
+    """The residual streams of a family. Names are of tensors, but for their ends: `fn`, `base` and `scale`.
+
+    If `gated`, they are of modules, with the tensors of a `GatedConnection`.
+    """
+
+    mixer: str  # below `layers.N.`
+    ffn: str  # likewise, of the MLP or MoE
+    last: str | None = None  # beside `layers`; None: the mean of the streams is what the final norm reads
+    count: str = "hc_mult"  # config key
+    eps: Any = Key("hc_eps", 1e-6)
+    gain: Any = 2.0
+    iterations: Any = None  # where streams are mixed
+    gated: bool = False
+
+
 class Family(NamedTuple):
     """One family. Any number may be a `Key` of the config or a function of the config instead of a value."""
 
@@ -103,7 +119,8 @@ class Family(NamedTuple):
     norms: Norms = PRE_NORMS  # module names below `layers.N.`
     attention: str = "self_attn."  # likewise
     embedding: str = "embed_tokens"  # modules beside `layers`
-    final_norm: str = "norm"
+    final_norm: str | None = "norm"
+    head: str = "lm_head"
     eps: Any = Key("rms_norm_eps", 1e-6)
     centred: Any = False  # norms that subtract the mean
     offset: Any = 0.0  # of the gains of norms, which are stored without it
@@ -111,6 +128,7 @@ class Family(NamedTuple):
     norm_last: bool = False  # queries and keys are normalised after the rotary embedding
     interleaved: Any = False  # the rotary embedding rotates pairs of neighbours
     interleaved_latent: Any = True  # the same in latent attention
+    latent_eps: Any = 1e-6  # of the norms of latents
     scale: Any = None  # of attention scores; None: head_dim ** -0.5
     clip: Any = math.inf  # of queries, keys and values
     unit: Any = False  # queries and keys are normalised without gains where they are rotated
@@ -128,6 +146,7 @@ class Family(NamedTuple):
     rotates_windows_only: bool = False  # where there are windows, full attention has no rotary embedding ...
     rotates_dense: Callable[[Config], bool] | None = None  # ... but in layers without experts
     layer_rope: Callable[[Config, str, int], Config] | None = None  # the config as a layer's rotary embedding reads it
+    decay_bound: Callable[[Config], float | None] | None = None  # of linear attention's logarithms of decays
     parallel: bool = False  # the MLP or MoE has the input of attention for its own
     shared_scale: Any = 1.0  # of the output of shared experts
     alternates: bool = False  # a layer is a token mixer, or else an MLP or MoE
@@ -141,6 +160,8 @@ class Family(NamedTuple):
     logit_cap: Any = math.inf
     moe_norm: str | None = None  # the norm below `layers.N.` of what a MoE and its shared experts return
     limits: str | None = None  # config key of a list of the limits of each layer's dense MLP or shared experts
+    mlp_limit: bool = True  # the limit of experts holds for dense MLPs and shared experts, too
+    streams: HyperConnections | None = None  # where there are several
     layer_scale: str | None = None  # the tensor below `layers.N.` that multiplies the hidden states after the layer
 
 
@@ -211,3 +232,33 @@ def find_growth(config: Config) -> tuple[float, float] | None:
 def find_chunk(config: Config) -> int | None:
     named = config.values.get("attention_chunk_size") is not None
     return config.read_count("attention_chunk_size") if named else None
+
+
+def find_block_reach(config: Config) -> int | None:
+    """The tokens up to which Qwen4-Exp's choice of blocks of keys leaves none out."""
+    if config.values.get("indexer_budget") is None:  # of a model whose layers are all linear
+        return None
+    block = config.read_count("indexer_compress_ratio")
+    return config.read_count("indexer_budget") // block * block + block - 1
+
+
+def find_pooled_reach(config: Config) -> int:
+    """The tokens up to which GLM-5-Next's choice of pools of keys leaves none out."""
+    pool = config.read_count("index_kpool")
+    if pool > 1:
+        config.read_choice("index_kpool_always_select_tail", {True: None})
+    return config.read_count("index_topk") // pool * pool + pool - 1
+
+
+def find_decay_bound(config: Config) -> float | None:
+    """GLM-5-Next's, of the config or of a section of it, as its class reads them."""
+    given = config.values.get("linear_attn_config")
+    given = given if isinstance(given, dict) else {}
+    key = "linear_lower_bound"
+    bound = given.get("gate_lower_bound", config.values.get(key))
+    if bound is None:
+        return -5.0 if given and given.get("safe_gate", True) else None
+    bound = config._replace(values={key: bound}).resolve(Key(key, -5.0))
+    if bound > 0:
+        raise InputError(f"{config.place}: {key} is {bound}, expected at most 0")
+    return bound

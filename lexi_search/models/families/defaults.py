@@ -10,9 +10,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from lexi_search.models.families.default_parts import (
+    GPT_OSS_ROPE,
+    LAGUNA_ROPE,
+    MELLUM_ROPE,
+    MIMO_ROPE,
+    MISTRAL4_ROPE,
+    list_defaults,
+    list_latent,
+)
+
 ROPES = ("rope_parameters", "rope_scaling")  # the new name and the old
 SIZES = (
-    *("num_attention_heads", "num_key_value_heads"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("mamba_n_heads", "mamba_num_heads", "mamba_n_groups", "n_groups", "mamba_d_state", "ssm_state_size"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
@@ -20,52 +30,11 @@ SIZES = (
 TOP_K = ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "num_experts_per_tok", "moe_top_k")
 
 
-def _list_defaults(*, k: int, heads: int | None = None, kv_heads: int | None = None, **more: Any) -> dict[str, Any]:
-    """A family's defaults; only the default input reads numbers of heads."""
-    named = {"num_experts_per_tok": k, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return {key: value for key, value in named.items() if value is not None} | more
-
-
-def _list_latent(nope: int, rope: int, value: int) -> dict[str, int]:
-    return {"qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": value}
-
-
-GPT_OSS_ROPE = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
-MISTRAL4_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 128.0,
-    "original_max_position_embeddings": 8192,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale_all_dim": 1.0,
-    "mscale": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
-MELLUM_ROPE = {
-    "full_attention": {"rope_type": "default", "rope_theta": 5e5},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
-LAGUNA_ROPE = {
-    "full_attention": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
-}
-MIMO_ROPE = {
-    "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.334},
-}
-LATENT = _list_latent(128, 64, 128)
+LATENT = list_latent(128, 64, 128)
 GROUPED_ROUTING = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
 DEEPSEEK_V2 = LATENT | dict(num_attention_heads=32, max_position_embeddings=2048, bos_token_id=1, n_shared_experts=2)
 DEEPSEEK_V3 = (
-    _list_defaults(k=8, heads=128, max_position_embeddings=4096, bos_token_id=0, n_shared_experts=1)
+    list_defaults(k=8, heads=128, max_position_embeddings=4096, bos_token_id=0, n_shared_experts=1)
     | LATENT
     | GROUPED_ROUTING
 )
@@ -76,10 +45,10 @@ LINEAR = dict(
     linear_value_head_dim=128,
 )
 QWEN3_NEXT = (
-    _list_defaults(k=10, heads=16, kv_heads=2, partial_rotary_factor=0.25, max_position_embeddings=32768) | LINEAR
+    list_defaults(k=10, heads=16, kv_heads=2, partial_rotary_factor=0.25, max_position_embeddings=32768) | LINEAR
 )
-GRANITE = _list_defaults(k=2, heads=32, max_position_embeddings=2048, bos_token_id=1)
-GLM4 = _list_defaults(
+GRANITE = list_defaults(k=2, heads=32, max_position_embeddings=2048, bos_token_id=1)
+GLM4 = list_defaults(
     k=8,
     heads=96,
     kv_heads=8,
@@ -88,14 +57,14 @@ GLM4 = _list_defaults(
     max_position_embeddings=131072,
     n_shared_experts=1,
 )
-GLM_LATENT = _list_latent(192, 64, 256) | dict(
+GLM_LATENT = list_latent(192, 64, 256) | dict(
     rms_norm_eps=1e-5, max_position_embeddings=202752, bos_token_id=0, n_shared_experts=1
 )
-MIXTRAL = _list_defaults(
+MIXTRAL = list_defaults(
     k=2, heads=32, kv_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131072, bos_token_id=1
 )
 
-MISTRAL4 = _list_latent(64, 64, 128) | _list_defaults(
+MISTRAL4 = list_latent(64, 64, 128) | list_defaults(
     k=4,
     heads=32,
     rope_parameters=MISTRAL4_ROPE,
@@ -103,7 +72,7 @@ MISTRAL4 = _list_latent(64, 64, 128) | _list_defaults(
     bos_token_id=1,
     n_shared_experts=1,
 )
-STEP = _list_defaults(k=8, heads=64, kv_heads=8, max_position_embeddings=128000)
+STEP = list_defaults(k=8, heads=64, kv_heads=8, max_position_embeddings=128000)
 GEMMA4 = dict(
     num_attention_heads=8,
     num_key_value_heads=4,
@@ -116,7 +85,7 @@ GEMMA4 = dict(
     bos_token_id=2,
     tie_word_embeddings=True,
 )
-LLAMA4 = _list_defaults(
+LLAMA4 = list_defaults(
     k=1,
     heads=40,
     kv_heads=8,
@@ -128,33 +97,33 @@ LLAMA4 = _list_defaults(
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "olmoe": _list_defaults(k=8, heads=16, rms_norm_eps=1e-5, max_position_embeddings=4096),
-        "flex_olmo": _list_defaults(k=5, heads=32, rope_theta=5e5, max_position_embeddings=4096),
+        "olmoe": list_defaults(k=8, heads=16, rms_norm_eps=1e-5, max_position_embeddings=4096),
+        "flex_olmo": list_defaults(k=5, heads=32, rope_theta=5e5, max_position_embeddings=4096),
         "mixtral": MIXTRAL,
         "phimoe": MIXTRAL,
         "minimax": MIXTRAL,
         # Of the classes on the hub, beside the weights:
         "minicpm": {"tie_word_embeddings": True},
-        "bailing_moe": _list_defaults(k=2, norm_topk_prob=True),
-        "bailing_moe_v2": _list_defaults(k=2, norm_topk_prob=True) | GROUPED_ROUTING,
-        "qwen2_moe": _list_defaults(k=4, heads=16, kv_heads=16, sliding_window=4096, max_position_embeddings=32768),
-        "qwen3_moe": _list_defaults(k=8, heads=32, kv_heads=4, sliding_window=4096, max_position_embeddings=32768),
+        "bailing_moe": list_defaults(k=2, norm_topk_prob=True),
+        "bailing_moe_v2": list_defaults(k=2, norm_topk_prob=True) | GROUPED_ROUTING,
+        "qwen2_moe": list_defaults(k=4, heads=16, kv_heads=16, sliding_window=4096, max_position_embeddings=32768),
+        "qwen3_moe": list_defaults(k=8, heads=32, kv_heads=4, sliding_window=4096, max_position_embeddings=32768),
         "qwen3_next": QWEN3_NEXT,
-        "qwen4_exp": _list_defaults(k=10),
+        "qwen4_exp": list_defaults(k=10, heads=16, kv_heads=2, hc_count=4, max_position_embeddings=32768) | LINEAR,
         "qwen3_5_moe": QWEN3_NEXT | {"num_experts_per_tok": 8},
         "qwen3_5_moe_text": QWEN3_NEXT | {"num_experts_per_tok": 8},
-        "qwen3_vl_moe": _list_defaults(
+        "qwen3_vl_moe": list_defaults(
             k=4, heads=16, kv_heads=16, rope_theta=5e5, max_position_embeddings=128000, tie_word_embeddings=True
         ),
-        "qwen3_omni_moe": _list_defaults(k=8, heads=28, kv_heads=4, rope_theta=1e6, max_position_embeddings=32768),
-        "mellum": _list_defaults(
+        "qwen3_omni_moe": list_defaults(k=8, heads=28, kv_heads=4, rope_theta=1e6, max_position_embeddings=32768),
+        "mellum": list_defaults(
             k=8, heads=32, kv_heads=4, sliding_window=1024, rope_parameters=MELLUM_ROPE, max_position_embeddings=131072
         ),
         "granitemoe": GRANITE,
         "granitemoeshared": GRANITE,
         "granitemoehybrid": GRANITE | dict(mamba_n_heads=128, mamba_n_groups=1, mamba_d_state=256),
         "granitemoe_swa": GRANITE | dict(sliding_window=128),
-        "jamba": _list_defaults(k=2, heads=32, kv_heads=8, bos_token_id=1),
+        "jamba": list_defaults(k=2, heads=32, kv_heads=8, bos_token_id=1),
         "hunyuan_v1_moe": dict(
             moe_topk=1,
             num_attention_heads=32,
@@ -180,7 +149,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=2048,
             bos_token_id=1,
         ),
-        "cohere2_moe": _list_defaults(
+        "cohere2_moe": list_defaults(
             k=2,
             heads=64,
             sliding_window=4096,
@@ -198,8 +167,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "kimi_k25": DEEPSEEK_V3,
         "kimi_vl": DEEPSEEK_V2 | {"topk_method": "greedy", "norm_topk_prob": False},  # vLLM's class
         "deepseek_ocr2": dict(num_attention_heads=32, max_position_embeddings=2048, bos_token_id=1, n_shared_experts=2),
-        "axk2": _list_latent(64, 32, 64)
-        | _list_defaults(
+        "axk2": list_latent(64, 32, 64)
+        | list_defaults(
             k=8,
             heads=32,
             max_position_embeddings=131072,
@@ -210,8 +179,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "axk1": DEEPSEEK_V3 | dict(num_attention_heads=64, max_position_embeddings=32768, bos_token_id=163691),
         "glm4_moe": GLM4,
         "glm4v_moe": GLM4 | {"max_position_embeddings": 65536},
-        "glm4_moe_lite": GLM_LATENT | _list_defaults(k=4, heads=20, routed_scaling_factor=1.8),
-        "glm_moe_dsa": GLM_LATENT | _list_defaults(k=8, heads=64, routed_scaling_factor=2.5),
+        "glm4_moe_lite": GLM_LATENT | list_defaults(k=4, heads=20, routed_scaling_factor=1.8),
+        "glm_moe_dsa": GLM_LATENT | list_defaults(k=8, heads=64, routed_scaling_factor=2.5),
         "dots1": dict(
             num_attention_heads=32,
             num_key_value_heads=32,
@@ -219,7 +188,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_window_layers=62,
             max_position_embeddings=2048,
         ),
-        "exaone_moe": _list_defaults(
+        "exaone_moe": list_defaults(
             k=8,
             heads=32,
             kv_heads=32,
@@ -231,7 +200,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             num_shared_experts=1,
             routed_scaling_factor=2.5,
         ),
-        "solar_open": _list_defaults(
+        "solar_open": list_defaults(
             k=8,
             heads=64,
             kv_heads=8,
@@ -240,7 +209,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=131072,
             n_shared_experts=1,
         ),
-        "mimo_v2_flash": _list_defaults(
+        "mimo_v2_flash": list_defaults(
             k=8,
             heads=64,
             kv_heads=4,
@@ -252,12 +221,23 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=131072,
             bos_token_id=1,
         ),
-        "deepseek_v4": _list_defaults(k=6),
-        "hy_v4": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.827),
-        "glm5_next": _list_defaults(k=8, n_shared_experts=1, routed_scaling_factor=2.5),
+        "deepseek_v4": list_defaults(k=6, hc_mult=4, head_dim=512, max_position_embeddings=1048576, bos_token_id=0),
+        "hy_v4": list_latent(192, 64, 256)
+        | list_defaults(
+            k=8,
+            heads=32,
+            hc_mult=4,
+            max_position_embeddings=262144,
+            bos_token_id=120000,
+            n_shared_experts=1,
+            routed_scaling_factor=2.827,
+        ),
+        "glm5_next": list_latent(256, 0, 256)
+        | list_defaults(k=8, heads=64, n_shared_experts=1, routed_scaling_factor=2.5, linear_lower_bound=-5.0)
+        | dict(hc_mult=4, index_topk=2048, index_kpool=16, max_position_embeddings=1048576),
         "mistral4": MISTRAL4,
         "mistral3": MISTRAL4,
-        "nemotron_h": _list_defaults(
+        "nemotron_h": list_defaults(
             k=2,
             heads=32,
             kv_heads=8,
@@ -270,13 +250,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
         "step3p5": STEP,
         "step3p7": STEP,
-        "minimax_m2": _list_defaults(
+        "minimax_m2": list_defaults(
             k=8, heads=48, kv_heads=8, rope_theta=5e6, max_position_embeddings=196608, bos_token_id=200034
         ),
-        "minimax_m3_vl": _list_defaults(
+        "minimax_m3_vl": list_defaults(
             k=4, heads=64, kv_heads=4, rope_theta=5e6, rotary_dim=64, max_position_embeddings=524288
         ),
-        "hy_v3": _list_defaults(
+        "hy_v3": list_defaults(
             k=8,
             heads=64,
             kv_heads=8,
@@ -286,7 +266,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             num_shared_experts=1,
             router_scaling_factor=2.826,
         ),
-        "afmoe": _list_defaults(
+        "afmoe": list_defaults(
             k=6,
             heads=16,
             rms_norm_eps=1e-5,
@@ -295,10 +275,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=16384,
             num_shared_experts=2,
         ),
-        "laguna": _list_defaults(
+        "laguna": list_defaults(
             k=8, heads=48, kv_heads=8, sliding_window=512, rope_parameters=LAGUNA_ROPE, max_position_embeddings=131072
         ),
-        "lfm2_moe": _list_defaults(
+        "lfm2_moe": list_defaults(
             k=4,
             heads=32,
             kv_heads=8,
@@ -308,7 +288,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             tie_word_embeddings=True,
         ),
         "kimi_linear": dict(num_attention_heads=32, bos_token_id=1),  # vLLM's class
-        "gpt_oss": _list_defaults(
+        "gpt_oss": list_defaults(
             k=4,
             heads=64,
             kv_heads=8,

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int, Shaped
 
 from lexi_search.checkpoint.dequantise import Parts, Plain
-from lexi_search.checkpoint.reader import Checkpoint
+from lexi_search.checkpoint.reader import Checkpoint, read_rows
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.layers.experts import limit_layer, project_layer, scale_layer
+from lexi_search.layers.mixers.ngrams import find_rows
 from lexi_search.layers.weights import BlockWeights, ExpertWeights, LayerWeights, Scales
 from lexi_search.models.finder import Stored
 from lexi_search.models.loading.pieces import (
@@ -58,6 +59,14 @@ class Reader:
     def load_plain(self, name: str) -> Array:
         recipe = describe_recipe(self.tensors, name, ("router",))
         return self.load({0: (Piece(name, None, recipe),)})[0][0]["weight"]
+
+    def load_choices(self, name: str, num_experts: int) -> Array:
+        """The experts of every token, [vocabulary, K]; InputError for one that is not there."""
+        choices = self._checkpoint[name]
+        if choices.min() < 0 or choices.max() >= num_experts:
+            thing = f"experts from {choices.min()} to {choices.max()}, and there are {num_experts}"
+            raise InputError(f"{self.tensors[name].file}: tensor {name} names {thing}; is the file damaged?")
+        return jax.device_put(choices.astype(np.int32), self._device)
 
     def load(self, pieces: Mapping[int, tuple[Piece, ...]], *, apply: Callable = map) -> dict[int, tuple[Parts, ...]]:
         """The parts of every expert's tensors on the device; InputError names a tensor whose values are not finite.
@@ -152,7 +161,8 @@ def read_layer(reader: Reader, model: Model, needed: NeededExperts | None, layer
     router = reader.load_plain(tensors.router)
     bias = reader.load_plain(tensors.bias).reshape(-1) if tensors.bias else None  # some store it [1, E]
     experts = Experts(reader, list_pieces(reader.tensors, tensors.experts))
-    weights = LayerWeights(router, bias, experts)
+    choices = reader.load_choices(tensors.choices, len(experts)) if tensors.choices else None
+    weights = LayerWeights(router, bias, experts, choices)
     if tensors.scales is not None:
         weights = scale_layer(weights, Scales(*map(reader.load_plain, tensors.scales)))
     if tensors.latent is not None:
@@ -162,6 +172,29 @@ def read_layer(reader: Reader, model: Model, needed: NeededExperts | None, layer
     first = range(len(experts)) if needed is None else sorted(needed(layer, weights.router, bias))
     experts.load(first, apply=reader.pool.map)
     return weights
+
+
+def read_ngrams(
+    checkpoint: Checkpoint, decoder: Decoder, layer: int, tokens: Int[np.ndarray, "sequences length"]
+) -> Shaped[np.ndarray, "sequences length width"] | None:
+    """The embeddings of the n-grams that end at each position, of a layer that adds them; None for another.
+
+    Tables may be larger than memory: only the rows of these n-grams are read.
+    """
+    if layer not in decoder.tables:
+        return None
+    names = decoder.tables[layer]
+    ends = np.cumsum([checkpoint.entries[name].shape[0] for name in names])
+    wanted, places = np.unique(find_rows(tokens, decoder.blocks[layer].ngrams), return_inverse=True)
+    parts = np.searchsorted(ends, wanted, side="right")
+    starts = np.concatenate([[0], ends])
+    rows = [
+        read_rows(checkpoint, names[part], (wanted[parts == part] - starts[part]).tolist()) for part in np.unique(parts)
+    ]
+    found = np.concatenate(rows)
+    if not np.isfinite(found.astype(np.float32)).all():
+        raise InputError(f"{checkpoint.entries[names[0]].file}: the table {names[0]} holds NaN or Inf; is it damaged?")
+    return found[places.reshape(-1)].reshape(*tokens.shape, -1)
 
 
 def read_block(reader: Reader, model: Model, decoder: Decoder, layer: int) -> BlockWeights:

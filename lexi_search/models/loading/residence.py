@@ -246,7 +246,7 @@ class Residence:
         """The embedding if `first`, else final norm and LM head, on a device by its number; the others are empty."""
         if (device, first) not in self._ends:
             ends = self._decoder.ends
-            wanted = ends._replace(norm=(), head=()) if first else ends._replace(embedding=())
+            wanted = ends._replace(norm=(), head=(), connection=()) if first else ends._replace(embedding=())
             found = read_tensors(self._checkpoint, wanted, device=self.devices[device])
             if self._measure(ends) > self._room.device:
                 return found
@@ -270,7 +270,6 @@ def _move(weights: BlockWeights, target: Any) -> BlockWeights:
     moe = weights.moe
     if moe is not None:
         experts = moe.experts.put(target)
-        moe = moe._replace(
-            router=jax.device_put(moe.router, target), bias=jax.device_put(moe.bias, target), experts=experts
-        )
+        router, bias, choices = jax.device_put((moe.router, moe.bias, moe.choices), target)
+        moe = moe._replace(router=router, bias=bias, experts=experts, choices=choices)
     return jax.device_put(weights._replace(moe=None), target)._replace(moe=moe)

@@ -18,12 +18,11 @@ QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj",), ("k_proj",), ("v_proj",), ("o_proj
 QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
 KEY_NORMS = ("k_norm", "key_layernorm", "k_layernorm")
 FUSED_INPUTS = "query_key_value"  # queries, keys and values, one after the other
-GATES, SINKS = ("gate_proj", "g_proj"), ("sinks", "attention_sink_bias")
+GATES, SINKS = ("gate_proj", "g_proj", "linear_gate"), ("sinks", "attention_sink_bias", "learnable_sink_param")
 LATENT_QUERIES, LOW_RANK_QUERIES = ("q_proj", "q_b_proj"), ("q_a_proj",)
 LOW_RANK_QUERY_NORMS = ("q_a_layernorm",)
 LATENTS, LATENT_NORMS = ("kv_a_proj_with_mqa",), ("kv_a_layernorm",)
 LATENT_KEYS_VALUES = ("kv_b_proj",)
-LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says for others
 
 
 def describe_attention(
@@ -66,7 +65,7 @@ def _describe_grouped(source: Source, kind: str) -> tuple[GroupedAttention, Grou
         q_norm=_take_gains(finder, QUERY_NORMS, (dim, rows)),
         k_norm=_take_gains(finder, KEY_NORMS, (dim, kv_heads * dim)),
         gate=_take_gate(finder, rows, heads, hidden),
-        sinks=next((sinks for name in SINKS if (sinks := finder.take_tensor(name, (heads,)))), None),
+        sinks=_take_sinks(finder, heads),
     )
     windows = config.values.get("sliding_window") or family.chunk
     unrotated = kind == FULL and family.rotates_windows_only and windows
@@ -106,6 +105,10 @@ def _take_gate(finder: Finder, rows: int, heads: int, hidden: int) -> Affine | N
     return gate if per_head else finder.take(GATES, (rows, hidden))
 
 
+def _take_sinks(finder: Finder, heads: int) -> Stored | None:
+    return next((sinks for name in SINKS if (sinks := finder.take_tensor(name, (heads,)))), None)
+
+
 def _take_gains(finder: Finder, modules: Sequence[str], extents: tuple[int, int]) -> Affine | None:
     """The gains of a norm of queries or keys: of one head, the same for all, or of all heads together."""
     gains = finder.take(modules, (None,))
@@ -116,7 +119,9 @@ def _take_gains(finder: Finder, modules: Sequence[str], extents: tuple[int, int]
 def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, LatentWeights]:
     finder, config, hidden = source.finder, source.config, source.hidden_size
     heads = config.read_count("num_attention_heads")
-    nope_dim, rope_dim, value_dim = map(config.read_count, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    nope_dim, value_dim = map(config.read_count, ("qk_nope_head_dim", "v_head_dim"))
+    unrotated = config.values.get("qk_rope_head_dim") == 0 and not resolve(config, source.family.rotates)
+    rope_dim = 0 if unrotated else config.read_count("qk_rope_head_dim")
     q_a = finder.take(LOW_RANK_QUERIES, (None, hidden))
     width = finder.get_shape(q_a.weight)[0] if q_a else hidden
     kv_norm = finder.need(LATENT_NORMS, (None,))
@@ -131,6 +136,8 @@ def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, Latent
         o=finder.need(OUTPUTS, (hidden, heads * value_dim)),
         q_a=q_a,
         q_norm=finder.need(LOW_RANK_QUERY_NORMS, (width,)) if q_a else None,
+        gate=_take_gate(finder, heads * value_dim, heads, hidden),
+        sinks=_take_sinks(finder, heads),
     )
     rope, temperature = _read_rope(source, rope_dim, kind, latent=True)
     attention = LatentAttention(
@@ -138,7 +145,7 @@ def _describe_latent(source: Source, kind: str) -> tuple[LatentAttention, Latent
         nope_dim=nope_dim,
         rope_dim=rope_dim,
         scale=dim**-0.5 * temperature,
-        norm=Norm(LATENT_EPS),
+        norm=Norm(resolve(config, source.family.latent_eps)),
         rope=rope,
         window=_read_window(config, kind),
         gated=gated,

@@ -17,6 +17,7 @@ from lexi_search.layers.weights import (
     MixerWeights,
 )
 from lexi_search.models.mixers.attention import describe_attention
+from lexi_search.models.mixers.compressed import describe_compressed
 from lexi_search.models.mixers.source import Source
 
 LIGHTNING_EPS = 1e-6  # of its norm, whatever the config says for others
@@ -68,9 +69,9 @@ def _describe_delta(source: Source) -> tuple[GatedDeltaNet, DeltaWeights]:
 
 
 def _describe_channel_delta(source: Source) -> tuple[GatedDeltaNet, ChannelDeltaWeights]:
-    finder, hidden = source.finder.at_module("self_attn."), source.hidden_size
-    decay_rate = finder.need_tensor("A_log", (1, 1, None, 1))
-    heads = finder.get_shape(decay_rate)[2]
+    finder, hidden, family = source.finder.at_module("self_attn."), source.hidden_size, source.family
+    rates = finder.need(["b_proj"], (None, hidden))
+    heads = finder.get_shape(rates.weight)[0]
     norm = finder.need(["o_norm"], (None,))
     dim = finder.get_shape(norm.weight)[0]
     width = heads * dim
@@ -80,15 +81,16 @@ def _describe_channel_delta(source: Source) -> tuple[GatedDeltaNet, ChannelDelta
     weights = ChannelDeltaWeights(
         inputs=tuple(finder.need([f"{name}_proj"], (width, hidden)) for name in "qkv"),
         convs=tuple(finder.need([f"{name}_conv1d"], (width, 1, None)) for name in "qkv"),
-        rates=finder.need(["b_proj"], (heads, hidden)),
+        rates=rates,
         decay=decay,
         gate=gate,
-        decay_rate=decay_rate,
+        decay_rate=finder.need_tensor("A_log", (heads,) if family.decay_bound else (1, 1, heads, 1)),
         decay_bias=finder.need_tensor("dt_bias", (width,)),
         norm=norm,
         o=finder.need(["o_proj"], (hidden, width)),
     )
-    mixer = GatedDeltaNet(heads, heads, dim, dim, source.activation, Norm(source.norm.eps), gate="sigmoid")
+    bound = family.decay_bound(source.config) if family.decay_bound else None
+    mixer = GatedDeltaNet(heads, heads, dim, dim, source.activation, Norm(source.norm.eps), "sigmoid", bound)
     return mixer, weights
 
 
@@ -166,7 +168,7 @@ def _describe_convolution(source: Source) -> tuple[ShortConvolution, Convolution
     return ShortConvolution(hidden), weights
 
 
-# A module that a layer has -> the description of its kind of recurrence.
+# A module that a layer has -> the description of its kind of recurrence, or of an attention of its own.
 _RECURRENT: Mapping[str, Callable[[Source], tuple[Mixer, MixerWeights]]] = MappingProxyType(
     {
         "linear_attn.in_proj_qkvz": _describe_delta,
@@ -177,5 +179,6 @@ _RECURRENT: Mapping[str, Callable[[Source], tuple[Mixer, MixerWeights]]] = Mappi
         "mamba.in_proj": partial(_describe_mamba2, stem="mamba."),
         "mixer.in_proj": partial(_describe_mamba2, stem="mixer."),
         "conv.in_proj": _describe_convolution,
+        "attn.wkv": describe_compressed,
     }
 )

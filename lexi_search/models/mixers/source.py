@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from lexi_search.checkpoint.config import LARGEST_FLOAT, Config
 from lexi_search.errors import InputError
-from lexi_search.layers.spec import Norm
+from lexi_search.layers.spec import Norm, Streams
 from lexi_search.models.families.decoder import Family
 from lexi_search.models.finder import Finder
 
@@ -24,6 +24,7 @@ class Source(NamedTuple):
     layer: int = 0
     dense: bool = False  # the layer has no experts
     num_layers: int = 0
+    streams: Streams | None = None
 
 
 def resolve(config: Config, value: Any) -> Any:
@@ -32,6 +33,8 @@ def resolve(config: Config, value: Any) -> Any:
         return config.resolve(value)
     try:
         found = value(config)
+        if found is None:
+            return None
     except ArithmeticError:
         found = math.inf
     if not abs(found) <= LARGEST_FLOAT:

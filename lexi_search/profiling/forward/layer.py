@@ -13,8 +13,9 @@ from lexi_search.layers.decoder import attend, finish
 from lexi_search.layers.kernels.blocks import StackedExperts, stack_experts
 from lexi_search.layers.kernels.grouped import can_group, stacked_outputs
 from lexi_search.layers.moe import Correction, compute_outputs, correct, mix
-from lexi_search.layers.routing import Choice, route
+from lexi_search.layers.routing import Choice, look_up, route
 from lexi_search.layers.weights import BlockWeights
+from lexi_search.models.loading.reader import read_ngrams
 from lexi_search.profiling.forward.variants import MODEL, Hidden, Kept, Plan, Run, Variant, group
 
 
@@ -26,6 +27,18 @@ class MoEOutputs(NamedTuple):
     outputs: Float[Array, "tokens K hidden"]
     choice: Choice
     hidden: Hidden
+
+
+class Text(NamedTuple):
+    """What is known of each position besides its hidden state: the token, and the layer's embeddings of n-grams."""
+
+    tokens: Int32[np.ndarray, "sequences length"]
+    ngrams: Float[Array, "sequences length width"] | None
+
+    def repeat(self, count: int) -> "Text":
+        """The same for `count` variants, one after the other."""
+        ngrams = None if self.ngrams is None else jnp.concatenate([self.ngrams] * count)
+        return Text(np.concatenate([self.tokens] * count), ngrams)
 
 
 class Mixing(NamedTuple):
@@ -49,29 +62,38 @@ def prepare(run: Run, weights: BlockWeights) -> BlockWeights:
 
 
 def advance(
-    run: Run, plan: Plan, variants: Sequence[Variant], layer: int, weights: BlockWeights, states: dict[int, Any]
+    run: Run,
+    plan: Plan,
+    variants: Sequence[Variant],
+    layer: int,
+    weights: BlockWeights,
+    tokens: Int32[np.ndarray, "chunk length"],
+    states: dict[int, Any],
 ) -> MoEOutputs | None:
-    """The model's own outputs in a layer, if it is a MoE layer; takes `states` through it.
+    """The model's own outputs in a layer, if it is a MoE layer that has a k to choose; takes `states` through it.
 
     States are replaced one by one, so that never two copies of all are in memory. Variants that branch off in this
     layer share the model's input and expert outputs, and mix them with a k of their own.
     """
-    full, is_moe = run.model.top_k, weights.moe is not None
+    full, is_moe = run.model.top_k, layer in run.model.layers
     place = run.model.layers.index(layer) if is_moe else None
+    ngrams = read_ngrams(run.checkpoint, run.decoder, layer, tokens)
+    text = Text(tokens, None if ngrams is None else jnp.asarray(ngrams))
     step = partial(_step, run, layer, weights)
     reduced = [number for number in states if number != MODEL]
     branching = [number for number, branch in enumerate(plan.branches) if is_moe and branch == place]
     model = Variant((full,) * len(run.model.layers))
     own = _mix_each([model, *(variants[number] for number in branching)], layer, place, full)
-    hidden, outputs = step(states[MODEL], own)
+    hidden, outputs = step(text, states[MODEL], own)
     for some in group(reduced, variants, plan.together):
         padded = some + some[-1:] * (plan.together - len(some))  # one shape, one compilation
         joined = jnp.concatenate([states[number] for number in padded])
         size = joined.shape[1] * (len(joined) // plan.together)
-        [moved], _ = step(joined, [_mix_alike([variants[n] for n in padded], layer, place, full, size=size)])
+        mixing = _mix_alike([variants[n] for n in padded], layer, place, full, size=size)
+        [moved], _ = step(text.repeat(plan.together), joined, [mixing])
         states |= zip(some, map(plan.keep, jnp.split(moved, plan.together)), strict=False)
     states |= zip([MODEL, *branching], map(plan.keep, hidden), strict=True)
-    return outputs
+    return outputs if is_moe else None
 
 
 def _mix_each(some: Sequence[Variant], layer: int, place: int | None, full: int) -> list[Mixing]:
@@ -110,15 +132,23 @@ def stack_corrections(layer: int, top_k: Sequence[int], maps: Sequence[Maps | No
 
 
 def _step(
-    run: Run, layer: int, weights: BlockWeights, hidden: Kept, mixings: Sequence[Mixing]
+    run: Run,
+    layer: int,
+    weights: BlockWeights,
+    text: Text,
+    hidden: Kept,
+    mixings: Sequence[Mixing],
 ) -> tuple[list[Hidden], MoEOutputs | None]:
     """Hidden states after a layer, for each of `mixings`."""
     block, model, moe = run.decoder.blocks[layer], run.model, weights.moe
-    hidden, x = attend(block, weights, jnp.asarray(hidden))
+    hidden, x = attend(block, weights, jnp.asarray(hidden), text.ngrams)
     if moe is None:
         return [finish(block, weights, hidden, x, None)] * len(mixings), None
     plain = model.routing._replace(exponent=None)
-    choice = route(x, moe.router, moe.bias, routing=plain, top_k=model.top_k)
+    if moe.choices is None:
+        choice = route(x, moe.router, moe.bias, routing=plain, top_k=model.top_k)
+    else:
+        choice = look_up(x, moe.router, moe.choices, text.tokens.reshape(-1), routing=plain)
     if isinstance(moe.experts, StackedExperts):
         outputs = stacked_outputs(x, choice, moe.experts)
     else:

@@ -24,8 +24,8 @@ class Losses(NamedTuple):
     """Means over the tokens of each sequence, for k = 1..K, float64.
 
     `squares` of ||y_k - y_K||^2 in each MoE layer, `relative` of the same over ||h||^2, where h is the residual stream
-    that the layer's output is added to. `divergence` is the KL divergence of each variant's next-token distribution
-    from the unreduced model's, in nats.
+    that the layer's output is added to; of several, the mean of their squares. `divergence` is the KL divergence of
+    each variant's next-token distribution from the unreduced model's, in nats.
     """
 
     squares: Float64[np.ndarray, "layers sequences K"]
@@ -75,6 +75,8 @@ def _measure_layer(outputs: MoEOutputs, run: Run, maps: Maps | None) -> Float[Ar
 def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array, "2 chunk K"]:
     # The stream of a token that the model never saw may be all zero; nothing is relative to that.
     size = jnp.square(hidden.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    if size.ndim == 4:  # of several streams
+        size = size.mean(axis=2)
     distances = distances.reshape(*hidden.shape[:2], -1)
     relative = jnp.where(size > 0, distances / jnp.where(size > 0, size, 1.0), 0.0)
     return jnp.stack([distances.mean(axis=1), relative.mean(axis=1)])
@@ -84,13 +86,13 @@ def _measure_divergence(
     run: Run, ends: EndWeights, states: dict[int, Kept], *, count: int
 ) -> Float64[np.ndarray, "variants chunk"]:
     """The KL divergence of each of `count` variants from the model; 0 for one that is the model itself."""
-    sequences, length, hidden = states[MODEL].shape
+    sequences, length, *rest = states[MODEL].shape
     divergence = np.zeros((count, sequences * length))
     found: list[tuple[int, slice, Array]] = []
     for some in split_tokens(sequences * length, ends):
-        model = read_log_probabilities(run.decoder, ends, jnp.asarray(states[MODEL]).reshape(-1, hidden)[some])
+        model = read_log_probabilities(run.decoder, ends, jnp.asarray(states[MODEL]).reshape(-1, *rest)[some])
         for number in states.keys() - {MODEL}:
-            reduced = jnp.asarray(states[number]).reshape(-1, hidden)[some]
+            reduced = jnp.asarray(states[number]).reshape(-1, *rest)[some]
             found.append((number, some, _sum_divergence(model, read_log_probabilities(run.decoder, ends, reduced))))
     for number, some, values in found:
         divergence[number, some] = values
@@ -106,7 +108,7 @@ def split_tokens(count: int, ends: EndWeights) -> Iterator[slice]:
 
 
 def read_log_probabilities(
-    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "tokens hidden"]
+    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "tokens *streams hidden"]
 ) -> Float[Array, "tokens vocabulary"]:
     """Log-probabilities of the next token, float32."""
     return jax.nn.log_softmax(read_logits(decoder, ends, hidden), axis=-1)

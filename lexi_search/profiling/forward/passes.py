@@ -3,18 +3,23 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int32
 
 from lexi_search.layers.decoder import embed
 from lexi_search.models.loading.residence import Residence
 from lexi_search.profiling.forward.layer import MoEOutputs, advance, prepare
 from lexi_search.profiling.forward.variants import MODEL, Kept, Plan, Run, Variant, plan_pass
 
-States = dict[int, Any]  # variant index -> hidden states of a chunk
+
+class Chunk(NamedTuple):
+    """Some of the sequences: their tokens, and variant index -> hidden states."""
+
+    tokens: Int32[np.ndarray, "chunk length"]
+    states: dict[int, Any]
 
 
 def forward(
@@ -35,17 +40,15 @@ def forward(
     stages = residence.stages
     plan = plan_pass(run, tokens, variants, devices=len(stages))
     ends = residence.read_ends(0, first=True)
-    chunks: list[States] = [
-        {MODEL: plan.keep(embed(run.decoder, ends, chunk, dtype=run.dtype))}
-        for chunk in np.split(np.asarray(tokens, np.int32), len(tokens) // plan.chunk)
-    ]
+    texts = np.split(np.asarray(tokens, np.int32), len(tokens) // plan.chunk)
+    chunks = [Chunk(text, {MODEL: plan.keep(embed(run.decoder, ends, text, dtype=run.dtype))}) for text in texts]
     del ends
     if len(stages) == 1:
         for layer in _pass_stage(run, residence, plan, variants, 0, chunks, observe):
             report(layer)
     else:
         _pass_stages(run, residence, plan, variants, chunks, observe, report)
-    return chunks
+    return [chunk.states for chunk in chunks]
 
 
 def _pass_stage(
@@ -54,14 +57,14 @@ def _pass_stage(
     plan: Plan,
     variants: Sequence[Variant],
     device: int,
-    chunks: Sequence[States],
+    chunks: Sequence[Chunk],
     observe: Callable[[MoEOutputs], None],
 ) -> Iterator[int]:
     """Take chunks through the layers of one device; yields each layer that is done."""
     for layer, weights in residence.stream(residence.stages[device]):
         weights = prepare(run, weights)
-        for states in chunks:
-            outputs = advance(run, plan, variants, layer, weights, states)
+        for chunk in chunks:
+            outputs = advance(run, plan, variants, layer, weights, *chunk)
             if outputs is not None:
                 observe(outputs)
         yield layer
@@ -72,7 +75,7 @@ def _pass_stages(
     residence: Residence,
     plan: Plan,
     variants: Sequence[Variant],
-    chunks: Sequence[States],
+    chunks: Sequence[Chunk],
     observe: Callable[[MoEOutputs], None],
     report: Callable[[int], None],
 ) -> None:
@@ -93,8 +96,8 @@ def _pass_stages(
                     for number in group:
                         arrived[device][number].result()
                     own = [chunks[number] for number in group]
-                    for states in own:
-                        states |= _move(states, residence.devices[device])
+                    for chunk in own:
+                        chunk.states.update(_move(chunk.states, residence.devices[device]))
                     for layer in _pass_stage(run, residence, plan, variants, device, own, observe):
                         if number == len(chunks) - 1:
                             done.put(layer)

@@ -36,7 +36,7 @@ def draw_tokens(
     kind of device, however many sequences it holds at once.
     """
     key = jax.random.key(seed, impl="threefry2x32")
-    vocabulary = count_tokens(run.checkpoint, run.decoder)
+    vocabulary = count_tokens(run.checkpoint, run.model, run.decoder)
     tokens = np.array(jax.random.randint(key, (sequences, length), 0, vocabulary, jnp.int32))
     first = find_first_token(run.checkpoint, run.model, vocabulary)
     if first is not None:
@@ -46,7 +46,8 @@ def draw_tokens(
         chunks = forward(run, tokens, report=report)
         ends = residence.read_ends(0, first=False)
         drawn = np.empty(tokens.size, np.int32)
-        hidden = np.concatenate([np.asarray(states[MODEL]) for states in chunks]).reshape(tokens.size, -1)
+        hidden = np.concatenate([np.asarray(states[MODEL]) for states in chunks])
+        hidden = hidden.reshape(tokens.size, *hidden.shape[2:])
         for some in split_tokens(tokens.size, ends):
             logits = read_log_probabilities(run.decoder, ends, jnp.asarray(hidden[some]))
             drawn[some] = _sample(logits[:, :vocabulary], key, np.arange(some.start, some.stop, dtype=np.int32))

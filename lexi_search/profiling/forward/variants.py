@@ -24,8 +24,8 @@ GROUP_TOKENS = 2**15  # of variants that go through a layer together: more would
 CHUNKS_PER_DEVICE = 4  # of the sequences, where several devices work on them one after the other
 MODEL = -1  # the variant index of the unreduced model
 
-Hidden = Float[Array, "chunk length hidden"]  # of some of the sequences
-Kept = Hidden | Float[np.ndarray, "chunk length hidden"]  # on the device, or in host memory
+Hidden = Float[Array, "chunk length *streams hidden"]  # of some of the sequences
+Kept = Hidden | Float[np.ndarray, "chunk length *streams hidden"]  # on the device, or in host memory
 
 
 class Variant(NamedTuple):
@@ -89,7 +89,8 @@ def _limit_tokens(run: Run) -> int:
     """The tokens whose expert outputs are computed at once."""
     memory = find_memory()
     space = PASS_SHARE * memory if memory else PASS_BYTES
-    return int(space // (run.model.top_k * run.model.hidden_size * jnp.dtype(run.dtype).itemsize))
+    rows = run.model.top_k + run.decoder.num_streams - 1  # expert outputs, and streams beside the usual one
+    return int(space // (rows * run.model.hidden_size * jnp.dtype(run.dtype).itemsize))
 
 
 def _choose_storage(run: Run, tokens: int) -> Callable[[Hidden], Any]:
@@ -103,7 +104,7 @@ def _choose_storage(run: Run, tokens: int) -> Callable[[Hidden], Any]:
 
 def check_room(run: Run, tokens: int) -> int:
     """Bytes of the hidden states of so many tokens, over all variants; InputError for more than the host has."""
-    size = tokens * run.model.hidden_size * jnp.dtype(run.dtype).itemsize
+    size = tokens * run.decoder.num_streams * run.model.hidden_size * jnp.dtype(run.dtype).itemsize
     check_memory("hidden states under all changes of k", size, "lower --samples, or take --layers in parts")
     return size
 

@@ -149,7 +149,8 @@ def quantise(folder, case, make=None, *, dtype, plain=None):
             quantised |= matrix.tensors
             dequantised[name] = torch.tensor(matrix.values).to(getattr(torch, dtype))
         else:
-            quantised[name] = dequantised[name] = tensor.to(getattr(torch, dtype))
+            kind = getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype
+            quantised[name] = dequantised[name] = tensor.to(kind)
     (folder / "quantised").mkdir()
     (folder / "plain").mkdir()
     return (

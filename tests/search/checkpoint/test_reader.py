@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
-from lexi_search.checkpoint.reader import INDEX, find_missing_shards, open_checkpoint, read_header
+from lexi_search.checkpoint.reader import INDEX, find_missing_shards, open_checkpoint, read_header, read_rows
 from lexi_search.checkpoint.writer import write_shards
 from lexi_search.errors import InputError
 
@@ -62,6 +62,18 @@ def test_reads_into_a_reused_buffer(folder):
     a = checkpoint.read("a", buffer)
     assert np.shares_memory(a, buffer) and a.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert checkpoint.read("b", buffer).tolist() == [1, 1]
+
+
+def test_reads_some_rows_alone(folder):
+    table = np.arange(36).reshape(9, 4).astype(ml_dtypes.bfloat16)
+    file = folder / "model.safetensors"
+    save_file({"first": np.ones(3), "table": table}, file)
+    checkpoint, rows = open_checkpoint(folder), [8, 0, 3, 3]
+    np.testing.assert_array_equal(read_rows(checkpoint, "table", rows), table[rows])
+    file.write_bytes(file.read_bytes()[:-1])
+    assert read_rows(checkpoint, "table", [7]).shape == (1, 4)
+    with pytest.raises(InputError, match="the file ends inside tensor table"):
+        read_rows(checkpoint, "table", [7, 8])
 
 
 def test_index_names_the_shards(folder):

@@ -11,6 +11,7 @@ import tiny
 import torch
 from quantised import CASES
 from safetensors.torch import load_file, save_file
+from transformers import Glm5NextTextConfig
 
 from lexi_search.checkpoint.reader import open_checkpoint
 from lexi_search.errors import InputError
@@ -19,16 +20,17 @@ from lexi_search.layers.mixers import attention as attention_module
 from lexi_search.layers.mixers import recurrent
 from lexi_search.layers.mixers.scans import CHUNK
 from lexi_search.layers.moe import compute_outputs, mix
-from lexi_search.layers.routing import route
+from lexi_search.layers.routing import look_up, route
 from lexi_search.layers.spec import GroupedAttention, Norm
 from lexi_search.layers.weights import Affine, GroupedWeights
 from lexi_search.models.decoder_families import FAMILIES
-from lexi_search.models.decoder_stack import describe_decoder
-from lexi_search.models.loading.reader import read_tensors
+from lexi_search.models.decoder_stack import count_tokens, describe_decoder
+from lexi_search.models.loading.reader import read_ngrams, read_tensors
 from lexi_search.models.loading.residence import Residence
 from lexi_search.models.model import describe
 
 LENGTH = 24
+END = 217  # a token of `draw_tokens`
 # What makes the tiny models use more of what their family has.
 GROUPED = dict(num_attention_heads=4, num_key_value_heads=2)
 SETTINGS = {
@@ -87,6 +89,32 @@ SETTINGS |= {
     "sarvam_mla": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8)),
     "axk2": dict(index_topk=LENGTH, mlp_layer_types=["dense", "sparse"], attention_bias=True)
     | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8)),
+    "hy_v4": dict(index_topk=LENGTH, indexer_types=["full", "shared"], hc_mult=3, hc_magnitude=1.5, hc_eps=0.01)
+    | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8)),
+    "deepseek_v4": dict(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        sliding_window=7,
+        layer_types=["sliding_attention", *["heavily_compressed_attention", "compressed_sparse_attention"] * 2][:4],
+        compress_rates={"heavily_compressed_attention": 5, "compressed_sparse_attention": 3},
+        index_topk=LENGTH // 3,
+        rope_parameters={key: value for key, value in YARN.items() if key != "rope_theta"},
+        hc_eps=0.01,
+        hc_sinkhorn_iters=3,
+    ),
+    "glm5_next": dict(
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        linear_num_heads=3,
+        linear_head_dim=24,
+        linear_lower_bound=-3.0,
+        attention_bias=True,
+        index_topk=LENGTH - 4,
+        index_kpool=5,
+        hc_mult=3,
+        hc_eps=0.01,
+    ),
     "deepseek_v32": dict(index_topk=LENGTH),
     "glm_moe_dsa": dict(index_topk=LENGTH),
     "glm4_moe": GROUPED | dict(use_qk_norm=True, attention_bias=True, first_k_dense_replace=1),
@@ -141,6 +169,11 @@ SETTINGS |= {
     "qwen3_next": DELTA | dict(mlp_only_layers=[1]),
     "qwen3_5_moe": DELTA | dict(attention_bias=True),
     "qwen3_5_moe_text": DELTA,
+    "qwen4_exp": DELTA
+    | dict(layer_types=["linear_attention", "indexed_attention", "linear_attention"], hc_count=3, hc_lowrank=8)
+    | dict(ple_layer_ids=[1, 3], ple_embed_dim=32, heads_per_ngram=2, ple_conv_kernel_size=3, split_ngram_parts=3)
+    | dict(ngram_vocab_size_base=50, make_ngram_vocab_size_divisible_by=3, eos_token_id=END, output_gate_type="sigmoid")
+    | dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=32, indexer_budget=20, indexer_compress_ratio=5),
 }
 HYBRID = GROUPED | dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
 SETTINGS |= {
@@ -224,10 +257,14 @@ def run(folder, tokens, *, top_k=None, dtype="float32"):
     hidden, states = embed(decoder, ends, jnp.asarray(tokens), dtype=dtype), []
     for layer, weights in Residence(checkpoint, model, decoder).stream(range(len(decoder.blocks))):
         block, routed = decoder.blocks[layer], None
-        hidden, x = attend(block, weights, hidden)
+        ngrams = read_ngrams(checkpoint, decoder, layer, tokens)
+        hidden, x = attend(block, weights, hidden, None if ngrams is None else jnp.asarray(ngrams))
         if weights.moe:
             traits = {"routing": model.routing}
-            choice = route(x, weights.moe.router, weights.moe.bias, top_k=model.top_k, **traits)
+            if weights.moe.choices is None:
+                choice = route(x, weights.moe.router, weights.moe.bias, top_k=model.top_k, **traits)
+            else:
+                choice = look_up(x, weights.moe.router, weights.moe.choices, tokens.reshape(-1), **traits)
             outputs = compute_outputs(x, choice, weights.moe.experts, activation=model.activation, **traits)
             k = (top_k or {}).get(layer, model.top_k)
             routed = mix(outputs, choice.scores, jnp.int32(k), **traits)
@@ -243,6 +280,7 @@ def draw_tokens():
 def assert_same(ours, theirs, tolerance=1e-4):
     (states, logits), (expected, expected_logits) = ours, theirs
     for a, b in zip([*states, logits], [*expected, expected_logits], strict=True):
+        b = b.reshape(*b.shape[:2], *a.shape[2:])  # residual streams may lie side by side
         assert a.shape == b.shape and np.linalg.norm(a - b) < tolerance * np.linalg.norm(b)
 
 
@@ -251,6 +289,40 @@ def test_every_layer_equals_transformers(name, tmp_path):
     model, tokens = build(name), draw_tokens()
     tiny.save_checkpoint(name, model, tmp_path)
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
+def test_ngrams_of_short_texts_equal_transformers(tmp_path):
+    """Of one token and more, one after the other, also at both ends."""
+    model = build("qwen4_exp")
+    tokens = np.random.default_rng(1).choice([END, 3, 4, 5], (4, LENGTH))
+    tokens[0, [0, 1, -1]] = tokens[1, -3:] = END
+    tiny.save_checkpoint("qwen4_exp", model, tmp_path)
+    assert_same(run(tmp_path, tokens), run_reference(model, tokens))
+
+
+TABLE = "model.language_model.layers.2.ple.ple_embedding."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ngram_embedding.shard_2.weight": None}, "2 parts of .*ngram_embedding have .* rows, and its hashes need"),
+        ({"ngram_embedding.shard_0.weight": None}, "ngram_embedding.shard_0.weight is missing"),
+        ({"ngram_embedding.shard_1.weight": torch.full((104, 8), torch.nan)}, "shard_0.weight holds NaN or Inf"),
+        ({"layer_multipliers": None}, "layer_multipliers is missing; use lexi-search profile --input paper"),
+        ({"layer_multipliers": torch.ones(3)}, r"layer_multipliers is float32 of shape \[3\], expected a short list"),
+        ({"ngram_heads_vocab_sizes": torch.ones(3, dtype=torch.int64)}, "3 multipliers and 3 hashes of n-grams do not"),
+        ({"ngram_heads_offsets": torch.ones(3, dtype=torch.int64)}, "sizes and offsets of n-grams do not fit"),
+        ({"ngram_heads_vocab_sizes": torch.zeros(4, dtype=torch.int64)}, "sizes and offsets of n-grams do not fit"),
+    ],
+)
+def test_refuses_tables_of_ngrams(changes, message, tmp_path):
+    tiny.save_checkpoint("qwen4_exp", build("qwen4_exp"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {TABLE + name: value for name, value in changes.items()}
+    save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message) as caught:
+        run(tmp_path, draw_tokens())
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_experts_in_a_latent_space_equal_transformers(tmp_path):
@@ -283,10 +355,10 @@ def test_sixteen_bits_are_near_float32(name, tolerance, tmp_path):
     assert_same((states, logits), run_reference(model, tokens), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "jamba"])
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "kimi_linear", "jamba", "glm5_next"])
 def test_chunks_of_long_sequences_equal_transformers(name, tmp_path):
     """Of a length that the chunks of the recurrence do not divide."""
-    model = build(name, max_position_embeddings=256)
+    model = build(name, max_position_embeddings=256, **({"index_topk": 80} if name == "glm5_next" else {}))
     tokens = np.random.default_rng(0).integers(3, 256, (2, CHUNK + 7))
     tiny.save_checkpoint(name, model, tmp_path)
     assert_same(run(tmp_path, tokens), run_reference(model, tokens))
@@ -330,11 +402,17 @@ def test_deepseek_without_latent_attention(tmp_path):
 
 
 # Too narrow for AWQ, or left as they are in quantised checkpoints.
-UNQUANTISED = "mlp.gate.weight", "in_proj_a.weight", "in_proj_b.weight", "shared_expert_gate.weight"
+UNQUANTISED = "mlp.gate.weight", "ffn.gate.weight", "in_proj_a.weight", "in_proj_b.weight", "shared_expert_gate.weight"
 
 
 @pytest.mark.parametrize(
-    ("case", "name"), [("fp8 blocks", "deepseek_v2"), ("awq", "deepseek_v2"), ("awq", "qwen3_5_moe")]
+    ("case", "name"),
+    [
+        ("fp8 blocks", "deepseek_v2"),
+        ("awq", "deepseek_v2"),
+        ("awq", "qwen3_5_moe"),
+        ("deepseek-v4 fp8", "deepseek_v4"),
+    ],
 )
 def test_quantised_tensors_are_their_values(case, name, tmp_path):
     model, tokens, rng = build(name), draw_tokens(), np.random.default_rng(0)
@@ -343,7 +421,7 @@ def test_quantised_tensors_are_their_values(case, name, tmp_path):
         tiny.save_checkpoint(name, model, tmp_path / kind)
     stored, values = {}, load_file(tmp_path / "values/model.safetensors")
     for name, tensor in values.items():
-        if ".layers." in name and tensor.ndim == 2 and not name.endswith(UNQUANTISED):
+        if re.match(r"(.*\.)?layers\..*\.weight$", name) and tensor.ndim == 2 and not name.endswith(UNQUANTISED):
             matrix = CASES[case](rng, name, *tensor.shape)
             stored, values = stored | matrix.tensors, values | {name: torch.from_numpy(matrix.values)}
         else:
@@ -397,12 +475,34 @@ def describe_folder(folder):
     return describe_decoder(checkpoint, describe(checkpoint))
 
 
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({}, -3.0),
+        ({"linear_lower_bound": None}, None),
+        ({"linear_lower_bound": None, "linear_attn_config": {"head_dim": 24}}, -5.0),
+        ({"linear_lower_bound": None, "linear_attn_config": {"safe_gate": False}}, None),
+        ({"linear_attn_config": {"gate_lower_bound": -2.0}}, -2.0),
+    ],
+)
+def test_the_bound_of_decays_is_that_of_the_class(changes, bound, tmp_path):
+    tiny.save_checkpoint("glm5_next", build("glm5_next"), tmp_path)
+    rewrite_config(tmp_path, text_config=changes)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert (
+        describe_folder(tmp_path).blocks[0].mixer.decay_bound == bound == Glm5NextTextConfig(**text).linear_lower_bound
+    )
+
+
 def rewrite_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
+    config = json.loads((folder / "config.json").read_text())
+    if "text_config" in changes:
+        changes = changes | {"text_config": config["text_config"] | changes["text_config"]}
+    config |= changes
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["hy_v4", "deepseek_v4"])
+@pytest.mark.parametrize("name", ["bailing_hybrid"])
 def test_refuses_families_that_it_does_not_know(name, tmp_path):
     tiny.make_checkpoint(name, tmp_path)
     message = (
@@ -469,6 +569,19 @@ def test_refuses(config, tensors, message, tmp_path):
         ("llama4_text", {"attention_chunk_size": 0}, {}, "attention_chunk_size is 0, expected"),
         ("llama4_text", {"floor_scale": 0}, {}, "floor_scale is 0.0, expected a number above 0"),
         ("llama4_text", {"no_rope_layers": 4}, {}, "no_rope_layers is 4, expected a list"),
+        ("glm5_next", {"text_config": {"index_kpool_always_select_tail": False}}, {}, "select_tail False is not known"),
+        ("qwen4_exp", {"text_config": {"eos_token_id": None}}, {}, "eos_token_id is None, expected a token"),
+        (
+            "qwen4_exp",
+            {"text_config": {"hc_count": 2}},
+            {},
+            r"ple.key_proj.weight has shape \[192, 32\], expected",
+        ),
+        ("glm5_next", {"text_config": {"linear_lower_bound": 1}}, {}, "linear_lower_bound is 1.0, expected at most 0"),
+        ("deepseek_v4", {"head_dim": 16}, {}, r"attn.wkv.weight has shape \[32, 64\], expected \[16, 64\]"),
+        ("deepseek_v4", {"hc_mult": 3}, {}, r"hc_attn_fn has shape \[24, 256\], expected \[15, 192\]"),
+        ("deepseek_v4", {}, {"hc_head_scale": None}, "tensor hc_head_scale is missing"),
+        ("deepseek_v4", {}, {"layers.0.attn.wo_a.weight": (32, 50)}, r"4 heads of 32 values do not fit .*\[32, 50\]"),
         ("minimax", {"num_attention_heads": 5}, {}, "5 heads do not fit model.layers.0.self_attn.norm.weight"),
     ],
 )
@@ -491,12 +604,46 @@ def refuse(name, config, tensors, message, tmp_path):
     [
         ("deepseek_v32", {"index_topk": LENGTH - 1}, LENGTH - 1),
         ("minimax_m3_vl", {"index_block_size": 7, "index_topk_blocks": 3}, 21),
+        ("hy_v4", {"index_topk": LENGTH - 1}, LENGTH - 1),
+        ("glm5_next", {"index_topk": 16, "index_kpool": 4}, 19),
+        ("qwen4_exp", {"indexer_budget": 18, "indexer_compress_ratio": 3}, 20),
+        ("deepseek_v4", {"index_topk": LENGTH // 3 - 1}, LENGTH - 1),
     ],
 )
 def test_refuses_sequences_that_are_too_long(name, changes, longest, tmp_path):
     tiny.save_checkpoint(name, build(name, **changes), tmp_path)
     with pytest.raises(InputError, match=f"sequences of 24 tokens are longer than {longest}"):
         run(tmp_path, draw_tokens())
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (torch.full((256, 4), 16), "tid2eid names experts from 16 to 16, and there are 16; is the file damaged"),
+        (torch.full((256, 4), -1), "tid2eid names experts from -1 to -1"),
+        (
+            torch.zeros((256, 3), dtype=torch.int32),
+            r"is int32 of shape \[256, 3\], expected whole numbers of shape .*4\]",
+        ),
+        (torch.zeros((256, 4)), "is float32 of shape"),
+    ],
+)
+def test_refuses_experts_of_tokens_that_are_not_there(choices, message, tmp_path):
+    tiny.save_checkpoint("deepseek_v4", build("deepseek_v4"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"layers.0.ffn.gate.tid2eid": choices}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, draw_tokens())
+
+
+def test_only_tokens_with_experts_are_sampled(tmp_path):
+    tiny.save_checkpoint("deepseek_v4", build("deepseek_v4"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["layers.0.ffn.gate.tid2eid"] = tensors["layers.0.ffn.gate.tid2eid"][:250].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    model = describe(checkpoint)
+    assert count_tokens(checkpoint, model, describe_decoder(checkpoint, model)) == 250
 
 
 def test_names_a_tensor_that_is_damaged(tmp_path):
