@@ -79,8 +79,8 @@ def fit(run: Run, text: np.ndarray, setting: Setting) -> Mapping[tuple[int, int]
     """The corrections of all layers at `choose_ks`, fitted by a setting."""
     model = run.model
     rank = find_rank(model.hidden_size, model.identity.num_experts, setting.rank)
-    settings = {"exponents": [setting.exponent], "ks": choose_ks(model.top_k), "rank": rank, "ridges": setting.ridges}
-    [maps] = fit_layers(run, text[: setting.sequences], model.layers, **settings)
+    settings = {"exponents": [setting.exponent], "rank": rank, "ridges": setting.ridges}
+    [maps] = fit_layers(run, text[: setting.sequences], dict.fromkeys(model.layers, choose_ks(model.top_k)), **settings)
     return maps
 
 

@@ -35,7 +35,8 @@ class ProfileSettings:
     reference of all losses is the output at `max_k`; where it is None, as in most files, at the model's own k. With a
     `control_variate` of n, n times as many tokens went through the router alone, to correct the means. With a
     `gate_exponent`, kept experts took over a part of the dropped ones' gate mass, as under allocations of the profile,
-    and with a `compensation_rank` outputs were corrected by maps of that rank.
+    and with a `compensation_rank` outputs were corrected by maps of that rank. With a `background_k` all other layers
+    were at that k while the divergence of one was measured.
     """
 
     input: str
@@ -49,6 +50,7 @@ class ProfileSettings:
     control_variate: int | None = None
     gate_exponent: float | None = None
     compensation_rank: int | None = None
+    background_k: int | None = None
 
     def __post_init__(self) -> None:
         require(self.input, "input is empty")
@@ -61,8 +63,9 @@ class ProfileSettings:
             require(self.control_variate >= 1, f"control_variate is {self.control_variate}, at least 1 expected")
         if self.gate_exponent is not None:
             require_gate_exponent(self.gate_exponent)
-        if self.compensation_rank is not None:
-            require(self.compensation_rank >= 1, f"compensation_rank is {self.compensation_rank}, at least 1 expected")
+        for name in ("compensation_rank", "background_k"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}, at least 1 expected")
 
 
 def _require_losses(name: str, values: tuple[float, ...], count: int, *, signed: bool = False) -> None:
@@ -87,7 +90,8 @@ class LayerLoss:
     ||y_k - y_base||^2 / ||h||^2, with h the residual stream that the layer's output was added to. With this layer alone
     at k, `divergence` is the Kullback-Leibler divergence of the model's next-token distribution from the unreduced
     model's, and `increase` is the increase of its cross-entropy on a text, both in nats per token; an increase may be
-    negative. Each has its standard error.
+    negative. With all others at a `background_k`, `divergence` is that at k less that at the layer's own, or 0 if
+    that is more. Each has its standard error.
     """
 
     iterations: int

@@ -67,17 +67,16 @@ class Solving(Mapping):
 def fit_layers(
     run: Run,
     tokens: Int[np.ndarray, "sequences length"],
-    layers: Collection[int],
+    ks: Mapping[int, Sequence[int]],
     *,
     exponents: Sequence[float],
-    ks: Sequence[int],
     rank: int,
     ridges: Sequence[float] = RIDGES,
     report: Callable[[int], None] = lambda layer: None,
 ) -> list[Solving]:
-    """The corrections of `layers` at `ks`, for each of the gate `exponents`; after one pass over the model."""
+    """The corrections of each layer at its `ks`, for each of the gate `exponents`; after one pass over the model."""
     sums: dict[int, list[Sums]] = {}
-    seen = dict.fromkeys(layers, 0)  # sequences
+    seen = dict.fromkeys(ks, 0)  # sequences
     solved: list[dict[tuple[int, int], Future[Correction]]] = [{} for _ in exponents]
     pool = ThreadPoolExecutor(os.cpu_count())
 
@@ -92,7 +91,7 @@ def fit_layers(
                 outputs.choice,
                 folds,
                 np.float32(exponent),
-                np.asarray(ks, np.int32),
+                np.asarray(ks[layer], np.int32),
                 routing=run.model.routing,
             )
             for exponent in exponents
@@ -104,7 +103,7 @@ def fit_layers(
             for own, one in zip(solved, whole, strict=True):
                 own |= {
                     (layer, k): pool.submit(_solve_fetched, run, layer, one, at, rank=rank, ridges=ridges)
-                    for at, k in enumerate(ks)
+                    for at, k in enumerate(ks[layer])
                 }
 
     try:
@@ -114,6 +113,17 @@ def fit_layers(
         raise
     pool.shutdown(wait=False)  # its threads end when all is solved
     return list(map(Solving, solved))
+
+
+def list_unfitted(
+    run: Run, fitted: Collection[int], layers: Collection[int], *, background_k: int | None
+) -> dict[int, Sequence[int]]:
+    """The k of layers at which corrections are to be fitted: every k of those of `layers` that are not `fitted`, and
+    `background_k`, unless it is None, of all other layers."""
+    ks: dict[int, Sequence[int]] = {layer: range(1, run.model.top_k) for layer in layers if layer not in fitted}
+    if background_k is not None:
+        ks |= {layer: [background_k] for layer in run.model.layers if layer not in layers}
+    return ks
 
 
 def _fetch(run: Run, layer: int, sums: Sums) -> Sums:
@@ -139,8 +149,8 @@ def try_exponents(
     run: Run, tokens: Int[np.ndarray, "sequences length"], *, rank: int, report: Callable[[int], None]
 ) -> dict[float, Solving]:
     """Corrections of all layers at `choose_ks` for each of `CORRECTED_EXPONENTS`, to choose one of them."""
-    settings = {"exponents": CORRECTED_EXPONENTS, "ks": choose_ks(run.model.top_k), "rank": rank}
-    found = fit_layers(run, tokens, run.model.layers, **settings, report=report)
+    ks = dict.fromkeys(run.model.layers, choose_ks(run.model.top_k))
+    found = fit_layers(run, tokens, ks, exponents=CORRECTED_EXPONENTS, rank=rank, report=report)
     return dict(zip(CORRECTED_EXPONENTS, found, strict=True))
 
 

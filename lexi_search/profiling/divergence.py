@@ -1,9 +1,13 @@
-"""Stage 1 on a text: the KL divergence of the whole model with one layer at a smaller k.
+"""Stage 1 on a text: how much the whole model's KL divergence changes with the k of one layer.
 
 The paper's input, N(0, 1), is unlike the hidden states that a layer sees, and the change of one layer's output says
 little of what later layers make of it. Here the model runs on text that it sampled itself (`sampling`), or on a
 user's (`text`), with every layer at every k in turn (`forward`). The first takes no data, but for both every
 computation of the model has to be known.
+
+All other layers are at their own k meanwhile, or at a smaller one, the background. An allocation reduces all layers,
+and what one adds to the loss of the others is less than it loses alone, near the model's own k by far: alone, the first
+change of any layer moves tokens to other experts in all later ones (`examples/benchmarks/RESULTS.md`, Background).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,23 +60,30 @@ def measure_layers(
 ) -> Iterator[tuple[int, LayerLoss]]:
     """Yield (decoder-layer index, losses on `tokens`) for each of `layers`, after the last of them is measured.
 
-    With `maps`, of all those layers, they are losses of corrected outputs.
+    With `maps`, of all those layers, and of all others at the background's k, they are losses of corrected outputs.
 
     Raises:
         InputError: hidden states that overflow in `settings.dtype`.
     """
-    full = run.model.top_k
-    variants = [
-        Variant(tuple(k if other == layer else full for other in run.model.layers), settings.gate_exponent, maps)
-        for layer in layers
-        for k in range(1, full)
-    ]
-    losses = measure_losses(run, tokens, variants, maps=maps, report=report)
+    full, model_layers = run.model.top_k, run.model.layers
+    around = settings.background_k or full
+    ks = [k for k in range(1, full + 1) if k != around]
+    tops = [(around,) * len(model_layers)]
+    tops += [tuple(k if other == layer else around for other in model_layers) for layer in layers for k in ks]
+    if around == full:
+        del tops[0]  # the model itself
+    variants = [Variant(top_k, settings.gate_exponent, maps) for top_k in tops]
+    own = maps and {key: each for key, each in maps.items() if key[0] in set(layers)}
+    losses = measure_losses(run, tokens, variants, maps=own, report=report)
     if not np.isfinite(losses.divergence).all():
         raise explain_overflow(f"{run.checkpoint.folder}: hidden states overflow", settings.dtype)
-    divergence = losses.divergence.reshape(len(layers), full - 1, -1)
+    background, rows = (0.0, losses.divergence) if around == full else (losses.divergence[0], losses.divergence[1:])
+    divergence = np.empty((len(layers), full, len(tokens)))
+    divergence[:, around - 1] = background
+    divergence[:, np.asarray(ks) - 1] = rows.reshape(len(layers), full - 1, -1)
+    divergence -= divergence[:, -1:]
     for number, layer in enumerate(layers):
-        yield layer, summarise(losses, run.model.layers.index(layer), divergence[number], settings)
+        yield layer, summarise(losses, model_layers.index(layer), divergence[number], settings)
 
 
 def judge_variants(
@@ -115,7 +126,7 @@ def draw_samples(
     Raises InputError for fewer than two sequences, or too many to measure so many `layers` on.
     """
     sequences = count_sequences(settings)
-    check_text_room(run, sequences * settings.length, layers=layers)
+    check_text_room(run, settings, layers=layers)
     return draw_tokens(run, sequences=sequences, length=settings.length, seed=settings.seed, report=report)
 
 
@@ -133,9 +144,15 @@ def count_sequences(settings: ProfileSettings) -> int:
     return sequences
 
 
-def check_text_room(run: Run, tokens: int, *, layers: int) -> None:
-    """Raise InputError where memory does not hold the states of so many tokens with each of `layers` at each k."""
-    check_room(run, tokens * (1 + layers * (run.model.top_k - 1)))
+def check_text_room(run: Run, settings: ProfileSettings, *, layers: int) -> None:
+    """Raise InputError where memory does not hold the states of a text with each of `layers` at each k."""
+    tokens = count_sequences(settings) * settings.length
+    check_room(run, tokens * count_states(settings, run.model.top_k, layers=layers))
+
+
+def count_states(settings: ProfileSettings, top_k: int, *, layers: int) -> int:
+    """The states of a token after the last layer: of the model, the background, and each of `layers` at each k."""
+    return 1 + (layers > 0 and settings.background_k is not None) + layers * (top_k - 1)
 
 
 class Compensation(NamedTuple):
@@ -202,11 +219,11 @@ def _refine(exponents: Sequence[float], losses: Float64[np.ndarray, " exponents"
 
 
 def summarise(
-    losses: Losses, index: int, divergence: Float64[np.ndarray, "fewer sequences"], settings: ProfileSettings
+    losses: Losses, index: int, divergence: Float64[np.ndarray, "K sequences"], settings: ProfileSettings
 ) -> LayerLoss:
     """The losses of the MoE layer number `index`; standard errors over sequences, whose tokens are not independent.
 
-    `divergence` is that with this layer at k = 1..K-1.
+    `divergence` is that with this layer at k = 1..K.
     """
     squares, relative = losses.squares[index], losses.relative[index]
     sequences = len(squares)
@@ -215,7 +232,7 @@ def summarise(
     rms = np.sqrt(mean)
     share = np.divide(error, 2 * mean, where=mean > 0, out=np.zeros_like(mean))  # of a root mean square
     norms = np.sqrt(squares.reshape(iterations, settings.batch, -1).sum(axis=1) * settings.length).mean(axis=0)
-    divergence, divergence_error = _estimate(np.pad(divergence.T, ((0, 0), (0, 1))))
+    divergence, divergence_error = _estimate(divergence.T)
     relative, relative_error = _estimate(relative)
     return LayerLoss(
         iterations=iterations,

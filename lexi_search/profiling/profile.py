@@ -99,6 +99,17 @@ def decide_compensation(compensation: str | None, exponent: float | str | None, 
     return compensation or ("full" if proportional else "none")
 
 
+def choose_background(background_k: int | None, compensation: str, input: str, top_k: int) -> int | None:
+    """The k of all other layers while one is measured: the one that is asked for, or with a compensation half of the
+    model's own; None for the model's own. InputError for the paper's input, which has no other layers."""
+    if background_k is None:
+        return None if compensation == "none" or input == "paper" or top_k == 1 else top_k // 2
+    require(input != "paper", "--background-k is of other layers, which --input paper has none of; leave it out")
+    if not 1 <= background_k <= top_k:
+        raise InputError(f"--background-k is {background_k}, expected 1 to {top_k}, the model's own")
+    return None if background_k == top_k else background_k
+
+
 def check_layers(checkpoint: Checkpoint, model: Model, layers: Sequence[int]) -> None:
     """Raise InputError for a layer that is no MoE layer, or has no k to choose."""
     if extra := [layer for layer in layers if layer not in model.layers]:

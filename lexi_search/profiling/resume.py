@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lexi_search.artifacts.compensation import Maps, check_maps_place, format_maps, name_beside, parse_maps
+from lexi_search.artifacts.compensation import Maps, check_maps_place, format_maps, name_beside, parse_maps, read_maps
 from lexi_search.artifacts.files import (
     check_writable,
     json_bytes,
@@ -25,7 +25,7 @@ from lexi_search.artifacts.files import (
     refuse_inputs,
     write_atomically,
 )
-from lexi_search.artifacts.profile import Header, LayerLoss, Profile, find_difference, read_header
+from lexi_search.artifacts.profile import Header, LayerLoss, Profile, find_difference, find_missing, read_header
 from lexi_search.artifacts.serialisation import describe_nature, read_profile, to_bytes
 from lexi_search.errors import InputError
 
@@ -134,6 +134,26 @@ class Partials:
 def find_partials(output: str | os.PathLike[str]) -> Path:
     """The folder for the finished layers of the profile that is to be written to `output`."""
     return Path(f"{os.path.realpath(output)}.partial")
+
+
+def find_finished(output: str | os.PathLike[str], header: Header, *, but_exponent: bool) -> Profile | None:
+    """The profile in `output`, all of whose layers the run of `header` has measured; None where nothing is there.
+
+    With `but_exponent` the header's gate exponent is not known yet. InputError for a profile of another run, or one
+    whose corrections are not whole.
+    """
+    if not os.path.lexists(output):
+        return None
+    profile = read_profile(output)
+    theirs, ours = read_header(profile).to_document(), header.to_document()
+    if but_exponent:
+        ours["settings"] |= {name: theirs["settings"][name] for name in FOUND}
+    if difference := find_difference(theirs, ours):
+        raise InputError(f"{output} is the profile of another run, whose {difference} now; choose another place")
+    if missing := find_missing(profile):
+        raise InputError(f"{output} lacks layers, the first is {missing[0]}; choose another place")
+    read_maps(output, profile.compensation, profile.model)
+    return profile
 
 
 def check_place(

@@ -8,26 +8,27 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from lexi_search import __version__
-from lexi_search.artifacts.compensation import Maps, name_beside, read_maps, write_maps
-from lexi_search.artifacts.profile import Header, Profile, ProfileSettings, find_difference, find_missing, read_header
-from lexi_search.artifacts.serialisation import read_profile, write_profile
+from lexi_search.artifacts.compensation import Maps, name_beside, write_maps
+from lexi_search.artifacts.profile import Header, Profile, ProfileSettings
+from lexi_search.artifacts.serialisation import write_profile
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint, sample_weights
 from lexi_search.errors import InputError
 from lexi_search.models.loading.residence import Room
 from lexi_search.models.model import Model, describe, find_dtype
-from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers
+from lexi_search.profiling.compensation import CORRECTED_EXPONENTS, choose_ks, find_rank, fit_layers, list_unfitted
 from lexi_search.profiling.distributed import Group, agree, estimate_costs, gather, share, spread
 from lexi_search.profiling.divergence import (
     EXPONENTS,
     check_text_room,
     count_sequences,
+    count_states,
     draw_samples,
     find_compensation,
     open_run,
@@ -41,13 +42,14 @@ from lexi_search.profiling.profile import (
     BATCH,
     LENGTH,
     check_layers,
+    choose_background,
     choose_dtype,
     decide_compensation,
     profile_layers,
     read_exponent,
     read_settings,
 )
-from lexi_search.profiling.resume import COMPENSATION, FOUND, Partials, check_output, check_place, keep_partials
+from lexi_search.profiling.resume import COMPENSATION, Partials, check_output, check_place, find_finished, keep_partials
 
 
 class _Session(NamedTuple):
@@ -90,6 +92,7 @@ def profile_checkpoint(
     gate_exponent: float | str | None = None,
     compensation: str | None = None,
     rank: int | None = None,
+    background_k: int | None = None,
     room: Room | None = None,
     restart: bool = False,
     reuse: bool = False,
@@ -105,6 +108,8 @@ def profile_checkpoint(
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
         compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
             method. By default what loses least of all that input and family allow.
+        background_k: the k of all other layers while a layer is measured; by default, with a compensation, half of the
+            model's own, and else that.
         room: weights that stay in memory between passes, from `find_room`; by default as far as half of it holds them.
         restart: throw away what a run that was cut short left in `<output>.partial/`; `reuse`: return the profile in
             `output` where this very run wrote it; in one process.
@@ -119,8 +124,10 @@ def profile_checkpoint(
     settings = read_settings(input, iterations, samples, text=text, batch=batch, length=length, seed=seed, **paper)
     if group.index == 0:
         check_place(output, [source, text], force=force)
-    session = _open(source, text, layers, dtype, room, group, observer, compensation, gate_exponent, rank, **settings)
-    if reuse and (finished := _find_finished(output, session)):
+    session = _open(
+        source, text, layers, dtype, room, group, observer, compensation, gate_exponent, rank, background_k, **settings
+    )
+    if reuse and (finished := find_finished(output, session.header, but_exponent=session.find_exponent)):
         return finished
     agree(group, session.header)
     with ExitStack() as stack:
@@ -146,25 +153,6 @@ def _begin(
     return session
 
 
-def _find_finished(output: str | os.PathLike[str], session: _Session) -> Profile | None:
-    """The profile in `output`, all of whose layers the session's run has measured; None where nothing is there.
-
-    InputError for a profile of another run, or one whose corrections are not whole.
-    """
-    if not os.path.lexists(output):
-        return None
-    profile = read_profile(output)
-    theirs, ours = read_header(profile).to_document(), session.header.to_document()
-    if session.find_exponent:  # it is not known yet
-        ours["settings"] |= {name: theirs["settings"][name] for name in FOUND}
-    if difference := find_difference(theirs, ours):
-        raise InputError(f"{output} is the profile of another run, whose {difference} now; choose another place")
-    if missing := find_missing(profile):
-        raise InputError(f"{output} lacks layers, the first is {missing[0]}; choose another place")
-    read_maps(output, profile.compensation, profile.model)
-    return profile
-
-
 def _open(
     source: str | os.PathLike[str],
     file: str | os.PathLike[str] | None,
@@ -176,6 +164,7 @@ def _open(
     asked: str | None,
     exponent: float | str | None,
     rank: int | None,
+    background_k: int | None,
     **settings: Any,
 ) -> _Session:
     exponent = read_exponent(exponent, settings["input"])
@@ -188,6 +177,7 @@ def _open(
         settings["compensation_rank"] = find_rank(model.hidden_size, model.identity.num_experts, rank)
     elif rank is not None:
         raise InputError(f"--rank is of corrections, which --compensation {compensation} has none of; leave it out")
+    settings["background_k"] = choose_background(background_k, compensation, settings["input"], model.top_k)
     chosen_dtype = choose_dtype(dtype, settings["input"], find_dtype(checkpoint, model))
     complete = ProfileSettings(dtype=chosen_dtype, gate_exponent=model.routing.exponent, **settings)
     run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype, room=room)
@@ -195,7 +185,7 @@ def _open(
     text = None
     if complete.input == "text":
         sequences = count_sequences(complete)
-        check_text_room(run, sequences * complete.length, layers=-(-len(chosen) // group.size))
+        check_text_room(run, complete, layers=-(-len(chosen) // group.size))
         text = read_text(checkpoint, run.decoder, file, sequences=sequences, length=complete.length)
         made_by |= {"text_sha256": text.file_sha256, "tokens_sha256": text.tokens_sha256}
     find_exponent = compensation != "none" and exponent in (None, AUTO)
@@ -213,23 +203,25 @@ def _plan(session: _Session) -> Plan:
         read = sum(estimate_costs(checkpoint, model, missing, "paper").values())
         tokens = settings.batch * settings.length * (1 + model.top_k)
         return Plan((), (), len(model.layers), read, tokens * row + largest, largest, None)
-    layers, others = len(session.run.decoder.blocks), model.top_k - 1
+    layers = len(session.run.decoder.blocks)
     chooses = session.find_exponent and COMPENSATION not in partials.findings
     corrects = settings.compensation_rank is not None
     tried = len(CORRECTED_EXPONENTS) * corrects + len(EXPONENTS) * (session.may_drop or not corrects)
     halves = 2 if corrects else 1  # of the text, on one of which corrections are tried
-    unfitted = corrects and not partials.maps.keys() >= set(session.layers)
+    around = settings.background_k if missing else None
+    unfitted = corrects and list_unfitted(session.run, partials.maps, session.layers, background_k=around)
     # A variant has states of its own from the layer on in which it differs.
-    own = tuple(1 + others * sum(layer <= at for layer in missing) for at in range(layers))
+    count = partial(count_states, settings, model.top_k)
+    own = tuple(count(layers=sum(layer <= at for layer in missing)) for at in range(layers))
     writes = session.text is None and (missing or chooses) and "text" not in partials.findings
     passes = [("text", (1,) * layers)] * (PASSES if writes else 0)
     passes += [("compensation", (1,) * layers)] * (chooses and corrects)
     passes += [("compensation", (1 + tried * len(choose_ks(model.top_k)) // halves,) * layers)] * chooses
-    passes += [("corrections", (1,) * layers)] * unfitted
+    passes += [("corrections", (1,) * layers)] * bool(unfitted)
     passes += [("losses", own)] * bool(missing)
     phases = tuple(Counter(name for name, _ in passes).items())
     whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
-    states = whole * (1 + len(missing) * (model.top_k - 1)) * row * session.run.decoder.num_streams
+    states = whole * count(layers=len(missing)) * row * session.run.decoder.num_streams
     staying = session.run.find_residence().staying
     read = bool(passes) * (sum(staying) + max(len(passes) - 1, 0) * staying.files)
     return Plan(sum((one for _, one in passes), ()), phases, layers, read, states + largest, largest, staying)
@@ -245,7 +237,7 @@ def _measure(session: _Session, output: str | os.PathLike[str], *, force: bool) 
     assigned = spread(costs, group.size)[group.index]
     maps = None
     if session.settings.compensation_rank is not None:
-        maps = _fit(session, assigned if partials is None else layers, get_text)
+        maps = _fit(session, assigned if partials is None else layers, get_text, measured=bool(assigned))
     measured = profile_layers(
         session.checkpoint,
         session.model,
@@ -270,8 +262,9 @@ def _write(session: _Session, output: str | os.PathLike[str], maps: Maps | None,
     losses = {layer: partials.layers[layer] for layer in session.layers}
     apart_from, compensation = [session.checkpoint.folder], None
     if maps is not None:
+        own = {key: correction for key, correction in maps.items() if key[0] in session.layers}
         compensation = write_maps(
-            name_beside(output), maps, header.model, owners=[output], apart_from=apart_from, force=force
+            name_beside(output), own, header.model, owners=[output], apart_from=apart_from, force=force
         )
     profile = Profile(header.model, header.settings, losses, header.made_by, compensation)
     write_profile(output, profile, apart_from=apart_from, force=force)
@@ -280,21 +273,25 @@ def _write(session: _Session, output: str | os.PathLike[str], maps: Maps | None,
 
 
 def _fit(
-    session: _Session, layers: Sequence[int], get_text: Callable[[], Int32[np.ndarray, "sequences length"]]
+    session: _Session,
+    layers: Sequence[int],
+    get_text: Callable[[], Int32[np.ndarray, "sequences length"]],
+    *,
+    measured: bool,
 ) -> Maps:
-    """The corrections of `layers`, those of the profile or of this process: from an earlier run, or fitted now."""
+    """The corrections of `layers`, those of the profile or of this process: from an earlier run, or fitted now; and, if
+    any are `measured`, those of all others at the background's k."""
     partials = session.partials
     kept = {} if partials is None else partials.maps
     maps = {key: value for layer in layers for key, value in kept.get(layer, {}).items()}
-    missing = [layer for layer in layers if layer not in kept]
-    if missing:
+    ks = list_unfitted(session.run, kept, layers, background_k=session.settings.background_k if measured else None)
+    if ks:
         run = session.run._replace(model=session.model)
-        rank, report = session.settings.compensation_rank, session.observer.advance_pass
-        settings = {"exponents": [session.settings.gate_exponent], "ks": range(1, run.model.top_k), "rank": rank}
-        [solving] = fit_layers(run, get_text(), missing, **settings, report=report)
-        for layer in missing:
-            found = {(layer, k): solving[layer, k] for k in settings["ks"]}
-            maps |= found if partials is None else partials.add_maps(layer, found)
+        settings = {"exponents": [session.settings.gate_exponent], "rank": session.settings.compensation_rank}
+        [solving] = fit_layers(run, get_text(), ks, **settings, report=session.observer.advance_pass)
+        for layer in ks:
+            found = {(layer, k): solving[layer, k] for k in ks[layer]}
+            maps |= found if partials is None or layer not in layers else partials.add_maps(layer, found)
     return maps
 
 

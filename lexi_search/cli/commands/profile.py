@@ -96,6 +96,13 @@ Examples:
     help="Rank of the corrections: more fits better and serves slower.  [default: 32]",
 )
 @click.option(
+    "--background-k",
+    type=click.IntRange(1),
+    show_default=False,
+    help="The k of all other layers while a layer is measured.  [default: half of the model's own; with --compensation "
+    "none its own]",
+)
+@click.option(
     "--device-memory",
     type=SIZE,
     metavar="SIZE",

@@ -1,6 +1,6 @@
 """One layer for one chunk of sequences, of the model and of all its variants."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,19 +72,23 @@ def advance(
 ) -> MoEOutputs | None:
     """The model's own outputs in a layer, if it is a MoE layer that has a k to choose; takes `states` through it.
 
-    States are replaced one by one, so that never two copies of all are in memory. Variants that branch off in this
-    layer share the model's input and expert outputs, and mix them with a k of their own.
+    States are replaced one by one, so that never two copies of all are in memory. Variants that are the same up to this
+    layer share its input and expert outputs, and mix them with a k of their own.
     """
     full, is_moe = run.model.top_k, layer in run.model.layers
     place = run.model.layers.index(layer) if is_moe else None
+    parting = _list_parting(plan, place, states)
     ngrams = read_ngrams(run.checkpoint, run.decoder, layer, tokens)
     text = Text(tokens, None if ngrams is None else jnp.asarray(ngrams))
     step = partial(_step, run, layer, weights)
-    reduced = [number for number in states if number != MODEL]
-    branching = [number for number, branch in enumerate(plan.branches) if is_moe and branch == place]
     model = Variant((full,) * len(run.model.layers))
-    own = _mix_each([model, *(variants[number] for number in branching)], layer, place, full)
-    hidden, outputs = step(text, states[MODEL], own)
+
+    def part(number: int) -> tuple[list[Hidden], MoEOutputs | None]:
+        apart = [model if one == MODEL else variants[one] for one in parting[number]]
+        return step(text, states[number], _mix_each(apart, layer, place, full))
+
+    hidden, outputs = part(MODEL)
+    reduced = [number for number in states if number not in parting]
     for some in group(reduced, variants, plan.together):
         padded = some + some[-1:] * (plan.together - len(some))  # one shape, one compilation
         joined = jnp.concatenate([states[number] for number in padded])
@@ -92,8 +96,23 @@ def advance(
         mixing = _mix_alike([variants[n] for n in padded], layer, place, full, size=size)
         [moved], _ = step(text.repeat(plan.together), joined, [mixing])
         states |= zip(some, map(plan.keep, jnp.split(moved, plan.together)), strict=False)
-    states |= zip([MODEL, *branching], map(plan.keep, hidden), strict=True)
+    for number in parting.keys() - {MODEL}:
+        states |= zip(parting[number], map(plan.keep, part(number)[0]), strict=True)
+    states |= zip(parting[MODEL], map(plan.keep, hidden), strict=True)
     return outputs if is_moe else None
+
+
+def _list_parting(plan: Plan, place: int | None, states: Collection[int]) -> dict[int, list[int]]:
+    """Those of `states` that several variants share whose k differ in this layer: state -> the first variant of each.
+
+    The model is always one of them, and the first of its own.
+    """
+    apart = {number: [MODEL] if number == MODEL else [] for number in states}
+    if place is not None:
+        for before, after in dict.fromkeys(zip(plan.leaders[place], plan.leaders[place + 1], strict=True)):
+            if after not in apart[before]:
+                apart[before].append(after)
+    return {number: own for number, own in apart.items() if number == MODEL or len(own) > 1}
 
 
 def _mix_each(some: Sequence[Variant], layer: int, place: int | None, full: int) -> list[Mixing]:

@@ -15,7 +15,7 @@ from lexi_search.layers.moe import corrected_distances, squared_distances
 from lexi_search.layers.weights import EndWeights, find_memory
 from lexi_search.profiling.forward.layer import MoEOutputs, stack_corrections
 from lexi_search.profiling.forward.passes import forward, spread
-from lexi_search.profiling.forward.variants import MODEL, Hidden, Kept, Run, Variant, divide
+from lexi_search.profiling.forward.variants import MODEL, Hidden, Kept, Run, Variant, divide, find_leaders
 
 LOGIT_BYTES, LOGIT_SHARE = 256 << 20, 1 / 64  # of float32 logits at a time; there are several arrays of them
 
@@ -57,7 +57,10 @@ def measure_losses(
     by_layer = found.reshape(len(run.model.layers), len(chunks), 2, -1, run.model.top_k)
     squares, relative = np.moveaxis(by_layer, 2, 0).reshape(2, len(run.model.layers), len(tokens), -1)
     parts = spread(run, chunks, partial(_measure_divergence, run, count=len(variants)))
-    return Losses(squares, relative, np.concatenate(parts, axis=1))
+    divergence = np.concatenate(parts, axis=1)
+    leaders = find_leaders(variants, layers=len(run.model.layers), top_k=run.model.top_k)[-1]
+    shared = [number if leader == MODEL else leader for number, leader in enumerate(leaders)]
+    return Losses(squares, relative, divergence[shared])
 
 
 def _measure_layer(outputs: MoEOutputs, run: Run, maps: Maps | None) -> Float[Array, "2 chunk K"]:
@@ -85,7 +88,7 @@ def _average(distances: Float[Array, "tokens K"], hidden: Hidden) -> Float[Array
 def _measure_divergence(
     run: Run, ends: EndWeights, states: dict[int, Kept], *, count: int
 ) -> Float64[np.ndarray, "variants chunk"]:
-    """The KL divergence of each of `count` variants from the model; 0 for one that is the model itself."""
+    """The KL divergence of each of `count` variants from the model; 0 for one without states of its own."""
     sequences, length, *rest = states[MODEL].shape
     divergence = np.zeros((count, sequences * length))
     found: list[tuple[int, slice, Array]] = []

@@ -32,7 +32,8 @@ def forward(
 ) -> list[dict[int, Kept]]:
     """Hidden states after the last layer, a dict for each chunk of sequences: variant index -> states.
 
-    The unreduced model has the index `MODEL`, -1; a variant that is the same as the model has no states of its own.
+    The unreduced model has the index `MODEL`, -1; a variant that is the same as the model, or as one before it, has no
+    states of its own.
     `observe` is called with the outputs of each MoE layer of the model, for one chunk after the other; on several
     devices from a thread for each.
     """

@@ -59,13 +59,13 @@ class Run(NamedTuple):
 class Plan(NamedTuple):
     """The cut of a forward pass: `chunk` sequences at a time, `together` variants of them at a time.
 
-    `branches` has for each variant the first MoE layer, counted from 0, in which it differs from the model, or None.
-    `keep` moves hidden states to where they wait for the next layer: device or host memory.
+    `leaders` are those of `find_leaders`. `keep` moves hidden states to where they wait for the next layer: device or
+    host memory.
     """
 
     chunk: int
     together: int
-    branches: tuple[int | None, ...]
+    leaders: tuple[tuple[int, ...], ...]
     keep: Callable[[Hidden], Any]
 
 
@@ -73,16 +73,35 @@ def plan_pass(
     run: Run, tokens: Int[np.ndarray, "sequences length"], variants: Sequence[Variant], *, devices: int = 1
 ) -> Plan:
     """The cut of a pass over `devices` devices, which depends on no results."""
-    full, (sequences, length) = run.model.top_k, tokens.shape
-    branches = tuple(next((n for n, k in enumerate(variant.top_k) if k < full), None) for variant in variants)
+    sequences, length = tokens.shape
+    leaders = find_leaders(variants, layers=len(run.model.layers), top_k=run.model.top_k)
     limit = _limit_tokens(run)
     share = sequences if devices == 1 else sequences // (CHUNKS_PER_DEVICE * devices)
     if jax.default_backend() != "cpu":  # every shape is compiled: one for the model, one for groups of variants
         share = min(share, CHUNK_TOKENS // length)
     chunk = divide(sequences, min(limit // length, share))
-    keep = _choose_storage(run, tokens.size * (1 + sum(branch is not None for branch in branches)))
+    keep = _choose_storage(run, tokens.size * len({MODEL, *leaders[-1]}))
     together = min(limit, GROUP_TOKENS) // (chunk * length)
-    return Plan(chunk, max(min(together, len(variants)), 1), branches, keep)
+    return Plan(chunk, max(min(together, len(variants)), 1), leaders, keep)
+
+
+def find_leaders(variants: Sequence[Variant], *, layers: int, top_k: int) -> tuple[tuple[int, ...], ...]:
+    """For each number of MoE layers, from none to all: the variant that each variant is the same as after so many.
+
+    It is the first of them, or `MODEL` while all k are the model's own. Variants that are the same so far share their
+    hidden states.
+    """
+    leaders = [(MODEL,) * len(variants)]
+    for place in range(layers):
+        first: dict[tuple[Any, ...], int] = {}
+        found = []
+        for number, (before, variant) in enumerate(zip(leaders[-1], variants, strict=True)):
+            k = variant.top_k[place]
+            alike = (before, k, variant.exponent, id(variant.maps))
+            own = before == MODEL and k == top_k
+            found.append(MODEL if own else first.setdefault(alike, number))
+        leaders.append(tuple(found))
+    return tuple(leaders)
 
 
 def _limit_tokens(run: Run) -> int:

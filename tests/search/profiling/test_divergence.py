@@ -15,6 +15,8 @@ import pytest
 import tiny
 import torch
 from command_line import refuse, succeed
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import lexi_adapter
@@ -40,7 +42,7 @@ from lexi_search.profiling.forward import variants as variants_of
 from lexi_search.profiling.forward.losses import Losses, measure_losses, read_log_probabilities
 from lexi_search.profiling.forward.passes import forward
 from lexi_search.profiling.forward.sampling import draw_tokens
-from lexi_search.profiling.forward.variants import Run, Variant, check_room
+from lexi_search.profiling.forward.variants import MODEL, Run, Variant, check_room, find_leaders
 from lexi_search.profiling.profile import profile_layers
 
 FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v2", "hy_v4", "deepseek_v4")  # from the third on a first layer without k
@@ -156,8 +158,8 @@ def test_local_movement_is_that_of_transformers_blocks(opened):
 
 def fit(run, exponent, rank=4):
     """Corrections of every layer at every k, fitted to some text, and the run with the exponent that they are for."""
-    settings = {"exponents": [exponent], "ks": range(1, run.model.top_k), "rank": rank}
-    [maps] = fit_layers(run, make_tokens(16, seed=2), run.model.layers, **settings)
+    ks = dict.fromkeys(run.model.layers, range(1, run.model.top_k))
+    [maps] = fit_layers(run, make_tokens(16, seed=2), ks, exponents=[exponent], rank=rank)
     model = run.model._replace(routing=run.model.routing._replace(exponent=exponent))
     return run._replace(model=model), dict(maps)
 
@@ -184,6 +186,51 @@ def test_corrected_losses_are_those_of_transformers(opened):
     np.testing.assert_allclose(found.relative, relative, rtol=5e-3, atol=1e-7)
     plain = measure_losses(run, tokens, [])
     assert (np.abs(found.squares - plain.squares) > 1e-3 * plain.squares)[..., :-1].mean() > 0.8  # they are corrected
+
+
+@given(st.lists(st.tuples(st.tuples(*[st.integers(1, 3)] * 3), st.sampled_from([None, 0.5])), max_size=9))
+def test_variants_that_are_the_same_so_far_have_one_leader(drawn):
+    variants = [Variant(*each) for each in drawn]
+    for count, leaders in enumerate(find_leaders(variants, layers=3, top_k=3)):
+        begun = [None if set(one.top_k[:count]) <= {3} else (one.top_k[:count], one.exponent) for one in variants]
+        assert list(leaders) == [MODEL if own is None else begun.index(own) for own in begun]
+
+
+def test_what_variants_share_changes_nothing(olmoe):
+    run, _ = olmoe
+    run, maps = fit(run, 0.3)
+    whole, layers, tokens = run.model.top_k, len(run.model.layers), make_tokens()
+    tops = np.random.default_rng(0).integers(1, whole + 1, (12, layers))
+    tops[:4, :-1] = tops[0, :-1]  # these part in the last layer
+    tops[4] = tops[5]
+    variants = [
+        Variant(tuple(ks.tolist()), *(((0.3, maps), (0.3, None), (None, None))[n % 3])) for n, ks in enumerate(tops)
+    ]
+    variants += [variants[0], Variant((whole,) * layers)]
+    alone = [measure_losses(run, tokens, [variant]).divergence[0] for variant in variants]
+    np.testing.assert_allclose(measure_losses(run, tokens, variants).divergence, alone, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("background_k", [1, 2, None])
+def test_losses_around_a_background_are_differences_of_whole_models(olmoe, background_k):
+    run, model = olmoe
+    run, maps = fit(run, 0.3)
+    whole, layers, tokens = run.model.top_k, run.model.layers, make_tokens()
+    others = background_k or whole
+    settings = make_settings(background_k=background_k, gate_exponent=0.3, compensation_rank=4)
+    measured = dict(measure_layers(run, tokens, layers[1:], settings, maps=maps))
+    assert list(measured) == list(layers[1:])
+    own = find_log_probabilities(model, run, tokens)
+    for layer, losses in measured.items():
+        found = []
+        for k in range(1, whole + 1):
+            variant = Variant(tuple(k if other == layer else others for other in layers), 0.3, maps)
+            other = find_log_probabilities(model, run, tokens, variant)
+            found.append((np.exp(own) * (own - other)).sum(-1).mean(1))
+        differences = np.array(found) - found[-1]
+        np.testing.assert_allclose(losses.divergence, differences.mean(1).clip(0), rtol=5e-3, atol=1e-6)
+        errors = differences.std(axis=1, ddof=1) / len(tokens) ** 0.5
+        np.testing.assert_allclose(losses.divergence_stderr, errors, rtol=2e-2, atol=1e-6)
 
 
 def test_logits_are_those_of_the_served_allocation(opened):
@@ -266,7 +313,8 @@ def test_losses_are_means_with_standard_errors_over_sequences():
     rng = np.random.default_rng(0)
     squares, relative = rng.uniform(1, 2, (2, 3, 6, 4))
     squares[..., -1] = relative[..., -1] = 0
-    divergence = rng.uniform(0, 1, (3, 6))
+    divergence = rng.uniform(0, 1, (4, 6))
+    divergence[-1] = 0
     losses = Losses(squares, relative, divergence)
     loss = summarise(losses, 1, divergence, make_settings(batch=3))
     assert (loss.iterations, loss.samples) == (2, 6 * LENGTH)
@@ -348,18 +396,21 @@ def test_by_default_the_models_own_text_decides(folder, olmoe):
     profile, whole = serialisation.read_profile("profile.json"), run.model.top_k
     maps, exponent = serialisation.read_profile_maps("profile.json", profile), profile.settings.gate_exponent
     settings = ProfileSettings("weights", 0, 4, 32, "float32", 0.0, 256)
-    assert profile.settings == replace(settings, gate_exponent=exponent, compensation_rank=32)
+    others = whole // 2
+    assert profile.settings == replace(settings, gate_exponent=exponent, compensation_rank=32, background_k=others)
     tokens = draw_tokens(run, sequences=8, length=32, seed=0)
     own = find_log_probabilities(model, run, tokens)
     layers = run.model.layers
     for layer in layers:
-        for k in range(1, whole):
-            variant = Variant(tuple(k if other == layer else whole for other in layers), exponent, maps)
+        means = []
+        for k in range(1, whole + 1):
+            variant = Variant(tuple(k if other == layer else others for other in layers), exponent, maps)
             other = find_log_probabilities(model, run, tokens, variant)
-            means = (np.exp(own) * (own - other)).sum(-1).mean(1)
-            found = profile.layers[layer]
-            assert found.divergence[k - 1] == pytest.approx(means.mean(), rel=2e-3)
-            assert found.divergence_stderr[k - 1] == pytest.approx(means.std(ddof=1) / 8**0.5, rel=2e-2)
+            means.append((np.exp(own) * (own - other)).sum(-1).mean(1))
+        more, found = np.array(means) - means[-1], profile.layers[layer]
+        assert found.divergence == pytest.approx(tuple(more.mean(axis=1).clip(0)), rel=5e-3, abs=1e-6)
+        errors = more.std(axis=1, ddof=1) / 8**0.5
+        assert found.divergence_stderr == pytest.approx(tuple(errors), rel=2e-2, abs=1e-6)
     command_line.run("search", "profile.json", "--budget", 2 * len(layers) + 1)  # may be told to be noisy
     allocation = serialisation.read_allocation("allocation.json")
     table = np.array(profile.losses("divergence"))
@@ -408,6 +459,22 @@ def test_parts_make_the_same_profile(folder, checkpoint):
     assert Path("merged.safetensors").read_bytes() == Path("profile.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("compensation", ["none", "exponent"])
+def test_the_background_is_half_of_the_models_k_where_experts_are_made_up_for(folder, checkpoint, compensation):
+    options = (*QUICK, "--compensation", compensation)
+    whole, half = profile_with(checkpoint, *options), {"none": None, "exponent": 2}[compensation]
+    assert whole.settings.background_k == half
+    again = profile_with(checkpoint, *options, "--background-k", half or whole.model.top_k)
+    assert again == whole
+    other = profile_with(checkpoint, *options, "--background-k", 1)
+    assert other.settings == replace(whole.settings, background_k=1) and other.layers != whole.layers
+
+
+def profile_with(checkpoint, *options):
+    succeed("profile", checkpoint, *options, "-o", "other.json", "--force")
+    return serialisation.read_profile("other.json")
+
+
 def test_a_gate_exponent_can_be_found(folder, checkpoint):
     alone = ("--compensation", "exponent")
     result = command_line.run("profile", checkpoint, *QUICK, *alone)
@@ -431,6 +498,8 @@ REFUSED = [
     (("--samples", 2**50), "GB; lower --samples, or take --layers in parts"),
     (("--gate-exponent", "half"), "--gate-exponent 'half' is neither a number nor auto"),
     (("--layers", "77"), "layer 77 is no MoE layer"),
+    (("--background-k", "77"), "--background-k is 77, expected 1 to"),
+    (("--input", "paper", "--background-k", "1"), "--background-k is of other layers, which --input paper has none of"),
 ]
 
 
