@@ -147,11 +147,12 @@ def _project_channel_delta(
     convolved = (convolve(part, conv) for part, conv in zip(projected, weights.convs, strict=True))
     steps, gates = (apply_affine(apply_affine(x, first), last) for first, last in (weights.decay, weights.gate))
     steps = steps.astype(jnp.float32) + weights.decay_bias.astype(jnp.float32)[None, None]
-    steps, rate = _cut_heads(steps, mixer.num_heads), weights.decay_rate.astype(jnp.float32).reshape(1, 1, -1, 1)
+    rate = weights.decay_rate.astype(jnp.float32)
+    rate = jnp.exp(rate if rate.ndim == 4 else rate.reshape(1, 1, -1, 1))
     if mixer.decay_bound is None:
-        decays = -jnp.exp(rate) * jax.nn.softplus(steps)
+        decays = -rate * jax.nn.softplus(_cut_heads(steps, mixer.num_heads))
     else:
-        decays = jnp.float32(mixer.decay_bound) * jax.nn.sigmoid(jnp.exp(rate) * steps)
+        decays = jnp.float32(mixer.decay_bound) * jax.nn.sigmoid(rate * _cut_heads(steps, mixer.num_heads))
     return *map(ACTIVATIONS[mixer.activation], convolved), decays, apply_affine(x, weights.rates), gates
 
 

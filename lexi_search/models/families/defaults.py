@@ -221,7 +221,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=131072,
             bos_token_id=1,
         ),
-        "deepseek_v4": list_defaults(k=6, hc_mult=4, head_dim=512, max_position_embeddings=1048576, bos_token_id=0),
+        "deepseek_v4": list_defaults(k=6, hc_mult=4, head_dim=512, bos_token_id=0)
+        | dict(index_topk=512, sliding_window=128, max_position_embeddings=1048576),
         "hy_v4": list_latent(192, 64, 256)
         | list_defaults(
             k=8,

@@ -43,18 +43,20 @@ def describe_compressed(source: Source) -> tuple[CompressedAttention, Compressed
         sinks=sinks,
         compressor=compressor,
     )
-    rate = None if compressor is None else finder.get_shape(compressor.bias)[0]
-    # An indexer chooses entries where windows overlap: all of them in short sequences.
-    chosen = config.resolve(Key("index_topk", 512)) if finder.has("indexer.wq_b") else None
+    rate, max_length = None, None
+    if compressor is not None:
+        rate, width = finder.get_shape(compressor.bias)
+        if width > dim:  # where windows overlap, an indexer chooses entries: all of them in short sequences
+            max_length = (config.read_count("index_topk") + 1) * rate - 1
     attention = CompressedAttention(
         num_heads=heads,
         num_groups=groups,
         scale=dim**-0.5,
         norm=Norm(source.norm.eps),
         rope=_read_rope(config, dim, MAIN if compressor is None else COMPRESSED),
-        window=config.resolve(Key("sliding_window", 128)),
+        window=config.read_count("sliding_window"),
         rate=rate,
-        max_length=None if chosen is None else (chosen + 1) * rate - 1,
+        max_length=max_length,
     )
     return attention, weights
 

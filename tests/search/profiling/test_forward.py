@@ -346,7 +346,10 @@ def test_a_layer_with_fewer_experts_equals_transformers(tmp_path):
 
 
 # Where scores of experts are near, rounding chooses others.
-@pytest.mark.parametrize(("name", "tolerance"), [("olmoe", 0.05), ("qwen3_next", 0.15), ("nemotron_h", 0.15)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("olmoe", 0.05), ("qwen3_next", 0.15), ("nemotron_h", 0.15), ("deepseek_v4", 0.05), ("qwen4_exp", 0.05)],
+)
 def test_sixteen_bits_are_near_float32(name, tolerance, tmp_path):
     model, tokens = build(name), draw_tokens()
     tiny.save_checkpoint(name, model, tmp_path)

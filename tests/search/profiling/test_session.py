@@ -105,6 +105,26 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
     assert profile.settings.compensation_rank == profile.compensation.rank == 32
 
 
+def test_a_model_of_several_residual_streams_goes_on_where_it_was_cut_short(folder):
+    """DeepSeek-V4, whose first layer looks experts up by token."""
+    checkpoint = tiny.make_checkpoint("deepseek_v4", folder / "weights")
+    settings = {"batch": 2, "length": 16, "samples": 64, "compensation": "full", "rank": 4}
+    recorder = Recorder()
+    for place in ("whole", "cut"):
+        Path(place).mkdir()
+    profile = lexi_search.profile_checkpoint(checkpoint, "whole/profile.json", observer=recorder, **settings)
+    assert tuple(profile.layers) == (1, 2) and all(loss.divergence[0] > 0 for loss in profile.layers.values())
+    tokens, copies, streams = 64, 1 + 2 * (profile.model.top_k - 1), 4
+    assert recorder.planned.memory_bytes - recorder.planned.weights_bytes == tokens * copies * streams * 64 * 4
+    with pytest.raises(KeyboardInterrupt):
+        lexi_search.profile_checkpoint(checkpoint, "cut/profile.json", observer=Recorder(layers=1), **settings)
+    recorder = Recorder()
+    lexi_search.profile_checkpoint(checkpoint, "cut/profile.json", observer=recorder, **settings)
+    assert recorder.events[0] == ("open", [1], (1, 2))
+    for name in ("profile.json", "profile.safetensors"):
+        assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
