@@ -186,7 +186,8 @@ def _read_held_out(
     sequences = count_sequences(ProfileSettings(dtype="float32", **settings))
     size = {"sequences": 2 * sequences, "length": length}
     remedy = "lower --samples, or take --no-judge, which needs half as much"
-    return read_text(checkpoint, describe_decoder(checkpoint, model), text, **size, remedy=remedy).tokens[sequences:]
+    decoder = describe_decoder(checkpoint, model)
+    return read_text(checkpoint, model, decoder, text, **size, remedy=remedy).tokens[sequences:]
 
 
 def _run(job: Job, *, paper: bool, judge: bool, held_out: Tokens | None, **settings: Any) -> Outcome:

@@ -232,7 +232,9 @@ def describe_profile(profile: Profile, loss: str) -> str:
     errors = sorted(error / value for value, error in pairs if value)
     known = f", known to {format_share(errors[len(errors) // 2])} in the median (standard error)" if errors else ""
     count = f"{len(profile.layers)} of {len(profile.model.moe_layers)} MoE layers"
-    known += "".join(f"; {said}" for said in (profile.text, describe_compensation(profile)) if said)
+    background_k = profile.settings.background_k if loss == "divergence" else None
+    others = "" if background_k is None else f"all other layers at k = {background_k}"
+    known += "".join(f"; {said}" for said in (profile.text, describe_compensation(profile), others) if said)
     return f"{profile.model.model_type}: {loss} loss of {count} at k from 1 to {profile.max_k}{known}"
 
 

@@ -74,7 +74,7 @@ def measure_layers(
         del tops[0]  # the model itself
     variants = [Variant(top_k, settings.gate_exponent, maps) for top_k in tops]
     own = maps and {key: each for key, each in maps.items() if key[0] in set(layers)}
-    losses = measure_losses(run, tokens, variants, maps=own, report=report)
+    losses = measure_losses(run, tokens, variants, maps=own, apart=int(around < full), report=report)
     if not np.isfinite(losses.divergence).all():
         raise explain_overflow(f"{run.checkpoint.folder}: hidden states overflow", settings.dtype)
     background, rows = (0.0, losses.divergence) if around == full else (losses.divergence[0], losses.divergence[1:])

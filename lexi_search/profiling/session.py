@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,8 +108,7 @@ def profile_checkpoint(
         gate_exponent: a number, or "auto" for the one with the least divergence; with compensation None is "auto".
         compensation: "full", a gate exponent and corrections of a `rank`; "exponent" alone; or "none", the paper's
             method. By default what loses least of all that input and family allow.
-        background_k: the k of all other layers while a layer is measured; by default, with a compensation, half of the
-            model's own, and else that.
+        background_k: the k of other layers while one is measured, by default half of K with a compensation, else K.
         room: weights that stay in memory between passes, from `find_room`; by default as far as half of it holds them.
         restart: throw away what a run that was cut short left in `<output>.partial/`; `reuse`: return the profile in
             `output` where this very run wrote it; in one process.
@@ -186,7 +185,7 @@ def _open(
     if complete.input == "text":
         sequences = count_sequences(complete)
         check_text_room(run, complete, layers=-(-len(chosen) // group.size))
-        text = read_text(checkpoint, run.decoder, file, sequences=sequences, length=complete.length)
+        text = read_text(checkpoint, model, run.decoder, file, sequences=sequences, length=complete.length)
         made_by |= {"text_sha256": text.file_sha256, "tokens_sha256": text.tokens_sha256}
     find_exponent = compensation != "none" and exponent in (None, AUTO)
     finds = find_exponent, find_exponent and asked is None and rank is None
@@ -203,7 +202,7 @@ def _plan(session: _Session) -> Plan:
         read = sum(estimate_costs(checkpoint, model, missing, "paper").values())
         tokens = settings.batch * settings.length * (1 + model.top_k)
         return Plan((), (), len(model.layers), read, tokens * row + largest, largest, None)
-    layers = len(session.run.decoder.blocks)
+    layers, others = len(session.run.decoder.blocks), model.top_k - 1
     chooses = session.find_exponent and COMPENSATION not in partials.findings
     corrects = settings.compensation_rank is not None
     tried = len(CORRECTED_EXPONENTS) * corrects + len(EXPONENTS) * (session.may_drop or not corrects)
@@ -211,8 +210,8 @@ def _plan(session: _Session) -> Plan:
     around = settings.background_k if missing else None
     unfitted = corrects and list_unfitted(session.run, partials.maps, session.layers, background_k=around)
     # A variant has states of its own from the layer on in which it differs.
-    count = partial(count_states, settings, model.top_k)
-    own = tuple(count(layers=sum(layer <= at for layer in missing)) for at in range(layers))
+    alone = 1 + (around is not None)
+    own = tuple(alone + others * sum(layer <= at for layer in missing) for at in range(layers))
     writes = session.text is None and (missing or chooses) and "text" not in partials.findings
     passes = [("text", (1,) * layers)] * (PASSES if writes else 0)
     passes += [("compensation", (1,) * layers)] * (chooses and corrects)
@@ -221,7 +220,7 @@ def _plan(session: _Session) -> Plan:
     passes += [("losses", own)] * bool(missing)
     phases = tuple(Counter(name for name, _ in passes).items())
     whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
-    states = whole * count(layers=len(missing)) * row * session.run.decoder.num_streams
+    states = whole * count_states(settings, model.top_k, layers=len(missing)) * row * session.run.decoder.num_streams
     staying = session.run.find_residence().staying
     read = bool(passes) * (sum(staying) + max(len(passes) - 1, 0) * staying.files)
     return Plan(sum((one for _, one in passes), ()), phases, layers, read, states + largest, largest, staying)

@@ -73,7 +73,7 @@ def judge(
     """Measure how far ALLOCATIONS move the predictions of WEIGHTS, on text that the model generates itself, or on
     one of yours.
 
-    Losses of single layers add up to less than layers lose together, and the text is not that of the profile: this
+    What layers lose together is not the sum of what each loses, and the text is not that of the profile: this
     shows whether an allocation is better than the same k in every layer, which is listed beside it, and without --text
     takes no data.
     """
@@ -148,7 +148,7 @@ def _read_tokens(
     from lexi_search.profiling.forward.text import read_text
 
     size = {"sequences": count_sequences(settings), "length": settings.length}
-    text = read_text(run.checkpoint, run.decoder, file, **size)
+    text = read_text(run.checkpoint, run.model, run.decoder, file, **size)
     for path, allocation in by_path.items():
         if allocation.made_by.get("text_sha256") == text.file_sha256:
             raise InputError(f"{path} was found on {file} itself; judge on another text, such as one that follows it")

@@ -103,16 +103,17 @@ def advance(
 
 
 def _list_parting(plan: Plan, place: int | None, states: Collection[int]) -> dict[int, list[int]]:
-    """Those of `states` that several variants share whose k differ in this layer: state -> the first variant of each.
+    """Those of `states` that go through the layer by themselves: state -> the variants that lead on from it.
 
-    The model is always one of them, and the first of its own.
+    They are the model, which is the first of its own, the plan's `apart`, and those that several variants share whose k
+    differ in this layer.
     """
-    apart = {number: [MODEL] if number == MODEL else [] for number in states}
+    onward = {number: [number] for number in states}
     if place is not None:
         for before, after in dict.fromkeys(zip(plan.leaders[place], plan.leaders[place + 1], strict=True)):
-            if after not in apart[before]:
-                apart[before].append(after)
-    return {number: own for number, own in apart.items() if number == MODEL or len(own) > 1}
+            if after not in onward[before]:
+                onward[before].append(after)
+    return {number: own for number, own in onward.items() if number < plan.apart or len(own) > 1}
 
 
 def _mix_each(some: Sequence[Variant], layer: int, place: int | None, full: int) -> list[Mixing]:

@@ -39,20 +39,21 @@ def measure_losses(
     variants: Sequence[Variant],
     *,
     maps: Maps | None = None,
+    apart: int = 0,
     report: Callable[[int], None] = lambda layer: None,
 ) -> Losses:
     """The losses of every MoE layer at every k, and of all `variants`, on `tokens`; reads the checkpoint once.
 
     `run.model.routing` and `maps` say how the layers' own losses are weighed and corrected; layers without maps are
-    not. A variant brings its own. `report` is called with the index of each decoder layer that is done. Not finite
-    where hidden states overflow in `run.dtype`.
+    not. A variant brings its own; `apart` is that of `forward`. `report` is called with the index of each decoder layer
+    that is done. Not finite where hidden states overflow in `run.dtype`.
     """
     losses: dict[int, list[Array]] = {layer: [] for layer in run.model.layers}
 
     def observe(outputs: MoEOutputs) -> None:
         losses[outputs.layer].append(_measure_layer(outputs, run, maps))
 
-    chunks = forward(run, tokens, variants, observe=observe, report=report)
+    chunks = forward(run, tokens, variants, apart=apart, observe=observe, report=report)
     found = np.asarray(jax.device_get(list(losses.values())), np.float64)
     by_layer = found.reshape(len(run.model.layers), len(chunks), 2, -1, run.model.top_k)
     squares, relative = np.moveaxis(by_layer, 2, 0).reshape(2, len(run.model.layers), len(tokens), -1)

@@ -27,6 +27,7 @@ def forward(
     tokens: Int[np.ndarray, "sequences length"],
     variants: Sequence[Variant] = (),
     *,
+    apart: int = 0,
     observe: Callable[[MoEOutputs], None] = lambda outputs: None,
     report: Callable[[int], None] = lambda layer: None,
 ) -> list[dict[int, Kept]]:
@@ -34,12 +35,13 @@ def forward(
 
     The unreduced model has the index `MODEL`, -1; a variant that is the same as the model, or as one before it, has no
     states of its own.
+    The first `apart` variants are computed by themselves: whatever others there are, they have the same bits.
     `observe` is called with the outputs of each MoE layer of the model, for one chunk after the other; on several
     devices from a thread for each.
     """
     residence = run.find_residence()
     stages = residence.stages
-    plan = plan_pass(run, tokens, variants, devices=len(stages))
+    plan = plan_pass(run, tokens, variants, apart=apart, devices=len(stages))
     ends = residence.read_ends(0, first=True)
     texts = np.split(np.asarray(tokens, np.int32), len(tokens) // plan.chunk)
     chunks = [Chunk(text, {MODEL: plan.keep(embed(run.decoder, ends, text, dtype=run.dtype))}) for text in texts]

@@ -12,6 +12,7 @@ from lexi_search.checkpoint.reader import TOKENIZER, TOKENIZER_CONFIG, Checkpoin
 from lexi_search.errors import InputError
 from lexi_search.layers.decoder import Decoder
 from lexi_search.models.decoder_stack import count_tokens
+from lexi_search.models.model import Model
 
 MOST_TEXT = MOST_TOKENIZER = 2**28  # bytes
 CHARACTERS = 8  # of a token, more than most have: so much of a text is read first
@@ -28,6 +29,7 @@ class Text(NamedTuple):
 
 def read_text(
     checkpoint: Checkpoint,
+    model: Model,
     decoder: Decoder,
     file: str | os.PathLike[str],
     *,
@@ -61,7 +63,7 @@ def read_text(
         )
     rows = np.array(ids[:needed], np.int64).reshape(sequences, -1)
     tokens = np.concatenate([np.tile(np.array(start, np.int64), (sequences, 1)), rows], axis=1)
-    _check_vocabulary(tokens, count_tokens(checkpoint, decoder), f"{checkpoint.folder / TOKENIZER}")
+    _check_vocabulary(tokens, count_tokens(checkpoint, model, decoder), f"{checkpoint.folder / TOKENIZER}")
     hashed = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
     return Text(tokens.astype(np.int32), hashlib.sha256(data).hexdigest(), hashed)
 

@@ -59,18 +59,24 @@ class Run(NamedTuple):
 class Plan(NamedTuple):
     """The cut of a forward pass: `chunk` sequences at a time, `together` variants of them at a time.
 
-    `leaders` are those of `find_leaders`. `keep` moves hidden states to where they wait for the next layer: device or
-    host memory.
+    `leaders` are those of `find_leaders`. The first `apart` variants go through layers by themselves. `keep` moves
+    hidden states to where they wait for the next layer: device or host memory.
     """
 
     chunk: int
     together: int
     leaders: tuple[tuple[int, ...], ...]
+    apart: int
     keep: Callable[[Hidden], Any]
 
 
 def plan_pass(
-    run: Run, tokens: Int[np.ndarray, "sequences length"], variants: Sequence[Variant], *, devices: int = 1
+    run: Run,
+    tokens: Int[np.ndarray, "sequences length"],
+    variants: Sequence[Variant],
+    *,
+    apart: int = 0,
+    devices: int = 1,
 ) -> Plan:
     """The cut of a pass over `devices` devices, which depends on no results."""
     sequences, length = tokens.shape
@@ -82,7 +88,7 @@ def plan_pass(
     chunk = divide(sequences, min(limit // length, share))
     keep = _choose_storage(run, tokens.size * len({MODEL, *leaders[-1]}))
     together = min(limit, GROUP_TOKENS) // (chunk * length)
-    return Plan(chunk, max(min(together, len(variants)), 1), leaders, keep)
+    return Plan(chunk, max(min(together, len(variants)), 1), leaders, apart, keep)
 
 
 def find_leaders(variants: Sequence[Variant], *, layers: int, top_k: int) -> tuple[tuple[int, ...], ...]:

@@ -31,6 +31,7 @@ from lexi_search.cli.commands.auto import CARDS
 from lexi_search.cli.report.facts import state
 from lexi_search.errors import InputError
 from lexi_search.models.model import describe
+from lexi_search.solvers.robust import CAUTION, shrink
 
 SETTINGS = {"batch": 2, "length": 16, "samples": 64}
 OPTIONS = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
@@ -95,7 +96,13 @@ def test_a_budget_leads_to_a_folder_and_a_report(finished, weights):
     assert set(os.listdir(place)) == FILES | CORRECTIONS | REPORTS
     profile, allocation = read_profile(place / "profile.json"), read_allocation(place / "allocation.json")
     assert allocation.budget == 7  # 58 % of 12 to the nearest
-    assert allocation.loss == pytest.approx(min(loss for top_k, loss in list_all(profile) if sum(top_k) == 7))
+    losses = {top_k: loss for top_k, loss in list_all(profile) if sum(top_k) == 7}
+    chosen = read_top_k(place / "allocation.json")
+    assert (allocation.loss, allocation.optimal_loss) == pytest.approx((losses[chosen], min(losses.values())))
+    table, errors = (np.array(rows("divergence")) for rows in (profile.losses, profile.errors))
+    shrunk = shrink(table, errors, floor=CAUTION.floor)
+    best = min(losses, key=lambda top_k: sum(shrunk[layer, k - 1] for layer, k in enumerate(top_k)))
+    assert chosen == ((2, 2, 3) if "fallback" in allocation.made_by else best)
     assert allocation.made_by["profile_sha256"] == sha256(profile)
     config = read_json_object(finished / "served/config.json")
     assert config["lexi_allocation"]["top_k"] == {str(layer): k for layer, k in allocation.top_k.items()}

@@ -82,7 +82,7 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
     work = recorder.planned.work
     assert len(work) == len(passes) and work[:18] == (1,) * 18
     others = profile.model.top_k - 1
-    assert work[18:] == (1 + 5 * others,) * 3 + (1, 1 + others, 1 + others)
+    assert work[18:] == (1 + 5 * others,) * 3 + (2, 2 + others, 2 + others)  # the model, and the background
     size = sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors"))
     assert 0.9 * size < recorder.planned.read_bytes <= size  # they stay in memory
     assert recorder.planned.phases == (("text", 6), ("compensation", 1), ("losses", 1))
@@ -99,7 +99,7 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
         + (1,) * 3  # corrections with four exponents
         + (1 + 2 * others,) * 3  # each tried at three k, on half of the text
         + (1,) * 3  # corrections with the best of them
-        + (1, 1 + others, 1 + others)
+        + (2, 2 + others, 2 + others)
     )
     assert [layer for kind, layer in recorder.events[1:] if kind == "pass"] == [0, 1, 2] * 10
     assert profile.settings.compensation_rank == profile.compensation.rank == 32
@@ -114,7 +114,7 @@ def test_a_model_of_several_residual_streams_goes_on_where_it_was_cut_short(fold
         Path(place).mkdir()
     profile = lexi_search.profile_checkpoint(checkpoint, "whole/profile.json", observer=recorder, **settings)
     assert tuple(profile.layers) == (1, 2) and all(loss.divergence[0] > 0 for loss in profile.layers.values())
-    tokens, copies, streams = 64, 1 + 2 * (profile.model.top_k - 1), 4
+    tokens, copies, streams = 64, 2 + 2 * (profile.model.top_k - 1), 4  # copies of the model, the background, layers
     assert recorder.planned.memory_bytes - recorder.planned.weights_bytes == tokens * copies * streams * 64 * 4
     with pytest.raises(KeyboardInterrupt):
         lexi_search.profile_checkpoint(checkpoint, "cut/profile.json", observer=Recorder(layers=1), **settings)

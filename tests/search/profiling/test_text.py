@@ -52,7 +52,8 @@ def copy(checkpoint, tmp_path):
 
 def read(folder, file=TEXT, *, sequences=3, length=16):
     opened = open_checkpoint(folder)
-    return read_text(opened, describe_decoder(opened, describe(opened)), file, sequences=sequences, length=length)
+    model = describe(opened)
+    return read_text(opened, model, describe_decoder(opened, model), file, sequences=sequences, length=length)
 
 
 def cut_by_transformers(folder, file=TEXT, *, sequences, length, bos):
