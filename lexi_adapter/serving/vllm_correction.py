@@ -187,10 +187,10 @@ def _pass_choices(router: Any) -> None:
 def _correct_runner(layer: Any, name: str, choose: Callable[..., tuple[Any, Any, Any]], source: str) -> None:
     compute, adds, add = getattr(layer, COMPUTE), _find_share(layer), _find_sum()
     # Where no CUDA graph covers a step, the host's time counts: attributes of a torch module take a microsecond each.
-    modules, held = layer._modules, layer._buffers
+    held = layer._buffers
 
     def correcting(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        experts = modules["routed_experts"]
+        experts = layer.routed_experts
         indices_type = experts.quant_method.topk_indices_dtype
         weights, ids, sums = choose(hidden_states, router_logits, indices_type, input_ids=kwargs.get("input_ids"))
         routed = Routed(weights, ids)  # by all workers, as they have to choose alike, equal logits included
