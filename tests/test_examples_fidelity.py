@@ -12,6 +12,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
+from command_line import succeed
 from corrections import draw_maps
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from torch.nn.functional import cross_entropy
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path += [str(EXAMPLES / "fidelity"), str(EXAMPLES / "train_small_moe")]
 
+import background  # noqa: E402
 import domains  # noqa: E402
 import families  # noqa: E402
 import judge  # noqa: E402
@@ -39,7 +41,7 @@ from lexi_adapter.model.variants import allocate  # noqa: E402
 from lexi_adapter.serving.transformers_patch import apply  # noqa: E402
 from lexi_search.artifacts.allocation import Allocation  # noqa: E402
 from lexi_search.artifacts.compensation import write_maps  # noqa: E402
-from lexi_search.artifacts.serialisation import write_allocations, write_profile  # noqa: E402
+from lexi_search.artifacts.serialisation import read_profile, write_allocations, write_profile  # noqa: E402
 
 DOMAINS = {"code": 3, "prose": 2}
 
@@ -104,6 +106,28 @@ def test_budgets_below_one_expert_a_layer_are_left_out():
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     return judging.load(make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("model") / "tiny"), device="cpu")
+
+
+def test_tables_are_compared_by_what_whole_allocations_lose(tmp_path, monkeypatch):
+    """The tables are those of profiles with that background."""
+    monkeypatch.chdir(tmp_path)
+    folder = make_checkpoint("olmoe", tmp_path / "model")
+    streams = {name: np.random.default_rng(seed).integers(3, 250, 400) for name, seed in DOMAINS.items()}
+    np.savez(folder / "held_out.npz", **streams)
+    size = ("--batch", 2, "--length", 16, "--samples", 64)
+    for k in (2, 4):
+        succeed("profile", folder, *size, "--background-k", k, "-o", f"{k}.json")
+    options = ["--background", "2", "--background", "4", "--judge", "4", "--random", "6", "-o", "found.json"]
+    background.main([str(folder), "2.json", *options], standalone_mode=False)
+    found = json.loads(Path("found.json").read_text())
+    for k in (2, 4):
+        table = read_profile(f"{k}.json").losses("divergence")
+        np.testing.assert_allclose(found["tables"][str(k)], table, rtol=1e-3, atol=1e-6)
+    assert [(row["share"], row["background_k"]) for row in found["rows"]] == [(0.5, 2), (0.5, 4), (0.75, 2), (0.75, 4)]
+    for row in found["rows"]:
+        assert row["own correlation"] > 0.5 and row["own error"] < 1.5 and row["held-out gain"] < 1
+    drawn = background.draw_allocations(2, 4, 3, 50, np.random.default_rng(0))
+    assert {sum(top_k) for top_k in drawn} == {6} and {k for top_k in drawn for k in top_k} == {1, 2, 3, 4}
 
 
 def test_the_judge_says_what_a_plain_loop_says(loaded, monkeypatch):
