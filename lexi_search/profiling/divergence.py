@@ -67,23 +67,17 @@ def measure_layers(
     """
     full, model_layers = run.model.top_k, run.model.layers
     around = settings.background_k or full
-    ks = [k for k in range(1, full + 1) if k != around]
-    tops = [(around,) * len(model_layers)]
-    tops += [tuple(k if other == layer else around for other in model_layers) for layer in layers for k in ks]
-    if around == full:
-        del tops[0]  # the model itself
+    tops = [(around,) * len(model_layers)]  # first, so that it has the same bits whatever layers are measured
+    for layer in layers:
+        tops += [tuple(k if other == layer else around for other in model_layers) for k in range(1, full + 1)]
     variants = [Variant(top_k, settings.gate_exponent, maps) for top_k in tops]
     own = maps and {key: each for key, each in maps.items() if key[0] in set(layers)}
-    losses = measure_losses(run, tokens, variants, maps=own, apart=int(around < full), report=report)
+    losses = measure_losses(run, tokens, variants, maps=own, apart=1, report=report)
     if not np.isfinite(losses.divergence).all():
         raise explain_overflow(f"{run.checkpoint.folder}: hidden states overflow", settings.dtype)
-    background, rows = (0.0, losses.divergence) if around == full else (losses.divergence[0], losses.divergence[1:])
-    divergence = np.empty((len(layers), full, len(tokens)))
-    divergence[:, around - 1] = background
-    divergence[:, np.asarray(ks) - 1] = rows.reshape(len(layers), full - 1, -1)
-    divergence -= divergence[:, -1:]
-    for number, layer in enumerate(layers):
-        yield layer, summarise(losses, model_layers.index(layer), divergence[number], settings)
+    divergence = losses.divergence[1:].reshape(len(layers), full, -1)
+    for layer, each in zip(layers, divergence - divergence[:, -1:], strict=True):
+        yield layer, summarise(losses, model_layers.index(layer), each, settings)
 
 
 def judge_variants(

@@ -86,9 +86,10 @@ def plan_pass(
     if jax.default_backend() != "cpu":  # every shape is compiled: one for the model, one for groups of variants
         share = min(share, CHUNK_TOKENS // length)
     chunk = divide(sequences, min(limit // length, share))
-    keep = _choose_storage(run, tokens.size * len({MODEL, *leaders[-1]}))
+    states = {MODEL, *leaders[-1]}
+    keep = _choose_storage(run, tokens.size * len(states))
     together = min(limit, GROUP_TOKENS) // (chunk * length)
-    return Plan(chunk, max(min(together, len(variants)), 1), leaders, apart, keep)
+    return Plan(chunk, max(min(together, len(states) - 1), 1), leaders, apart, keep)
 
 
 def find_leaders(variants: Sequence[Variant], *, layers: int, top_k: int) -> tuple[tuple[int, ...], ...]:
