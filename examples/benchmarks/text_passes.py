@@ -164,7 +164,7 @@ def main(model, held_out, passes, seeds, sequences, judged, budgets, output):
     facts = {
         "command": f"python examples/benchmarks/text_passes.py {model.name} --passes {passes} --seeds {seeds} "
         f"--sequences {sequences} --judge {judged}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "machine": f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} CPU cores",
         "date": date.today().isoformat(),
         "jax": jax.__version__,
         "rows": rows,

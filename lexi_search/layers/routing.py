@@ -48,10 +48,22 @@ def route(
         return _route_sparsemixer(logits, routing.jitter, top_k)
     scores = SCORES[routing.scoring](logits)
     keys = scores + bias.astype(jnp.float32).reshape(1, -1) if routing.bias == "selection" else scores
+    sort = partial(jax.lax.top_k, k=top_k)
     if routing.num_groups > 1:
-        keys = _keep_best_groups(keys, routing)
-    _, experts = jax.lax.top_k(keys, top_k)
+        _, experts = sort(_keep_best_groups(keys, routing))
+    else:  # a GPU finds a few maxima of finite keys sooner than it sorts all
+        pick = partial(_find_largest, count=top_k)
+        experts = jax.lax.platform_dependent(keys, cuda=pick, default=lambda keys: sort(keys)[1])
     return Choice(experts, jnp.take_along_axis(scores, experts, axis=-1), logits)
+
+
+def _find_largest(keys: Float[Array, "tokens experts"], *, count: int) -> Int[Array, "tokens K"]:
+    """The places of the largest keys, none of them -inf or -0, in the order of `jax.lax.top_k`."""
+    numbers, found = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1), []
+    for _ in range(count):
+        found.append(jnp.argmax(keys, axis=-1).astype(jnp.int32))
+        keys = jnp.where(numbers == found[-1][:, None], -jnp.inf, keys)
+    return jnp.stack(found, axis=1)
 
 
 @partial(jax.jit, static_argnames="routing")

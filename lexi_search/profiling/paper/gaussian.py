@@ -17,7 +17,7 @@ from lexi_search.layers.routing import Choice, route
 from lexi_search.layers.spec import Routing
 from lexi_search.layers.weights import LayerWeights, find_memory
 from lexi_search.models.model import Model
-from lexi_search.profiling.paper.moments import Moments, accumulate, begin, relative_errors
+from lexi_search.profiling.paper.moments import Moments, accumulate, begin, pick, relative_errors
 
 # Tokens that go through the router alone are drawn as those of this many layers further on.
 OTHERS = 1 << 20
@@ -39,12 +39,14 @@ def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: Pro
     few, full = _size_passes(model, settings)
     devices = jax.local_devices()
     replicas = {0: _prepare(model, weights, devices[0], settings)}
-    first = min(few, limit)
-    sums = _measure_pass(model, replicas[0], layer, 0, first, settings, device=devices[0])
-    moments, finished = _count(begin(model.top_k, settings.control_variate), sums, settings)
-    size = few if _estimate_missing(moments, settings) <= few else full
-    waiting, running = deque(enumerate(range(first, limit, size))), deque[Future]()
+    moments, finished, size, first = begin(model.top_k, settings.control_variate), False, full, min(few, limit)
     with ThreadPoolExecutor(max_workers=len(devices)) as pool:
+        work = model, replicas[0], layer, 0, first, settings
+        running = deque[Future]([pool.submit(_measure_pass, *work, device=devices[0])])
+        if settings.relative_error:  # how many it takes is known after a few
+            moments, finished = _count(moments, running.popleft().result(), settings)
+            size = few if _estimate_missing(moments, settings) <= few else full
+        waiting = deque(enumerate(range(first, limit, size)))
         while not finished and (waiting or running):
             # Ahead, but not of what is likely to be needed.
             needed = max(1, -(-_estimate_missing(moments, settings) // size))
@@ -145,15 +147,17 @@ def draw(model: Model, layer: int, first: int, count: int, settings: ProfileSett
 
     The key of an iteration is (seed, layer, iteration).
     """
-    key = jax.random.fold_in(jax.random.key(settings.seed, impl="threefry2x32"), layer)
+    key = jax.random.key(settings.seed, impl="threefry2x32")
+    iterations = first + np.arange(count, dtype=np.int32)
     shape = (settings.batch * settings.length, model.hidden_size)
-    return _draw(key, first + np.arange(count, dtype=np.int32), shape=shape, dtype=settings.dtype)
+    return _draw(key, np.int32(layer), iterations, shape=shape, dtype=settings.dtype)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _draw(
-    key: Key[Array, ""], iterations: Int[Array, " count"], *, shape: tuple[int, int], dtype: str
+    key: Key[Array, ""], layer: Int[Array, ""], iterations: Int[Array, " count"], *, shape: tuple[int, int], dtype: str
 ) -> Float[Array, "tokens hidden"]:
+    key = jax.random.fold_in(key, layer)
     # Drawn in float32 and cast: drawn in bfloat16 it would take 128 distinct values and have the wrong variance.
     x = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(iterations)
     return x.reshape(-1, shape[1]).astype(dtype)
@@ -183,11 +187,14 @@ def _count(
     moments: Moments, sums: Float[Array, "iterations sums K"], settings: ProfileSettings
 ) -> tuple[Moments, bool]:
     """The moments after the iterations of a pass, and whether one of them was the last: losses known, or overflow."""
-    for squares, fourths, *controls in np.asarray(sums, np.float64):
-        moments = accumulate(moments, settings.batch * settings.length, squares, fourths, *controls)
-        if not np.isfinite(squares).all() or _is_known(moments, settings):
-            return moments, True
-    return moments, False
+    sums = np.asarray(sums, np.float64)
+    ends = ~np.isfinite(sums[:, 0]).all(axis=1)
+    count = int(ends.argmax()) + 1 if ends.any() else len(sums)
+    after = accumulate(moments, settings.batch * settings.length, sums[:count])
+    with np.errstate(invalid="ignore"):  # of an overflow, which is the last
+        known = relative_errors(after).max(axis=1) <= settings.relative_error
+    ends = ends[:count] | (known & (after.iterations[:, 0] >= MIN_ITERATIONS))
+    return pick(after, int(ends.argmax()) if ends.any() else -1), bool(ends.any())
 
 
 def _size_passes(model: Model, settings: ProfileSettings) -> tuple[int, int]:
@@ -200,10 +207,8 @@ def _size_passes(model: Model, settings: ProfileSettings) -> tuple[int, int]:
 
 
 def _estimate_missing(moments: Moments, settings: ProfileSettings) -> int:
-    """The number of further iterations that the relative error is likely to take."""
+    """The number of further iterations that the relative error is likely to take; all, where none is asked for."""
+    if not settings.relative_error:
+        return settings.max_samples
     ratio = relative_errors(moments).max() / max(settings.relative_error, 1e-9)
     return int(min(moments.iterations * max(ratio**2 - 1, 0), 1e9))
-
-
-def _is_known(moments: Moments, settings: ProfileSettings) -> bool:
-    return moments.iterations >= MIN_ITERATIONS and bool(relative_errors(moments).max() <= settings.relative_error)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
 from lexi_search.artifacts.profile import LayerLoss
 
@@ -24,11 +25,12 @@ class Controls(NamedTuple):
 class Moments(NamedTuple):
     """Running sums over samples, for k = 1..K, with d = ||y_k - y_base||^2 of one token; float64.
 
-    `frobenius` sums ||Y_k - Y_base||_F over iterations, `squares` sums d and `fourths` sums d^2 over tokens.
+    `frobenius` sums ||Y_k - Y_base||_F over iterations, `squares` sums d and `fourths` sums d^2 over tokens. With a
+    leading axis, as of `accumulate`, the two counts are arrays [..., 1].
     """
 
-    iterations: int
-    samples: int
+    iterations: int | np.ndarray
+    samples: int | np.ndarray
     frobenius: np.ndarray
     squares: np.ndarray
     fourths: np.ndarray
@@ -91,19 +93,33 @@ def estimate(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
     return np.where(corrected > 0, corrected, mean), left
 
 
-def accumulate(
-    moments: Moments, samples: int, squares: np.ndarray, fourths: np.ndarray, *controls: np.ndarray
-) -> Moments:
-    """The sums with one more iteration of `samples` tokens, whose sums of d and d^2 are given, [K] float64.
+def accumulate(moments: Moments, samples: int, sums: Float64[np.ndarray, "iterations sums K"]) -> Moments:
+    """The sums after each of some more iterations of `samples` tokens: all fields have a leading axis.
 
-    With a control variate also those of `Controls`, in its order.
+    `sums` has those of d and of d^2 over each iteration, with a control variate also those of `Controls`, in its order.
     """
-    known = moments.controls
+
+    def add(before: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.add.accumulate(np.concatenate([before[None], values]))[1:]
+
+    squares, fourths, *controls = np.moveaxis(sums, 1, 0)
+    number, known = np.arange(1, len(sums) + 1)[:, None], moments.controls
     return Moments(
-        iterations=moments.iterations + 1,
-        samples=moments.samples + samples,
-        frobenius=moments.frobenius + np.sqrt(squares),
-        squares=moments.squares + squares,
-        fourths=moments.fourths + fourths,
-        controls=known and Controls(known.ratio, *(a + b for a, b in zip(known[1:], controls, strict=True))),
+        iterations=moments.iterations + number,
+        samples=moments.samples + samples * number,
+        frobenius=add(moments.frobenius, np.sqrt(squares)),
+        squares=add(moments.squares, squares),
+        fourths=add(moments.fourths, fourths),
+        controls=known and Controls(known.ratio, *map(add, known[1:], controls)),
+    )
+
+
+def pick(moments: Moments, place: int) -> Moments:
+    """The sums at one place of the leading axis that `accumulate` makes."""
+    iterations, samples, *sums, controls = moments
+    return Moments(
+        int(iterations[place, 0]),
+        int(samples[place, 0]),
+        *(array[place] for array in sums),
+        controls and Controls(controls.ratio, *(array[place] for array in controls[1:])),
     )

@@ -1,13 +1,17 @@
 """The product of all experts in one launch against the product of each: its kernels, interpreted on the CPU."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click import ClickException
 from hypothesis import given
 from hypothesis import strategies as st
 from slow_kernels import multiply_slowly
 
+import lexi_search
 from lexi_search.layers.kernels.blocks import BLOCK_ROWS, StackedExperts, lay_out, stack_experts
 from lexi_search.layers.kernels.grouped import can_group, measure_stacked, stacked_outputs
 from lexi_search.layers.moe import compute_outputs, squared_distances
@@ -47,6 +51,33 @@ def test_equals_the_experts_one_by_one(dtype, monkeypatch):
     each = stacked_outputs(x, choice, stack_experts(experts, dtype=dtype), interpret=True)
     assert each.dtype == outputs.dtype
     np.testing.assert_allclose(each.astype(jnp.float32), outputs.astype(jnp.float32), rtol=0.05, atol=0.02)
+
+
+def test_the_benchmark_judges_by_a_slow_reference(monkeypatch):
+    pytest.importorskip("absl", reason="Pallas' GPU side needs it")
+    monkeypatch.syspath_prepend(Path(lexi_search.__file__).parents[1] / "examples" / "benchmarks")
+    import profile_shapes
+
+    from lexi_search.layers.kernels import hopper
+
+    monkeypatch.setattr(hopper, "multiply_blocks", multiply_slowly)
+    monkeypatch.setattr(profile_shapes, "MOST", 100)  # the reference's rows and bytes are not those of a kernel
+    monkeypatch.setitem(profile_shapes.SHAPES, "tiny", (HIDDEN, WIDTH, EXPERTS, TOP_K, 1, Routing()))
+    model, weights = profile_shapes.make_layer("tiny")
+    x = make_layer()[2]
+    choice = route(x, weights.router, None, routing=Routing(), top_k=TOP_K)
+    stack = stack_experts(weights.experts, dtype="bfloat16")
+
+    def check(factor):
+        def measure(*arguments, routing):
+            return factor * measure_stacked(*arguments, routing=routing, interpret=True)
+
+        monkeypatch.setattr(profile_shapes, "measure_stacked", jax.jit(measure, static_argnames="routing"))
+        return profile_shapes.check(model, weights, stack, x, choice, 1)
+
+    assert check(1)["largest_relative_difference"] < 0.05
+    with pytest.raises(ClickException, match="differs by .*% from the slow reference"):
+        check(2)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 waits forever")

@@ -20,7 +20,7 @@ from lexi_search.layers.moe import (
     mix,
     squared_distances,
 )
-from lexi_search.layers.routing import mixing_weights, route
+from lexi_search.layers.routing import _find_largest, mixing_weights, route
 from lexi_search.layers.spec import Activation, Routing
 from lexi_search.layers.weights import ExpertWeights
 
@@ -254,3 +254,11 @@ def test_mixing_weights(scores, k, renormalize, exponent):
 
 def relative_error(ours, expected):
     return np.linalg.norm(np.asarray(ours, np.float64) - expected) / np.linalg.norm(expected)
+
+
+@given(st.lists(st.lists(st.sampled_from([-1.5, 0.0, 0.25, 3.0, np.inf, np.nan]), min_size=6, max_size=6), min_size=1))
+def test_maxima_one_by_one_are_those_of_a_sort(keys):
+    """With equal ones in the same order, as what a GPU chooses is to be what a CPU does."""
+    keys = jnp.asarray(keys, jnp.float32)
+    for count in (1, 4, 6):
+        np.testing.assert_array_equal(_find_largest(keys, count=count), jax.lax.top_k(keys, count)[1])

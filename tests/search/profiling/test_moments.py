@@ -19,7 +19,7 @@ from lexi_search.layers.routing import mixing_weights, route
 from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import describe
 from lexi_search.profiling.paper import gaussian
-from lexi_search.profiling.paper.moments import accumulate, begin, estimate, relative_errors, summarise
+from lexi_search.profiling.paper.moments import accumulate, begin, estimate, pick, relative_errors, summarise
 from lexi_search.profiling.profile import profile_layers
 
 SETTINGS = ProfileSettings(
@@ -38,7 +38,7 @@ def add_up(d, c=None, others=None, *, iterations=1):
             theirs = others[mine.start * ratio : mine.stop * ratio]
             sums += [c[mine].sum(axis=0), (c[mine] ** 2).sum(axis=0), (c[mine] * d[mine]).sum(axis=0)]
             sums += [theirs.sum(axis=0) / ratio]
-        moments = accumulate(moments, mine.stop - mine.start, *sums)
+        moments = pick(accumulate(moments, mine.stop - mine.start, np.array([sums])), 0)
     return moments
 
 
