@@ -88,13 +88,16 @@ def make_checkpoint(config, folder):
     os.sync()
 
 
-def run_profile(folder, cache, options):
-    """Seconds of a whole process, and what it says on stderr."""
+def run_profile(folder, cache, options, *, output=None, environment=None):
+    """Seconds of a whole process, and what it says on stderr; the profile is kept in the file `output`, if any."""
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-c", PROFILE, "profile", str(folder), "-o", f"{place}/profile.json", "--verbose"]
+        output = str(output or f"{place}/profile.json")
+        command = [sys.executable, "-c", PROFILE, "profile", str(folder), "-o", output, "--verbose"]
         start = time.perf_counter()
         caching = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        done = subprocess.run([*command, *options], env=os.environ | caching, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *options], env=os.environ | caching | (environment or {}), capture_output=True, text=True
+        )
         seconds = time.perf_counter() - start
     if done.returncode:
         raise click.ClickException(done.stderr[-2000:])

@@ -60,7 +60,7 @@ def _pick(log_probabilities: jax.Array, ids: jax.Array) -> jax.Array:
 def measure_increase(run: Run, tokens: np.ndarray, variants: Sequence[Variant]) -> list[float]:
     """The increase of the cross-entropy on `tokens` [sequences, length] under each variant, in nats per token."""
     chunks = forward(run, tokens, variants)
-    ends = run.find_residence().read_ends(0, first=False)
+    ends = run.find_residence().read_ends(first=False)
     found = np.zeros((len(variants) + 1, len(chunks)))
     for index, states in enumerate(chunks):
         size = len(tokens) // len(chunks)

@@ -114,6 +114,8 @@ def _describe_staying(plan: "Plan") -> str:
     """Where weights stay between passes, if there are several."""
     if plan.staying is None or sum(passes for _, passes in plan.phases) < 2:
         return ""
+    if plan.copies > 1:
+        return f"; weights stay on the devices, in {plan.copies} copies of {format_size(plan.staying.device)}"
     places = zip(plan.staying, ("on the device", "in host memory", "in the files, read in every pass"), strict=True)
     return "; weights stay " + ", ".join(f"{where} ({format_size(size)})" for size, where in places if size)
 
@@ -182,15 +184,15 @@ class Reporter:
     def list_phases(self) -> list[str]:
         """A line for each phase that is over: its passes, and the seconds of each."""
         seconds = [after - before for before, after in pairwise((*self.times, time.monotonic()))]
-        lines, at = [f"opening: {seconds[0]:.1f} s"], 1
+        lines, at = [f"opening: {seconds[0]:.2f} s"], 1
         dropped = self.kept is not None and self.kept.header.settings.compensation_rank is None
         for name, passes in self.planned.phases if self.planned else ():
             if name == "corrections" and dropped:
                 continue
             own, at = seconds[at : at + passes], at + passes
-            each = f" ({', '.join(f'{one:.1f}' for one in own)})" if passes > 1 else ""
-            lines.append(f"{name}: {passes} {'passes' if passes > 1 else 'pass'}, {sum(own):.1f} s{each}")
-        return [*lines, f"the rest: {sum(seconds[at:]):.1f} s"]
+            each = f" ({', '.join(f'{one:.2f}' for one in own)})" if passes > 1 else ""
+            lines.append(f"{name}: {passes} {'passes' if passes > 1 else 'pass'}, {sum(own):.2f} s{each}")
+        return [*lines, f"the rest: {sum(seconds[at:]):.2f} s"]
 
     def describe_end(self) -> str:
         """What a run that is interrupted leaves, and how it goes on."""

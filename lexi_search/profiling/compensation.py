@@ -9,7 +9,8 @@ layers suffer from most (issue 15; `examples/fidelity`).
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -75,16 +76,16 @@ def fit_layers(
     report: Callable[[int], None] = lambda layer: None,
 ) -> list[Solving]:
     """The corrections of each layer at its `ks`, for each of the gate `exponents`; after one pass over the model."""
-    sums: dict[int, list[Sums]] = {}
-    seen = dict.fromkeys(ks, 0)  # sequences
+    sums: dict[int, dict[jax.Device, list[Sums]]] = {layer: {} for layer in ks}  # of what each device has seen
+    seen, counting = dict.fromkeys(ks, 0), Lock()  # sequences
     solved: list[dict[tuple[int, int], Future[Correction]]] = [{} for _ in exponents]
     pool = ThreadPoolExecutor(os.cpu_count())
 
-    def observe(outputs: MoEOutputs) -> None:
+    def observe(first: int, outputs: MoEOutputs) -> None:
         layer, (sequences, length) = outputs.layer, outputs.hidden.shape[:2]
         if layer not in seen:
             return
-        folds = np.repeat(np.arange(seen[layer], seen[layer] + sequences) % FOLDS, length).astype(np.int32)
+        folds = np.repeat(np.arange(first, first + sequences) % FOLDS, length).astype(np.int32)
         found = [
             _sum(
                 outputs.outputs,
@@ -96,10 +97,15 @@ def fit_layers(
             )
             for exponent in exponents
         ]
-        sums[layer] = jax.tree.map(jnp.add, sums[layer], found) if layer in sums else found
-        seen[layer] += sequences
-        if seen[layer] == len(tokens):  # solved while the device goes on
-            whole = [pool.submit(_fetch, run, layer, one) for one in sums.pop(layer)]
+        by_device, [device] = sums[layer], outputs.x.devices()
+        by_device[device] = jax.tree.map(jnp.add, by_device[device], found) if device in by_device else found
+        with counting:
+            seen[layer] += sequences
+            complete = seen[layer] == len(tokens)
+        if complete:  # solved while the devices go on
+            in_order = [by_device[device] for device in sorted(by_device, key=lambda device: device.id)]
+            whole = [pool.submit(_fetch, run, layer, parts) for parts in zip(*in_order, strict=True)]
+            by_device.clear()
             for own, one in zip(solved, whole, strict=True):
                 own |= {
                     (layer, k): pool.submit(_solve_fetched, run, layer, one, at, rank=rank, ridges=ridges)
@@ -126,9 +132,9 @@ def list_unfitted(
     return ks
 
 
-def _fetch(run: Run, layer: int, sums: Sums) -> Sums:
-    """The sums in host memory; InputError where they are not finite."""
-    whole = Sums(*map(np.asarray, sums))
+def _fetch(run: Run, layer: int, parts: Sequence[Sums]) -> Sums:
+    """The sums over all devices, in host memory; InputError where they are not finite."""
+    whole = reduce(lambda one, other: jax.tree.map(np.add, one, other), jax.device_get(list(parts)))
     if not all(np.isfinite(array).all() for array in whole):
         raise _explain_overflow(run, layer)
     return whole

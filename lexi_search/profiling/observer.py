@@ -14,7 +14,8 @@ class Plan(NamedTuple):
     it is empty on the paper's input. `read_bytes` of weights are read in all, once for those that stay in memory;
     `memory_bytes` are for hidden states or expert outputs, and for `weights_bytes` of the two largest layers as stored.
     `phases` names what the passes are for, and says how many each takes, in order. `staying` says where weights are
-    between passes; None on the paper's input, where there is one pass.
+    between passes; None on the paper's input, where there is one pass. `copies` of them are kept, each for a share of
+    the text.
     """
 
     work: tuple[int, ...]
@@ -24,6 +25,7 @@ class Plan(NamedTuple):
     memory_bytes: int
     weights_bytes: int
     staying: Staying | None
+    copies: int = 1
 
 
 @runtime_checkable

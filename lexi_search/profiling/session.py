@@ -33,6 +33,7 @@ from lexi_search.profiling.divergence import (
     find_compensation,
     open_run,
 )
+from lexi_search.profiling.forward.passes import count_replicas
 from lexi_search.profiling.forward.sampling import PASSES
 from lexi_search.profiling.forward.text import Text, read_text
 from lexi_search.profiling.forward.variants import Run
@@ -222,8 +223,9 @@ def _plan(session: _Session) -> Plan:
     whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
     states = whole * count_states(settings, model.top_k, layers=len(missing)) * row * session.run.decoder.num_streams
     staying = session.run.find_residence().staying
+    copies = count_replicas(session.run, whole // settings.length, settings.length)
     read = bool(passes) * (sum(staying) + max(len(passes) - 1, 0) * staying.files)
-    return Plan(sum((one for _, one in passes), ()), phases, layers, read, states + largest, largest, staying)
+    return Plan(sum((one for _, one in passes), ()), phases, layers, read, states + largest, largest, staying, copies)
 
 
 def _measure(session: _Session, output: str | os.PathLike[str], *, force: bool) -> Profile | None:

@@ -16,6 +16,7 @@ from math import floor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -31,6 +32,7 @@ from lexi_search.models.loading.streaming import stream_layers
 from lexi_search.models.model import Model, describe, find_dtype
 from lexi_search.models.moe_tensors import BIASES, FIXED_CHOICES, LayerTensors, find_block
 from lexi_search.profiling.divergence import open_run
+from lexi_search.profiling.forward.layer import MoEOutputs
 from lexi_search.profiling.forward.passes import forward
 from lexi_search.profiling.forward.sampling import draw_tokens
 from lexi_search.pruning.importance import Batches, draw_batches, score_channels, score_experts
@@ -231,8 +233,13 @@ def _sample_inputs(source: _Source, input: str, samples: int, seed: int) -> Call
     run = open_run(checkpoint, model, dtype)
     length = min(_LENGTH, samples)
     tokens = draw_tokens(run, sequences=samples // length, length=length, seed=seed)
-    inputs: dict[str, list[np.ndarray]] = {model.identity.router.format(layer): [] for layer in model.layers}
-    forward(run, tokens, observe=lambda moe: inputs[model.identity.router.format(moe.layer)].append(moe.x))
+    found: dict[str, dict[int, jax.Array]] = {model.identity.router.format(layer): {} for layer in model.layers}
+
+    def observe(first: int, moe: MoEOutputs) -> None:
+        found[model.identity.router.format(moe.layer)][first] = jax.device_put(moe.x, jax.local_devices()[0])
+
+    forward(run, tokens, observe=observe)
+    inputs = {router: [own[first] for first in sorted(own)] for router, own in found.items()}
     routers = [block.router for block in source.blocks.values()]
     return lambda number: inputs[routers[number]] if routers[number] in inputs else random(number)
 

@@ -142,7 +142,7 @@ def profile(
     WEIGHTS is a folder with config.json and safetensors shards, or a hub id. The model samples a text and is then run
     on it, with every layer at every k in turn and all others at --background-k: ten passes. With --text there are four,
     and the result depends on data. Weights that memory has room for are read once; for the rest, two layers at most are
-    in memory. Several GPUs of one process keep a part of the layers each.
+    in memory. Several GPUs of one process keep a copy of the layers each, or a part where one cannot hold all.
     Hidden states take tokens x (2 + MoE layers x (k - 1)) x hidden size numbers, in host memory where the GPU has none
     to spare. Without attention and embeddings, or for families that are not known here, use --input paper.
 

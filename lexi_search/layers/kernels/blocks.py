@@ -32,11 +32,11 @@ class Layout(NamedTuple):
 
 
 def stack_experts(experts: Experts, *, dtype: str) -> StackedExperts:
-    """The experts in `dtype`, copied a few at a time: an access may dequantise them."""
-    width, hidden = experts[0].up.shape
-    stack = StackedExperts(
-        jnp.zeros((len(experts), 2 * width, hidden), dtype), jnp.zeros((len(experts), hidden, width), dtype)
-    )
+    """The experts in `dtype` on their device, copied a few at a time: an access may dequantise them."""
+    up = experts[0].up
+    (width, hidden), [device] = up.shape, up.devices()
+    shapes = (len(experts), 2 * width, hidden), (len(experts), hidden, width)
+    stack = StackedExperts(*(jnp.zeros(shape, dtype, device=device) for shape in shapes))
     for first in range(0, len(experts), COPIED_AT_ONCE):
         group = tuple(experts[i] for i in range(first, min(first + COPIED_AT_ONCE, len(experts))))
         stack = _put_experts(stack, group, np.int32(first))

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
@@ -16,7 +17,7 @@ from lexi_search.layers.moe import Correction, compute_outputs, correct, mix
 from lexi_search.layers.routing import Choice, look_up, route
 from lexi_search.layers.weights import BlockWeights
 from lexi_search.models.loading.reader import read_ngrams
-from lexi_search.profiling.forward.variants import MODEL, Hidden, Kept, Plan, Run, Variant, group
+from lexi_search.profiling.forward.variants import MODEL, Hidden, Plan, Run, Variant, group
 
 
 class MoEOutputs(NamedTuple):
@@ -79,21 +80,23 @@ def advance(
     place = run.model.layers.index(layer) if is_moe else None
     parting = _list_parting(plan, place, states)
     ngrams = read_ngrams(run.checkpoint, run.decoder, layer, tokens)
-    text = Text(tokens, None if ngrams is None else jnp.asarray(ngrams))
+    [device] = jax.tree.leaves(weights._replace(moe=None))[0].devices()
+    text = Text(tokens, None if ngrams is None else jax.device_put(ngrams, device))
     step = partial(_step, run, layer, weights)
     model = Variant((full,) * len(run.model.layers))
 
     def part(number: int) -> tuple[list[Hidden], MoEOutputs | None]:
         apart = [model if one == MODEL else variants[one] for one in parting[number]]
-        return step(text, states[number], _mix_each(apart, layer, place, full))
+        mixings = _mix_each(apart, layer, place, full, device=device)
+        return step(text, jax.device_put(states[number], device), mixings)
 
     hidden, outputs = part(MODEL)
     reduced = [number for number in states if number not in parting]
     for some in group(reduced, variants, plan.together):
         padded = some + some[-1:] * (plan.together - len(some))  # one shape, one compilation
-        joined = jnp.concatenate([states[number] for number in padded])
+        joined = jnp.concatenate([jax.device_put(states[number], device) for number in padded])
         size = joined.shape[1] * (len(joined) // plan.together)
-        mixing = _mix_alike([variants[n] for n in padded], layer, place, full, size=size)
+        mixing = _mix_alike([variants[n] for n in padded], layer, place, full, size=size, device=device)
         [moved], _ = step(text.repeat(plan.together), joined, [mixing])
         states |= zip(some, map(plan.keep, jnp.split(moved, plan.together)), strict=False)
     for number in parting.keys() - {MODEL}:
@@ -116,10 +119,10 @@ def _list_parting(plan: Plan, place: int | None, states: Collection[int]) -> dic
     return {number: own for number, own in onward.items() if number < plan.apart or len(own) > 1}
 
 
-def _mix_each(some: Sequence[Variant], layer: int, place: int | None, full: int) -> list[Mixing]:
+def _mix_each(some: Sequence[Variant], layer: int, place: int | None, full: int, *, device: jax.Device) -> list[Mixing]:
     """The mixing of each variant, all on the same tokens. Corrections go to the device together."""
     top_k = [full if place is None else variant.top_k[place] for variant in some]
-    stacked = stack_corrections(layer, top_k, [variant.maps for variant in some], full)
+    stacked = stack_corrections(layer, top_k, [variant.maps for variant in some], full, device=device)
     mixings = []
     for number, (variant, k) in enumerate(zip(some, top_k, strict=True)):
         own = None
@@ -129,18 +132,22 @@ def _mix_each(some: Sequence[Variant], layer: int, place: int | None, full: int)
     return mixings
 
 
-def _mix_alike(some: Sequence[Variant], layer: int, place: int | None, full: int, *, size: int) -> Mixing:
+def _mix_alike(
+    some: Sequence[Variant], layer: int, place: int | None, full: int, *, size: int, device: jax.Device
+) -> Mixing:
     """The mixing of variants that each have `size` tokens of a batch; all or none of them have an exponent."""
     top_k = np.asarray([full if place is None else variant.top_k[place] for variant in some], np.int32)
     exponents = None
     if some[0].exponent is not None:
         exponents = np.asarray([variant.exponent for variant in some], np.float32)
-    correction = stack_corrections(layer, top_k.tolist(), [variant.maps for variant in some], full)
+    correction = stack_corrections(layer, top_k.tolist(), [variant.maps for variant in some], full, device=device)
     rows = [None if values is None else np.repeat(values, size)[:, None] for values in (top_k, exponents)]
     return Mixing(*rows, correction)
 
 
-def stack_corrections(layer: int, top_k: Sequence[int], maps: Sequence[Maps | None], full: int) -> Correction | None:
+def stack_corrections(
+    layer: int, top_k: Sequence[int], maps: Sequence[Maps | None], full: int, *, device: jax.Device
+) -> Correction | None:
     """The corrections of a layer at each of `top_k` from its own `maps`, zero where there is none; None for none."""
     rows = [None if own is None or k == full else own[layer, k] for k, own in zip(top_k, maps, strict=True)]
     some = next((row for row in rows if row is not None), None)
@@ -148,7 +155,7 @@ def stack_corrections(layer: int, top_k: Sequence[int], maps: Sequence[Maps | No
         return None
     empty = tuple(map(np.zeros_like, some))
     stacked = zip(*(empty if row is None else row for row in rows), strict=True)
-    return Correction(*(jnp.asarray(np.stack(arrays), jnp.float32) for arrays in stacked))
+    return Correction(*(jax.device_put(np.stack(arrays).astype(np.float32), device) for arrays in stacked))
 
 
 def _step(
@@ -156,12 +163,12 @@ def _step(
     layer: int,
     weights: BlockWeights,
     text: Text,
-    hidden: Kept,
+    hidden: Hidden,
     mixings: Sequence[Mixing],
 ) -> tuple[list[Hidden], MoEOutputs | None]:
     """Hidden states after a layer, for each of `mixings`."""
     block, model, moe = run.decoder.blocks[layer], run.model, weights.moe
-    hidden, x = attend(block, weights, jnp.asarray(hidden), text.ngrams)
+    hidden, x = attend(block, weights, hidden, text.ngrams)
     if moe is None:
         return [finish(block, weights, hidden, x, None)] * len(mixings), None
     plain = model.routing._replace(exponent=None)

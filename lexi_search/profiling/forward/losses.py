@@ -48,13 +48,14 @@ def measure_losses(
     not. A variant brings its own; `apart` is that of `forward`. `report` is called with the index of each decoder layer
     that is done. Not finite where hidden states overflow in `run.dtype`.
     """
-    losses: dict[int, list[Array]] = {layer: [] for layer in run.model.layers}
+    losses: dict[int, dict[int, Array]] = {layer: {} for layer in run.model.layers}  # by the first of the sequences
 
-    def observe(outputs: MoEOutputs) -> None:
-        losses[outputs.layer].append(_measure_layer(outputs, run, maps))
+    def observe(first: int, outputs: MoEOutputs) -> None:
+        losses[outputs.layer][first] = _measure_layer(outputs, run, maps)
 
     chunks = forward(run, tokens, variants, apart=apart, observe=observe, report=report)
-    found = np.asarray(jax.device_get(list(losses.values())), np.float64)
+    in_order = [[own[first] for first in sorted(own)] for own in losses.values()]
+    found = np.asarray(jax.device_get(in_order), np.float64)
     by_layer = found.reshape(len(run.model.layers), len(chunks), 2, -1, run.model.top_k)
     squares, relative = np.moveaxis(by_layer, 2, 0).reshape(2, len(run.model.layers), len(tokens), -1)
     parts = spread(run, chunks, partial(_measure_divergence, run, count=len(variants)))
@@ -70,7 +71,8 @@ def _measure_layer(outputs: MoEOutputs, run: Run, maps: Maps | None) -> Float[Ar
     if maps is None or (layer, 1) not in maps:
         distances = squared_distances(outputs.outputs, outputs.choice.scores, routing=routing)
     else:
-        correction = stack_corrections(layer, range(1, top_k), [maps] * (top_k - 1), top_k)
+        [device] = outputs.x.devices()
+        correction = stack_corrections(layer, range(1, top_k), [maps] * (top_k - 1), top_k, device=device)
         distances = corrected_distances(outputs.outputs, outputs.choice, correction, routing=routing)
     return _average(distances, outputs.hidden)
 
@@ -92,12 +94,16 @@ def _measure_divergence(
     """The KL divergence of each of `count` variants from the model; 0 for one without states of its own."""
     sequences, length, *rest = states[MODEL].shape
     divergence = np.zeros((count, sequences * length))
+    [device] = ends.head.weight.devices()
+
+    def read(number: int, some: slice) -> Array:
+        hidden = jax.device_put(states[number].reshape(-1, *rest)[some], device)
+        return read_log_probabilities(run.decoder, ends, hidden)
+
     found: list[tuple[int, slice, Array]] = []
     for some in split_tokens(sequences * length, ends):
-        model = read_log_probabilities(run.decoder, ends, jnp.asarray(states[MODEL]).reshape(-1, *rest)[some])
-        for number in states.keys() - {MODEL}:
-            reduced = jnp.asarray(states[number]).reshape(-1, *rest)[some]
-            found.append((number, some, _sum_divergence(model, read_log_probabilities(run.decoder, ends, reduced))))
+        model = read(MODEL, some)
+        found += [(number, some, _sum_divergence(model, read(number, some))) for number in states.keys() - {MODEL}]
     for number, some, values in found:
         divergence[number, some] = values
     return divergence.reshape(count, sequences, length).mean(axis=2)

@@ -44,7 +44,7 @@ def draw_tokens(
     residence = run.find_residence()
     for _ in range(passes):
         chunks = forward(run, tokens, report=report)
-        ends = residence.read_ends(0, first=False)
+        ends = residence.read_ends(first=False)
         drawn = np.empty(tokens.size, np.int32)
         hidden = np.concatenate([np.asarray(states[MODEL]) for states in chunks])
         hidden = hidden.reshape(tokens.size, *hidden.shape[2:])

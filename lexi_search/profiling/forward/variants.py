@@ -78,18 +78,25 @@ def plan_pass(
     apart: int = 0,
     devices: int = 1,
 ) -> Plan:
-    """The cut of a pass over `devices` devices, which depends on no results."""
+    """The cut of a pass over the `devices` of each replica, which depends on no results."""
     sequences, length = tokens.shape
     leaders = find_leaders(variants, layers=len(run.model.layers), top_k=run.model.top_k)
-    limit = _limit_tokens(run)
+    chunk = cut(run, sequences, length, devices=devices)
+    states = {MODEL, *leaders[-1]}
+    keep = _choose_storage(run, tokens.size * len(states))
+    together = min(_limit_tokens(run), GROUP_TOKENS) // (chunk * length)
+    return Plan(chunk, max(min(together, len(states) - 1), 1), leaders, apart, keep)
+
+
+def cut(run: Run, sequences: int, length: int, *, devices: int) -> int:
+    """The sequences of a chunk, of which each of a replica's `devices` has one at a time; a divisor of `sequences`.
+
+    It does not depend on how many replicas there are: nor do the bits of a chunk's results.
+    """
     share = sequences if devices == 1 else sequences // (CHUNKS_PER_DEVICE * devices)
     if jax.default_backend() != "cpu":  # every shape is compiled: one for the model, one for groups of variants
         share = min(share, CHUNK_TOKENS // length)
-    chunk = divide(sequences, min(limit // length, share))
-    states = {MODEL, *leaders[-1]}
-    keep = _choose_storage(run, tokens.size * len(states))
-    together = min(limit, GROUP_TOKENS) // (chunk * length)
-    return Plan(chunk, max(min(together, len(states) - 1), 1), leaders, apart, keep)
+    return divide(sequences, min(_limit_tokens(run) // length, share))
 
 
 def find_leaders(variants: Sequence[Variant], *, layers: int, top_k: int) -> tuple[tuple[int, ...], ...]:

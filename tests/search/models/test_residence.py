@@ -111,10 +111,10 @@ def test_what_stays_is_read_once_and_what_does_not_again(opened, reads, kept):
 def test_ends_are_read_once_where_there_is_room(opened, reads):
     for room, more in ((EVERYTHING, False), (Room(0, 0), True)):
         residence = Residence(*opened, room=room)
-        first = residence.read_ends(0, first=True)
-        assert first.norm == () and first.head == () and residence.read_ends(0, first=False).embedding == ()
+        first = residence.read_ends(first=True)
+        assert first.norm == () and first.head == () and residence.read_ends(first=False).embedding == ()
         count = len(reads)
-        np.testing.assert_array_equal(residence.read_ends(0, first=True).embedding, first.embedding)
+        np.testing.assert_array_equal(residence.read_ends(first=True).embedding, first.embedding)
         assert (len(reads) > count) == more
 
 
@@ -132,13 +132,15 @@ def test_room_is_what_is_asked_for_or_a_share_of_the_memory():
     assert found.device > 1 << 20 and found.host == 0  # on a CPU the device's memory is the host's
 
 
-@pytest.mark.parametrize("room", [EVERYTHING, Room(0, 0)])
-def test_a_pass_with_stacked_experts_computes_what_one_by_one_computes(room, tmp_path, monkeypatch):
-    """The path of Hopper GPUs: stacked where they stay, or else in every pass; its kernels interpreted."""
+@pytest.mark.parametrize(("room", "replicas"), [(EVERYTHING, 1), (EVERYTHING, 2), (Room(0, 0), 1)])
+def test_a_pass_with_stacked_experts_computes_what_one_by_one_computes(room, replicas, tmp_path, monkeypatch):
+    """The path of Hopper GPUs: stacked where they stay, or else in every pass; its kernels interpreted. Two replicas on
+    the one device have a sequence each."""
     pytest.importorskip("absl", reason="Pallas' GPU side needs it")
     from lexi_search.layers.kernels import hopper
     from lexi_search.models.loading import residence as residence_of
     from lexi_search.profiling.forward import layer as layer_of
+    from lexi_search.profiling.forward import variants as variants_of
 
     shape = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2}
     checkpoint = open_checkpoint(tiny.make_checkpoint("olmoe", tmp_path / "olmoe", **shape))
@@ -156,11 +158,16 @@ def test_a_pass_with_stacked_experts_computes_what_one_by_one_computes(room, tmp
     for module in (residence_of, layer_of):
         monkeypatch.setattr(module, "can_group", lambda experts, device, **traits: traits["dtype"] == "float32")
     run = open_run(checkpoint, model, "float32", room=room)
+    run.residence.devices = jax.local_devices()[:1] * replicas
+    if replicas > 1:
+        monkeypatch.setattr(variants_of, "PASS_BYTES", 1)
     for _ in range(2):
         found = measure_losses(run, tokens, variants)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-6)
-    assert len(stacked) == 2 * 4  # the model in both layers; in the second what branched off, with exponent and without
+    assert (
+        len(stacked) == 2 * 4 * replicas
+    )  # the model in both layers; in the second what branched off, with exponent and without
 
 
 TWICE = """
@@ -175,7 +182,7 @@ from lexi_search.profiling.forward.variants import Variant
 checkpoint = open_checkpoint(sys.argv[1])
 devices, model = len(jax.local_devices()), describe(checkpoint)
 whole = open_run(checkpoint, model, "float32").residence
-assert whole.stages == (range(5),)  # one holds all
+assert whole.stages == (range(5),) and len(whole.replicas) == devices  # one holds all
 room = Room(whole._measure(whole._decoder.ends) + max(whole.sizes) * -(-5 // devices), 0)
 run = open_run(checkpoint, model, "float32", room=room)
 assert len(run.residence.stages) == devices and run.residence.staying.files == 0

@@ -239,7 +239,7 @@ def test_logits_are_those_of_the_served_allocation(opened):
     layers, tokens = len(run.model.layers), make_tokens()
     variant = Variant(tuple(1 + n % 3 for n in range(layers)), 0.0, maps)
     [states] = forward(run, tokens, [variant])
-    ends = run.find_residence().read_ends(0, first=False)
+    ends = run.find_residence().read_ends(first=False)
     hidden = jnp.asarray(states[0]).reshape(tokens.size, *states[0].shape[2:])
     found = np.asarray(read_log_probabilities(run.decoder, ends, hidden)).reshape(*tokens.shape, -1)
     expected = find_log_probabilities(model, run, tokens, variant)
