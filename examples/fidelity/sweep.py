@@ -20,10 +20,11 @@ from windows import cut_what_fits, read_streams
 
 from lexi_adapter.files import write_atomically
 from lexi_search.checkpoint.reader import open_checkpoint
+from lexi_search.layers.decoder import read_log_probabilities
 from lexi_search.models.model import describe
 from lexi_search.profiling.compensation import RIDGES, choose_ks, find_rank, fit_layers
 from lexi_search.profiling.divergence import open_run
-from lexi_search.profiling.forward.losses import read_log_probabilities, split_tokens
+from lexi_search.profiling.forward.losses import split_tokens
 from lexi_search.profiling.forward.passes import forward
 from lexi_search.profiling.forward.sampling import draw_tokens
 from lexi_search.profiling.forward.variants import MODEL, Run, Variant

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -12,11 +13,13 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lexi_search.allocation.tradeoff import Front, Point
 from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import Profile
 from lexi_search.cli.console import spell
 from lexi_search.errors import InputError
+
+if TYPE_CHECKING:  # a heatmap needs no JAX
+    from lexi_search.allocation.tradeoff import Front, Point
 
 FORMATS = ("png", "svg", "pdf")
 # Losses that grow with the square of what a layer changes: on a linear scale all but a few cells would look alike.
@@ -100,7 +103,7 @@ def _draw_panel(axes: Axes, profile: Profile, loss: str, normalised: bool) -> No
         spine.set_visible(False)
 
 
-def draw_front(front: Front, chosen: Point | None = None, *, title: str, loss: str = "loss") -> Figure:
+def draw_front(front: "Front", chosen: "Point | None" = None, *, title: str, loss: str = "loss") -> Figure:
     """The plot of loss over cost (time, or the sum of k): a front's points, every uniform k, and the chosen point.
 
     `loss` names the loss and its unit.
@@ -109,7 +112,7 @@ def draw_front(front: Front, chosen: Point | None = None, *, title: str, loss: s
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
 
-    def list_coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    def list_coordinates(points: "Sequence[Point]") -> tuple[list[float], list[float]]:
         return [p.ms if timed else p.budget for p in points], [p.loss for p in points]
 
     axes.step(*list_coordinates(front.points), where="post", color="#3b528b", linewidth=1.4, label="front")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,20 @@ def read_logits(
     decoder: Decoder, ends: EndWeights, hidden: Float[Array, "*rows_and_streams hidden"]
 ) -> Float[Array, "*rows vocabulary"]:
     """The logits of the next token, float32, from the hidden states after the last layer."""
-    traits = {"scale": decoder.logit_scale, "cap": decoder.logit_cap, "streams": decoder.streams}
-    return _read_logits(ends._replace(embedding=None), hidden, norm=decoder.norm, **traits)
+    return _read_logits(ends._replace(embedding=None), hidden, **_list_traits(decoder))
+
+
+def read_log_probabilities(
+    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "*rows_and_streams hidden"]
+) -> Float[Array, "*rows vocabulary"]:
+    """Log-probabilities of the next token, float32; one program with the logits, which are not kept beside them."""
+    return _read_log_probabilities(ends._replace(embedding=None), hidden, **_list_traits(decoder))
+
+
+def _list_traits(decoder: Decoder) -> dict[str, Any]:
+    """What the end of a model has besides weights: static arguments of `_read_logits`."""
+    scale, cap = decoder.logit_scale, decoder.logit_cap
+    return {"norm": decoder.norm, "scale": scale, "cap": cap, "streams": decoder.streams}
 
 
 @partial(jax.jit, static_argnames=("norm", "ngrams"))
@@ -220,6 +232,13 @@ def _read_logits(
         logits = logits + ends.head.bias.astype(jnp.float32).reshape((1,) * (logits.ndim - 1) + (-1,))
     logits = logits * jnp.float32(scale)
     return logits if cap == math.inf else jnp.tanh(logits / cap) * jnp.float32(cap)
+
+
+@partial(jax.jit, static_argnames=("norm", "scale", "cap", "streams"))
+def _read_log_probabilities(
+    ends: EndWeights, hidden: Float[Array, "*rows_and_streams hidden"], **traits: Any
+) -> Float[Array, "*rows vocabulary"]:
+    return jax.nn.log_softmax(_read_logits(ends, hidden, **traits), axis=-1)
 
 
 def _normalise(

@@ -34,7 +34,7 @@ def expert_outputs(
     """
     pairs, loads = _sort_by_expert(experts, num_experts=len(weights))
     loads = np.asarray(loads)
-    result, start = jnp.zeros((experts.size, x.shape[1]), x.dtype), 0
+    result, start = jnp.zeros((*experts.shape, x.shape[1]), x.dtype), 0
     for expert in np.flatnonzero(loads).tolist():  # one without tokens may not even have been read
         expert_weights = weights[expert]
         for size, used in cut_into_chunks(int(loads[expert])):
@@ -45,11 +45,10 @@ def expert_outputs(
                 np.int32(start),
                 expert_weights,
                 size=size,
-                top_k=experts.shape[1],
                 activation=activation,
             )
             start += used
-    return result.reshape(*experts.shape, -1)
+    return result
 
 
 class _ScaledExperts(Sequence[ExpertWeights]):
@@ -144,29 +143,39 @@ def _sort_by_expert(
 
     The pairs are followed by numbers past the last pair, as padding for the largest chunk.
     """
-    pairs = jnp.argsort(experts.reshape(-1), stable=True)
+    pairs = _argsort(experts.reshape(-1), bound=num_experts)
     beyond = jnp.arange(pairs.size, pairs.size + CHUNK_SIZES[-1], dtype=pairs.dtype)
     return jnp.concatenate([pairs, beyond]), jnp.bincount(experts.reshape(-1), length=num_experts)
 
 
-@partial(jax.jit, static_argnames=("size", "top_k", "activation"), donate_argnums=0)
+def _argsort(values: Int[Array, " count"], *, bound: int) -> Int[Array, " count"]:
+    """The stable order of values from 0 up to `bound`. Where a value and its place fit into one number of 32 bits,
+    these are sorted: on a CPU that takes a quarter of the time."""
+    if bound * values.size > 2**32:
+        return jnp.argsort(values, stable=True)
+    places = jnp.arange(values.size, dtype=jnp.uint32)
+    ordered = jnp.sort(values.astype(jnp.uint32) * jnp.uint32(values.size) + places)
+    return (ordered % jnp.uint32(values.size)).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("size", "activation"), donate_argnums=0)
 def _apply_expert(
-    result: Float[Array, "rows hidden"],
+    result: Float[Array, "tokens K hidden"],
     x: Float[Array, "tokens hidden"],
     pairs: Int[Array, " padded"],
     start: Int[Array, ""],
     weights: ExpertWeights,
     *,
     size: int,
-    top_k: int,
     activation: Activation,
-) -> Float[Array, "rows hidden"]:
+) -> Float[Array, "tokens K hidden"]:
     """Write one expert's outputs for the `size` pairs from `start` on.
 
     A padded chunk extends into the pairs of the next expert. Experts come in ascending order, so the outputs that it
     writes there are overwritten by the right expert; outputs past the last pair are dropped.
     """
     chosen = jax.lax.dynamic_slice_in_dim(pairs, start, size)
-    chunk = x.at[chosen // top_k].get(mode="clip")
+    chunk = x.at[chosen // result.shape[1]].get(mode="clip")
     outputs = apply_ffn(chunk, weights, activation=activation)
-    return result.at[chosen].set(outputs, mode="drop", unique_indices=True)
+    rows = result.reshape(-1, result.shape[2]).at[chosen].set(outputs, mode="drop", unique_indices=True)
+    return rows.reshape(result.shape)

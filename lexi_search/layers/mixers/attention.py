@@ -17,6 +17,9 @@ from lexi_search.layers.weights import Affine, GroupedWeights, LatentWeights
 
 GATES = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 SCORE_BYTES = 64 << 20  # of attention scores at a time: some queries of one sequence, or several whole sequences
+# Those of several sequences on a CPU, whose caches hold so many. Two sequences at least, where several may be: the
+# program for one rounds otherwise.
+CACHED_BYTES = 8 << 20
 
 
 def attend(
@@ -29,7 +32,10 @@ def attend(
     chunk = attention.chunk if isinstance(attention, GroupedAttention) else None
     find_visible = partial(_find_visible, window=attention.window, chunk=chunk)
     mix = partial(attend_sequence, sinks=sinks, scale=attention.scale, find_visible=find_visible)
-    at_once = SCORE_BYTES // (4 * attention.num_heads * x.shape[1] ** 2)
+    sequence_bytes = 4 * attention.num_heads * x.shape[1] ** 2
+    at_once = SCORE_BYTES // sequence_bytes
+    if jax.default_backend() == "cpu":
+        at_once = min(at_once, max(CACHED_BYTES // sequence_bytes, 2))
     outputs = map_rows(lambda sequence: mix(*sequence), (queries, keys, values), at_once=at_once)
     outputs = outputs.reshape(*x.shape[:2], -1)
     for gate in gates:
@@ -202,8 +208,9 @@ def attend_sequence(
 
     def attend_chunk(start_and_chunk: tuple[Array, Array]) -> Array:
         start, chunk = start_and_chunk
+        # Of the operands in this order einsum makes rows of queries; in the other a CPU would transpose all products.
         products = jnp.einsum(
-            "nkgd,mkd->kgnm", chunk, keys[:, :, 0], precision=precision, preferred_element_type=jnp.float32
+            "mkd,nkgd->kgnm", keys[:, :, 0], chunk, precision=precision, preferred_element_type=jnp.float32
         )
         visible = find_visible((start + jnp.arange(size))[:, None], positions[None, :])
         scores = jnp.where(visible[None, None], products * scale, jnp.finfo(jnp.float32).min)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from lexi_search.artifacts.compensation import Maps
-from lexi_search.layers.decoder import Decoder, read_logits
+from lexi_search.layers.decoder import read_log_probabilities
 from lexi_search.layers.moe import corrected_distances, squared_distances
 from lexi_search.layers.weights import EndWeights, find_memory
 from lexi_search.profiling.forward.layer import MoEOutputs, stack_corrections
@@ -115,13 +115,6 @@ def split_tokens(count: int, ends: EndWeights) -> Iterator[slice]:
     space = max(LOGIT_BYTES, int(LOGIT_SHARE * memory)) if memory else LOGIT_BYTES
     size = divide(count, space // (4 * ends.head.weight.shape[0]))
     return (slice(start, start + size) for start in range(0, count, size))
-
-
-def read_log_probabilities(
-    decoder: Decoder, ends: EndWeights, hidden: Float[Array, "tokens *streams hidden"]
-) -> Float[Array, "tokens vocabulary"]:
-    """Log-probabilities of the next token, float32."""
-    return jax.nn.log_softmax(read_logits(decoder, ends, hidden), axis=-1)
 
 
 @jax.jit

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key
 
+from lexi_search.layers.decoder import read_log_probabilities
 from lexi_search.models.decoder_stack import count_tokens, find_first_token
-from lexi_search.profiling.forward.losses import read_log_probabilities, split_tokens
+from lexi_search.profiling.forward.losses import split_tokens
 from lexi_search.profiling.forward.passes import forward
 from lexi_search.profiling.forward.variants import MODEL, Run
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from lexi_search.layers.experts import CHUNK_SIZES, MAX_PADDING, cut_into_chunks, expert_outputs
+from lexi_search.layers.experts import CHUNK_SIZES, MAX_PADDING, _argsort, cut_into_chunks, expert_outputs
 from lexi_search.layers.ffn import ACTIVATIONS
 from lexi_search.layers.moe import (
     Correction,
@@ -223,6 +223,13 @@ def test_unequal_loads():
             gate, up, down = experts[e]
             expected = down @ (np.maximum(gate @ x[t], 0) * (up @ x[t]))
             np.testing.assert_allclose(outputs[t, rank], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", (5, 2**32 // 300, 2**32 // 300 + 1, 2**31 - 1))
+def test_experts_are_sorted_stably_whether_or_not_they_fit_into_one_number_with_their_place(bound):
+    values = np.random.default_rng(0).choice([0, 1, bound // 2, bound - 1], size=300).astype(np.int32)
+    found = jax.jit(_argsort, static_argnames="bound")(values, bound=bound)
+    np.testing.assert_array_equal(found, np.argsort(values, kind="stable"))
 
 
 @given(load=st.integers(0, 50_000))

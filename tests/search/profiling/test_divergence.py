@@ -25,6 +25,7 @@ from lexi_search.artifacts.allocation import Allocation
 from lexi_search.artifacts.profile import ProfileSettings
 from lexi_search.checkpoint.reader import Checkpoint, open_checkpoint
 from lexi_search.errors import InputError
+from lexi_search.layers.decoder import read_log_probabilities
 from lexi_search.models import decoder_families
 from lexi_search.models.decoder_stack import describe_decoder
 from lexi_search.models.model import describe
@@ -39,7 +40,7 @@ from lexi_search.profiling.divergence import (
 )
 from lexi_search.profiling.forward import losses as losses_of
 from lexi_search.profiling.forward import variants as variants_of
-from lexi_search.profiling.forward.losses import Losses, measure_losses, read_log_probabilities
+from lexi_search.profiling.forward.losses import Losses, measure_losses
 from lexi_search.profiling.forward.passes import forward
 from lexi_search.profiling.forward.sampling import draw_tokens
 from lexi_search.profiling.forward.variants import MODEL, Run, Variant, check_room, find_leaders
