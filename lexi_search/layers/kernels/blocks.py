@@ -13,7 +13,7 @@ from lexi_search.layers.weights import Experts, ExpertWeights
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 256  # of one tile of a product
 GATED_COLUMNS = BLOCK_COLUMNS // 2
 GRAM_ROWS = 64  # of one Gram matrix, which spans several tokens
-COPIED_AT_ONCE = 8  # experts
+COPIED_AT_ONCE = 16  # experts
 
 
 class StackedExperts(NamedTuple):
