@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, reduce
+from itertools import permutations
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ RANK = 32
 CORRECTED_EXPONENTS = (0.0, 0.25, 0.5, 0.75)  # tried with corrections, which leave less to hand on
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of features scaled to unit variance
 FOLDS = 2  # of sequences: one half chooses the ridge of the other
+PARTS = (*([fold] for fold in range(FOLDS)), list(range(FOLDS)))  # each fold, and all tokens
 JITTER = 1e-6  # of the largest variance, below which a feature does not vary
 
 
@@ -52,11 +54,11 @@ class Solving(Mapping):
     where the outputs that it is fitted to overflow.
     """
 
-    def __init__(self, solved: Mapping[tuple[int, int], Future[Correction]]):
-        self._solved = solved
+    def __init__(self, solved: Mapping[tuple[int, int], Future[list[Correction]]], exponent: int):
+        self._solved, self._exponent = solved, exponent
 
     def __getitem__(self, key: tuple[int, int]) -> Correction:
-        return self._solved[key].result()
+        return self._solved[key].result()[self._exponent]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._solved)
@@ -78,7 +80,7 @@ def fit_layers(
     """The corrections of each layer at its `ks`, for each of the gate `exponents`; after one pass over the model."""
     sums: dict[int, dict[jax.Device, list[Sums]]] = {layer: {} for layer in ks}  # of what each device has seen
     seen, counting = dict.fromkeys(ks, 0), Lock()  # sequences
-    solved: list[dict[tuple[int, int], Future[Correction]]] = [{} for _ in exponents]
+    solved: dict[tuple[int, int], Future[list[Correction]]] = {}  # for each exponent
     pool = ThreadPoolExecutor(os.cpu_count())
 
     def observe(first: int, outputs: MoEOutputs) -> None:
@@ -106,11 +108,8 @@ def fit_layers(
             in_order = [by_device[device] for device in sorted(by_device, key=lambda device: device.id)]
             whole = [pool.submit(_fetch, run, layer, parts) for parts in zip(*in_order, strict=True)]
             by_device.clear()
-            for own, one in zip(solved, whole, strict=True):
-                own |= {
-                    (layer, k): pool.submit(_solve_fetched, run, layer, one, at, rank=rank, ridges=ridges)
-                    for at, k in enumerate(ks[layer])
-                }
+            for at, k in enumerate(ks[layer]):
+                solved[layer, k] = pool.submit(_solve_fetched, run, layer, whole, at, rank=rank, ridges=ridges)
 
     try:
         forward(run, tokens, observe=observe, report=report)
@@ -118,7 +117,7 @@ def fit_layers(
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown(wait=False)  # its threads end when all is solved
-    return list(map(Solving, solved))
+    return [Solving(solved, number) for number in range(len(exponents))]
 
 
 def list_unfitted(
@@ -144,11 +143,11 @@ def _explain_overflow(run: Run, layer: int) -> InputError:
     return explain_overflow(f"{run.checkpoint.folder}: the output of layer {layer} overflows", run.dtype)
 
 
-def _solve_fetched(run: Run, layer: int, sums: Future[Sums], at: int, **settings: Any) -> Correction:
-    correction = solve(sums.result(), at, **settings)
-    if not all(np.isfinite(array.astype(np.float32)).all() for array in correction):
+def _solve_fetched(run: Run, layer: int, sums: Sequence[Future[Sums]], at: int, **settings: Any) -> list[Correction]:
+    corrections = solve([one.result() for one in sums], at, **settings)
+    if not all(np.isfinite(array.astype(np.float32)).all() for correction in corrections for array in correction):
         raise _explain_overflow(run, layer)
-    return correction
+    return corrections
 
 
 def try_exponents(
@@ -208,83 +207,117 @@ def _sum(
 
 
 class Moments(NamedTuple):
-    """Means and central second moments of features and rest over the tokens of some folds, at one k; float64."""
+    """The features of the tokens of some folds, at one k, and their decompositions; float64.
 
-    features: Float64[np.ndarray, " features"]
-    rest: Float64[np.ndarray, " hidden"]
-    covariance: Float64[np.ndarray, "features features"]
-    products: Float64[np.ndarray, "features hidden"]
-
-
-class Ridges(NamedTuple):
-    """The ridge regressions on features scaled to unit variance, for every ridge: `map @ (rows / (values + ridge))`."""
-
-    values: Float64[np.ndarray, " features"]
-    map: Float64[np.ndarray, "features features"]
-    rows: Float64[np.ndarray, "features hidden"]
-
-    def solve(self, ridge: float) -> Float64[np.ndarray, "features hidden"]:
-        return self.map @ (self.rows / (self.values + ridge)[:, None])
-
-
-def solve(sums: Sums, at: int, *, rank: int, ridges: Sequence[float] = RIDGES) -> Correction:
-    """The correction at the `at`-th k, with the one of `ridges` with which each fold predicts the others best.
-
-    `sums` are finite. `c` is right for `A` and `B` as they are stored, in bfloat16. All in float64 on the host: the
-    matrices are small, and nearly singular.
+    `values` and `vectors`, the latter scaled, are of the covariance of the features as scaled to unit variance.
     """
-    folds = [_find_moments(sums, at, [fold]) for fold in range(FOLDS)]
+
+    count: float
+    mean: Float64[np.ndarray, " features"]
+    covariance: Float64[np.ndarray, "features features"]
+    values: Float64[np.ndarray, " features"]
+    vectors: Float64[np.ndarray, "features features"]
+
+
+class Features(NamedTuple):
+    """All of a fit at one k that the rest has no part in, and so is the same for every gate exponent.
+
+    `moments` are of each fold, the last of all tokens; `crossed` are covariances of each other fold in the basis of
+    one, by (one, other). `root` is a square root of the last covariance.
+    """
+
+    moments: Sequence[Moments]
+    crossed: Mapping[tuple[int, int], Float64[np.ndarray, "features features"]]
+    root: Float64[np.ndarray, "features features"]
+
+
+def _decompose(sums: Sums, at: int) -> Features:
+    moments = [_find_moments(sums, at, folds) for folds in PARTS]
+    crossed = {
+        (one, other): moments[one].vectors.T @ moments[other].covariance @ moments[one].vectors
+        for one, other in permutations(range(FOLDS), 2)
+    }
+    values, vectors = np.linalg.eigh(moments[-1].covariance)
+    return Features(moments, crossed, np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T)
+
+
+def solve(sums: Sequence[Sums], at: int, *, rank: int, ridges: Sequence[float] = RIDGES) -> list[Correction]:
+    """The corrections at the `at`-th k for each of `sums`, of several gate exponents, which change the rest alone.
+
+    Each is the one with that of `ridges` with which each fold predicts the others best. `c` is right for `A` and `B` as
+    they are stored, in bfloat16. All in float64 on the host: the matrices are small, and nearly singular. `sums` are
+    finite.
+    """
+    features = _decompose(sums[0], at)
+    return [_solve(one, features, at, rank=rank, ridges=ridges) for one in sums]
+
+
+def _solve(sums: Sums, features: Features, at: int, *, rank: int, ridges: Sequence[float]) -> Correction:
+    moments = features.moments
+    rests = [_find_rest(sums, at, folds, own) for folds, own in zip(PARTS, moments, strict=True)]
+    rows = [own.vectors.T @ products for own, (_, products) in zip(moments, rests, strict=True)]
     errors = np.zeros(len(ridges))
-    for index, own in enumerate(folds):
-        regressed = _regress(own)
-        errors += sum(_judge(own, regressed, other, ridges) for other in folds[:index] + folds[index + 1 :])
-    whole = _find_moments(sums, at, list(range(FOLDS)))
-    weights = _regress(whole).solve(ridges[int(errors.argmin())])
-    A, B = (array.astype(ml_dtypes.bfloat16) for array in _cut(whole, weights, rank))
-    c = whole.rest - B.astype(np.float64) @ (A.astype(np.float64) @ whole.features)
+    for one, other in features.crossed:
+        errors += _judge(features, rests, rows[one], one, other, ridges)
+    whole, (mean, _) = moments[-1], rests[-1]
+    weights = whole.vectors @ (rows[-1] / (whole.values + ridges[int(errors.argmin())])[:, None])
+    A, B = (array.astype(ml_dtypes.bfloat16) for array in _cut(features.root, weights, rank))
+    c = mean - B.astype(np.float64) @ (A.astype(np.float64) @ whole.mean)
     return Correction(A, B, c.astype(np.float32))
 
 
 def _find_moments(sums: Sums, at: int, folds: Sequence[int]) -> Moments:
+    """The moments over some folds; features that do not vary have no part in a regression on them."""
     count = max(float(sums.count[folds].sum()), 1.0)
-    features, rest, squares, products = (array[folds, at].sum(axis=0, dtype=np.float64) / count for array in sums[1:])
-    return Moments(features, rest, squares - np.outer(features, features), products - np.outer(features, rest))
-
-
-def _regress(moments: Moments) -> Ridges:
-    """The regressions of the rest on the features; those that do not vary have no part in it."""
-    variance = np.diagonal(moments.covariance)
+    mean, squares = (array[folds, at].sum(axis=0, dtype=np.float64) / count for array in (sums.features, sums.squares))
+    covariance = squares - np.outer(mean, mean)
+    variance = np.diagonal(covariance)
     varies = variance > JITTER * variance.max(initial=0.0)
     scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
-    values, vectors = np.linalg.eigh(moments.covariance * np.outer(scale, scale))
-    values, vectors = np.maximum(values, 0.0), scale[:, None] * vectors  # sums in float32 could make one negative
-    return Ridges(values, vectors, vectors.T @ moments.products)
+    values, vectors = np.linalg.eigh(covariance * np.outer(scale, scale))
+    # Sums in float32 could make a value negative.
+    return Moments(count, mean, covariance, np.maximum(values, 0.0), scale[:, None] * vectors)
 
 
-def _judge(own: Moments, regressed: Ridges, other: Moments, ridges: Sequence[float]) -> Float64[np.ndarray, " ridges"]:
-    """The mean squared error of `own`'s regressions on the tokens of `other`, less what no ridge changes.
+def _find_rest(sums: Sums, at: int, folds: Sequence[int], own: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of the rest [hidden], and its central products with the features [features, hidden]; float64."""
+    mean, products = (
+        array[folds, at].sum(axis=0, dtype=np.float64) / own.count for array in (sums.rest, sums.products)
+    )
+    return mean, products - np.outer(own.mean, mean)
 
-    With W = map @ D @ rows, where the diagonal D is all that depends on the ridge, traces of products with W are sums
-    over matrices [features, features].
+
+def _judge(
+    features: Features,
+    rests: Sequence[tuple[np.ndarray, np.ndarray]],
+    rows: Float64[np.ndarray, "features hidden"],
+    one: int,
+    other: int,
+    ridges: Sequence[float],
+) -> Float64[np.ndarray, " ridges"]:
+    """The mean squared error on the tokens of fold `other` of the regressions on `one`, less what no ridge changes.
+
+    The weights of a ridge are W = vectors @ D @ `rows`, where the diagonal D is all that depends on it: traces of
+    products with W are sums over matrices [features, features].
     """
-    values, vectors, rows = regressed
-    quadratic = (vectors.T @ other.covariance @ vectors) * (rows @ rows.T)
-    linear = ((vectors.T @ other.products) * rows).sum(axis=1)
-    shift, moved = other.rest - own.rest, (other.features - own.features) @ vectors
+    own, judge = features.moments[one], features.moments[other]
+    (own_mean, _), (mean, products) = rests[one], rests[other]
+    quadratic = features.crossed[one, other] * (rows @ rows.T)
+    linear = ((own.vectors.T @ products) * rows).sum(axis=1)
+    shift, moved = mean - own_mean, (judge.mean - own.mean) @ own.vectors
     errors = []
     for ridge in ridges:
-        diagonal = 1 / (values + ridge)
+        diagonal = 1 / (own.values + ridge)
         missed = shift - (moved * diagonal) @ rows
         errors.append(diagonal @ quadratic @ diagonal - 2 * linear @ diagonal + missed @ missed)
     return np.array(errors)
 
 
 def _cut(
-    whole: Moments, weights: Float64[np.ndarray, "features hidden"], rank: int
+    root: Float64[np.ndarray, "features features"], weights: Float64[np.ndarray, "features hidden"], rank: int
 ) -> tuple[Float64[np.ndarray, "rank features"], Float64[np.ndarray, "hidden rank"]]:
     """A and B, whose product maps to the `rank` directions in which the fitted values vary most."""
-    values, vectors = np.linalg.eigh(whole.covariance)
-    fitted = (np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T) @ weights  # vary as the fitted values do
+    fitted = root @ weights  # vary as the fitted values do
     _, directions = np.linalg.eigh(fitted @ fitted.T)
     largest = directions[:, ::-1][:, :rank].T @ fitted
     norms = np.linalg.norm(largest, axis=1, keepdims=True)

@@ -72,7 +72,7 @@ def test_maps_are_those_of_ridge_regression(routing, rank):
     layer, folds = make_layer(routing), (np.arange(TOKENS) // 40 % 2).astype(np.int32)
     sums = sum_all(layer, routing, folds)
     for k in range(1, TOP_K):
-        A, B, c = (np.asarray(array, np.float64) for array in solve(sums, k - 1, rank=rank))
+        A, B, c = (np.asarray(array, np.float64) for array in solve([sums], k - 1, rank=rank)[0])
         assert A.shape == (rank, 3 * EXPERTS) and B.shape == (HIDDEN, rank)
         features, rest = reference.find_features(*layer[:3], routing, TOP_K, k), find_rest(layer, routing, k)
         expected = reference.cut_rank(features, reference.fit_ridge(features, rest, folds, RIDGES), rank)
@@ -84,6 +84,17 @@ def test_maps_are_those_of_ridge_regression(routing, rank):
         assert ((rest - found) ** 2).sum() < ((rest - rest.mean(0)) ** 2).sum() < (rest**2).sum()
 
 
+def test_several_gate_exponents_get_what_each_gets_alone():
+    routings = [Routing(exponent=exponent) for exponent in (0.0, 0.5, 1.0)]
+    layer, folds = make_layer(routings[0]), (np.arange(TOKENS) // 40 % 2).astype(np.int32)
+    sums = [sum_all(layer, routing, folds) for routing in routings]
+    together, alone = solve(sums, 0, rank=4), [solve([one], 0, rank=4)[0] for one in sums]
+    assert (together[0].c != together[1].c).any()
+    for found, expected in zip(together, alone, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_an_expert_that_is_never_chosen_gets_no_weight():
     routing = ROUTINGS[0]
     x, router, _, experts = make_layer(routing)
@@ -91,7 +102,7 @@ def test_an_expert_that_is_never_chosen_gets_no_weight():
     layer = x, router, None, [*experts, experts[0]]
     sums, unused = sum_all(layer, routing, np.arange(TOKENS) % 2), [EXPERTS * 2 + 1, EXPERTS * 3 + 2]
     for k in range(1, TOP_K):
-        A, B, c = (np.asarray(array, np.float32) for array in solve(sums, k - 1, rank=4))
+        A, B, c = (np.asarray(array, np.float32) for array in solve([sums], k - 1, rank=4)[0])
         assert all(np.isfinite(array).all() for array in (A, B, c))
         assert not A[:, unused].any()  # its kept and its dropped weight
 
