@@ -131,26 +131,27 @@ def profile_checkpoint(
         return finished
     agree(group, session.header)
     with ExitStack() as stack:
+        reads = session.run is not None
         if group.index == 0:
-            session = _begin(stack, session, output, restart=restart, force=force)
+            session, reads = _begin(stack, session, output, restart=restart, force=force)
+        if reads:  # while the first programs are traced, in other processes while process 0 writes the text
+            residence = session.run.find_residence()
+            stack.callback(residence.close)
+            residence.begin(residence.stages[0])
         return _measure(session, output, force=force)
 
 
 def _begin(
     stack: ExitStack, session: _Session, output: str | os.PathLike[str], *, restart: bool, force: bool
-) -> _Session:
-    """The session with what an earlier run has finished. Says what is planned, and begins to read weights."""
+) -> tuple[_Session, bool]:
+    """The session with what an earlier run has finished, and whether any pass is left. Says what is planned."""
     check_output(output, session.header, session.checkpoint.folder, force=force)
     kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
     session = session._replace(partials=stack.enter_context(kept))
     session.observer.open(session.partials, session.layers)
     plan = _plan(session)
     session.observer.plan(plan)
-    if plan.phases:  # read while the first programs are traced
-        residence = session.run.find_residence()
-        stack.callback(residence.close)
-        residence.begin(residence.stages[0])
-    return session
+    return session, bool(plan.phases)
 
 
 def _open(

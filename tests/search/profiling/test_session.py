@@ -9,7 +9,9 @@ import tiny
 
 import lexi_search
 from lexi_search.errors import InputError
-from lexi_search.models.loading.residence import Room
+from lexi_search.models.loading.residence import Residence, Room
+from lexi_search.profiling import session
+from lexi_search.profiling.distributed import Group
 
 SETTINGS = {"input": "paper", "batch": 2, "length": 32, "relative_error": 0.2}
 OPTIONS = ["--input", "paper", "--batch", "2", "--length", "32", "--relative-error", "0.2"]
@@ -103,6 +105,26 @@ def test_on_sampled_text_every_pass_and_the_exponent_are_told(folder, checkpoint
     )
     assert [layer for kind, layer in recorder.events[1:] if kind == "pass"] == [0, 1, 2] * 10
     assert profile.settings.compensation_rank == profile.compensation.rank == 32
+
+
+@pytest.mark.parametrize("settings, stages", [({"samples": 64, "length": 32, "batch": 1}, [range(3)]), (SETTINGS, [])])
+def test_a_process_begins_to_read_before_it_waits_for_process_0(folder, checkpoint, monkeypatch, settings, stages):
+    """For the text, which process 0 writes; on the paper's input it reads its own layers alone."""
+    begun, begin = [], Residence.begin
+
+    def keep(self, layers, replica=0):
+        begun.append(layers)
+        begin(self, layers, replica)
+
+    def wait(group, name, make):
+        raise InterruptedError
+
+    monkeypatch.setattr(Residence, "begin", keep)
+    monkeypatch.setattr(session, "share", wait)
+    with pytest.raises(InterruptedError):
+        lexi_search.profile_checkpoint(checkpoint, "profile.json", group=Group(1, 2), **settings)
+    assert begun == stages
+    assert os.listdir() == []
 
 
 def test_a_model_of_several_residual_streams_goes_on_where_it_was_cut_short(folder):
