@@ -131,27 +131,29 @@ def profile_checkpoint(
         return finished
     agree(group, session.header)
     with ExitStack() as stack:
-        reads = session.run is not None
-        if group.index == 0:
-            session, reads = _begin(stack, session, output, restart=restart, force=force)
-        if reads:  # while the first programs are traced, in other processes while process 0 writes the text
-            residence = session.run.find_residence()
-            stack.callback(residence.close)
-            residence.begin(residence.stages[0])
+        session = _begin(stack, session, output, restart=restart, force=force)
         return _measure(session, output, force=force)
 
 
 def _begin(
     stack: ExitStack, session: _Session, output: str | os.PathLike[str], *, restart: bool, force: bool
-) -> tuple[_Session, bool]:
-    """The session with what an earlier run has finished, and whether any pass is left. Says what is planned."""
-    check_output(output, session.header, session.checkpoint.folder, force=force)
-    kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
-    session = session._replace(partials=stack.enter_context(kept))
-    session.observer.open(session.partials, session.layers)
-    plan = _plan(session)
-    session.observer.plan(plan)
-    return session, bool(plan.phases)
+) -> _Session:
+    """The session, in process 0 with what an earlier run has finished; says there what is planned.
+
+    Begins to read weights, while the first programs are traced or process 0 writes the text.
+    """
+    reads = session.run is not None
+    if session.group.index == 0:
+        check_output(output, session.header, session.checkpoint.folder, force=force)
+        kept = keep_partials(output, session.header, restart=restart, but_exponent=session.find_exponent)
+        session = session._replace(partials=stack.enter_context(kept))
+        session.observer.open(session.partials, session.layers)
+        plan = _plan(session)
+        session.observer.plan(plan)
+        reads = bool(plan.phases)
+    if reads:
+        stack.enter_context(session.run.find_residence().read_ahead())
+    return session
 
 
 def _open(

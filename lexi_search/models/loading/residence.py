@@ -8,6 +8,7 @@ the same work. Where the others hold all of them again, these keep copies: repli
 import math
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -210,7 +211,7 @@ class Residence:
             reader.close()
 
     def begin(self, layers: range, replica: int = 0) -> None:
-        """Start to read those of a stage's layers that stay on its device; `stream` yields them, `close` gives up.
+        """Start to read those of a stage's layers that stay on its device; `stream` yields them.
 
         They may arrive as fast as they can be read: there is room for all.
         """
@@ -220,12 +221,17 @@ class Residence:
             stream = stream_ahead(staying, partial(self._fetch, reader, replica), ahead=len(staying))
             self._arriving[replica, layers] = reader, stream
 
-    def close(self) -> None:
-        """End what `begin` started, where no `stream` went on with it."""
-        while self._arriving:
-            _, (reader, stream) = self._arriving.popitem()
-            stream.close()
-            reader.close()
+    @contextmanager
+    def read_ahead(self) -> Iterator[None]:
+        """A block in which the first stage is being read, until `stream` goes on with it or the block ends."""
+        self.begin(self.stages[0])
+        try:
+            yield
+        finally:
+            while self._arriving:
+                _, (reader, stream) = self._arriving.popitem()
+                stream.close()
+                reader.close()
 
     @cached_property
     def _overlap(self) -> bool:

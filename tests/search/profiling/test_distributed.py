@@ -31,7 +31,7 @@ import os, signal, lexi_search.cli.console as console
 def prepare(prepare=console.prepare_environment):
     prepare()
     import lexi_search.profiling.distributed as distribution
-    distribution.HEARTBEAT_SECONDS = 3
+    distribution.HEARTBEAT_SECONDS = 8
     def gather(group, measured, layers, gather=distribution.gather):
         def die(measured):
             for item in measured:
