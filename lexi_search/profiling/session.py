@@ -183,11 +183,11 @@ def _open(
     settings["background_k"] = choose_background(background_k, compensation, settings["input"], model.top_k)
     chosen_dtype = choose_dtype(dtype, settings["input"], find_dtype(checkpoint, model))
     complete = ProfileSettings(dtype=chosen_dtype, gate_exponent=model.routing.exponent, **settings)
-    run = None if complete.input == "paper" else open_run(checkpoint, model, complete.dtype, room=room)
+    sequences = None if complete.input == "paper" else count_sequences(complete)
+    run = None if sequences is None else open_run(checkpoint, model, complete.dtype, room=room)
     made_by = {"lexi_search": __version__, "weights_sample_sha256": sample_weights(checkpoint)}  # reads the files
     text = None
     if complete.input == "text":
-        sequences = count_sequences(complete)
         check_text_room(run, complete, layers=-(-len(chosen) // group.size))
         text = read_text(checkpoint, model, run.decoder, file, sequences=sequences, length=complete.length)
         made_by |= {"text_sha256": text.file_sha256, "tokens_sha256": text.tokens_sha256}

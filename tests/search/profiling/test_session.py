@@ -156,9 +156,11 @@ def test_a_model_of_several_residual_streams_goes_on_where_it_was_cut_short(fold
         ({"gate_exponent": "half"}, "--gate-exponent 'half' is neither a number nor auto"),
         ({"gate_exponent": 2.5}, "gate_exponent is 2.5"),
         ({"layers": [7]}, "layer 7 is no MoE layer; those are 0, 1, 2"),
+        ({"samples": 3}, "3 samples are fewer than two sequences"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_and_leave_nothing(folder, checkpoint, settings, words):
+def test_settings_that_do_not_fit_are_refused_before_a_plan_and_leave_nothing(folder, checkpoint, settings, words):
+    recorder = Recorder()
     with pytest.raises(InputError, match=words):
-        lexi_search.profile_checkpoint(checkpoint, "profile.json", **settings)
-    assert os.listdir() == []
+        lexi_search.profile_checkpoint(checkpoint, "profile.json", observer=recorder, **settings)
+    assert os.listdir() == [] and recorder.planned is None
