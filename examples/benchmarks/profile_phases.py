@@ -114,6 +114,11 @@ def read_phases(said):
     return found
 
 
+def list_facts(said):
+    """The lines that say what was planned, read and held."""
+    return [line for line in said.splitlines() if re.match(r"plan|read|host memory|.*: at most", line)]
+
+
 @click.command(help=__doc__.splitlines()[0], context_settings={"ignore_unknown_options": True})
 @click.argument("config", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -149,7 +154,7 @@ def main(config, folder, layers, runs, output, options):
             programs = tempfile.mkdtemp(dir=cache) if run == "cold" else programs
             seconds, said = run_profile(folder, programs, options)
             phases = read_phases(said)
-            lines = [line for line in said.splitlines() if re.match(r"plan|read|host memory|.*: at most", line)]
+            lines = list_facts(said)
             result["runs"].append(
                 {"run": run, "read_s": reading, "profile_s": seconds, "phases": phases, "said": lines}
             )

@@ -16,7 +16,6 @@ the CPU: that shows that it works and not how fast.
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from profile_phases import make_checkpoint, read_phases, run_profile
+from profile_phases import list_facts, make_checkpoint, read_phases, run_profile
 from profile_scaling import COUNT
 
 from lexi_search.artifacts.serialisation import read_profile
@@ -110,9 +109,7 @@ def main(config, folder, layers, numbers, sizes, visible, output, options):
                 phases = read_phases(said)
                 seconds = list_seconds(phases)
                 row = {"samples": samples, "gpus": gpus, "profile_s": whole, "phases": phases, "seconds": seconds}
-                row["said"] = [
-                    line for line in said.splitlines() if re.match(r"plan|read|host memory|.*: at most", line)
-                ]
+                row["said"] = list_facts(said)
                 click.echo(f"{samples} samples, {gpus} GPUs: profile {whole:.1f} s; {row['said'][0].split('; ')[-1]}")
                 base = base or (seconds, profile)
                 row["times_as_fast"] = {

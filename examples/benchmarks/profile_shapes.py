@@ -9,7 +9,7 @@ spread (log-normal, sigma 0.3), so that experts are loaded unevenly, as in train
 - tokens per second, and TFLOP/s of the useful expert products (6 x tokens x k x hidden x width) end to end, that is
   with drawing, routing, sorting, stacking and distances,
 - the same as a share of what plain 8192^3 bf16 products reach in the same process, repeated for as many seconds: a card
-  that is at work for longer than some hundredths of a second lowers its clock to stay within its power,
+  that is at work for longer than some hundredths of a second becomes slower,
 - seconds that the whole model takes for a relative standard error of 1 %, and at one million tokens a layer, both
   without reading weights, after compiling,
 - the most device memory held so far (models are ordered by size).

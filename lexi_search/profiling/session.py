@@ -223,10 +223,10 @@ def _plan(session: _Session) -> Plan:
     passes += [("corrections", (1,) * layers)] * bool(unfitted)
     passes += [("losses", own)] * bool(missing)
     phases = tuple(Counter(name for name, _ in passes).items())
-    whole = settings.batch * settings.length * (settings.max_samples // (settings.batch * settings.length))
-    states = whole * count_states(settings, model.top_k, layers=len(missing)) * row * session.run.decoder.num_streams
+    sequences, streams = count_sequences(settings), session.run.decoder.num_streams
+    states = sequences * settings.length * row * streams * count_states(settings, model.top_k, layers=len(missing))
     staying = session.run.find_residence().staying
-    copies = count_replicas(session.run, whole // settings.length, settings.length)
+    copies = count_replicas(session.run, sequences, settings.length)
     read = bool(passes) * (sum(staying) + max(len(passes) - 1, 0) * staying.files)
     return Plan(sum((one for _, one in passes), ()), phases, layers, read, states + largest, largest, staying, copies)
 

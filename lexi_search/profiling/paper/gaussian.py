@@ -37,12 +37,17 @@ def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: Pro
     """
     limit = settings.max_samples // (settings.batch * settings.length)
     few, full = _size_passes(model, settings)
-    devices = jax.local_devices()
-    replicas = {0: _prepare(model, weights, devices[0], settings)}
+    devices, replicas = jax.local_devices(), dict[int, LayerWeights]()
     moments, finished, size, first = begin(model.top_k, settings.control_variate), False, full, min(few, limit)
     with ThreadPoolExecutor(max_workers=len(devices)) as pool:
-        work = model, replicas[0], layer, 0, first, settings
-        running = deque[Future]([pool.submit(_measure_pass, *work, device=devices[0])])
+
+        def submit(index: int, start: int, count: int) -> Future:
+            if index not in replicas:
+                replicas[index] = _prepare(model, weights, devices[index], settings)
+            work = model, replicas[index], layer, start, count, settings
+            return pool.submit(_measure_pass, *work, device=devices[index])
+
+        running = deque[Future]([submit(0, 0, first)])
         if settings.relative_error:  # how many it takes is known after a few
             moments, finished = _count(moments, running.popleft().result(), settings)
             size = few if _estimate_missing(moments, settings) <= few else full
@@ -52,11 +57,7 @@ def measure_layer(model: Model, weights: LayerWeights, layer: int, settings: Pro
             needed = max(1, -(-_estimate_missing(moments, settings) // size))
             while waiting and len(running) < min(needed, PASSES_AHEAD * len(devices)):
                 number, start = waiting.popleft()
-                index = number % len(devices)
-                if index not in replicas:
-                    replicas[index] = _prepare(model, weights, devices[index], settings)
-                work = model, replicas[index], layer, start, min(size, limit - start), settings
-                running.append(pool.submit(_measure_pass, *work, device=devices[index]))
+                running.append(submit(number % len(devices), start, min(size, limit - start)))
             moments, finished = _count(moments, running.popleft().result(), settings)
     return moments
 
